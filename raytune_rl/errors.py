@@ -1,0 +1,49 @@
+"""Every failure has a name.
+
+A `RaytuneError` is written for the person who can mend it: what was wrong, where, and what to do. The command line
+prints its message without a traceback; anything else that escapes is a defect of raytune_rl and keeps its traceback.
+"""
+
+
+class RaytuneError(Exception):
+    """Base of all errors raytune_rl raises on purpose."""
+
+
+class ConfigError(RaytuneError):
+    """A flag, a config file or a combination of them cannot be honoured."""
+
+
+class DataError(RaytuneError):
+    """A row or a source of data cannot be used; the message names the file and the line."""
+
+
+class ModelError(RaytuneError):
+    """A model, tokenizer or adapter cannot be loaded or does not fit the request."""
+
+
+class RewardError(RaytuneError):
+    """A reward function cannot be found, loaded or called at all (a failing *sample* is counted, not raised)."""
+
+
+class CheckpointError(RaytuneError):
+    """A checkpoint is missing, incomplete, or does not belong to this run."""
+
+
+class PlacementError(RaytuneError):
+    """The groups do not fit on the cluster; the message shows what was asked and what each node has."""
+
+
+class DeadlineExceededError(RaytuneError):
+    """A wait ran out of time; the message says who was waited for, for what, and how long."""
+
+
+class WorkerDiedError(RaytuneError):
+    """An actor ended while its answer was awaited."""
+
+
+class WorkerFailedError(RaytuneError):
+    """A call inside an actor raised; the message carries the worker's own error."""
+
+
+class StaleWeightsError(RaytuneError):
+    """A worker was asked to serve under a weight version that it has not loaded."""

@@ -1,0 +1,127 @@
+"""Rewards to advantages, on the driver: a handful of scalars per completion, in float64.
+
+Source: Shao et al. 2024 (DeepSeekMath), GRPO, eq. for outcome supervision: A_i = (r_i - mean(r)) / std(r),
+    with the
+sample standard deviation (n - 1) and the epsilon of ms-swift and TRL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from raytune_rl.errors import ConfigError
+
+Scale = Literal["group", "batch", "none"]
+
+
+@dataclass(frozen=True)
+class AdvantageResult:
+    """Advantages and what has to be told about how they came to be.
+
+    Attributes:
+        advantages: float32 [n], 0 for rows that are not scorable.
+        groups: int64 [g], the distinct group ids, ascending; the order of the next two.
+        group_mean: float64 [g], mean reward; NaN for a group without a scorable row.
+        group_std: float64 [g], sample standard deviation; NaN for a group with fewer than two scorable rows.
+        n_zero_std: groups of two or more scorable rows that all have the same reward: they teach nothing.
+        n_unscorable: rows whose reward is not a finite number.
+        n_single: groups with exactly one scorable row: its advantage is 0 for want of a comparison.
+        n_empty: groups without any scorable row.
+    """
+
+    advantages: NDArray[np.float32]
+    groups: NDArray[np.int64]
+    group_mean: NDArray[np.float64]
+    group_std: NDArray[np.float64]
+    n_zero_std: int
+    n_unscorable: int
+    n_single: int
+    n_empty: int
+
+
+def group_advantages(
+    rewards: ArrayLike, group_ids: ArrayLike, scale: Scale = "group", eps: float = 1e-4
+) -> AdvantageResult:
+    """Group-relative advantages.
+
+    Args:
+        rewards: float64 [n]; a value that is not finite means "not scorable": it is left out of its group's
+            statistics, gets advantage 0 and is counted.
+        group_ids: int [n], rows of one prompt share an id; they need not be neighbours.
+        scale: divide the centred rewards by the group's sample standard deviation ("group"), by that of all
+            scorable rewards of the batch ("batch"), or not at all ("none", Dr. GRPO).
+        eps: added to the divisor.
+
+    Raises:
+        ConfigError: `scale` is unknown.
+        ValueError: the shapes do not fit.
+    """
+    reward = np.asarray(rewards, dtype=np.float64)
+    ids = np.asarray(group_ids, dtype=np.int64)
+    if reward.ndim != 1 or reward.shape != ids.shape:
+        raise ValueError(
+            f"rewards {reward.shape} and group_ids {ids.shape} must be one-dimensional and equal"
+        )
+    if scale not in ("group", "batch", "none"):
+        raise ConfigError(f"scale_rewards is '{scale}'; it must be one of group, batch, none")
+
+    groups, group_of = np.unique(ids, return_inverse=True)
+    scorable = np.isfinite(reward)
+    known = np.where(scorable, reward, 0.0)
+    count = np.bincount(group_of, weights=scorable, minlength=len(groups))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.bincount(group_of, weights=known, minlength=len(groups)) / count
+    low, high = np.full(len(groups), np.inf), np.full(len(groups), -np.inf)
+    np.minimum.at(low, group_of[scorable], reward[scorable])
+    np.maximum.at(high, group_of[scorable], reward[scorable])
+    # Equal rewards may differ from their rounded mean by an ulp; they must give exactly nothing.
+    equal = (count > 0) & (low == high)
+    centred = np.where(scorable & ~equal[group_of], known - mean[group_of], 0.0)
+    squares = np.bincount(group_of, weights=centred**2, minlength=len(groups))
+    std = np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
+
+    advantages = centred
+    if scale == "group":
+        advantages = centred / (np.nan_to_num(std, nan=0.0)[group_of] + eps)
+    elif scale == "batch":
+        batch = reward[scorable]
+        batch_std = float(np.std(batch, ddof=1)) if len(batch) > 1 else 0.0
+        advantages = centred / (batch_std + eps)
+    return AdvantageResult(
+        advantages=advantages.astype(np.float32),
+        groups=groups,
+        group_mean=mean,
+        group_std=std,
+        n_zero_std=int(np.sum(equal & (count > 1))),
+        n_unscorable=int(np.sum(~scorable)),
+        n_single=int(np.sum(count == 1)),
+        n_empty=int(np.sum(count == 0)),
+    )
+
+
+def combine_rewards(values: ArrayLike, weights: ArrayLike) -> NDArray[np.float64]:
+    """Weighted sum of several reward functions per completion.
+
+    Args:
+        values: float64 [n, k]; NaN means that function k does not apply to the row, or failed on it.
+        weights: float64 [k].
+
+    Returns:
+        float64 [n]; NaN entries are skipped, and a row whose entries are all NaN stays NaN (not scorable).
+
+    Raises:
+        ConfigError: there are not as many weights as reward functions.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    weight = np.asarray(weights, dtype=np.float64)
+    if table.ndim != 2 or weight.shape != (table.shape[1],):
+        raise ConfigError(
+            f"reward_weights has {weight.size} values for {table.shape[-1]} reward functions; give each one"
+        )
+    missing = np.isnan(table)
+    total = np.where(missing, 0.0, table) @ weight
+    return np.where(missing.all(axis=1), np.nan, total)

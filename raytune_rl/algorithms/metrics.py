@@ -1,0 +1,133 @@
+"""Metrics that merge exactly, whatever the split into micro-batches and ranks.
+
+A mean of means depends on how a batch was cut. Here a mean travels as (sum, count) and is divided once, by
+the reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["mean", "total", "max", "min"]
+
+
+@dataclass(frozen=True)
+class Stat:
+    """One mergeable number.
+
+    Attributes:
+        kind: How it merges: "mean" adds `value` (a sum) and `count`; "total" adds `value`; "max" and "min"
+            compare.
+        value: The sum or extremum; a float, or a detached 0-dim tensor until `MetricSums.host()` fetches it.
+        count: Number of terms in `value`; 0 means nothing was measured.
+    """
+
+    kind: Kind
+    value: float | Tensor
+    count: int
+
+    def merge(self, other: Stat) -> Stat:
+        if self.kind != other.kind:
+            raise ValueError(f"cannot merge a {self.kind} with a {other.kind}")
+        if self.count == 0 or other.count == 0:
+            return other if self.count == 0 else self
+        count = self.count + other.count
+        if self.kind in ("mean", "total"):
+            return Stat(self.kind, self.value + other.value, count)
+        mine, theirs = float(self.value), float(other.value)
+        pick = max if self.kind == "max" else min
+        # Python's max(1.0, nan) depends on the order of its arguments; a NaN must win, it is the news.
+        value = float("nan") if mine != mine or theirs != theirs else pick(mine, theirs)
+        return Stat(self.kind, value, count)
+
+    def result(self) -> float:
+        """The plain number: a mean is divided here, and only here. NaN when nothing was measured."""
+        if self.count == 0:
+            return 0.0 if self.kind == "total" else float("nan")
+        return float(self.value) / self.count if self.kind == "mean" else float(self.value)
+
+
+@dataclass(frozen=True)
+class MetricSums:
+    """A set of named `Stat`s: a worker returns one per call, the driver merges them and takes `result()`."""
+
+    stats: Mapping[str, Stat] = field(default_factory=dict)
+
+    def merge(self, *others: MetricSums) -> MetricSums:
+        """Combines with others; the order and grouping do not matter (beyond float rounding of sums)."""
+        merged = dict(self.stats)
+        for other in others:
+            for name, stat in other.stats.items():
+                merged[name] = merged[name].merge(stat) if name in merged else stat
+        return MetricSums(merged)
+
+    def host(self) -> MetricSums:
+        """The same values as plain floats, fetched from the device in one copy; call before sending it
+        anywhere."""
+        names = [name for name, stat in self.stats.items() if isinstance(stat.value, Tensor)]
+        if not names:
+            return self
+        tensors = [torch.as_tensor(self.stats[name].value).double().reshape(()) for name in names]
+        fetched = dict(zip(names, torch.stack(tensors).tolist(), strict=True))
+        return MetricSums({n: Stat(s.kind, fetched.get(n, s.value), s.count) for n, s in self.stats.items()})
+
+    def result(self) -> dict[str, float]:
+        """Plain numbers by name; a metric that measured nothing is left out rather than logged as NaN."""
+        host = self.host()
+        return {n: s.result() for n, s in host.stats.items() if s.count > 0 or s.kind == "total"}
+
+
+def merge_all(parts: Iterable[MetricSums]) -> MetricSums:
+    """Merges any number of parts, none included."""
+    return MetricSums().merge(*parts)
+
+
+def mean_of(values: Tensor) -> Stat:
+    """Mean of all elements, summed in float64 and detached."""
+    return Stat("mean", values.detach().double().sum(), values.numel())
+
+
+def max_of(values: Tensor) -> Stat:
+    """Largest element, detached; empty input measures nothing."""
+    return Stat("max", values.detach().double().max() if values.numel() else 0.0, values.numel())
+
+
+def min_of(values: Tensor) -> Stat:
+    """Smallest element, detached; empty input measures nothing."""
+    return Stat("min", values.detach().double().min() if values.numel() else 0.0, values.numel())
+
+
+def total_of(values: Tensor) -> Stat:
+    """Sum of all elements, never divided: for counts."""
+    return Stat("total", values.detach().double().sum(), values.numel())
+
+
+def row_means(values: Tensor, row_of: Tensor, n_rows: int) -> Tensor:
+    """Mean per row of a flat column, rows without tokens left out.
+
+    Args:
+        values: float [N], detached here.
+        row_of: int64 [N], the row of each token.
+        n_rows: number of rows.
+
+    Returns:
+        float64 [rows that have at least one token], in row order.
+    """
+    sums, counts = row_sums(values, row_of, n_rows), row_counts(row_of, n_rows)
+    return sums[counts > 0] / counts[counts > 0]
+
+
+def row_sums(values: Tensor, row_of: Tensor, n_rows: int) -> Tensor:
+    """Sum per row of a flat column, float64 [n_rows], detached; 0 for rows without tokens."""
+    sums = torch.zeros(n_rows, dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, row_of, values.detach().double())
+
+
+def row_counts(row_of: Tensor, n_rows: int) -> Tensor:
+    """Tokens per row, int64 [n_rows]."""
+    return torch.bincount(row_of, minlength=n_rows)

@@ -1,0 +1,323 @@
+"""How rows become optimizer steps: the arithmetic of ms-swift, as pure functions.
+
+In GRPO every batch size counts *completions*. With P policy workers, B completions per worker and accumulation
+step (`per_device_train_batch_size`), A accumulation steps and G completions per prompt:
+
+    completions per optimizer step  P * B * A
+    generation batch                P * B * steps_per_generation, a whole number of groups of G
+
+A generation batch is trained on `num_iterations` times. Prompts that do not fill a generation batch at the end of
+an epoch are not used in that epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from raytune_rl.config.commands import RLHFConfig, SFTConfig
+
+SFT_ROWS_PER_STEP = 16
+"""What SFT accumulates up to when the user does not say."""
+
+
+@dataclass(frozen=True)
+class GRPOBatch:
+    """What one generation and one optimizer step consist of.
+
+    Attributes:
+        world_size: Policy workers.
+        completions_per_step: Completions in one optimizer step, over all workers.
+        prompts_per_step: The same in prompts; a step may hold part of a group.
+        num_generations: Completions per prompt.
+        steps_per_generation: Accumulation steps that one generation feeds.
+        optimizer_steps_per_generation: Optimizer steps that one pass over a generation makes.
+        num_iterations: Passes over a generation.
+        generation_batch_size: Completions sampled at a time, over all workers.
+        prompts_per_generation: Prompts sampled at a time.
+    """
+
+    world_size: int
+    completions_per_step: int
+    prompts_per_step: float
+    num_generations: int
+    steps_per_generation: int
+    optimizer_steps_per_generation: int
+    num_iterations: int
+    generation_batch_size: int
+    prompts_per_generation: int
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every completion is trained on by the very weights that sampled it."""
+        return self.num_iterations == 1 and self.optimizer_steps_per_generation == 1
+
+
+@dataclass(frozen=True)
+class GRPOSchedule:
+    """A whole run.
+
+    Attributes:
+        batch: One generation and one step.
+        generations_per_epoch: Generations in one pass over the prompts.
+        prompts_unused_per_epoch: Prompts left over at the end of an epoch.
+        steps_per_epoch: Optimizer steps in one pass over the prompts.
+        total_steps: Optimizer steps of the run.
+        total_generations: Generations of the run; the last one may be trained on in part.
+        epochs: Passes over the prompts that the run comes to.
+    """
+
+    batch: GRPOBatch
+    generations_per_epoch: int
+    prompts_unused_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+    total_generations: int
+    epochs: float
+
+
+@dataclass(frozen=True)
+class SFTSchedule:
+    """A whole SFT run. The last step of an epoch may hold fewer rows; none is dropped or repeated.
+
+    Attributes:
+        world_size: Policy workers.
+        gradient_accumulation_steps: Accumulation steps per optimizer step.
+        rows_per_step: Rows in one optimizer step, over all workers.
+        steps_per_epoch: Optimizer steps in one pass over the rows.
+        total_steps: Optimizer steps of the run.
+        epochs: Passes over the rows that the run comes to.
+    """
+
+    world_size: int
+    gradient_accumulation_steps: int
+    rows_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+    epochs: float
+
+
+def grpo_batch(
+    *,
+    world_size: int,
+    per_device_train_batch_size: int,
+    gradient_accumulation_steps: int = 1,
+    num_generations: int,
+    steps_per_generation: int | None = None,
+    generation_batch_size: int | None = None,
+    num_iterations: int = 1,
+) -> GRPOBatch:
+    """Works out a generation and an optimizer step.
+
+    Raises:
+        ConfigError: the numbers do not divide; the message offers the nearest ones that do.
+    """
+    micro = world_size * per_device_train_batch_size
+    accumulation = gradient_accumulation_steps
+    if generation_batch_size is not None:
+        if steps_per_generation is not None:
+            raise ConfigError("Give only one of --steps_per_generation and --generation_batch_size.")
+        if generation_batch_size % micro:
+            near = _near(
+                generation_batch_size, lambda n: n % math.lcm(micro * accumulation, num_generations) == 0
+            )
+            raise ConfigError(
+                f"--generation_batch_size {generation_batch_size} is not a multiple of {micro} completions "
+                f"({world_size} policy workers * --per_device_train_batch_size "
+                f"{per_device_train_batch_size}). "
+                f"Nearest that works: {near}."
+            )
+        steps = generation_batch_size // micro
+    else:
+        steps = accumulation if steps_per_generation is None else steps_per_generation
+    if steps % accumulation:
+        _refuse_split_step(steps, accumulation, micro, num_generations, generation_batch_size)
+    size = micro * steps
+    if size % num_generations:
+        raise ConfigError(
+            _indivisible(world_size, per_device_train_batch_size, steps, accumulation, num_generations)
+        )
+    return GRPOBatch(
+        world_size=world_size,
+        completions_per_step=micro * accumulation,
+        prompts_per_step=micro * accumulation / num_generations,
+        num_generations=num_generations,
+        steps_per_generation=steps,
+        optimizer_steps_per_generation=steps // accumulation,
+        num_iterations=num_iterations,
+        generation_batch_size=size,
+        prompts_per_generation=size // num_generations,
+    )
+
+
+def grpo_schedule(
+    batch: GRPOBatch, n_prompts: int, num_train_epochs: float = 1.0, max_steps: int = -1
+) -> GRPOSchedule:
+    """Works out the length of a run.
+
+    Raises:
+        ConfigError: there are fewer prompts than one generation takes.
+    """
+    per_generation = batch.optimizer_steps_per_generation * batch.num_iterations
+    generations = n_prompts // batch.prompts_per_generation
+    if generations == 0:
+        raise ConfigError(
+            f"The data has {n_prompts} prompts, but one generation takes {batch.prompts_per_generation} "
+            f"({batch.generation_batch_size} completions / --num_generations {batch.num_generations}). Give "
+            "more data, "
+            "or lower --per_device_train_batch_size, --gradient_accumulation_steps, --steps_per_generation "
+            "or "
+            "--generation_batch_size."
+        )
+    steps_per_epoch = generations * per_generation
+    total = _total_steps(steps_per_epoch, num_train_epochs, max_steps)
+    return GRPOSchedule(
+        batch=batch,
+        generations_per_epoch=generations,
+        prompts_unused_per_epoch=n_prompts % batch.prompts_per_generation,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        total_generations=math.ceil(Fraction(total, per_generation)),
+        epochs=total / steps_per_epoch,
+    )
+
+
+def sft_accumulation(per_device_train_batch_size: int, world_size: int) -> int:
+    """Accumulation steps when the user does not say: as many as make 16 rows a step."""
+    return math.ceil(SFT_ROWS_PER_STEP / (per_device_train_batch_size * world_size))
+
+
+def sft_schedule(
+    *,
+    world_size: int,
+    per_device_train_batch_size: int,
+    gradient_accumulation_steps: int | None,
+    n_rows: int,
+    num_train_epochs: float = 1.0,
+    max_steps: int = -1,
+) -> SFTSchedule:
+    """Works out an optimizer step and the length of a run.
+
+    Raises:
+        ConfigError: there are no rows.
+    """
+    if n_rows < 1:
+        raise ConfigError("--dataset has no row to train on.")
+    accumulation = gradient_accumulation_steps or sft_accumulation(per_device_train_batch_size, world_size)
+    rows = world_size * per_device_train_batch_size * accumulation
+    steps_per_epoch = math.ceil(n_rows / rows)
+    total = _total_steps(steps_per_epoch, num_train_epochs, max_steps)
+    return SFTSchedule(
+        world_size=world_size,
+        gradient_accumulation_steps=accumulation,
+        rows_per_step=rows,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        epochs=total / steps_per_epoch,
+    )
+
+
+def grpo_batch_of(config: RLHFConfig, world_size: int) -> GRPOBatch:
+    """`grpo_batch` with a config's numbers."""
+    return grpo_batch(
+        world_size=world_size,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
+        num_generations=config.num_generations,
+        steps_per_generation=config.steps_per_generation,
+        generation_batch_size=config.generation_batch_size,
+        num_iterations=config.num_iterations,
+    )
+
+
+def grpo_schedule_of(config: RLHFConfig, world_size: int, n_prompts: int) -> GRPOSchedule:
+    """`grpo_schedule` with a config's numbers."""
+    batch = grpo_batch_of(config, world_size)
+    return grpo_schedule(batch, n_prompts, config.num_train_epochs, config.max_steps)
+
+
+def sft_schedule_of(config: SFTConfig, world_size: int, n_rows: int) -> SFTSchedule:
+    """`sft_schedule` with a config's numbers."""
+    return sft_schedule(
+        world_size=world_size,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        n_rows=n_rows,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+    )
+
+
+def check_eval_batch(config: RLHFConfig, world_size: int) -> None:
+    """An evaluation batch must hold whole groups. Nothing to check without validation data.
+
+    Raises:
+        ConfigError: it does not; the message offers the nearest sizes that do.
+    """
+    if not config.val_dataset and config.split_dataset_ratio == 0:
+        return
+    group = config.num_generations if config.num_generations_eval is None else config.num_generations_eval
+    size = config.per_device_eval_batch_size
+    if (world_size * size) % group:
+        near = _near(size, lambda n: (world_size * n) % group == 0)
+        raise ConfigError(
+            f"An evaluation batch of {world_size * size} completions ({world_size} policy workers * "
+            f"--per_device_eval_batch_size {size}) does not hold whole groups of {group} "
+            "(--num_generations_eval). "
+            f"Nearest --per_device_eval_batch_size that works: {near}."
+        )
+
+
+def _total_steps(steps_per_epoch: int, epochs: float, max_steps: int) -> int:
+    if max_steps > 0:
+        return max_steps
+    # Exact: 1.1 epochs of 10 steps are 11, but ceil(1.1 * 10) is 12 in floating point.
+    return math.ceil(Fraction(repr(float(epochs))) * steps_per_epoch)
+
+
+def _near(value: int, works: Callable[[int], bool], reach: int = 4096) -> str:
+    """The nearest working values below and above, in words."""
+    below = next((n for n in range(value - 1, 0, -1) if works(n)), None)
+    above = next((n for n in range(value + 1, value + reach + 1) if works(n)), None)
+    return " or ".join(str(n) for n in (below, above) if n is not None) or "none near it"
+
+
+def _refuse_split_step(steps: int, accumulation: int, micro: int, group: int, given: int | None) -> None:
+    if given is not None:
+        near = _near(given, lambda n: n % math.lcm(micro * accumulation, group) == 0)
+        flag = f"--generation_batch_size {given} ({steps} accumulation steps)"
+    else:
+        near = _near(steps, lambda n: n % accumulation == 0 and (micro * n) % group == 0)
+        flag = f"--steps_per_generation {steps}"
+    raise ConfigError(
+        f"{flag} is not a multiple of --gradient_accumulation_steps {accumulation}: an optimizer step would "
+        "be made of "
+        f"parts of several generations. Nearest that works: {near}. Left out, one generation feeds one "
+        "optimizer step."
+    )
+
+
+def _indivisible(world: int, batch: int, steps: int, accumulation: int, group: int) -> str:
+    size = world * batch * steps
+    ways = [
+        f"--per_device_train_batch_size {_near(batch, lambda n: (world * n * steps) % group == 0)}",
+        f"--num_generations {_near(group, lambda n: n > 1 and size % n == 0)}",
+    ]
+    if steps == accumulation:
+        ways.append(
+            f"--gradient_accumulation_steps {_near(steps, lambda n: (world * batch * n) % group == 0)}"
+        )
+    further = _near(steps, lambda n: n % accumulation == 0 and (world * batch * n) % group == 0)
+    ways.append(f"--steps_per_generation {further}")
+    return (
+        f"One generation is {size} completions ({world} policy workers * --per_device_train_batch_size "
+        f"{batch} * "
+        f"{steps} accumulation steps), which is not a whole number of groups of --num_generations {group}. "
+        "Change one of these to: " + "; ".join(ways) + "."
+    )

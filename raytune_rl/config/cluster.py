@@ -1,0 +1,85 @@
+"""The groups of workers: how many, what each needs, and how long they are waited for."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Self
+
+from pydantic import model_validator
+
+from raytune_rl.config.base import Options, setting
+from raytune_rl.errors import ConfigError
+
+_setting = partial(setting, "Cluster")
+
+
+class PolicyGroupOptions(Options):
+    """The policy group, and what holds for all groups."""
+
+    policy_workers: int | None = _setting(
+        None,
+        "Ranks that train the policy. Not set: NPROC_PER_NODE, else chosen from what the cluster has.",
+        ge=1,
+    )
+    gpus_per_policy_worker: float | None = _setting(
+        None, "GPUs of one policy worker. Not set: 1 where there are GPUs, else 0.", ge=0
+    )
+    cpus_per_policy_worker: float | None = _setting(
+        None, "CPU cores of one policy worker. Not set: chosen from what the cluster has.", gt=0
+    )
+    ray_address: str | None = _setting(
+        None, "Ray cluster to connect to. Not set: RAY_ADDRESS, else a local one is started."
+    )
+    start_timeout: float = _setting(
+        600.0, "Seconds that a worker may take to start and load its model.", gt=0
+    )
+    step_timeout: float = _setting(
+        1800.0,
+        "Seconds that one call to a worker may take while the run goes on: a generation, a training step, a "
+        "weight "
+        "update, a checkpoint.",
+        gt=0,
+    )
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> Self:
+        for name in type(self).model_fields:
+            gpus = getattr(self, name) if name.startswith("gpus_per_") else None
+            if gpus is not None and gpus > 1 and not float(gpus).is_integer():
+                raise ConfigError(
+                    f"--{name} {gpus}: a worker takes a share of one GPU (up to 1) or whole GPUs."
+                )
+        return self
+
+
+class OnlineGroupsOptions(PolicyGroupOptions):
+    """The groups that online RL adds."""
+
+    rollout_workers: int | None = _setting(
+        None, "vLLM engines. Not set: chosen from what the cluster has.", ge=1
+    )
+    reference_workers: int | None = _setting(
+        None, "Copies of the reference model. Not set: as needed; none when --beta is 0.", ge=1
+    )
+    reward_workers: int | None = _setting(None, "Processes that compute rewards. Not set: chosen.", ge=1)
+    gpus_per_rollout_worker: float | None = _setting(
+        None, "GPUs of one rollout worker. Not set: --vllm_tensor_parallel_size where there are GPUs.", ge=0
+    )
+    gpus_per_reference_worker: float | None = _setting(
+        None, "GPUs of one reference worker. Not set: chosen from what the cluster has.", ge=0
+    )
+    cpus_per_rollout_worker: float | None = _setting(
+        None, "CPU cores of one rollout worker. Not set: chosen from what the cluster has.", gt=0
+    )
+    cpus_per_reference_worker: float | None = _setting(
+        None, "CPU cores of one reference worker. Not set: chosen from what the cluster has.", gt=0
+    )
+    cpus_per_reward_worker: float | None = _setting(
+        None, "CPU cores of one reward worker. Not set: chosen from what the cluster has.", gt=0
+    )
+    colocate: bool | None = _setting(
+        None,
+        "Rollout and reference share the policy's GPUs (true) or have their own (false). Not set: "
+        "--vllm_mode, else "
+        "chosen from what the cluster has.",
+    )

@@ -1,0 +1,85 @@
+"""One config class per training command, put together from the topics."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+from pydantic import model_validator
+
+from raytune_rl.config.batching import check_eval_batch, grpo_batch_of
+from raytune_rl.config.cluster import OnlineGroupsOptions, PolicyGroupOptions
+from raytune_rl.config.data import DataOptions
+from raytune_rl.config.model import ModelOptions
+from raytune_rl.config.rewards import RewardOptions
+from raytune_rl.config.rl import RLOptions
+from raytune_rl.config.rollout import RolloutOptions
+from raytune_rl.config.training import TrainingOptions
+from raytune_rl.config.tuner import TunerOptions
+from raytune_rl.errors import ConfigError
+
+
+class _TrainConfig(PolicyGroupOptions, TrainingOptions, DataOptions, TunerOptions, ModelOptions):
+    @model_validator(mode="after")
+    def _check_given(self) -> Self:
+        if not self.model:
+            raise ConfigError("--model is required: the model to train, a local folder or a hub id.")
+        if not self.dataset:
+            raise ConfigError("--dataset is required: the training data, files, folders or hub ids.")
+        return self
+
+
+class SFTConfig(_TrainConfig):
+    """`raytune-rl sft`: supervised fine-tuning."""
+
+    COMMAND: ClassVar[str] = "sft"
+
+
+class RLHFConfig(OnlineGroupsOptions, RewardOptions, RLOptions, RolloutOptions, _TrainConfig):
+    """`raytune-rl rlhf`: reinforcement learning."""
+
+    COMMAND: ClassVar[str] = "rlhf"
+
+    @model_validator(mode="after")
+    def _check_online(self) -> Self:
+        if self.num_generations < 2:
+            raise ConfigError(
+                f"--num_generations {self.num_generations}: GRPO compares the completions of one prompt with "
+                "each "
+                "other, so it needs at least 2."
+            )
+        if not self.reward_funcs:
+            raise ConfigError("--reward_funcs is required: name at least one, such as accuracy.")
+        if self.truncation_strategy == "right":
+            raise ConfigError("--truncation_strategy right would cut off the question: use left or delete.")
+        limit, prompt, completion = self.vllm_max_model_len, self.max_length, self.max_completion_length
+        if limit is not None and prompt is not None and prompt + completion > limit:
+            raise ConfigError(
+                f"--vllm_max_model_len {limit} cannot hold a prompt of --max_length {prompt} and a "
+                "completion of "
+                f"--max_completion_length {completion}: it must be at least {prompt + completion}."
+            )
+        self._check_lora_on_the_wire()
+        if (
+            self.vllm_mode is not None
+            and self.colocate is not None
+            and self.colocate != (self.vllm_mode == "colocate")
+        ):
+            raise ConfigError(
+                f"--vllm_mode {self.vllm_mode} and --colocate {str(self.colocate).lower()} say the opposite: "
+                "give "
+                "only one of the two."
+            )
+        if self.policy_workers is not None:
+            grpo_batch_of(self, self.policy_workers)
+            check_eval_batch(self, self.policy_workers)
+        return self
+
+    def _check_lora_on_the_wire(self) -> None:
+        if self.vllm_enable_lora and self.train_type != "lora":
+            raise ConfigError("--vllm_enable_lora true needs --train_type lora: there is no adapter to send.")
+        if self.vllm_max_lora_rank is not None and self.vllm_max_lora_rank < self.lora_rank:
+            raise ConfigError(
+                f"--vllm_max_lora_rank {self.vllm_max_lora_rank} is less than --lora_rank {self.lora_rank}: "
+                "the "
+                "engine could not take the adapter."
+            )

@@ -1,0 +1,61 @@
+"""Which rows, and what becomes of them before training."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from raytune_rl.config.base import Options, setting
+from raytune_rl.errors import ConfigError
+
+_setting = partial(setting, "Data")
+
+
+class DataOptions(Options):
+    """Data sets and how rows are read, encoded and ordered."""
+
+    dataset: tuple[str, ...] = _setting(
+        (), "Training data: files, folders or hub ids, each with optional :subset and #rows."
+    )
+    val_dataset: tuple[str, ...] = _setting((), "Validation data, written like --dataset.")
+    split_dataset_ratio: float = _setting(
+        0.0, "Share of the training rows set aside for validation when there is no --val_dataset.", ge=0, lt=1
+    )
+    columns: dict[str, str] = _setting(
+        {}, 'Columns to rename, as JSON: \'{"name in the file": "name that is meant"}\'.'
+    )
+    system: str | None = _setting(
+        None, "System prompt for rows without one of their own: the text, or the path of a .txt file."
+    )
+    max_length: int | None = _setting(
+        None,
+        "Longest row in tokens; in online RL the longest prompt. Not set: what the model can hold.",
+        ge=1,
+    )
+    truncation_strategy: Literal["delete", "left", "right"] | None = _setting(
+        None,
+        "What to do with a row over --max_length: leave it out (counted), or cut its left or right end. "
+        "Not set: delete in SFT, left in online RL.",
+    )
+    strict: bool = _setting(
+        True,
+        "true: a row that cannot be used stops the run with its file and line. "
+        "false: it goes to a quarantine file with the reason, and is counted.",
+    )
+    dataset_shuffle: bool = _setting(True, "Shuffle the training rows anew in each epoch.")
+    data_seed: int = _setting(42, "Seed of the order of rows and of every draw from the data.", ge=0)
+    dataset_num_proc: int = _setting(1, "Processes that encode rows.", ge=1)
+    dataloader_num_workers: int | None = _setting(
+        None, "Processes per policy worker that prepare batches ahead. Not set: 1.", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        if self.val_dataset and self.split_dataset_ratio > 0:
+            raise ConfigError(
+                "--val_dataset and --split_dataset_ratio both name the validation rows: give only one of the "
+                "two."
+            )
+        return self

@@ -1,0 +1,79 @@
+"""Defaults that depend on other settings, as pure functions of the config.
+
+The config keeps what the user asked for; these say what it comes to. Nothing here looks at the machine.
+"""
+
+from __future__ import annotations
+
+from raytune_rl.config.batching import sft_accumulation
+from raytune_rl.config.commands import RLHFConfig, SFTConfig
+
+TrainConfig = SFTConfig | RLHFConfig
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """1e-5 for full training and 1e-4 for an adapter, unless given."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return 1e-5 if config.train_type == "full" else 1e-4
+
+
+def gradient_accumulation_steps(config: TrainConfig, world_size: int) -> int:
+    """1 in GRPO, as many as make 16 rows a step in SFT, unless given."""
+    if config.gradient_accumulation_steps is not None:
+        return config.gradient_accumulation_steps
+    if isinstance(config, RLHFConfig):
+        return 1
+    return sft_accumulation(config.per_device_train_batch_size, world_size)
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """Optimizer steps in which the learning rate rises."""
+    if config.warmup_steps > 0:
+        return config.warmup_steps
+    # As Transformers does: rounded up.
+    return -int(-config.warmup_ratio * total_steps // 1)
+
+
+def eval_steps(config: TrainConfig) -> int:
+    """As `save_steps`, unless given."""
+    return config.save_steps if config.eval_steps is None else config.eval_steps
+
+
+def truncation_strategy(config: TrainConfig) -> str:
+    """`left` in online RL and `delete` in SFT, unless given."""
+    if config.truncation_strategy is not None:
+        return config.truncation_strategy
+    return "left" if isinstance(config, RLHFConfig) else "delete"
+
+
+def attention(config: TrainConfig) -> str | None:
+    """The name that Transformers knows; `None` where the user leaves the choice."""
+    return "flash_attention_2" if config.attn_impl == "flash_attn" else config.attn_impl
+
+
+def epsilon_high(config: RLHFConfig) -> float:
+    """As `epsilon`, unless given."""
+    return config.epsilon if config.epsilon_high is None else config.epsilon_high
+
+
+def num_generations_eval(config: RLHFConfig) -> int:
+    """As `num_generations`, unless given."""
+    return config.num_generations if config.num_generations_eval is None else config.num_generations_eval
+
+
+def reward_weights(config: RLHFConfig) -> tuple[float, ...]:
+    """One weight per reward function, 1 unless given."""
+    return config.reward_weights or (1.0,) * len(config.reward_funcs)
+
+
+def colocate(config: RLHFConfig) -> bool | None:
+    """Whether rollout shares the policy's GPUs, as the user says in either of two flags; `None`: not said."""
+    if config.colocate is not None:
+        return config.colocate
+    return None if config.vllm_mode is None else config.vllm_mode == "colocate"
+
+
+def has_validation(config: TrainConfig) -> bool:
+    """Whether there are rows to evaluate on."""
+    return bool(config.val_dataset) or config.split_dataset_ratio > 0

@@ -1,0 +1,93 @@
+"""How completions are sampled, and the engine that samples them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from raytune_rl.config.base import Options, setting
+from raytune_rl.errors import ConfigError
+
+_sampling = partial(setting, "Sampling")
+_vllm = partial(setting, "Rollout engine (vLLM)")
+
+
+class RolloutOptions(Options):
+    """Sampling and vLLM."""
+
+    num_generations: int = _sampling(8, "Completions per prompt: the size of a group.", ge=1)
+    num_generations_eval: int | None = _sampling(
+        None, "The same in evaluation. Not set: as --num_generations.", ge=1
+    )
+    max_completion_length: int = _sampling(512, "Longest completion in tokens.", ge=1)
+    temperature: float = _sampling(
+        0.9, "Sampling temperature. Log-probs in the loss are taken at the same temperature.", gt=0
+    )
+    top_p: float = _sampling(
+        1.0, "Sample from the likeliest tokens that make up this probability.", gt=0, le=1
+    )
+    top_k: int = _sampling(-1, "Sample from this many likeliest tokens; -1: from all.", ge=-1)
+    min_p: float = _sampling(
+        0.0, "Leave out tokens less likely than this share of the likeliest.", ge=0, le=1
+    )
+    repetition_penalty: float = _sampling(1.0, "Over 1: tokens already used become less likely.", gt=0)
+    stop_words: tuple[str, ...] = _sampling((), "Texts that end a completion.")
+
+    use_vllm: bool = _vllm(True, "Sample with vLLM, the only rollout engine.")
+    vllm_mode: Literal["colocate", "server"] | None = _vllm(
+        None,
+        "colocate: rollout shares the policy's GPUs; server: rollout workers on GPUs of their own. "
+        "The same as --colocate true or false.",
+    )
+    vllm_gpu_memory_utilization: float = _vllm(
+        0.9, "Share of a GPU's memory for vLLM's weights and cache.", gt=0, le=1
+    )
+    vllm_max_model_len: int | None = _vllm(
+        None, "Longest prompt and completion together, in tokens. Not set: what the run needs.", ge=1
+    )
+    vllm_tensor_parallel_size: int = _vllm(1, "GPUs that one rollout worker spreads its model over.", ge=1)
+    vllm_max_num_seqs: int | None = _vllm(
+        None, "Most completions that one worker samples at a time. Not set: vLLM's default.", ge=1
+    )
+    vllm_enforce_eager: bool | None = _vllm(
+        None, "No compiled graphs: starts faster, samples slower. Not set: true on CPU, false on GPU."
+    )
+    vllm_enable_prefix_caching: bool = _vllm(True, "Compute a prompt once for all its completions.")
+    vllm_limit_mm_per_prompt: dict[str, int] = _vllm(
+        {}, "Most images, videos or audios in one prompt, as JSON: '{\"image\": 2}'."
+    )
+    vllm_enable_lora: bool | None = _vllm(
+        None,
+        "true: only the LoRA adapter travels to the engine; false: it is merged and the weights travel. "
+        "Not set: the adapter alone wherever the engine can take it.",
+    )
+    vllm_max_lora_rank: int | None = _vllm(
+        None, "Largest adapter rank that the engine makes room for. Not set: --lora_rank.", ge=1
+    )
+    sleep_level: Literal[0, 1, 2] = _vllm(
+        0,
+        "Colocated engine while the policy trains: 0 keeps its memory, 1 drops the cache and moves weights "
+        "to "
+        "CPU, 2 drops both.",
+    )
+    offload_model: bool = _vllm(False, "Move the policy's weights to CPU while the engine samples.")
+    offload_optimizer: bool = _vllm(False, "Move the optimizer's state to CPU while the engine samples.")
+
+    @model_validator(mode="after")
+    def _check_rollout(self) -> Self:
+        if not self.use_vllm:
+            raise ConfigError(
+                "--use_vllm false: vLLM is the only rollout engine here, on GPU and on CPU; leave it out."
+            )
+        if self.top_k == 0:
+            raise ConfigError("--top_k 0 leaves no token to sample: use -1 for all tokens.")
+        limit = self.vllm_max_model_len
+        if limit is not None and limit <= self.max_completion_length:
+            raise ConfigError(
+                f"--vllm_max_model_len {limit} must hold the prompt and the completion, but "
+                "--max_completion_length "
+                f"is {self.max_completion_length}: raise the first or lower the second."
+            )
+        return self

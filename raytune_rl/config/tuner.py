@@ -1,0 +1,64 @@
+"""What is trained: the whole model, or a small adapter on it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from raytune_rl.config.base import Options, setting
+from raytune_rl.errors import ConfigError
+
+_setting = partial(setting, "Tuner")
+
+
+class TunerOptions(Options):
+    """Full training or LoRA, and LoRA's shape."""
+
+    train_type: Literal["lora", "full"] = _setting(
+        "lora", "lora trains a small adapter, full trains every weight."
+    )
+    lora_rank: int = _setting(8, "Rank of the adapter matrices.", ge=1)
+    lora_alpha: float = _setting(32, "LoRA scale: the adapter's output is multiplied by alpha / rank.", gt=0)
+    lora_dropout: float = _setting(
+        0.05, "Share of the adapter's inputs dropped in SFT. RL trains without dropout.", ge=0, lt=1
+    )
+    target_modules: tuple[str, ...] = _setting(
+        ("all-linear",), "Modules that get an adapter: all-linear (all but the head) or name endings."
+    )
+    modules_to_save: tuple[str, ...] = _setting(
+        (), "Modules trained whole beside the adapter and saved with it, such as embed_tokens."
+    )
+    use_rslora: bool = _setting(False, "Rank-stabilised LoRA: scale by alpha / sqrt(rank).")
+    use_dora: bool = _setting(False, "DoRA: learn magnitude and direction of the weights apart.")
+    quant_method: Literal["bnb"] | None = _setting(
+        None, "Quantise the frozen base model (QLoRA): bnb is bitsandbytes. Goes with --quant_bits."
+    )
+    quant_bits: Literal[4] | None = _setting(
+        None, "Bits of a quantised weight: 4 is NF4. Goes with --quant_method."
+    )
+    freeze_vit: bool = _setting(True, "Vision models: leave the vision tower as it is.")
+    freeze_aligner: bool = _setting(True, "Vision models: leave the projection from vision to text as it is.")
+
+    @model_validator(mode="after")
+    def _check_tuner(self) -> Self:
+        if (self.quant_method is None) != (self.quant_bits is None):
+            raise ConfigError(
+                "--quant_method and --quant_bits go together: write --quant_method bnb --quant_bits 4."
+            )
+        if self.train_type == "full":
+            if self.quant_bits is not None:
+                raise ConfigError(
+                    f"--train_type full cannot train a model quantised with --quant_bits {self.quant_bits}: "
+                    "use --train_type lora (QLoRA), or leave out --quant_method and --quant_bits."
+                )
+            for name in ("use_dora", "use_rslora"):
+                if getattr(self, name):
+                    raise ConfigError(f"--{name} is a kind of LoRA: it needs --train_type lora, not full.")
+        elif not self.target_modules:
+            raise ConfigError(
+                "--target_modules is empty, so --train_type lora has nothing to train: name modules or use "
+                "all-linear."
+            )
+        return self

@@ -1,0 +1,157 @@
+"""Joining a Ray cluster, or starting one here, and reserving places on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from raytune_rl.errors import PlacementError
+from raytune_rl.runtime.placement import (
+    GroupSpec,
+    Layout,
+    Slot,
+    check_fits,
+    make_layout,
+    neighbours_first,
+    placement_message,
+)
+
+NAMESPACE = "raytune_rl"
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """What the cluster offers.
+
+    Attributes:
+        started_here: True when this process started the cluster and will stop it.
+        address: The address Ray reports.
+        nodes: Resources that are free now, by node address.
+        object_store_bytes: Object store of all nodes together.
+    """
+
+    started_here: bool
+    address: str
+    nodes: dict[str, dict[str, float]]
+    object_store_bytes: int
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all nodes."""
+        return sum(have.get("GPU", 0.0) for have in self.nodes.values())
+
+    @property
+    def cpus(self) -> float:
+        """CPU cores of all nodes."""
+        return sum(have.get("CPU", 0.0) for have in self.nodes.values())
+
+
+@contextmanager
+def session(address: str | None = None) -> Iterator[ClusterInfo]:
+    """Connects to the cluster at `address` or `RAY_ADDRESS`, or starts one on this machine for the time of the block.
+
+    An already connected process (a script that called `ray.init` itself) is used as it is and left connected.
+
+    Raises:
+        PlacementError: The cluster at the address does not answer.
+    """
+    joined = ray.is_initialized()
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not joined:
+        quiet = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": False}
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            if address:
+                ray.init(address=address, namespace=NAMESPACE, **quiet)
+            else:
+                ray.init(namespace=NAMESPACE, include_dashboard=False, **quiet)
+        except ConnectionError as error:
+            raise PlacementError(
+                f"no Ray cluster answers at {address!r}: {error}. Start one with `ray start --head`, or unset "
+                "RAY_ADDRESS / --ray_address to run on this machine alone."
+            ) from error
+    try:
+        yield describe(started_here=not joined and not address)
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def describe(started_here: bool = False) -> ClusterInfo:
+    """Reads the free resources of every living node."""
+    nodes: dict[str, dict[str, float]] = {}
+    store = 0
+    free_by_id = ray._private.state.available_resources_per_node()
+    for node in ray.nodes():
+        if not node["Alive"]:
+            continue
+        total = node["Resources"]
+        store += int(total.get("object_store_memory", 0))
+        free = free_by_id.get(node["NodeID"], total)
+        name = node["NodeManagerAddress"]
+        if name in nodes:  # several logical nodes of one machine, as in tests
+            name = f"{name} ({node['NodeID'][:6]})"
+        nodes[name] = {k: float(v) for k, v in free.items() if _is_schedulable(k)}
+    return ClusterInfo(started_here, ray.get_runtime_context().gcs_address, nodes, store)
+
+
+@contextmanager
+def reserve(groups: Sequence[GroupSpec], timeout_s: float) -> Iterator[dict[str, list[Slot]]]:
+    """Reserves a place for every worker of every group, and gives them back at the end.
+
+    Slots of a group are in rank order: ranks of a node are neighbours.
+
+    Raises:
+        PlacementError: The cluster cannot hold the groups, or did not make room within `timeout_s` seconds.
+    """
+    layout = make_layout(groups)
+    nodes = describe().nodes
+    check_fits(layout, groups, nodes)
+    reserved = placement_group([dict(b) for b in layout.bundles], strategy="PACK")
+    try:
+        _await_reservation(reserved, groups, timeout_s)
+        yield slots_of(reserved, layout)
+    finally:
+        remove_placement_group(reserved)
+
+
+def slots_of(reserved: PlacementGroup, layout: Layout) -> dict[str, list[Slot]]:
+    """The slots of a ready placement group, by group, in rank order."""
+    address_of_node = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
+    node_of_bundle = {
+        int(index): address_of_node[node] for index, node in placement_group_table(reserved)["bundles_to_node_id"].items()
+    }
+    return {
+        name: [Slot(reserved, i, node_of_bundle[i]) for i in neighbours_first(node_of_bundle, bundles)]
+        for name, bundles in layout.bundle_of.items()
+    }
+
+
+def _await_reservation(reserved: PlacementGroup, groups: Sequence[GroupSpec], timeout_s: float) -> None:
+    try:
+        ray.get(reserved.ready(), timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise PlacementError(
+            f"no room within {timeout_s:.0f} s (--start_timeout): " + placement_message(None, groups, describe().nodes)
+        ) from error
+
+
+def _is_schedulable(resource: str) -> bool:
+    hidden = ("memory", "object_store_memory")
+    return resource not in hidden and not resource.startswith(("node:", "bundle", "CPU_group", "GPU_group"))
+
+
+def resources_of(nodes: Mapping[str, Mapping[str, float]], name: str) -> float:
+    """Sum of one resource over nodes."""
+    return sum(have.get(name, 0.0) for have in nodes.values())

@@ -1,0 +1,148 @@
+"""Where actors go: pure arithmetic on resources, and the one place that asks Ray for them.
+
+A *bundle* is a share of one node. Workers of different groups that are colocated share a bundle (and its GPU); all
+others have one of their own. The bundles of a run form one Ray placement group, so a run starts whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytune_rl.errors import PlacementError
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What a group of workers of one role needs.
+
+    Attributes:
+        name: Role name, such as "policy".
+        workers: Number of actors.
+        cpus: CPU cores of each, may be fractional.
+        gpus: GPUs of each, may be fractional when the group shares them.
+        colocate_with: Name of an earlier group whose bundles this one shares (worker i with worker i modulo its size).
+        resources: Custom Ray resources of each, such as `{"policy": 1}`.
+    """
+
+    name: str
+    workers: int
+    cpus: float = 1.0
+    gpus: float = 0.0
+    colocate_with: str | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+    def demand(self) -> dict[str, float]:
+        """Resources of one worker, in Ray's names."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
+        return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Bundles to reserve and the bundle index of each worker of each group."""
+
+    bundles: tuple[dict[str, float], ...]
+    bundle_of: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One worker's reserved place."""
+
+    placement_group: Any
+    bundle_index: int
+    node_ip: str
+
+
+def make_layout(groups: Sequence[GroupSpec]) -> Layout:
+    """Distributes the workers of all groups over bundles.
+
+    Raises:
+        PlacementError: A group is colocated with one that does not come before it.
+    """
+    bundles: list[dict[str, float]] = []
+    bundle_of: dict[str, tuple[int, ...]] = {}
+    for group in groups:
+        if group.colocate_with is None:
+            first = len(bundles)
+            bundles.extend(dict(group.demand()) for _ in range(group.workers))
+            bundle_of[group.name] = tuple(range(first, first + group.workers))
+            continue
+        if group.colocate_with not in bundle_of:
+            raise PlacementError(
+                f"group {group.name!r} is colocated with {group.colocate_with!r}, which is not placed before it"
+            )
+        hosts = bundle_of[group.colocate_with]
+        mine = tuple(hosts[i % len(hosts)] for i in range(group.workers))
+        bundle_of[group.name] = mine
+        for index in mine:
+            for name, amount in group.demand().items():
+                bundles[index][name] = round(bundles[index].get(name, 0.0) + amount, 6)
+    return Layout(tuple(bundles), bundle_of)
+
+
+def check_fits(layout: Layout, groups: Sequence[GroupSpec], nodes: Mapping[str, Mapping[str, float]]) -> None:
+    """Refuses at once what the cluster can never place, by packing the largest bundles first.
+
+    Args:
+        layout: What to place.
+        groups: For the message.
+        nodes: Available resources by node name (Ray's names: CPU, GPU, custom).
+
+    Raises:
+        PlacementError: With what was asked for and what each node has.
+    """
+    free = {name: dict(have) for name, have in nodes.items()}
+    order = sorted(layout.bundles, key=lambda b: (b.get("GPU", 0.0), b.get("CPU", 0.0)), reverse=True)
+    for bundle in order:
+        home = next((n for n, have in free.items() if _holds(have, bundle)), None)
+        if home is None:
+            raise PlacementError(placement_message(bundle, groups, nodes))
+        for name, amount in bundle.items():
+            free[home][name] -= amount
+
+
+def placement_message(
+    bundle: Mapping[str, float] | None,
+    groups: Sequence[GroupSpec],
+    nodes: Mapping[str, Mapping[str, float]],
+) -> str:
+    """The text of a `PlacementError`: asked, available, what to change."""
+    lines = ["the groups do not fit on the cluster."]
+    if bundle is not None:
+        lines[0] = f"the groups do not fit on the cluster: no node has {_show(bundle)} left for one of the bundles."
+    lines.append("asked:")
+    for group in groups:
+        where = f", sharing with {group.colocate_with}" if group.colocate_with else ""
+        lines.append(f"  {group.name}: {group.workers} worker(s), each {_show(group.demand())}{where}")
+    lines.append("available:")
+    lines += [f"  node {name}: {_show(have)}" for name, have in nodes.items()] or ["  no node is alive"]
+    lines.append(
+        "Ask for fewer workers (--policy_workers, --rollout_workers, --reference_workers, --reward_workers), for smaller "
+        "ones (--cpus_per_..., --gpus_per_...), let groups share (--colocate true), or add nodes."
+    )
+    return "\n".join(lines)
+
+
+def neighbours_first(node_of_bundle: Mapping[int, str], bundles: Sequence[int]) -> list[int]:
+    """Sorts bundles so that those of one node are adjacent: ranks of a node become neighbours.
+
+    Nodes keep the order of their address, not of Ray's answer, so that a rank lands on the same node in each run.
+    """
+    return sorted(bundles, key=lambda index: (_address_key(node_of_bundle[index]), index))
+
+
+def _address_key(ip: str) -> tuple:
+    parts = ip.split(".")
+    return tuple(int(p) for p in parts) if all(p.isdigit() for p in parts) else (ip,)
+
+
+def _holds(have: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
+    return all(have.get(name, 0.0) + 1e-9 >= amount for name, amount in bundle.items())
+
+
+def _show(resources: Mapping[str, float]) -> str:
+    shown = [f"{amount:g} {name}" for name, amount in sorted(resources.items()) if amount > 0]
+    return ", ".join(shown) or "nothing"

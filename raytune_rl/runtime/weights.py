@@ -1,0 +1,165 @@
+"""The weight store: versions of the policy's weights in the object store, for anybody to pull at any time.
+
+A version is a few *buckets*. A bucket is one object: a list of flat uint8 arrays, one a tensor, and an index that says
+what they are. Ray serialises the arrays outside the pickle, so that publishing is one copy into shared memory and
+reading is a mapping. The buckets are the return values of the policy workers' own method, which makes the
+controller their owner: they outlive the worker that made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from raytune_rl.errors import StaleWeightsError
+from raytune_rl.runtime.cluster import NAMESPACE
+
+if TYPE_CHECKING:
+    import torch
+
+BUCKET_BYTES = 512 * 2**20
+"""Aim for a bucket's size: large enough that calls do not matter, well under the 2 GiB where objects get slow."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a bucket: its name in the Hugging Face checkpoint, torch dtype name and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        import torch
+
+        return getattr(torch, self.dtype).itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One published version.
+
+    Attributes:
+        version: Counts up from 0.
+        kind: "full" (every tensor of the model; LoRA already merged) or "adapter" (LoRA tensors alone).
+        buckets: References to lists of flat uint8 arrays.
+        index: The entries of each bucket, in the order of its arrays.
+        adapter_config: PEFT's configuration as JSON text, for kind "adapter".
+    """
+
+    version: int
+    kind: str
+    buckets: tuple[Any, ...]
+    index: tuple[tuple[TensorEntry, ...], ...]
+    adapter_config: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for bucket in self.index for entry in bucket)
+
+
+def plan_buckets(entries: Sequence[TensorEntry], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
+    """Cuts tensors into consecutive buckets of about `bucket_bytes`; a larger tensor gets one of its own."""
+    buckets: list[list[int]] = []
+    size = 0
+    for position, entry in enumerate(entries):
+        if not buckets or size + entry.nbytes > bucket_bytes:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(position)
+        size += entry.nbytes
+    return buckets
+
+
+def to_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """A tensor's memory as flat uint8; a view where the tensor is a contiguous CPU tensor."""
+    import torch
+
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    return flat.view(torch.uint8).numpy()
+
+
+def from_bytes(data: NDArray[np.uint8], entry: TensorEntry) -> torch.Tensor:
+    """The tensor of a bucket's array, sharing its (read-only) memory."""
+    import warnings
+
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        flat = torch.from_numpy(data)
+    return flat.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+
+
+def entry_of(name: str, tensor: torch.Tensor) -> TensorEntry:
+    """Describes a tensor."""
+    return TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def read(manifest: Manifest, timeout_s: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields `(name, tensor)` of a version, bucket after bucket; tensors are read-only maps of shared memory."""
+    for ref, entries in zip(manifest.buckets, manifest.index, strict=True):
+        arrays = ray.get(ref, timeout=timeout_s)
+        for data, entry in zip(arrays, entries, strict=True):
+            yield entry.name, from_bytes(data, entry)
+
+
+class WeightStore:
+    """An actor that knows which versions exist. It holds references, never weights.
+
+    Args:
+        keep: Versions to keep: the newest, and those that a worker may still be reading.
+    """
+
+    def __init__(self, keep: int = 2) -> None:
+        self._keep = keep
+        self._manifests: dict[int, Manifest] = {}
+
+    def publish(self, manifest: Manifest) -> int:
+        """Makes a version known; versions only count up.
+
+        Raises:
+            StaleWeightsError: The version is not newer than the newest.
+        """
+        newest = max(self._manifests, default=-1)
+        if manifest.version <= newest:
+            raise StaleWeightsError(f"weight version {manifest.version} was published after version {newest}")
+        self._manifests[manifest.version] = manifest
+        for old in sorted(self._manifests)[: -self._keep]:
+            del self._manifests[old]
+        return manifest.version
+
+    def get(self, version: int | None = None) -> Manifest:
+        """The manifest of a version, or of the newest.
+
+        Raises:
+            StaleWeightsError: The version is not (or no longer) there.
+        """
+        wanted = max(self._manifests, default=-1) if version is None else version
+        if wanted not in self._manifests:
+            raise StaleWeightsError(f"weight version {wanted} is not in the store, which has {sorted(self._manifests)}")
+        return self._manifests[wanted]
+
+
+def start_store(name: str) -> ray.actor.ActorHandle:
+    """Starts a weight store under a name, by which any process of the cluster finds it."""
+    return ray.remote(WeightStore).options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=8).remote()
+
+
+def find_manifest(store_name: str, version: int | None, timeout_s: float) -> Manifest:
+    """Asks the named store for a version (None: the newest) from any process connected to the cluster."""
+    store = ray.get_actor(store_name, namespace=NAMESPACE)
+    return ray.get(store.get.remote(version), timeout=timeout_s)
+
+
+def collect_index(parts: Iterable[tuple[tuple[TensorEntry, ...], ...]]) -> tuple[tuple[TensorEntry, ...], ...]:
+    """Joins the ranks' bucket indices in rank order."""
+    return tuple(bucket for part in parts for bucket in part)

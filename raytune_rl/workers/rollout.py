@@ -1,0 +1,184 @@
+"""The rollout worker: turns prompts into trajectories under a weight version it has acknowledged.
+
+One worker is one vLLM engine inside one actor. It is stateless but for its weights: any worker can answer any request
+of the same version, and a worker that has not loaded the version asked for refuses to answer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raytune_rl.data.ragged import Columns, Ragged
+from raytune_rl.errors import StaleWeightsError
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How to build an engine.
+
+    Attributes:
+        model: Local directory of the base model.
+        dtype: torch dtype name of the weights.
+        max_model_len: Longest prompt plus completion, tokens.
+        store: Name of the weight store's actor.
+        pull_timeout_s: Deadline for pulling one version, seconds.
+        tensor_parallel_size: GPUs of one engine.
+        gpu_memory_utilization: Share of each GPU that vLLM may use.
+        kv_cache_bytes: Size of the key-value cache; None leaves it to `gpu_memory_utilization` (the way on GPUs).
+        max_num_seqs: Sequences decoded at once; None is vLLM's default.
+        enforce_eager: No CUDA graphs or compilation.
+        enable_prefix_caching: Share the prompt's key-value blocks among completions.
+        lora_rank: Rank of the adapters it will serve; 0 when weights arrive merged or the training is full.
+        trust_remote_code: Run code from the model's directory.
+        seed: Engine seed; each completion has a seed of its own besides.
+        sleep_level: What to drop between generations on a GPU: 0 nothing, 1 weights to the CPU, 2 weights discarded.
+    """
+
+    model: str
+    dtype: str
+    max_model_len: int
+    store: str
+    pull_timeout_s: float
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int | None = None
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    lora_rank: int = 0
+    trust_remote_code: bool = False
+    seed: int = 0
+    sleep_level: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Names and meaning are vLLM's."""
+
+    temperature: float
+    max_tokens: int
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt and the completions wanted of it.
+
+    Attributes:
+        prompt_id: The controller's number of the prompt, given back in the answer.
+        row: Where the prompt lies in the prompt columns.
+        seeds: One seed a completion; the same prompt, seed and weights give the same completion on any worker.
+    """
+
+    prompt_id: int
+    row: int
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CompletionMeta:
+    """What the controller learns of one completion: no tokens, only sizes and facts.
+
+    Attributes:
+        prompt_id: From the request.
+        sample: Index among the prompt's completions.
+        row: Row in the returned columns and texts.
+        prompt_tokens: Length of the prompt.
+        completion_tokens: Length of the completion, its end token included.
+        finish_reason: "stop" (ended by itself) or "length" (cut at the limit).
+        version: Weight version that sampled it.
+    """
+
+    prompt_id: int
+    sample: int
+    row: int
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
+    version: int
+
+
+def rollout_env(threads: int, tensor_parallel_size: int, on_gpu: bool) -> dict[str, str]:
+    """Environment that must be set before vLLM is imported in the worker's process."""
+    env = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(threads),
+        # Inside the actor's own process the engine can read the object store; more GPUs need processes of their own.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if tensor_parallel_size == 1 else "1",
+    }
+    if not on_gpu:
+        # Several actors share these cores; binding each engine to cores of its own choice would stack them.
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return env
+
+
+class RolloutWorker:
+    """One vLLM engine. Run as an actor by the controller."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        from raytune_rl.workers.vllm_engine import VllmEngine
+
+        self._engine = VllmEngine(spec)
+
+    def ping(self) -> dict[str, Any]:
+        """Proves that the engine is up; tells the version it serves (None: none acknowledged yet)."""
+        return {"version": self._engine.version, "pid": os.getpid()}
+
+    def load_weights(self, version: int | None = None) -> tuple[int, float]:
+        """Pulls a version (None: the newest) from the store. Returns the version and the seconds it took."""
+        return self._engine.load(version)
+
+    def generate(
+        self,
+        prompts: Mapping[str, Ragged],
+        requests: Sequence[PromptRequest],
+        sampling: Sampling,
+        version: int,
+    ) -> tuple[list[CompletionMeta], Columns, list[str]]:
+        """Completes prompts.
+
+        Args:
+            prompts: Columns with "prompt", Ragged int32 token ids.
+            requests: Which prompts, and the seeds of their completions.
+            sampling: How to draw.
+            version: The weight version to sample with.
+
+        Returns:
+            Facts of each completion, the trajectory columns (tokens, loss_mask, logprobs, versions; one row a completion),
+            and the completions' texts.
+
+        Raises:
+            StaleWeightsError: This worker serves another version.
+        """
+        if self._engine.version != version:
+            raise StaleWeightsError(
+                f"asked to sample with weight version {version}, but version {self._engine.version} is loaded"
+            )
+        asked = [(r, sample, seed) for r in requests for sample, seed in enumerate(r.seeds)]
+        ids = [prompts["prompt"][r.row] for r, _, _ in asked]
+        sampled = self._engine.sample(ids, [seed for _, _, seed in asked], sampling)
+        metas = [
+            CompletionMeta(r.prompt_id, sample, row, len(ids[row]), len(s.tokens), s.finish_reason, version)
+            for row, ((r, sample, _), s) in enumerate(zip(asked, sampled, strict=True))
+        ]
+        columns: Columns = {
+            "tokens": Ragged.from_rows(
+                [np.concatenate([p, s.tokens]) for p, s in zip(ids, sampled, strict=True)], np.int32
+            ),
+            "loss_mask": Ragged.from_rows(
+                [np.arange(len(p) + len(s.tokens)) >= len(p) for p, s in zip(ids, sampled, strict=True)], np.bool_
+            ),
+            "logprobs": Ragged.from_rows([s.logprobs for s in sampled], np.float32),
+            "versions": Ragged.from_rows([np.full(len(s.tokens), version) for s in sampled], np.int32),
+        }
+        return metas, columns, [s.text for s in sampled]

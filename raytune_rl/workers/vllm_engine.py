@@ -1,0 +1,191 @@
+"""The one place that knows vLLM's engine.
+
+Thin on purpose: construct, step, load, nothing else, so that it follows vLLM from version to version.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from vllm import SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from raytune_rl.errors import StaleWeightsError
+from raytune_rl.runtime.weights import Manifest, find_manifest, read
+from raytune_rl.workers import vllm_plugin
+from raytune_rl.workers.rollout import EngineSpec, Sampling
+from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One completion as the engine gave it.
+
+    Attributes:
+        tokens: int32 `[n]`, the end token included.
+        logprobs: float32 `[n]`, of the distribution that was sampled from (after temperature and the like).
+        text: Decoded without special tokens.
+        finish_reason: "stop" or "length".
+    """
+
+    tokens: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    text: str
+    finish_reason: str
+
+
+class VllmEngine:
+    """An engine that samples token ids and pulls its weights from the store."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        vllm_plugin.register()
+        os.environ[ADDRESS_VARIABLE] = ray.get_runtime_context().gcs_address
+        self._spec = spec
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**engine_args(spec)))
+        self._engine.collective_rpc(
+            "init_weight_transfer_engine",
+            kwargs={"init_info": {"store": spec.store, "timeout_s": spec.pull_timeout_s}},
+        )
+        self._numbers = itertools.count()
+        self._adapter: LoRARequest | None = None
+        self._adapter_dir = Path(tempfile.mkdtemp(prefix="raytune_rl_adapter_"))
+        self.version: int | None = None
+
+    def load(self, version: int | None) -> tuple[int, float]:
+        """Pulls a version and serves it from now on. Returns the version and the seconds it took.
+
+        The version is acknowledged only at the end: if the pull fails halfway, the engine serves nothing.
+        """
+        started = time.perf_counter()
+        self.version = None
+        manifest = find_manifest(self._spec.store, version, self._spec.pull_timeout_s)
+        if manifest.kind == "adapter":
+            self._load_adapter(manifest)
+        else:
+            self._engine.collective_rpc("start_weight_update")
+            self._engine.collective_rpc("update_weights", kwargs={"update_info": {"version": manifest.version}})
+            self._engine.collective_rpc("finish_weight_update")
+        if not self._engine.reset_prefix_cache():
+            raise StaleWeightsError("vLLM kept key-value blocks of the old weights: requests were still running")
+        self.version = manifest.version
+        return manifest.version, time.perf_counter() - started
+
+    def sample(self, prompts: Sequence[NDArray], seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
+        """Completes each prompt once, with its own seed. Order of answers is that of the prompts."""
+        position: dict[str, int] = {}
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            name = str(next(self._numbers))
+            position[name] = index
+            self._engine.add_request(
+                name,
+                {"prompt_token_ids": prompt.tolist()},
+                self._params(sampling, seed, len(prompt)),
+                lora_request=self._adapter,
+            )
+        answers: dict[int, Sampled] = {}
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    answers[position[output.request_id]] = to_sampled(output.outputs[0])
+        texts = self._decode([answers[i].tokens for i in range(len(prompts))], sampling)
+        return [Sampled(a.tokens, a.logprobs, text, a.finish_reason) for a, text in zip(
+            (answers[i] for i in range(len(prompts))), texts, strict=True
+        )]
+
+    def _params(self, sampling: Sampling, seed: int, prompt_tokens: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            max_tokens=min(sampling.max_tokens, self._spec.max_model_len - prompt_tokens),
+            stop=list(sampling.stop_words) or None,
+            include_stop_str_in_output=True,
+            seed=seed,
+            logprobs=0,
+            # Text is only needed while sampling to look for stop words; otherwise it is decoded once at the end.
+            detokenize=bool(sampling.stop_words),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _decode(self, rows: Sequence[NDArray], sampling: Sampling) -> list[str]:
+        tokenizer: Any = self._engine.get_tokenizer()
+        return tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)
+
+    def _load_adapter(self, manifest: Manifest) -> None:
+        """Hands LoRA tensors to vLLM, which reads adapters from a directory; each version has a name of its own."""
+        directory = self._adapter_dir / str(manifest.version)
+        directory.mkdir()
+        tensors = {name: tensor.clone() for name, tensor in read(manifest, self._spec.pull_timeout_s)}
+        save_file(tensors, directory / "adapter_model.safetensors")
+        (directory / "adapter_config.json").write_text(manifest.adapter_config or "{}")
+        fresh = LoRARequest(f"policy-{manifest.version}", manifest.version + 1, str(directory))
+        if self._adapter is not None:
+            self._engine.remove_lora(self._adapter.lora_int_id)
+        self._engine.add_lora(fresh)
+        self._adapter = fresh
+        shutil.rmtree(directory)
+
+
+def engine_args(spec: EngineSpec) -> dict[str, Any]:
+    """Translates a spec into vLLM's arguments; only what was decided is passed, the rest is vLLM's default."""
+    args: dict[str, Any] = {
+        "model": spec.model,
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_model_len,
+        "tensor_parallel_size": spec.tensor_parallel_size,
+        "gpu_memory_utilization": spec.gpu_memory_utilization,
+        "enforce_eager": spec.enforce_eager,
+        "enable_prefix_caching": spec.enable_prefix_caching,
+        "trust_remote_code": spec.trust_remote_code,
+        "seed": spec.seed,
+        "disable_log_stats": True,
+        # Log-probs of the distribution that was really sampled from, so that they compare with the policy's.
+        "logprobs_mode": "processed_logprobs",
+        # With asynchronous scheduling a token may be lost when generation is paused for a weight update.
+        "async_scheduling": False,
+        "weight_transfer_config": WeightTransferConfig(backend=vllm_plugin.BACKEND),
+        "enable_sleep_mode": spec.sleep_level > 0 and not current_platform.is_cpu(),
+    }
+    if spec.kv_cache_bytes is not None:
+        args["kv_cache_memory_bytes"] = spec.kv_cache_bytes
+    if spec.max_num_seqs is not None:
+        args["max_num_seqs"] = spec.max_num_seqs
+    if spec.lora_rank:
+        args |= {"enable_lora": True, "max_lora_rank": _vllm_rank(spec.lora_rank), "max_loras": 1}
+    if spec.tensor_parallel_size > 1:
+        args["distributed_executor_backend"] = "mp"
+    return args
+
+
+def to_sampled(output: Any) -> Sampled:
+    """Reads a finished output of vLLM (text is filled in by the caller)."""
+    tokens = np.asarray(output.token_ids, dtype=np.int32)
+    logprobs = np.asarray(
+        [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)],
+        dtype=np.float32,
+    )
+    return Sampled(tokens, logprobs, output.text or "", output.finish_reason or "abort")
+
+
+def _vllm_rank(rank: int) -> int:
+    """vLLM takes a few maximal ranks only: the smallest that holds `rank`."""
+    return next(allowed for allowed in (8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)

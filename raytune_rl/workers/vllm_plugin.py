@@ -1,0 +1,19 @@
+"""Makes the object-store weight transfer known to vLLM.
+
+Named in pyproject.toml as a vLLM plugin, so that vLLM calls it in every process of its own, tensor-parallel workers
+included. It imports nothing heavy: vLLM loads plugins before its own modules are complete.
+"""
+
+BACKEND = "ray_object_store"
+
+
+def register() -> None:
+    """Registers the engine by name; may be called more than once, as vLLM does."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    try:
+        WeightTransferEngineFactory.register_engine(
+            BACKEND, "raytune_rl.workers.weight_transfer", "ObjectStoreEngine"
+        )
+    except ValueError:  # already registered in this process
+        return

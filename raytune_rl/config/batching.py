@@ -1,13 +1,13 @@
 """How rows become optimizer steps: the arithmetic of ms-swift, as pure functions.
 
-In GRPO every batch size counts *completions*. With P policy workers, B completions per worker and accumulation
-step (`per_device_train_batch_size`), A accumulation steps and G completions per prompt:
+In GRPO every batch size counts *completions*. With P policy workers, B completions per worker and
+accumulation step (`per_device_train_batch_size`), A accumulation steps and G completions per prompt:
 
     completions per optimizer step  P * B * A
     generation batch                P * B * steps_per_generation, a whole number of groups of G
 
-A generation batch is trained on `num_iterations` times. Prompts that do not fill a generation batch at the end of
-an epoch are not used in that epoch.
+A generation batch is trained on `num_iterations` times. Prompts that do not fill a generation batch at the
+end of an epoch are not used in that epoch.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ def _describe(kept: list[Any]) -> tuple[Kind, str, Mapping[str, Any]]:
     if only is bool:
         return "bool", "true|false", {}
     if origin is Literal:
-        choices = {str(choice): choice for choice in get_args(only)}
-        return "scalar", "|".join(choices), choices
+        allowed = {str(choice): choice for choice in get_args(only)}
+        return "scalar", "|".join(allowed), allowed
     if origin is tuple:
         _, item, choices = _describe([get_args(only)[0]])
         return "list", item, choices

@@ -21,9 +21,7 @@ class TunerOptions(Options):
     )
     lora_rank: int = _setting(8, "Rank of the adapter matrices.", ge=1)
     lora_alpha: float = _setting(32, "LoRA scale: the adapter's output is multiplied by alpha / rank.", gt=0)
-    lora_dropout: float = _setting(
-        0.05, "Share of the adapter's inputs dropped in SFT. RL trains without dropout.", ge=0, lt=1
-    )
+    lora_dropout: float = _setting(0.05, "Share of the adapter's inputs dropped while training.", ge=0, lt=1)
     target_modules: tuple[str, ...] = _setting(
         ("all-linear",), "Modules that get an adapter: all-linear (all but the head) or name endings."
     )

@@ -1,0 +1,87 @@
+"""`raytune-rl`: argv to a config, a config to its pipeline.
+
+Nothing heavy is imported until a config stands, so that help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from raytune_rl.config import ExportConfig, RLHFConfig, SFTConfig
+from raytune_rl.config.base import Options
+from raytune_rl.config.explain import did_you_mean
+from raytune_rl.config.parser import Parsed, parse
+from raytune_rl.errors import ConfigError, RaytuneError
+
+_COMMANDS: dict[str, tuple[type[Options], str]] = {
+    "sft": (SFTConfig, "supervised fine-tuning"),
+    "rlhf": (RLHFConfig, "reinforcement learning: GRPO"),
+    "export": (ExportConfig, "merge a LoRA adapter, push a model to a hub"),
+}
+
+_USAGE = (
+    "usage: raytune-rl COMMAND [config.yaml] [--flag value ...]\n\ncommands:\n"
+    + "".join(f"  {name:<8}{what}\n" for name, (_, what) in _COMMANDS.items())
+    + "\nraytune-rl COMMAND --help explains a command's flags; raytune-rl --version tells the version.\n"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 the request cannot be honoured, 130 interrupted.
+    """
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except ConfigError as error:
+        print(f"raytune-rl: {error}", file=sys.stderr)
+        return 2
+    except RaytuneError as error:
+        print(f"raytune-rl: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("raytune-rl: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        (sys.stdout if argv else sys.stderr).write(_USAGE)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from raytune_rl import __version__
+
+        print(__version__)
+        return 0
+    name, *rest = argv
+    if name not in _COMMANDS:
+        raise ConfigError(
+            f"Unknown command {name!r}.{did_you_mean(name, _COMMANDS)} Commands: {', '.join(_COMMANDS)}."
+        )
+    try:
+        parsed = parse(rest, _COMMANDS[name][0])
+    except SystemExit:
+        return 0
+    for notice in parsed.notices:
+        print(f"raytune-rl: {notice}", file=sys.stderr)
+    _dispatch(name, parsed)
+    return 0
+
+
+def _dispatch(name: str, parsed: Parsed[Any]) -> object:
+    if name == "export":
+        return _runner("raytune_rl.export")(parsed.config)
+    module = {"sft": "raytune_rl.pipelines.sft", "rlhf": "raytune_rl.pipelines.online"}[name]
+    return _runner(module)(parsed.config, notices=parsed.notices)
+
+
+def _runner(module: str) -> Callable[..., object]:
+    return import_module(module).run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

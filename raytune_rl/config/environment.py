@@ -1,0 +1,73 @@
+"""Environment variables that ms-swift's commands are started with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raytune_rl.config.flags import Flag
+from raytune_rl.errors import ConfigError
+
+
+def apply(
+    settings: dict[str, Any], flags: Mapping[str, Flag], environ: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Adds what the environment says to settings that are not given.
+
+    Returns:
+        The new settings, and one notice per variable that acts, or that cannot.
+    """
+    settings = dict(settings)
+    notices: list[str] = []
+    if "policy_workers" in flags:
+        notices += _policy_workers(settings, environ)
+        if environ.get("MAX_PIXELS"):
+            notices.append("MAX_PIXELS does nothing yet: models with images are not built yet.")
+    if "use_hf" in flags and environ.get("USE_HF", "").lower() in ("1", "true") and "use_hf" not in settings:
+        settings["use_hf"] = True
+        notices.append(f"USE_HF={environ['USE_HF']} is read as --use_hf true.")
+    return settings, notices
+
+
+def visible_devices(environ: Mapping[str, str]) -> int | None:
+    """How many GPUs CUDA_VISIBLE_DEVICES leaves; `None` where it is not set."""
+    devices = environ.get("CUDA_VISIBLE_DEVICES")
+    if devices is None:
+        return None
+    return len([device for device in devices.split(",") if device.strip() not in ("", "-1")])
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A positive whole number out of a flag or variable called `name`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1:
+        raise ConfigError(f"{name}: {value!r} is not a whole number from 1 up.")
+    return number
+
+
+def _policy_workers(settings: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    processes = environ.get("NPROC_PER_NODE")
+    nodes = environ.get("NNODES", "1")
+    if not processes:
+        return []
+    workers = whole_number("NPROC_PER_NODE", processes) * whole_number("NNODES", nodes)
+    said = f"NPROC_PER_NODE={processes}" + (f" NNODES={nodes}" if nodes != "1" else "")
+    if environ.get("NODE_RANK", "0") != "0":
+        raise ConfigError(
+            f"NODE_RANK={environ['NODE_RANK']}: start the command once, on the head of the Ray cluster; Ray "
+            "starts "
+            "the workers of all nodes. Unset NODE_RANK if this is that one place."
+        )
+    if settings.get("policy_workers") is None:
+        settings["policy_workers"] = workers
+        return [f"{said} is read as --policy_workers {workers}."]
+    if str(settings["policy_workers"]) != str(workers):
+        return [f"{said} does nothing: --policy_workers {settings['policy_workers']} is given."]
+    return []

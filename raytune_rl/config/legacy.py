@@ -1,0 +1,141 @@
+"""Flags of ms-swift that go by another name here, or that it has since removed.
+
+Commands written for any of its versions shall run as they stand; whatever is read in another way than it is
+written is told in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raytune_rl.config.environment import visible_devices, whole_number
+from raytune_rl.config.flags import Flag
+from raytune_rl.errors import ConfigError
+
+RENAMED = {
+    "tuner_type": "train_type",
+    "custom_register_path": "external_plugins",
+    "tensor_parallel_size": "vllm_tensor_parallel_size",
+    "gpu_memory_utilization": "vllm_gpu_memory_utilization",
+    "max_model_len": "vllm_max_model_len",
+    "max_num_seqs": "vllm_max_num_seqs",
+    "enforce_eager": "vllm_enforce_eager",
+    "enable_prefix_caching": "vllm_enable_prefix_caching",
+    "limit_mm_per_prompt": "vllm_limit_mm_per_prompt",
+}
+"""Old name to the name here."""
+
+REMOVED = ("vllm_device", "num_infer_workers", "gc_collect_after_offload")
+"""Names without a setting of their own, read by `translate`."""
+
+EXTERNAL_SERVER = ("vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_server_group_port")
+
+# fmt: off
+NOT_BUILT = frozenset(
+    {
+        "advantage_estimator", "aligner_lr", "async_generate", "cached_dataset",
+        "center_rewards_coefficient", "chord_mu", "chord_phi", "completion_length_limit_scope",
+        "cosine_max_len", "cosine_max_len_value_correct", "cosine_max_len_value_wrong",
+        "cosine_min_len_value_correct", "cosine_min_len_value_wrong", "cpo_alpha",
+        "create_checkpoint_symlink", "ddp_timeout", "desirable_weight", "dynamic_sample",
+        "f_divergence_type", "freeze_llm", "freeze_parameters", "gym_env", "importance_sampling_level",
+        "init_weights", "kl_in_reward", "label_smoothing", "lazy_tokenize", "ld_alpha", "log_entropy",
+        "lora_bias", "lora_dtype", "loss_scale", "loss_weights", "max_pixels", "max_resample_times",
+        "max_turns", "model_type", "move_model_batches", "multi_turn_scheduler", "neftune_noise_alpha",
+        "overlong_filter", "packing", "predict_with_generate", "ref_adapters", "ref_model",
+        "ref_model_mixup_alpha", "ref_model_sync_steps", "repetition_max_penalty", "repetition_n_grams",
+        "reward_model", "reward_model_plugin", "rollout_importance_sampling_mode",
+        "rollout_importance_sampling_threshold", "rpo_alpha", "sequence_parallel_size",
+        "shuffle_buffer_size", "simpo_gamma", "soft_cache_length", "soft_max_length", "streaming",
+        "sync_ref_model", "target_regex", "tau_neg", "tau_pos", "teacher_model", "template",
+        "top_entropy_quantile", "undesirable_weight", "use_gym_env", "use_liger_kernel",
+        "vit_gradient_checkpointing", "vit_lr", "vllm_pipeline_parallel_size",
+    }
+)
+# fmt: on
+"""Flags of ms-swift that people use and that are not here yet: refused as such, not as a misspelling."""
+
+
+def rename(name: str, flags: Mapping[str, Flag]) -> tuple[str, str | None]:
+    """The name here of a flag, and a notice where it differs from the one written."""
+    new = RENAMED.get(name)
+    if new is None or new not in flags:
+        return name, None
+    return new, f"--{name} is read as --{new}."
+
+
+def known(name: str, flags: Mapping[str, Flag]) -> bool:
+    """Whether `translate` reads this flag for a command that has these flags."""
+    return name in REMOVED and "rollout_workers" in flags
+
+
+def translate(settings: dict[str, Any], environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Replaces removed flags, and values that have changed, by the settings they come to.
+
+    Returns:
+        The new settings, and one notice per replacement.
+    """
+    settings = dict(settings)
+    notices: list[str] = []
+    if "gc_collect_after_offload" in settings:
+        del settings["gc_collect_after_offload"]
+        notices.append(
+            "--gc_collect_after_offload does nothing: collecting by hand clashed with vLLM's allocator, and "
+            "ms-swift has removed it too."
+        )
+    scale = settings.get("scale_rewards")
+    if str(scale).lower() in ("true", "false"):
+        settings["scale_rewards"] = "group" if str(scale).lower() == "true" else "none"
+        notices.append(f"--scale_rewards {scale} is read as --scale_rewards {settings['scale_rewards']}.")
+    if "vllm_device" in settings or "num_infer_workers" in settings:
+        notices.extend(_place_rollout(settings, environ))
+    return settings, notices
+
+
+def _place_rollout(settings: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """ms-swift 3.x: which devices the engines get follows from three numbers."""
+    devices = _words(settings.pop("vllm_device", ()))
+    engines = _words(settings.pop("num_infer_workers", ()))
+    auto = all(device == "auto" for device in devices)
+    what = " ".join(
+        ([f"--vllm_device {' '.join(devices)}"] if devices else [])
+        + ([f"--num_infer_workers {' '.join(engines)}"] if engines else [])
+    )
+    given = [name for name in ("rollout_workers", "colocate", "vllm_mode") if settings.get(name) is not None]
+    if given:
+        return [f"{what} does nothing: {', '.join('--' + name for name in given)} is given."]
+    if auto and not engines:
+        return [f"{what}: Ray places the rollout workers, which it does without this flag too."]
+    if len(engines) > 1:
+        raise ConfigError(f"--num_infer_workers takes one value, but {len(engines)} follow it.")
+    count = whole_number("--num_infer_workers", engines[0]) if engines else len(devices)
+    policy = settings.get("policy_workers") or environ.get("NPROC_PER_NODE")
+    ranks = whole_number("--policy_workers", policy) if policy else None
+    apart = _apart(count, ranks, visible_devices(environ)) if auto else _beyond(devices, ranks or 1)
+    settings["rollout_workers"] = count
+    settings["colocate"] = not apart
+    where = "on GPUs of their own" if apart else "on the policy's GPUs"
+    chosen = "" if auto else " Ray chooses which."
+    return [
+        f"{what} is read as --rollout_workers {count} --colocate {str(not apart).lower()}: "
+        f"rollout workers {where}.{chosen}"
+    ]
+
+
+def _apart(engines: int, ranks: int | None, visible: int | None) -> bool:
+    if visible is not None and (ranks or 1) + engines <= visible:
+        return True
+    return ranks is not None and engines < ranks
+
+
+def _beyond(devices: tuple[str, ...], ranks: int) -> bool:
+    """Whether no device is one of the first ones, on which the policy trains."""
+    numbers = [device.rpartition(":")[2] for device in devices]
+    return all(number.isdigit() and int(number) >= ranks for number in numbers)
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    if isinstance(value, (list, tuple)):
+        return tuple(str(item) for item in value)
+    return (str(value),)

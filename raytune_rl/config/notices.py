@@ -1,0 +1,77 @@
+"""What a config asks for that will have no effect. Nobody shall find that out by himself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from raytune_rl.config import resolved
+from raytune_rl.config.base import Options
+from raytune_rl.config.commands import RLHFConfig, SFTConfig
+
+_NO_VISION = "models with images are not built yet"
+_NO_EVALUATION = "evaluation during training is not built yet"
+
+PENDING: Mapping[str, Mapping[str, str]] = {
+    "sft": {
+        "freeze_vit": _NO_VISION,
+        "freeze_aligner": _NO_VISION,
+        "val_dataset": _NO_EVALUATION,
+        "split_dataset_ratio": _NO_EVALUATION,
+    },
+    "rlhf": {
+        "freeze_vit": _NO_VISION,
+        "freeze_aligner": _NO_VISION,
+        "vllm_limit_mm_per_prompt": _NO_VISION,
+        "val_dataset": _NO_EVALUATION,
+        "split_dataset_ratio": _NO_EVALUATION,
+    },
+}
+"""Per command, settings that are taken but cannot act yet, and why. Remove a line when its setting acts."""
+
+
+def notices_for(config: Options) -> tuple[str, ...]:
+    """One line per setting, or group of settings, that will have no effect in this config."""
+    notices = [
+        f"--{name} does nothing yet: {why}."
+        for name, why in PENDING.get(config.COMMAND, {}).items()
+        if getattr(config, name) != type(config).model_fields[name].default
+    ]
+    if isinstance(config, (SFTConfig, RLHFConfig)):
+        notices += _training(config)
+    if isinstance(config, RLHFConfig):
+        notices += _online(config)
+    return tuple(notices)
+
+
+def _training(config: SFTConfig | RLHFConfig) -> Iterable[str]:
+    if not resolved.has_validation(config):
+        names = ("eval_steps", "per_device_eval_batch_size", "num_generations_eval")
+        why = "there is no validation data (--val_dataset or --split_dataset_ratio)"
+        yield from _idle(config, names, why)
+    if config.train_type == "full":
+        lora = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+        yield from _idle(config, lora, "--train_type full trains every weight, without LoRA")
+    if config.max_steps > 0:
+        yield from _idle(config, ("num_train_epochs",), "--max_steps goes first")
+
+
+def _online(config: RLHFConfig) -> Iterable[str]:
+    if config.vllm_mode == "server":
+        yield (
+            "--vllm_mode server is read as --colocate false: rollout workers on GPUs of their own, started "
+            "by this "
+            "command; no server is contacted."
+        )
+    if resolved.colocate(config) is False:
+        names = ("sleep_level", "offload_model", "offload_optimizer")
+        used = tuple(name for name in names if getattr(config, name))
+        yield from _idle(config, used, "rollout workers have GPUs of their own")
+    if config.beta == 0:
+        names = ("reference_workers", "gpus_per_reference_worker", "cpus_per_reference_worker")
+        yield from _idle(config, names, "with --beta 0 there is no reference model")
+
+
+def _idle(config: Options, names: Iterable[str], why: str) -> Iterable[str]:
+    given = [f"--{name}" for name in names if config.is_set(name)]
+    if given:
+        yield f"{', '.join(given)} {'do' if len(given) > 1 else 'does'} nothing: {why}."

@@ -1,0 +1,115 @@
+"""Which column of a row plays which part. Names are matched without regard to case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+#: Accepted names of each part, as in ms-swift.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "system": ("system", "system_prompt"),
+    "query": ("query", "prompt", "input", "instruction", "question", "problem"),
+    "response": (
+        "response",
+        "answer",
+        "output",
+        "targets",
+        "target",
+        "answer_key",
+        "answers",
+        "solution",
+        "text",
+        "completion",
+        "content",
+    ),
+    "images": ("images", "image"),
+    "videos": ("videos", "video"),
+    "audios": ("audios", "audio"),
+    "messages": ("messages", "conversation", "conversations"),
+    "tools": ("tools",),
+    "history": ("history",),
+}
+
+#: Parts that `columns` may assign besides the above: the fields of the instruction format.
+_ALPACA_PARTS = ("instruction", "input", "output")
+
+
+class ColumnError(ValueError):
+    """The columns of a row do not say clearly what is what; the message names them."""
+
+
+@dataclass(frozen=True)
+class ColumnMap:
+    """The user's `--columns`: source name to target name, an explicit word that wins over every guess."""
+
+    renames: Mapping[str, str]
+
+    def explicit_parts(self, names: Iterable[str]) -> dict[str, str]:
+        """Part to column, for the targets that are parts and whose source is among `names`."""
+        parts: dict[str, str] = {}
+        for source, target in self._present(names):
+            part = target.lower()
+            if part not in SYNONYMS and part not in _ALPACA_PARTS:
+                continue
+            if part in parts:
+                raise ColumnError(f"--columns maps both {parts[part]!r} and {source!r} to {target!r}")
+            parts[part] = source
+        return parts
+
+    def plain_renames(self, names: Iterable[str]) -> dict[str, str]:
+        """Column to new name, for the other targets (a column that a reward wants under its own name,
+        say)."""
+        there = list(names)
+        plain = {}
+        for source, target in self._present(there):
+            if target.lower() in SYNONYMS or target.lower() in _ALPACA_PARTS:
+                continue
+            if target in there:
+                raise ColumnError(
+                    f"--columns renames {source!r} to {target!r}, but the row has a {target!r} already"
+                )
+            plain[source] = target
+        return plain
+
+    def _present(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        lowered: dict[str, list[str]] = {}
+        for name in names:
+            lowered.setdefault(name.lower(), []).append(name)
+        found = []
+        for source, target in self.renames.items():
+            candidates = lowered.get(source.lower(), [])
+            if source in candidates:
+                found.append((source, target))
+            elif len(candidates) > 1:
+                raise ColumnError(f"--columns names {source!r}, which may be any of {_quoted(candidates)}")
+            elif candidates:
+                found.append((candidates[0], target))
+        return found
+
+
+def columns_of(part: str, names: Iterable[str]) -> list[str]:
+    """The columns among `names` that could play a part."""
+    accepted = SYNONYMS[part]
+    return [name for name in names if name.lower() in accepted]
+
+
+def single(part: str, names: Iterable[str], explicit: Mapping[str, str]) -> str | None:
+    """The one column that plays a part, or None.
+
+    Raises:
+        ColumnError: Several columns could play it and `--columns` does not say which.
+    """
+    if part in explicit:
+        return explicit[part]
+    taken = set(explicit.values())
+    found = [name for name in columns_of(part, names) if name not in taken]
+    if len(found) > 1:
+        raise ColumnError(
+            f"{_quoted(found)} could each be the {part}; say which with --columns "
+            f'\'{{"{found[0]}": "{part}"}}\''
+        )
+    return found[0] if found else None
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return " and ".join(repr(name) for name in names)

@@ -1,0 +1,240 @@
+"""All data sets of a run: from what the user typed to examples, with every row accounted for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from raytune_rl.data.example import BadRow, Example, Row, RowError, Task
+from raytune_rl.data.formats import Converter
+from raytune_rl.data.sources import parse_spec, read_rows, sample
+from raytune_rl.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One data set in numbers: `rows` = `good` + `bad`; `taken` differs from `good` where `#N` was given."""
+
+    name: str
+    rows: int
+    good: int
+    bad: int
+    taken: int
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every row.
+
+    Attributes:
+        sources: One entry a data set, in the order given.
+        reasons: Reason to number of bad rows.
+        notices: Sentences for the user, each already with its count.
+        quarantine_path: Where the bad rows lie; None when there are none or no file was asked for.
+    """
+
+    sources: tuple[SourceReport, ...] = ()
+    reasons: dict[str, int] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    quarantine_path: Path | None = None
+
+    @property
+    def bad(self) -> int:
+        """Bad rows of all data sets."""
+        return sum(source.bad for source in self.sources)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Examples in the order in which the run numbers them, and the account of all rows."""
+
+    examples: tuple[Example, ...]
+    report: LoadReport
+
+
+def resolve_system(system: str | None) -> str | None:
+    r"""The value of `--system` as text: the content of a `.txt` file, or the literal with `\n` made a line
+    break.
+
+    Raises:
+        ConfigError: It ends in `.txt` and there is no such file, or the file is not UTF-8.
+    """
+    if system is None:
+        return None
+    if not system.endswith(".txt"):
+        return system.replace("\\n", "\n")
+    path = Path(system).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"--system {system}: there is no such file (a value ending in .txt is a path)")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--system {system}: the file cannot be read as UTF-8 text: {error}") from error
+
+
+def load_examples(
+    specs: Sequence[str],
+    *,
+    task: Task,
+    system: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    strict: bool = False,
+    shuffle: bool = True,
+    seed: int = 42,
+    quarantine_path: Path | None = None,
+    use_hf: bool = False,
+) -> Loaded:
+    """Loads, understands, samples and shuffles data sets.
+
+    Args:
+        specs: Values of `--dataset`.
+        task: What the rows are for; decides what a conversation must end with.
+        system: Value of `--system`; a row's own system prompt goes before it.
+        columns: Value of `--columns`: source name to target name.
+        strict: Stop at the first bad row. Otherwise bad rows are counted and put into `quarantine_path`.
+        shuffle: Draw `#N` at random and shuffle the whole; otherwise keep the order and take the first N.
+        seed: For both.
+        quarantine_path: A JSONL file, written only if there are bad rows: source, line, reason, row.
+        use_hf: Ids without a prefix lie on Hugging Face instead of ModelScope.
+
+    Raises:
+        RowError: A bad row under `strict`; it names file, line and reason.
+        DataError: A source cannot be read, or no usable row is left.
+        ConfigError: `system` or `columns` cannot be honoured.
+    """
+    convert = Converter(task, system=resolve_system(system), columns=columns)
+    quarantine = _Quarantine(quarantine_path)
+    examples: list[Example] = []
+    sources: list[SourceReport] = []
+    notices: list[str] = []
+    try:
+        for number, text in enumerate(specs):
+            spec = parse_spec(text, use_hf=use_hf)
+            good: list[Example] = []
+            rows = 0
+            for row in read_rows(spec, announce=notices.append):
+                # Without shuffling `#N` is the first N good rows: what comes after need not be read.
+                if not shuffle and spec.sample is not None and len(good) == spec.sample:
+                    break
+                rows += 1
+                example = _convert(convert, row, strict, quarantine)
+                if example is not None:
+                    good.append(example)
+            if not good:
+                raise DataError(_nothing_usable(text, rows, quarantine))
+            taken = sample(good, spec.sample, shuffle=shuffle, seed=[seed, number])
+            sources.append(SourceReport(text, rows, len(good), rows - len(good), len(taken)))
+            examples += taken
+    finally:
+        quarantine.close()
+    if unseen := convert.unseen_columns():
+        raise ConfigError(
+            f"--columns names {', '.join(map(repr, unseen))}, which no row has; "
+            f"there are {', '.join(map(repr, sorted(convert.seen_columns)))}"
+        )
+    if shuffle:
+        examples = [examples[i] for i in np.random.default_rng([seed, len(specs)]).permutation(len(examples))]
+    notices += [f"{count} {sentence}" for sentence, count in convert.notices.items()]
+    report = LoadReport(tuple(sources), dict(quarantine.reasons), tuple(notices), quarantine.written_to)
+    _log(report)
+    return Loaded(tuple(examples), report)
+
+
+def split_examples(
+    examples: Sequence[Example], ratio: float, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Splits off `max(int(len * ratio), 1)` examples for validation, as `--split_dataset_ratio` does; 0
+    splits none.
+
+    Returns:
+        Training and validation examples, each in the order they had.
+
+    Raises:
+        ConfigError: `ratio` is not in [0, 1), or nothing would be left to train on.
+    """
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"--split_dataset_ratio is {ratio}; it is at least 0 and below 1")
+    if ratio == 0:
+        return tuple(examples), ()
+    count = max(int(len(examples) * ratio), 1)
+    if count >= len(examples):
+        raise ConfigError(
+            f"--split_dataset_ratio {ratio} of {len(examples)} examples leaves nothing to train on"
+        )
+    held_out = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
+    train = tuple(example for i, example in enumerate(examples) if i not in held_out)
+    return train, tuple(example for i, example in enumerate(examples) if i in held_out)
+
+
+def _convert(convert: Converter, row: Row | BadRow, strict: bool, quarantine: _Quarantine) -> Example | None:
+    if isinstance(row, BadRow):
+        error = RowError(row.source, row.line, row.reason)
+        raw: Any = row.raw
+    else:
+        try:
+            return convert(row)
+        except RowError as found:
+            error, raw = found, row.fields
+    if strict:
+        raise error
+    quarantine.add(error, raw)
+    return None
+
+
+class _Quarantine:
+    """Bad rows, written one by one to a file that is only made when there is one."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.first: RowError | None = None
+        self.written_to: Path | None = None
+        self._path = path
+        self._file: TextIO | None = None
+
+    def add(self, error: RowError, raw: Any) -> None:
+        self.reasons[error.reason] += 1
+        self.first = self.first or error
+        if self._path is None:
+            return
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("w", encoding="utf-8")
+            self.written_to = self._path
+        entry = {"source": error.source, "line": error.line, "reason": error.reason, "row": raw}
+        self._file.write(json.dumps(entry, ensure_ascii=False, default=_jsonable) + "\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _jsonable(value: Any) -> str:
+    """Parquet rows hold bytes and dates; a quarantined image is shown by its size, not copied."""
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
+
+
+def _nothing_usable(text: str, rows: int, quarantine: _Quarantine) -> str:
+    if rows == 0 or quarantine.first is None:
+        return f"data set {text!r} has no rows"
+    return f"data set {text!r}: none of its {rows} rows can be used. The first: {quarantine.first}"
+
+
+def _log(report: LoadReport) -> None:
+    for notice in report.notices:
+        logger.warning(notice)
+    if report.bad:
+        where = (
+            f"see {report.quarantine_path}" if report.quarantine_path else "no quarantine file was asked for"
+        )
+        logger.warning("%d bad rows left out (%s)", report.bad, where)
+        for reason, count in Counter(report.reasons).most_common(5):
+            logger.warning("  %d x %s", count, reason)

@@ -1,0 +1,222 @@
+"""Which rows go into which micro-batch on which rank, from lengths alone.
+
+Invariants: every row exactly once; every rank runs the same number of micro-batches, because each one is a
+    collective
+(an empty micro-batch is a dummy that must still be run); a micro-batch stays within the token budget unless
+it is one row that is longer than the budget. Micro-batches at the same position cost about the same on every
+rank, because ranks wait for each other there, and whole ranks are balanced by cost.
+
+The scheme: find how many micro-batches the budget forces, round up to a multiple of the world size, then
+    lower the
+budget as far as that number of micro-batches allows. So the work is spread evenly instead of leaving a small
+rest. Padded micro-batches are runs of the rows sorted by length (least padding); packed ones are best-fit
+decreasing bins.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.errors import ConfigError
+
+Layout = Literal["padded", "packed"]
+MicroBatchRows = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The plan of one optimizer step.
+
+    Attributes:
+        ranks: `ranks[r][k]` are the rows of micro-batch `k` on rank `r`; `()` is a dummy micro-batch.
+        tokens: `tokens[r][k]` is what that micro-batch costs in tokens, padding included.
+    """
+
+    ranks: tuple[tuple[MicroBatchRows, ...], ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_micro_batches(self) -> int:
+        """Micro-batches a rank, the same on every rank."""
+        return len(self.ranks[0])
+
+    @property
+    def rank_tokens(self) -> tuple[int, ...]:
+        """Tokens a rank, padding included."""
+        return tuple(sum(costs) for costs in self.tokens)
+
+
+def plan_micro_batches(
+    lengths: Sequence[int] | NDArray,
+    *,
+    world_size: int,
+    max_tokens: int,
+    layout: Layout,
+    max_rows: int | None = None,
+    quadratic: float = 0.0,
+) -> Schedule:
+    """Plans one optimizer step; deterministic.
+
+    Args:
+        lengths: Tokens of each row, all positive.
+        world_size: Number of ranks.
+        max_tokens: Budget of a micro-batch: rows x longest row when padded, the sum of lengths when packed. A
+            longer row gets a micro-batch of its own.
+        layout: How `collate` will lay the rows out.
+        max_rows: At most this many rows in a micro-batch.
+        quadratic: Weight `b` of the cost `sum(L + b * L**2)` by which ranks are balanced; 0 balances tokens.
+            With hidden size h, attention over L tokens costs about `L / (6 h)` of the rest, so `1 / (6 * h)`
+            is natural.
+
+    Raises:
+        ConfigError: A budget, a row limit or a world size below 1, or an unknown layout.
+        ValueError: A row without tokens.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    _check(sizes, world_size, max_tokens, layout, max_rows)
+    if len(sizes) == 0:
+        return Schedule(((),) * world_size, ((),) * world_size)
+    limit = len(sizes) if max_rows is None else max_rows
+    pack = _sorted_runs if layout == "padded" else _best_fit
+    # Longest first; equal lengths keep the order of the rows.
+    descending = [int(row) for row in np.argsort(-sizes, kind="stable")]
+
+    def bins_within(budget: int) -> list[list[int]]:
+        return pack(descending, sizes, budget, limit)
+
+    bins = bins_within(max_tokens)
+    wanted = -(-len(bins) // world_size) * world_size
+    bins = _evened(bins, bins_within, wanted, max_tokens)
+    cost = _row_costs(sizes, quadratic)
+    bins = _split_to(bins, wanted, cost, layout)
+    return _deal(bins, world_size, sizes, cost, layout)
+
+
+def _check(
+    sizes: NDArray[np.int64], world_size: int, max_tokens: int, layout: str, max_rows: int | None
+) -> None:
+    if layout not in ("padded", "packed"):
+        raise ConfigError(f"layout is {layout!r}; it is 'padded' or 'packed'")
+    for name, value in (("world_size", world_size), ("max_tokens", max_tokens), ("max_rows", max_rows)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; a micro-batch needs at least 1")
+    if len(sizes) and sizes.min() < 1:
+        raise ValueError(
+            f"row {int(sizes.argmin())} has {int(sizes.min())} tokens; every row needs at least one"
+        )
+
+
+def _sorted_runs(descending: list[int], sizes: NDArray[np.int64], budget: int, limit: int) -> list[list[int]]:
+    """Consecutive runs of the rows sorted by length: the first row of a run is its width."""
+    bins: list[list[int]] = []
+    room = 0
+    for row in descending:
+        if room == 0:
+            bins.append([])
+            room = min(max(budget // int(sizes[row]), 1), limit)
+        bins[-1].append(row)
+        room -= 1
+    return bins
+
+
+def _best_fit(descending: list[int], sizes: NDArray[np.int64], budget: int, limit: int) -> list[list[int]]:
+    """Best-fit decreasing: each row goes to the fullest bin that still has room for it."""
+    bins: list[list[int]] = []
+    open_bins: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    for row in descending:
+        size = int(sizes[row])
+        at = bisect_left(open_bins, (size, -1))
+        if at < len(open_bins):
+            left, target = open_bins.pop(at)
+            bins[target].append(row)
+        else:
+            left, target = max(budget, size), len(bins)
+            bins.append([row])
+        if left > size and len(bins[target]) < limit:
+            insort(open_bins, (left - size, target))
+    return bins
+
+
+def _evened(
+    bins: list[list[int]], bins_within: Callable[[int], list[list[int]]], wanted: int, max_tokens: int
+) -> list[list[int]]:
+    """The bins under the smallest budget that still needs no more than `wanted` of them (binary search)."""
+    low, high = 1, max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        candidate = bins_within(middle)
+        if len(candidate) <= wanted:
+            bins, high = candidate, middle
+        else:
+            low = middle + 1
+    return bins
+
+
+def _row_costs(sizes: NDArray[np.int64], quadratic: float) -> NDArray[np.float64]:
+    tokens = sizes.astype(np.float64)
+    return tokens + quadratic * tokens**2
+
+
+def _split_to(
+    bins: list[list[int]], wanted: int, cost: NDArray[np.float64], layout: Layout
+) -> list[list[int]]:
+    """Halves the costliest bins until there are `wanted`; what cannot be split is filled up with empty
+    bins."""
+    heap = [(-float(cost[rows].sum()), order, rows) for order, rows in enumerate(bins)]
+    heapq.heapify(heap)
+    done: list[list[int]] = []
+    serial = len(bins)
+    while heap and len(heap) + len(done) < wanted:
+        _, _, rows = heapq.heappop(heap)
+        if len(rows) == 1:
+            done.append(rows)
+            continue
+        # A padded bin is cut in two runs, which pads least; a packed one is dealt out, which balances its
+        # halves.
+        middle = (len(rows) + 1) // 2
+        halves = (rows[:middle], rows[middle:]) if layout == "padded" else (rows[0::2], rows[1::2])
+        for half in halves:
+            heapq.heappush(heap, (-float(cost[half].sum()), serial, half))
+            serial += 1
+    result = done + [rows for _, _, rows in heap]
+    return result + [[] for _ in range(wanted - len(result))]
+
+
+def _deal(
+    bins: list[list[int]],
+    world_size: int,
+    sizes: NDArray[np.int64],
+    cost: NDArray[np.float64],
+    layout: Layout,
+) -> Schedule:
+    """Deals bins of like cost to the ranks in rounds; in each round the least loaded rank takes the
+    costliest."""
+
+    def tokens_of(rows: list[int]) -> int:
+        if not rows:
+            return 0
+        return int(sizes[rows].max()) * len(rows) if layout == "padded" else int(sizes[rows].sum())
+
+    def cost_of(rows: list[int]) -> float:
+        if not rows:
+            return 0.0
+        return float(cost[rows].max()) * len(rows) if layout == "padded" else float(cost[rows].sum())
+
+    costliest_first = sorted(bins, key=lambda rows: (-cost_of(rows), min(rows, default=len(sizes))))
+    load = [0.0] * world_size
+    ranks: list[list[MicroBatchRows]] = [[] for _ in range(world_size)]
+    tokens: list[list[int]] = [[] for _ in range(world_size)]
+    for start in range(0, len(costliest_first), world_size):
+        by_load = sorted(range(world_size), key=lambda rank: (load[rank], rank))
+        for rank, rows in zip(by_load, costliest_first[start : start + world_size], strict=True):
+            load[rank] += cost_of(rows)
+            ranks[rank].append(tuple(sorted(rows)))
+            tokens[rank].append(tokens_of(rows))
+    return Schedule(tuple(map(tuple, ranks)), tuple(map(tuple, tokens)))

@@ -1,0 +1,313 @@
+"""Loading models, tokenizers and processors from a directory or a hub id.
+
+Choices that were made for the user come back as notices, one line each; whoever loads decides where they are
+shown.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.utils import is_flash_attn_2_available
+
+from raytune_rl.errors import ModelError
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+# What Transformers and the hubs raise when a directory is not what it should be.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Load the base weights in low precision with bitsandbytes (QLoRA, Dettmers et al. 2023).
+
+    Attributes:
+        bits: 4 or 8.
+        quant_type: "nf4" or "fp4"; 4 bits only.
+        double_quant: also quantise the scales; 4 bits only.
+    """
+
+    bits: int = 4
+    quant_type: str = "nf4"
+    double_quant: bool = True
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be tuned or scored.
+
+    Attributes:
+        model: on its device, in eval mode.
+        path: the local directory it came from.
+        notices: lines for the user about choices made for them.
+    """
+
+    model: PreTrainedModel
+    path: str
+    notices: tuple[str, ...]
+
+
+def resolve_path(
+    model: str, *, use_hf: bool = False, revision: str | None = None, token: str | None = None
+) -> str:
+    """A local directory for a path or hub id; a local directory never touches the network.
+
+    Args:
+        model: directory, or `owner/name` on ModelScope (Hugging Face with `use_hf`).
+        use_hf: download from Hugging Face instead of ModelScope.
+        revision: branch, tag or commit on the hub.
+        token: hub token.
+
+    Raises:
+        ModelError: nothing is there; the message says what was tried.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ModelError(f"model '{model}' is a file; give the directory that holds config.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise ModelError(
+            f"model directory '{model}' does not exist (and it is not a hub id of the form owner/name)"
+        )
+    hub = "Hugging Face" if use_hf else "ModelScope"
+    try:
+        if use_hf:
+            from huggingface_hub import snapshot_download
+
+            return str(snapshot_download(model, revision=revision, token=token))
+        from modelscope import snapshot_download as modelscope_download
+
+        return str(modelscope_download(model, revision=revision, token=token))
+    except Exception as error:  # the hubs raise dozens of unrelated types, all of which mean "not available"
+        other = "" if use_hf else ", use --use_hf true for Hugging Face"
+        raise ModelError(
+            f"'{model}' is not a directory here and could not be fetched from {hub} ({_first_line(error)}); "
+            f"check the id and the network{other}, or download it and pass the directory"
+        ) from error
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    attn_impl: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device = "cpu",
+    quantization: Quantization | None = None,
+    use_hf: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> LoadedModel:
+    """Loads a causal language model or an image-text model.
+
+    Args:
+        path: directory or hub id, see `resolve_path`.
+        dtype: a name of `DTYPES` or a torch dtype; None takes the model config's on a GPU and float32 on a
+            CPU, where the 16-bit types are emulated.
+        attn_impl: "flash_attn" (or flash_attention_2), "sdpa", "eager", ...; None lets Transformers choose.
+            Flash attention where it cannot run becomes sdpa, with a notice.
+        trust_remote_code: run Python code that comes with the model.
+        device: where the weights go.
+        quantization: load in 4 or 8 bits.
+        use_hf, revision, token: see `resolve_path`.
+
+    Raises:
+        ModelError: it is missing, is not a language model, lacks weights, or does not fit the request.
+    """
+    local = resolve_path(path, use_hf=use_hf, revision=revision, token=token)
+    config = load_config(local, trust_remote_code=trust_remote_code)
+    where = torch.device(device)
+    notices: list[str] = []
+    chosen = _choose_dtype(config, dtype, where, notices)
+    options: dict[str, Any] = {"dtype": chosen, "trust_remote_code": trust_remote_code, "config": config}
+    attention = _choose_attention(attn_impl, where, chosen, notices)
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if quantization is not None:
+        options["quantization_config"] = _bitsandbytes(quantization, chosen)
+        options["device_map"] = {"": str(where)}
+    try:
+        model, info = _auto_class(config).from_pretrained(local, output_loading_info=True, **options)
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"cannot load the model in '{local}': {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"'{local}' lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}); "
+            "Transformers would fill them with random numbers. Is it a whole checkpoint of a language model?"
+        )
+    if info["unexpected_keys"]:
+        extra = sorted(info["unexpected_keys"])
+        notices.append(f"{len(extra)} weights in '{local}' are not used by the model (first: {extra[0]})")
+    if quantization is None:
+        model = model.to(where)
+    _mend_generation_config(model, notices)
+    return LoadedModel(model.eval(), local, tuple(notices))
+
+
+def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The model's config from a local directory.
+
+    Raises:
+        ModelError: there is none; an adapter directory is told apart.
+    """
+    directory = Path(path)
+    if not (directory / "config.json").is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise ModelError(
+                f"'{path}' is an adapter, not a model: pass its base as --model and it as --adapters"
+            )
+        raise ModelError(f"'{path}' is not a model: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"cannot read '{path}/config.json': {_first_line(error)}") from error
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a local directory, unchanged.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"cannot load the tokenizer in '{path}': {_first_line(error)}") from error
+
+
+def load_processor(path: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The multimodal processor in a local directory (it holds the tokenizer as `.tokenizer`).
+
+    Args:
+        path: local directory.
+        trust_remote_code: run Python code that comes with the model.
+        **options: overrides of the processor's own settings, such as max_pixels.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"cannot load the processor in '{path}': {_first_line(error)}") from error
+
+
+def is_vision_config(config: Any) -> bool:
+    """Whether the model takes images."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Recomputes each layer in the backward; works with frozen base weights too (non-reentrant)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _mend_generation_config(model: Any, notices: list[str]) -> None:
+    """Some hub models carry sampling settings with do_sample off; Transformers loads that and then refuses to
+    save it."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+        notices.append(
+            "the model's generation_config has sampling settings but do_sample off; it is set, to be savable"
+        )
+
+
+def _auto_class(config: Any) -> Any:
+    kind = config.model_type
+    remote = getattr(config, "auto_map", None) or {}
+    if is_vision_config(config) and (
+        kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or "AutoModelForImageTextToText" in remote
+    ):
+        return AutoModelForImageTextToText
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in remote:
+        return AutoModelForCausalLM
+    raise ModelError(
+        f"model type '{kind}' is neither a causal nor an image-text language model that Transformers knows"
+    )
+
+
+def _choose_dtype(
+    config: Any, asked: str | torch.dtype | None, device: torch.device, notices: list[str]
+) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked is not None:
+        if asked not in DTYPES:
+            raise ModelError(f"torch_dtype '{asked}' is not known; choose float32, float16 or bfloat16")
+        return DTYPES[asked]
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    own = DTYPES.get(own, torch.float32) if isinstance(own, str) else own
+    if device.type == "cpu" and own != torch.float32:
+        notices.append(
+            f"loading in float32 on a CPU (the model's config says {str(own).removeprefix('torch.')}, which "
+            "is slow there); set --torch_dtype to choose"
+        )
+        return torch.float32
+    return own
+
+
+def _choose_attention(
+    asked: str | None, device: torch.device, dtype: torch.dtype, notices: list[str]
+) -> str | None:
+    if asked in ("flash_attn", "flash_attention", "flash_attention_2"):
+        problem = None
+        if device.type == "cpu":
+            problem = "there is no GPU"
+        elif not is_flash_attn_2_available():
+            problem = "flash-attn is not installed"
+        elif dtype not in (torch.float16, torch.bfloat16):
+            problem = "it needs float16 or bfloat16"
+        if problem is None:
+            return "flash_attention_2"
+        notices.append(f"attn_impl {asked} cannot run here ({problem}); using sdpa")
+        return "sdpa"
+    return asked
+
+
+def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization.bits != 4:
+        raise ModelError(f"quant_bits is {quantization.bits}; bitsandbytes loads in 4 or 8 bits")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,0 +1,165 @@
+"""Base plus adapter, one layer at a time, without touching the model.
+
+PEFT's own merge writes into the base weights and has to be undone after every publication, which drifts in
+16-bit types. Here each merged tensor is made in float32 beside the base and rounded once to the base's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from raytune_rl.errors import ModelError
+
+_QUANTIZED = ("Params4bit", "Int8Params")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that can be made on demand; `key` tells parameters apart that share storage by tying."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    key: int
+    make: Callable[[], Tensor]
+
+
+def plain_sources(model: nn.Module) -> Iterator[Source]:
+    """Every parameter under its own name; tied ones appear under each of their names."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield _parameter(name, parameter)
+
+
+def merged_sources(peft: PeftModel) -> Iterator[Source]:
+    """Every parameter of the base model under its name there, adapters merged in, quantised ones made dense.
+
+    Raises:
+        ModelError: more than one adapter is active, or one is of a kind that has no merged form here.
+    """
+    adapter = _active_adapter(peft)
+    wrapped: tuple[str, ...] = ()
+    for name, module in peft.get_base_model().named_modules(remove_duplicate=False):
+        if wrapped and name.startswith(wrapped):
+            continue
+        prefix = f"{name}." if name else ""
+        if isinstance(module, BaseTunerLayer):
+            wrapped += (prefix,)
+            yield from _layer(prefix, module, adapter)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            wrapped += (prefix,)
+            if not isinstance(module, ModulesToSaveWrapper):
+                raise ModelError(
+                    f"'{name}' is wrapped in {type(module).__name__}, which cannot be merged for export"
+                )
+            for inner, parameter in module.modules_to_save[adapter].named_parameters():
+                yield _parameter(prefix + inner, parameter)
+        else:
+            for inner, parameter in module.named_parameters(recurse=False):
+                yield _own_parameter(prefix + inner, module, parameter)
+
+
+def merged_weight(layer: Any, adapter: str) -> Tensor:
+    """W + s B A, or DoRA's m * (W + s B A) / ||W + s B A|| (Liu et al. 2024, eq. 5), in the base weight's
+    dtype.
+
+    Args:
+        layer: PEFT LoRA layer on a linear or embedding module.
+        adapter: adapter name.
+
+    Returns:
+        The same shape as the base weight; a new tensor, detached.
+
+    Raises:
+        ModelError: the layer is of a kind or variant that has no merged form here.
+    """
+    with torch.no_grad():
+        base = dequantize_module_weight(layer.get_base_layer()).detach()
+        dora = adapter in layer.lora_magnitude_vector
+        variant = layer.lora_variant.get(adapter)
+        if variant is not None and not dora:
+            raise ModelError(
+                f"{getattr(variant, '__name__', type(variant).__name__)} adapters cannot be merged"
+            )
+        if isinstance(layer, LoraEmbedding) and not dora:
+            low, high = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+            delta = (high.float() @ low.float()).T
+        elif isinstance(layer, nn.Module) and adapter in layer.lora_A and base.ndim == 2:
+            delta = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
+            delta = delta.T if getattr(layer, "fan_in_fan_out", False) else delta
+        else:
+            raise ModelError(f"{type(layer).__name__} adapters (dora: {dora}) cannot be merged for export")
+        merged = base.float() + layer.scaling[adapter] * delta
+        if dora:
+            outputs = 0 if getattr(layer, "fan_in_fan_out", False) else 1
+            norm = torch.linalg.norm(merged, dim=outputs, keepdim=True)
+            magnitude = layer.lora_magnitude_vector[adapter].weight.float()
+            merged = merged * (magnitude.unsqueeze(outputs) / norm)
+        return merged.to(base.dtype)
+
+
+def _active_adapter(peft: PeftModel) -> str:
+    active = peft.active_adapters
+    if len(active) != 1:
+        raise ModelError(f"exactly one adapter must be active to publish merged weights; active: {active}")
+    return str(active[0])
+
+
+def _layer(prefix: str, layer: Any, adapter: str) -> Iterator[Source]:
+    if not isinstance(layer, LoraLayer):
+        raise ModelError(
+            f"'{prefix[:-1]}' is a {type(layer).__name__}; only LoRA layers can be merged for export"
+        )
+    if layer.merged:
+        raise ModelError(f"'{prefix[:-1]}' is merged already; unmerge the model before exporting it")
+    base = layer.get_base_layer()
+    has_adapter = adapter in layer.scaling
+    for name, parameter in base.named_parameters(recurse=False):
+        if name == "weight" and has_adapter:
+            dense = _dense_spec(base, parameter)
+            yield Source(prefix + name, *dense, id(parameter), partial(merged_weight, layer, adapter))
+        elif name == "bias" and has_adapter and layer.lora_bias[adapter]:
+            make = partial(_merged_bias, layer, adapter, parameter)
+            yield Source(prefix + name, tuple(parameter.shape), parameter.dtype, id(parameter), make)
+        else:
+            yield _own_parameter(prefix + name, base, parameter)
+
+
+def _merged_bias(layer: Any, adapter: str, bias: Tensor) -> Tensor:
+    extra = layer.lora_B[adapter].bias.detach().float() * layer.scaling[adapter]
+    return (bias.detach().float() + extra).to(bias.dtype)
+
+
+def _parameter(name: str, parameter: Tensor) -> Source:
+    return Source(name, tuple(parameter.shape), parameter.dtype, id(parameter), parameter.detach)
+
+
+def _own_parameter(name: str, module: nn.Module, parameter: Tensor) -> Source:
+    if type(parameter).__name__ not in _QUANTIZED:
+        return _parameter(name, parameter)
+    return Source(
+        name,
+        *_dense_spec(module, parameter),
+        id(parameter),
+        lambda: dequantize_module_weight(module).detach(),
+    )
+
+
+def _dense_spec(module: Any, parameter: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype after dequantisation, which a packed parameter does not show."""
+    if type(parameter).__name__ not in _QUANTIZED:
+        return tuple(parameter.shape), parameter.dtype
+    dense = dequantize_module_weight(module)
+    return tuple(dense.shape), dense.dtype

@@ -1,0 +1,144 @@
+"""The module that training wraps: micro-batch in, log-probs of its loss tokens out.
+
+DeepSpeed and DDP must see the forward of one module that touches every parameter; this is it. Only the hidden
+states that predict a loss token reach the head, so prompts and padding cost nothing there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytune_rl.errors import ModelError
+from raytune_rl.models.logprobs import TokenLogprobs, default_chunk_tokens, token_logprobs
+from raytune_rl.models.unwrap import hf_model
+
+
+class TokenScorer(nn.Module):
+    """Wraps a causal LM, an image-text model or a PeftModel of either.
+
+    Attributes:
+        model: the model as given; its tuner layers are active inside the backbone.
+        chunk_tokens: tokens per pass through the head.
+    """
+
+    def __init__(self, model: nn.Module, chunk_tokens: int | None = None) -> None:
+        """Looks up backbone and head.
+
+        Args:
+            model: from `load_model` or `apply_tuner`.
+            chunk_tokens: None chooses by vocabulary size.
+
+        Raises:
+            ModelError: the model has no separate backbone and output head (it is not a causal language
+                model).
+        """
+        super().__init__()
+        self.model = model
+        inner = hf_model(model)
+        head = inner.get_output_embeddings()
+        if inner.base_model is inner or head is None:
+            raise ModelError(
+                f"{type(inner).__name__} has no separate backbone and output head, so its hidden states "
+                "cannot be scored in chunks; use one that Transformers loads as a causal or image-text model"
+            )
+        config = inner.config.get_text_config()
+        self.softcap, self.logit_scale = _logit_shape(inner)
+        self.chunk_tokens = chunk_tokens or default_chunk_tokens(config.vocab_size)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        predict_index: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        **model_inputs: Any,
+    ) -> TokenLogprobs:
+        """Log-probs of the loss tokens.
+
+        Args:
+            input_ids: int64 [B, T].
+            position_ids: int64 [B, T], or the model's own multi-axis shape, or None; restarting positions
+                with `attention_mask=None` mean packed rows, which do not see each other.
+            attention_mask: int64 [B, T], 1 on tokens, or None.
+            predict_index: int64 [N], index into the flattened [B * T] of the state that predicts each token.
+            targets: int64 [N].
+            temperature: the sampling temperature.
+            with_entropy: also return entropies.
+            **model_inputs: passed to the backbone (pixel_values, image_grid_thw, ...).
+
+        Returns:
+            float32 [N] each. N = 0 (a dummy micro-batch) gives empty tensors that are still connected to
+            every parameter, so that a rank without work takes part in the gradient collectives with zeros.
+        """
+        inner = hf_model(self.model)
+        output = inner.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            **model_inputs,
+        )
+        states = output.last_hidden_state
+        hidden = states.reshape(-1, states.shape[-1])[predict_index]
+        return token_logprobs(
+            hidden,
+            inner.get_output_embeddings(),
+            targets,
+            temperature,
+            self.chunk_tokens,
+            with_entropy,
+            self.softcap,
+            self.logit_scale,
+        )
+
+    @torch.no_grad()
+    def verify(self, tokens: int = 8, tolerance: float = 1e-3) -> None:
+        """Compares a short text scored here with the model's own logits; run once after loading.
+
+        A model may do something to its logits that this class has not heard of; training on would then be
+        silently wrong.
+
+        Raises:
+            ModelError: they differ by more than `tolerance` (times 64 below float32).
+        """
+        inner = hf_model(self.model)
+        weight = inner.get_input_embeddings().weight
+        was_training = self.training
+        self.eval()
+        ids = torch.arange(tokens, device=weight.device)[None] % weight.shape[0]
+        positions = torch.arange(tokens, device=weight.device)[None]
+        index = torch.arange(tokens - 1, device=weight.device)
+        mask = torch.ones_like(ids)
+        mine = self(ids, positions, mask, index, ids[0, 1:]).logprobs
+        logits = inner(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        theirs = logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        self.train(was_training)
+        gap = (mine - theirs).abs().max().item()
+        if not gap <= tolerance * (1 if weight.dtype == torch.float32 else 64):
+            raise ModelError(
+                f"log-probs of {type(inner).__name__} through its backbone and head differ by {gap:.3g} from "
+                "its own: it transforms its logits in a way that raytune_rl does not know; please report it"
+            )
+
+
+def _logit_shape(inner: nn.Module) -> tuple[float | None, float | None]:
+    """(softcap, factor) that the model's own forward applies to its head's output, from its config."""
+    config: Any = inner.config
+    text = config.get_text_config()
+    softcap = getattr(text, "final_logit_softcapping", None)
+    if getattr(text, "logit_scale", None) is not None:  # Cohere
+        return softcap, float(text.logit_scale)
+    if getattr(text, "logits_scaling", None) is not None:
+        divides = not str(text.model_type).startswith(
+            "hyperclovax"
+        )  # Granite divides by it, HyperCLOVA multiplies
+        return softcap, float(1 / text.logits_scaling if divides else text.logits_scaling)
+    if getattr(text, "lm_head_multiplier", None) is not None:  # Falcon-H1
+        return softcap, float(text.lm_head_multiplier)
+    return softcap, None

@@ -1,0 +1,244 @@
+"""What is trained: everything, or adapters put on top (LoRA, DoRA, rsLoRA, QLoRA through a quantised
+base)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytune_rl.errors import ModelError
+from raytune_rl.models.load import is_vision_config
+
+# Names of the module that maps image features into the language model's space, over the families Transformers
+# has.
+_ALIGNER_NAMES = ("merger", "multi_modal_projector", "connector", "aligner", "mlp1", "embed_vision")
+
+
+@dataclass(frozen=True)
+class TunerSettings:
+    """What to train; names and defaults are ms-swift's.
+
+    Attributes:
+        tuner_type: "full" or "lora".
+        lora_rank, lora_alpha, lora_dropout: of LoRA (Hu et al. 2021): W + alpha / rank * B A.
+        lora_bias: "none", "all" or "lora_only".
+        use_rslora: scale by alpha / sqrt(rank) (Kalajdzievski 2023).
+        use_dora: train magnitude and direction apart (Liu et al. 2024).
+        init_weights: PEFT's init_lora_weights ("true", "false", "gaussian", "pissa", ...).
+        target_modules: "all-linear" (every nn.Linear but the output head; of a vision model only the parts
+            that are not frozen), "all-embedding", or module name suffixes.
+        target_regex: full match on module names; replaces target_modules.
+        modules_to_save: modules trained in full and stored with the adapter.
+        freeze_llm, freeze_vit, freeze_aligner: parts of a vision model that stay as they are.
+    """
+
+    tuner_type: Literal["full", "lora"] = "lora"
+    lora_rank: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_weights: str = "true"
+    target_modules: tuple[str, ...] = ("all-linear",)
+    target_regex: str | None = None
+    modules_to_save: tuple[str, ...] = ()
+    freeze_llm: bool = False
+    freeze_vit: bool = True
+    freeze_aligner: bool = True
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A model with the right parameters marked trainable.
+
+    Attributes:
+        model: PeftModel for LoRA, the given model for full training.
+        trainable: number of trainable parameters.
+        total: number of all parameters.
+        notices: lines for the user about choices made for them.
+    """
+
+    model: Any
+    trainable: int
+    total: int
+    notices: tuple[str, ...]
+
+
+def apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Sequence[str] = ()) -> TunedModel:
+    """Makes a loaded model trainable.
+
+    Args:
+        model: from `load_model`; a quantised one takes LoRA only.
+        settings: what to train.
+        adapters: local adapter directories to start from. LoRA goes on training the last one, after merging
+            those before it; full training merges them all.
+
+    Raises:
+        ModelError: an adapter is missing or does not fit, nothing matches the targets, or the request cannot
+            be trained (a tied embedding by an adapter, a quantised base in full).
+    """
+    notices: list[str] = []
+    quantized = bool(getattr(model, "is_quantized", False))
+    if settings.tuner_type == "full" and quantized:
+        raise ModelError(
+            "a quantised base cannot be trained in full; use --tuner_type lora, or load it unquantised"
+        )
+    keep = list(adapters[-1:]) if settings.tuner_type == "lora" else []
+    merged = list(adapters[: len(adapters) - len(keep)])
+    if merged and quantized:
+        raise ModelError(
+            "adapters cannot be merged into a quantised base without loss; merge them with export first"
+        )
+    for adapter in merged:
+        model = _open_adapter(model, adapter, trainable=False).merge_and_unload()
+        notices.append(f"adapter '{adapter}' is merged into the base before training")
+    if settings.tuner_type == "full":
+        _freeze_parts(model, settings)
+        return _report(model, notices)
+    if quantized:
+        # Norms to float32 and base frozen; layer recomputation is the caller's choice, not PEFT's.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if keep:
+        notices.append(
+            f"training goes on with adapter '{keep[0]}'; its own rank and targets hold, not the flags"
+        )
+        return _report(_open_adapter(model, keep[0], trainable=True), notices)
+    return _report(get_peft_model(model, _lora_config(model, settings)), notices)
+
+
+def _lora_config(model: PreTrainedModel, settings: TunerSettings) -> LoraConfig:
+    init = {"true": True, "false": False}.get(settings.init_weights.lower(), settings.init_weights)
+    targets = _targets(model, settings)
+    _refuse_tied(model, targets, settings.modules_to_save)
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        bias=settings.lora_bias,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=init,
+        target_modules=_compact(model, targets),
+        modules_to_save=list(settings.modules_to_save) or None,
+    )
+
+
+def _targets(model: PreTrainedModel, settings: TunerSettings) -> list[str]:
+    """Full names of the modules that get an adapter."""
+    modules = dict(model.named_modules())
+    if settings.target_regex is not None:
+        found = [name for name in modules if re.fullmatch(settings.target_regex, name)]
+        if not found:
+            raise ModelError(
+                f"target_regex '{settings.target_regex}' matches no module of {type(model).__name__}"
+            )
+        return found
+    found = []
+    for target in settings.target_modules:
+        if target in ("all-linear", "all-embedding"):
+            hits = _all_of(model, nn.Linear if target == "all-linear" else nn.Embedding, settings)
+        else:
+            hits = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not hits:
+            names = sorted({n.rsplit(".", 1)[-1] for n, m in modules.items() if isinstance(m, nn.Linear)})
+            raise ModelError(
+                f"target_modules '{target}' matches no module of {type(model).__name__}; "
+                f"its linear layers are named {', '.join(names)}"
+            )
+        found += [name for name in hits if name not in found]
+    return found
+
+
+def _all_of(model: PreTrainedModel, kind: type[nn.Module], settings: TunerSettings) -> list[str]:
+    head = model.get_output_embeddings()
+    part_of = _parts(model)
+    frozen = _frozen(settings)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kind) and module is not head and part_of(name) not in frozen
+    ]
+
+
+def _frozen(settings: TunerSettings) -> set[str]:
+    flags = {"llm": settings.freeze_llm, "vit": settings.freeze_vit, "aligner": settings.freeze_aligner}
+    return {part for part, frozen in flags.items() if frozen}
+
+
+def _parts(model: PreTrainedModel) -> Any:
+    """Module or parameter name -> "llm", "vit" or "aligner"; everything of a text model is "llm"."""
+    if not is_vision_config(model.config):
+        return lambda name: "llm"
+    decoder = model.get_decoder()
+    prefixes = [name for name, module in model.named_modules() if module is decoder]
+    prefixes += [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+
+    def part(name: str) -> str:
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes):
+            return "llm"
+        return "aligner" if any(piece in _ALIGNER_NAMES for piece in name.split(".")) else "vit"
+
+    return part
+
+
+def _compact(model: PreTrainedModel, targets: list[str]) -> list[str] | str:
+    """Suffixes where they select exactly the targets, else one regular expression; both keep
+    adapter_config.json short."""
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in targets})
+    by_suffix = {n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in suffixes}
+    if by_suffix == set(targets):
+        return suffixes
+    return "|".join(sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in targets}))
+
+
+def _refuse_tied(model: PreTrainedModel, targets: list[str], modules_to_save: Sequence[str]) -> None:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return
+    tied = [name for name, module in model.named_modules() if module is head or module is embedding]
+    for name in tied:
+        if name in targets or any(name == m or name.endswith(f".{m}") for m in modules_to_save):
+            raise ModelError(
+                f"'{name}' shares its weight with another layer (tie_word_embeddings); an adapter on it "
+                "would untie them, and no engine could load the result. Leave it out, or train in full"
+            )
+
+
+def _freeze_parts(model: PreTrainedModel, settings: TunerSettings) -> None:
+    frozen, part_of = _frozen(settings), _parts(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in frozen)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(
+            "nothing is left to train: freeze_llm, freeze_vit and freeze_aligner freeze every part"
+        )
+
+
+def _open_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
+    directory = Path(path).expanduser()
+    if not (directory / "adapter_config.json").is_file():
+        raise ModelError(f"adapter '{path}' does not exist or has no adapter_config.json")
+    try:
+        return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"adapter '{path}' does not fit {type(model).__name__}: {line}") from error
+
+
+def _report(model: Any, notices: list[str]) -> TunedModel:
+    # A 4-bit parameter holds two weights a byte; PEFT knows, so its count is used where there is one.
+    if isinstance(model, PeftModel):
+        trainable, total = model.get_nb_trainable_parameters()
+    else:
+        total = sum(p.numel() for p in model.parameters())
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return TunedModel(model, trainable, total, tuple(notices))

@@ -1,0 +1,43 @@
+"""Finding the Transformers model inside its wrappers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytune_rl.errors import ModelError
+
+
+def tuned_model(model: nn.Module) -> Any:
+    """The PeftModel if there is one, the PreTrainedModel otherwise: what `save_pretrained` belongs to.
+
+    Args:
+        model: either of them, or a wrapper that keeps it in `.module` (DDP, DeepSpeed) or `.model`
+            (TokenScorer).
+
+    Raises:
+        ModelError: there is no such model inside.
+    """
+    inner: Any = model
+    while not isinstance(inner, (PreTrainedModel, PeftModel)):
+        wrapped = getattr(inner, "module", None) or getattr(inner, "model", None)
+        if not isinstance(wrapped, nn.Module):
+            raise ModelError(f"{type(model).__name__} holds no Transformers or PEFT model")
+        inner = wrapped
+    return inner
+
+
+def peft_model(model: nn.Module) -> PeftModel | None:
+    """The PeftModel inside `model`, or None; arguments and errors as in `tuned_model`."""
+    inner = tuned_model(model)
+    return inner if isinstance(inner, PeftModel) else None
+
+
+def hf_model(model: nn.Module) -> Any:
+    """The PreTrainedModel inside `model`, with tuner layers in place; arguments and errors as in
+    `tuned_model`."""
+    inner = tuned_model(model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner

@@ -1,0 +1,172 @@
+"""Weights under the names they have in a Hugging Face checkpoint, for publishing to engines and for saving.
+
+Transformers may hold a model in another shape than its checkpoint has (fused experts, renamed parts); engines
+and `from_pretrained` know the checkpoint's. The reverse mapping is Transformers' own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from raytune_rl.errors import ModelError
+from raytune_rl.models.merge import Source, merged_sources, plain_sources
+from raytune_rl.models.unwrap import hf_model, peft_model, tuned_model
+
+Mode = Literal["full", "merged", "adapter"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of one published tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class WeightExporter:
+    """Publishes a model's weights, again and again, while it is being trained.
+
+    The plan (names, shapes, which source makes which tensor) is made once; `tensors` reads the current
+    values. Ranks may share the work by each asking for its own names: a source that nobody asks for is not
+    computed.
+
+    Attributes:
+        index: every tensor that `tensors()` yields, in that order.
+    """
+
+    def __init__(self, model: nn.Module, mode: Mode) -> None:
+        """Plans the export.
+
+        Args:
+            model: a PreTrainedModel or PeftModel, or a wrapper of one (TokenScorer, DDP, a DeepSpeed engine
+                below ZeRO-3).
+            mode: "full": the parameters as they are. "merged": base plus adapter, the model itself left
+                untouched. "adapter": what adapter_model.safetensors holds, under the names it has there.
+
+        Raises:
+            ModelError: the mode does not fit the model, or its adapter has no merged form.
+        """
+        self.mode = mode
+        self._hf: Any = hf_model(model)
+        self._peft = peft_model(model)
+        if mode in ("merged", "adapter") and self._peft is None:
+            raise ModelError(f"weights cannot be exported as '{mode}': the model has no adapter")
+        if mode == "full" and self._peft is not None:
+            raise ModelError(
+                "weights cannot be exported as 'full': the model has an adapter; use merged or adapter"
+            )
+        self._groups: list[tuple[tuple[TensorSpec, ...], tuple[Source, ...]]] = []
+        if mode == "adapter":
+            self.index = tuple(
+                TensorSpec(n, tuple(t.shape), t.dtype) for n, t in self._adapter_state().items()
+            )
+        else:
+            self._groups = _plan(self._hf, self._sources())
+            self.index = tuple(spec for specs, _ in self._groups for spec in specs)
+
+    def tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Current values, detached and in the order of `index`.
+
+        Args:
+            names: only these; None means all.
+
+        Yields:
+            (name, tensor). A tensor may share memory with the model: copy it before the next optimizer step.
+
+        Raises:
+            ModelError: a name is not in `index`.
+        """
+        wanted = {spec.name for spec in self.index} if names is None else set(names)
+        unknown = wanted - {spec.name for spec in self.index}
+        if unknown:
+            raise ModelError(f"no weight is named '{sorted(unknown)[0]}'")
+        if self.mode == "adapter":
+            yield from ((n, t.detach()) for n, t in self._adapter_state().items() if n in wanted)
+            return
+        for specs, sources in self._groups:
+            if wanted.isdisjoint(spec.name for spec in specs):
+                continue
+            made = revert_weight_conversion(self._hf, {source.name: source.make() for source in sources})
+            yield from ((spec.name, made[spec.name]) for spec in specs if spec.name in wanted)
+
+    def _sources(self) -> list[Source]:
+        found = list(plain_sources(self._hf) if self._peft is None else merged_sources(self._peft))
+        # A tied head is the embedding under a second name; engines tie it themselves and want it once.
+        copies = set(getattr(self._hf, "all_tied_weights_keys", None) or {})
+        found.sort(key=lambda source: source.name in copies)
+        unique: dict[int, Source] = {}
+        for source in found:
+            unique.setdefault(source.key, source)
+        return list(unique.values())
+
+    def _adapter_state(self) -> dict[str, Tensor]:
+        assert self._peft is not None
+        adapter = str(self._peft.active_adapters[0])
+        return dict(get_peft_model_state_dict(self._peft, adapter_name=adapter, save_embedding_layers=False))
+
+
+def export_tensors(model: nn.Module, mode: Mode) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor) of every weight; see `WeightExporter` for arguments and errors."""
+    yield from WeightExporter(model, mode).tensors()
+
+
+def save_model(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None:
+    """Writes what `transformers` (or PEFT, for an adapter) loads directly: safetensors, config, tokenizer.
+
+    The caller makes it whole-or-absent by writing into a temporary directory and renaming it.
+
+    Args:
+        model: as in `WeightExporter`.
+        directory: created if missing.
+        tokenizer: tokenizer or processor to put beside the weights.
+    """
+    inner = tuned_model(model)
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    if isinstance(inner, PeftModel):
+        # "auto" would look the base model up on the hub to see whether its vocabulary grew; ours never does.
+        inner.save_pretrained(str(target), safe_serialization=True, save_embedding_layers=False)
+    else:
+        inner.save_pretrained(str(target))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(target))
+
+
+def _plan(hf: Any, sources: list[Source]) -> list[tuple[tuple[TensorSpec, ...], tuple[Source, ...]]]:
+    """Groups of sources that turn into checkpoint tensors on their own, as small as the conversion allows.
+
+    Found by running the conversion on tensors without data: tensor by tensor, else layer by layer, else all
+    at once.
+    """
+    whole = _convert_shapes(hf, sources)
+    single = [[source] for source in sources]
+    by_layer: dict[str, list[Source]] = {}
+    for source in sources:
+        layer = re.match(r".*?\.layers\.\d+\.", source.name)
+        by_layer.setdefault(layer.group(0) if layer else "", []).append(source)
+    for groups in (single, list(by_layer.values())):
+        specs = [_convert_shapes(hf, group) for group in groups]
+        if sum(map(len, specs)) == len(whole) and {s for part in specs for s in part} == set(whole):
+            return [(part, tuple(group)) for part, group in zip(specs, groups, strict=True)]
+    return [(whole, tuple(sources))]
+
+
+def _convert_shapes(hf: Any, sources: list[Source]) -> tuple[TensorSpec, ...]:
+    empty = {s.name: torch.empty(s.shape, dtype=s.dtype, device="meta") for s in sources}
+    converted = revert_weight_conversion(hf, empty)
+    return tuple(TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in converted.items())

@@ -1,0 +1,151 @@
+"""The end of a run in one screen: what happened, what became of every prompt, and what to do next."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from raytune_rl.tracking.plan import Section, pairs
+from raytune_rl.tracking.text import duration, number
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    """Every prompt dispatched comes back once: finished, filtered or failed, the last two with a reason."""
+
+    dispatched: int
+    finished: int
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    failed: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def unaccounted(self) -> int:
+        """Zero in a sound run; negative if prompts came back more than once."""
+        return self.dispatched - self.finished - sum(self.filtered.values()) - sum(self.failed.values())
+
+    def rows(self) -> list[tuple[str, str]]:
+        rows = [("prompts dispatched", number(self.dispatched)), ("finished", number(self.finished))]
+        rows += [("filtered", _with_reasons(self.filtered)), ("failed", _with_reasons(self.failed))]
+        if self.unaccounted:
+            rows.append(
+                ("UNACCOUNTED FOR", f"{number(self.unaccounted)} (a defect of raytune_rl: please report it)")
+            )
+        return rows
+
+
+@dataclass(frozen=True)
+class Change:
+    """A measure at the beginning and at the end; None where it was not taken."""
+
+    before: float | None
+    after: float | None
+
+    def text(self) -> str:
+        if self.before is None or self.after is None:
+            return f"{number(self.before)} -> {number(self.after)}"
+        difference = self.after - self.before
+        sign = "+" if difference >= 0 else ""
+        return f"{number(self.before)} -> {number(self.after)} ({sign}{number(difference)})"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """All of the summary; a part that a kind of run does not have stays None or empty and is not shown.
+
+    Attributes:
+        title: What ran: `GRPO on <model>, LoRA`.
+        status: `finished`, `interrupted`, `failed: ...`.
+        steps: Optimizer steps done, of `total_steps`.
+        seconds: Wall time of this process.
+        changes: label -> first and last: `reward (training)`, `reward (held out)`, `loss`.
+        prompts: What became of the prompts.
+        quarantined: Bad rows of data set aside.
+        reward_failures: Reward function -> failed samples.
+        weight_versions: Versions published.
+        max_logp_gap: The largest |log-prob by the policy - by the rollout engine| seen, in nats.
+        non_finite: Metric -> how often it was NaN or infinite.
+        output_dir: The run's directory.
+        last_checkpoint: None if none was saved.
+        best_checkpoint: None if there was no held-out metric.
+        next_commands: label -> command line: resume, infer, export.
+        notices: Anything else the user must not miss.
+    """
+
+    title: str
+    status: str
+    steps: int
+    total_steps: int
+    seconds: float
+    output_dir: Path
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    prompts: PromptCounts | None = None
+    quarantined: int = 0
+    reward_failures: Mapping[str, int] = field(default_factory=dict)
+    weight_versions: int | None = None
+    max_logp_gap: float | None = None
+    non_finite: Mapping[str, int] = field(default_factory=dict)
+    last_checkpoint: Path | None = None
+    best_checkpoint: Path | None = None
+    next_commands: Mapping[str, str] = field(default_factory=dict)
+    notices: Sequence[str] = ()
+
+    def sections(self) -> list[Section]:
+        steps = f"{number(self.steps)} of {number(self.total_steps)} in {duration(self.seconds)}"
+        result = [("status", self.status), ("optimizer steps", steps)]
+        result += [(label, change.text()) for label, change in self.changes.items()]
+        out = [
+            ("output", str(self.output_dir)),
+            ("last checkpoint", str(self.last_checkpoint or "none was saved")),
+        ]
+        if self.best_checkpoint is not None:
+            out.append(("best checkpoint", str(self.best_checkpoint)))
+        sections = [
+            Section("Result", result),
+            Section("Prompts", self.prompts.rows() if self.prompts is not None else []),
+            Section("Health", self._health()),
+            Section("Files", out),
+        ]
+        return [section for section in sections if section.rows]
+
+    def _health(self) -> list[tuple[str, str]]:
+        rows = [("rows quarantined", number(self.quarantined))]
+        if self.prompts is not None:
+            rows.append(("reward failures", _with_reasons(self.reward_failures)))
+        if self.weight_versions is not None:
+            rows.append(("weight versions", number(self.weight_versions)))
+        if self.max_logp_gap is not None:
+            rows.append(("largest log-prob gap", f"{number(self.max_logp_gap)} (policy vs rollout engine)"))
+        if self.non_finite:
+            rows.append(("not finite", _with_reasons(self.non_finite)))
+        return rows
+
+    def render(self) -> RenderableType:
+        """For `rich.print`. Commands stand on lines of their own, unwrapped, to be copied."""
+        parts: list[RenderableType] = [Text(self.title, style="bold")]
+        for section in self.sections():
+            parts += [Text(section.title, style="bold cyan"), Padding(pairs(section.rows), (0, 0, 0, 2))]
+        if self.next_commands:
+            parts.append(Text("Next", style="bold cyan"))
+        for label, command in self.next_commands.items():
+            parts.append(Text(f"  {label}:\n    {command}", no_wrap=True, overflow="ignore"))
+        parts += [Text(f"Note: {notice}", style="yellow") for notice in self.notices]
+        return Group(*parts)
+
+    def text(self, width: int = 100) -> str:
+        """Without colour, for a file or a log."""
+        buffer = io.StringIO()
+        Console(file=buffer, width=width, color_system=None, force_terminal=False).print(self.render())
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _with_reasons(counts: Mapping[str, int]) -> str:
+    """`3 (2 time-out, 1 ValueError)`, the most frequent first."""
+    total = number(sum(counts.values()))
+    reasons = sorted(((n, reason) for reason, n in counts.items() if n), key=lambda item: (-item[0], item[1]))
+    return f"{total} ({', '.join(f'{number(n)} {reason}' for n, reason in reasons)})" if reasons else total

@@ -13,11 +13,11 @@ end of an epoch are not used in that epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from raytune_rl.config import offers
 from raytune_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -123,25 +123,16 @@ def grpo_batch(
     if generation_batch_size is not None:
         if steps_per_generation is not None:
             raise ConfigError("Give only one of --steps_per_generation and --generation_batch_size.")
-        if generation_batch_size % micro:
-            near = _near(
-                generation_batch_size, lambda n: n % math.lcm(micro * accumulation, num_generations) == 0
-            )
-            raise ConfigError(
-                f"--generation_batch_size {generation_batch_size} is not a multiple of {micro} completions "
-                f"({world_size} policy workers * --per_device_train_batch_size "
-                f"{per_device_train_batch_size}). "
-                f"Nearest that works: {near}."
-            )
+        offers.check_generation_batch(generation_batch_size, micro * accumulation, num_generations)
         steps = generation_batch_size // micro
     else:
         steps = accumulation if steps_per_generation is None else steps_per_generation
-    if steps % accumulation:
-        _refuse_split_step(steps, accumulation, micro, num_generations, generation_batch_size)
+    offers.check_steps(steps, accumulation, micro, num_generations)
     size = micro * steps
     if size % num_generations:
-        raise ConfigError(
-            _indivisible(world_size, per_device_train_batch_size, steps, accumulation, num_generations)
+        follows = steps_per_generation is None
+        raise offers.ungrouped(
+            world_size, per_device_train_batch_size, steps, accumulation, num_generations, follows
         )
     return GRPOBatch(
         world_size=world_size,
@@ -265,7 +256,7 @@ def check_eval_batch(config: RLHFConfig, world_size: int) -> None:
     group = config.num_generations if config.num_generations_eval is None else config.num_generations_eval
     size = config.per_device_eval_batch_size
     if (world_size * size) % group:
-        near = _near(size, lambda n: (world_size * n) % group == 0)
+        near = offers.near(size, lambda n: (world_size * n) % group == 0)
         raise ConfigError(
             f"An evaluation batch of {world_size * size} completions ({world_size} policy workers * "
             f"--per_device_eval_batch_size {size}) does not hold whole groups of {group} "
@@ -279,45 +270,3 @@ def _total_steps(steps_per_epoch: int, epochs: float, max_steps: int) -> int:
         return max_steps
     # Exact: 1.1 epochs of 10 steps are 11, but ceil(1.1 * 10) is 12 in floating point.
     return math.ceil(Fraction(repr(float(epochs))) * steps_per_epoch)
-
-
-def _near(value: int, works: Callable[[int], bool], reach: int = 4096) -> str:
-    """The nearest working values below and above, in words."""
-    below = next((n for n in range(value - 1, 0, -1) if works(n)), None)
-    above = next((n for n in range(value + 1, value + reach + 1) if works(n)), None)
-    return " or ".join(str(n) for n in (below, above) if n is not None) or "none near it"
-
-
-def _refuse_split_step(steps: int, accumulation: int, micro: int, group: int, given: int | None) -> None:
-    if given is not None:
-        near = _near(given, lambda n: n % math.lcm(micro * accumulation, group) == 0)
-        flag = f"--generation_batch_size {given} ({steps} accumulation steps)"
-    else:
-        near = _near(steps, lambda n: n % accumulation == 0 and (micro * n) % group == 0)
-        flag = f"--steps_per_generation {steps}"
-    raise ConfigError(
-        f"{flag} is not a multiple of --gradient_accumulation_steps {accumulation}: an optimizer step would "
-        "be made of "
-        f"parts of several generations. Nearest that works: {near}. Left out, one generation feeds one "
-        "optimizer step."
-    )
-
-
-def _indivisible(world: int, batch: int, steps: int, accumulation: int, group: int) -> str:
-    size = world * batch * steps
-    ways = [
-        f"--per_device_train_batch_size {_near(batch, lambda n: (world * n * steps) % group == 0)}",
-        f"--num_generations {_near(group, lambda n: n > 1 and size % n == 0)}",
-    ]
-    if steps == accumulation:
-        ways.append(
-            f"--gradient_accumulation_steps {_near(steps, lambda n: (world * batch * n) % group == 0)}"
-        )
-    further = _near(steps, lambda n: n % accumulation == 0 and (world * batch * n) % group == 0)
-    ways.append(f"--steps_per_generation {further}")
-    return (
-        f"One generation is {size} completions ({world} policy workers * --per_device_train_batch_size "
-        f"{batch} * "
-        f"{steps} accumulation steps), which is not a whole number of groups of --num_generations {group}. "
-        "Change one of these to: " + "; ".join(ways) + "."
-    )

@@ -50,7 +50,7 @@ NOT_BUILT = frozenset(
         "shuffle_buffer_size", "simpo_gamma", "soft_cache_length", "soft_max_length", "streaming",
         "sync_ref_model", "target_regex", "tau_neg", "tau_pos", "teacher_model", "template",
         "top_entropy_quantile", "undesirable_weight", "use_gym_env", "use_liger_kernel",
-        "vit_gradient_checkpointing", "vit_lr", "vllm_pipeline_parallel_size",
+        "vit_gradient_checkpointing", "vit_lr",
     }
 )
 # fmt: on
@@ -96,7 +96,10 @@ def translate(settings: dict[str, Any], environ: Mapping[str, str]) -> tuple[dic
 def _place_rollout(settings: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
     """ms-swift 3.x: which devices the engines get follows from three numbers."""
     devices = _words(settings.pop("vllm_device", ()))
+    has_engines = "num_infer_workers" in settings
     engines = _words(settings.pop("num_infer_workers", ()))
+    if has_engines and len(engines) != 1:
+        raise ConfigError(f"--num_infer_workers takes one value, but {len(engines)} follow it.")
     auto = all(device == "auto" for device in devices)
     what = " ".join(
         ([f"--vllm_device {' '.join(devices)}"] if devices else [])
@@ -107,8 +110,6 @@ def _place_rollout(settings: dict[str, Any], environ: Mapping[str, str]) -> list
         return [f"{what} does nothing: {', '.join('--' + name for name in given)} is given."]
     if auto and not engines:
         return [f"{what}: Ray places the rollout workers, which it does without this flag too."]
-    if len(engines) > 1:
-        raise ConfigError(f"--num_infer_workers takes one value, but {len(engines)} follow it.")
     count = whole_number("--num_infer_workers", engines[0]) if engines else len(devices)
     policy = settings.get("policy_workers") or environ.get("NPROC_PER_NODE")
     ranks = whole_number("--policy_workers", policy) if policy else None

@@ -1,0 +1,84 @@
+"""DeepSpeed configurations by name, by file, as JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raytune_rl.config import deepspeed
+from raytune_rl.errors import ConfigError
+
+
+@pytest.mark.parametrize(("name", "stage"), [("zero0", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3)])
+def test_presets_have_their_stage(name: str, stage: int) -> None:
+    assert deepspeed.load(name)["zero_optimization"]["stage"] == stage
+
+
+def test_zero2_is_the_default_and_has_the_values_of_ms_swift() -> None:
+    zero = deepspeed.load(None)["zero_optimization"]
+    assert zero == {
+        "stage": 2,
+        "offload_optimizer": {"device": "none", "pin_memory": True},
+        "allgather_partitions": True,
+        "allgather_bucket_size": 2e8,
+        "overlap_comm": False,
+        "reduce_scatter": True,
+        "reduce_bucket_size": 2e8,
+        "contiguous_gradients": True,
+    }
+
+
+def test_offload_differs_in_nothing_but_the_device() -> None:
+    plain = deepspeed.load("zero2")
+    plain["zero_optimization"]["offload_optimizer"]["device"] = "cpu"
+    assert deepspeed.load("zero2_offload") == plain
+    zero3 = deepspeed.load("zero3_offload")["zero_optimization"]
+    assert zero3["offload_param"]["device"] == zero3["offload_optimizer"]["device"] == "cpu"
+
+
+def test_a_loaded_preset_is_the_callers_own() -> None:
+    deepspeed.load("zero2")["zero_optimization"]["stage"] = 3
+    assert deepspeed.load("zero2")["zero_optimization"]["stage"] == 2
+
+
+def test_file_and_literal(tmp_path: Path) -> None:
+    config = {"zero_optimization": {"stage": 1}}
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(config))
+    assert deepspeed.load(str(file)) == deepspeed.load(json.dumps(config)) == deepspeed.load(config) == config
+
+
+@pytest.mark.parametrize("value", ["zero9", "missing.json", "{", "[1]"])
+def test_what_is_no_configuration(value: str) -> None:
+    with pytest.raises(ConfigError, match="--deepspeed"):
+        deepspeed.load(value)
+
+
+def test_a_file_that_is_no_object(tmp_path: Path) -> None:
+    file = tmp_path / "list.json"
+    file.write_text("[1]")
+    with pytest.raises(ConfigError, match=r"list\.json: expected a JSON object"):
+        deepspeed.load(str(file))
+
+
+def test_auto_is_filled_and_what_stays_auto_is_left_out() -> None:
+    filled = deepspeed.fill_auto(
+        deepspeed.load("zero3"),
+        {
+            "gradient_clipping": 1.0,
+            "bf16.enabled": True,
+            "fp16.enabled": False,
+            "train_micro_batch_size_per_gpu": 2,
+        },
+    )
+    assert filled["gradient_clipping"] == 1.0
+    assert filled["bf16"] == {"enabled": True}
+    assert filled["fp16"]["enabled"] is False
+    assert filled["train_micro_batch_size_per_gpu"] == 2
+    assert "train_batch_size" not in filled
+    assert "auto" not in json.dumps(filled)
+
+
+def test_a_configuration_that_contradicts_the_flags_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"gradient_clipping to 0.5.*say 1.0"):
+        deepspeed.fill_auto({"gradient_clipping": 0.5}, {"gradient_clipping": 1.0})

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
@@ -125,22 +125,23 @@ class RunSummary:
             rows.append(("not finite", _with_reasons(self.non_finite)))
         return rows
 
-    def render(self) -> RenderableType:
-        """For `rich.print`. Commands stand on lines of their own, unwrapped, to be copied."""
-        parts: list[RenderableType] = [Text(self.title, style="bold")]
+    def show(self, console: Console) -> None:
+        """Prints it. Commands stand on lines of their own, whole whatever the width, to be copied."""
+        console.print(Text(self.title, style="bold"))
         for section in self.sections():
-            parts += [Text(section.title, style="bold cyan"), Padding(pairs(section.rows), (0, 0, 0, 2))]
+            console.print(Text(section.title, style="bold cyan"))
+            console.print(Padding(pairs(section.rows), (0, 0, 0, 2)))
         if self.next_commands:
-            parts.append(Text("Next", style="bold cyan"))
+            console.print(Text("Next", style="bold cyan"))
         for label, command in self.next_commands.items():
-            parts.append(Text(f"  {label}:\n    {command}", no_wrap=True, overflow="ignore"))
-        parts += [Text(f"Note: {notice}", style="yellow") for notice in self.notices]
-        return Group(*parts)
+            console.print(Text(f"  {label}:\n    {command}"), soft_wrap=True)
+        for notice in self.notices:
+            console.print(Text(f"Note: {notice}", style="yellow"))
 
     def text(self, width: int = 100) -> str:
         """Without colour, for a file or a log."""
         buffer = io.StringIO()
-        Console(file=buffer, width=width, color_system=None, force_terminal=False).print(self.render())
+        self.show(Console(file=buffer, width=width, color_system=None, force_terminal=False))
         return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 

@@ -45,6 +45,19 @@ def test_processes_that_start_together_get_different_numbers(tmp_path: Path) -> 
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_a_run_made_between_look_and_claim_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.touch
+
+    def overtaken(self: Path, mode: int = 0o666, exist_ok: bool = True) -> None:
+        monkeypatch.setattr(Path, "touch", real)
+        RunDir.create(tmp_path)
+        real(self, mode, exist_ok)
+
+    monkeypatch.setattr(Path, "touch", overtaken)
+    assert RunDir.create(tmp_path).path.name.startswith("v1-")
+    assert [p.name.split("-")[0] for p in version_dirs(tmp_path)] == ["v1", "v0"]
+
+
 def test_without_a_version_an_existing_run_is_not_written_over(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path / "flat", add_version=False)
     assert run.path == tmp_path / "flat"

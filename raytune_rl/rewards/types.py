@@ -1,0 +1,127 @@
+"""Values that travel between the driver, a reward worker and its child processes.
+
+numpy is imported for the type checker alone: the children import this module and should start fast.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from raytune_rl.errors import RewardError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FailureKind = Literal["exception", "timeout", "crash", "invalid"]
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """What a reward function returns in place of a number for a sample that it could not score.
+
+    `None` says "this reward does not apply here"; `Unscored` says "it should have, and this is why it did
+    not".
+    """
+
+    message: str
+    kind: FailureKind = "invalid"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One sample that one function could not score; its value is NaN.
+
+    Attributes:
+        row: Row of the scored batch.
+        function: Registry name of the reward function.
+        kind: `exception` it raised, `timeout` it took too long, `crash` its process died, `invalid` what it
+            returned is no finite number.
+        message: The reason, for a person.
+    """
+
+    row: int
+    function: str
+    kind: FailureKind
+    message: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The rewards of a batch.
+
+    Attributes:
+        functions: Registry names, in the order of `--reward_funcs`.
+        labels: Class or function names, as ms-swift's metric keys have them (`rewards/<label>/mean`).
+        values: float64 `[n, len(functions)]`; NaN where a function returned `None` or failed.
+        failures: One entry for each failed sample and function. A `None` is not a failure.
+        seconds: Wall seconds spent in each function, slow path included.
+        slow_path: For each function, why the call with the whole batch did not serve and the samples were
+            tried one by one; `None` where it did serve.
+    """
+
+    functions: tuple[str, ...]
+    labels: tuple[str, ...]
+    values: NDArray[np.float64]
+    failures: tuple[Failure, ...]
+    seconds: tuple[float, ...]
+    slow_path: tuple[str | None, ...]
+
+    def failure_counts(self) -> Counter[tuple[str, FailureKind]]:
+        """Number of failed samples by (function, kind)."""
+        return Counter((failure.function, failure.kind) for failure in self.failures)
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What ms-swift's reward functions may ask of `trainer_state`: how far the run has come."""
+
+    global_step: int
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """What is scored: completions, and what the reward functions get beside them.
+
+    Attributes:
+        texts: The completions.
+        columns: A list is a column and has one entry a completion; anything else, such as a `TrainerState`,
+            is one value for the whole batch.
+
+    Raises:
+        RewardError: A column has another length than `texts`, or is called `completions`.
+    """
+
+    texts: list[str]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if "completions" in self.columns:
+            raise RewardError(
+                "A column is called `completions`, the name under which reward functions receive the "
+                "generated texts. Rename the column (for instance with --columns)."
+            )
+        for name, column in self.columns.items():
+            if isinstance(column, list) and len(column) != len(self.texts):
+                raise RewardError(
+                    f"Column `{name}` has {len(column)} entries for {len(self.texts)} completions."
+                )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> RewardBatch:
+        """The given rows, in the given order."""
+        return RewardBatch([self.texts[row] for row in rows], take_rows(self.columns, rows))
+
+
+def take_rows(columns: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """The given rows of each column; values that are no lists stay as they are."""
+    return {
+        name: [column[row] for row in rows] if isinstance(column, list) else column
+        for name, column in columns.items()
+    }

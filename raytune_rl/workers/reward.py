@@ -1,0 +1,120 @@
+"""The reward worker: scores completions that lie in the object store and gives scalars back.
+
+A plain class; `ray.remote(RewardWorker)` makes it an actor. The functions themselves run in child processes
+of the actor (see `rewards.sandbox`), so a reward that hangs or crashes leaves the actor alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raytune_rl.errors import DeadlineExceededError, RewardError
+from raytune_rl.rewards.sandbox import Sandbox
+from raytune_rl.rewards.types import RewardBatch, Scores, take_rows
+
+# Texts of a batch are megabytes at most; a node that does not hand them over in this time is gone.
+FETCH_LIMIT_S = 120.0
+
+
+class RewardWorker:
+    """Scores completions with named reward functions.
+
+    Args:
+        names: Registry names, in the order of `--reward_funcs`.
+        plugin_files: Files of `--external_plugins`.
+        config_dict: All settings of the run.
+        timeout_s: Seconds for one call of a reward function.
+        max_workers: Child processes of this worker.
+        memory_limit_bytes: Address space of a child; `None` for no limit.
+
+    Raises:
+        RewardError: A function or plugin cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        plugin_files: Sequence[str],
+        config_dict: dict[str, Any],
+        timeout_s: float,
+        max_workers: int = 1,
+        memory_limit_bytes: int | None = None,
+    ) -> None:
+        self._sandbox = Sandbox(
+            names, plugin_files, config_dict, timeout_s, max_workers, memory_limit_bytes=memory_limit_bytes
+        )
+
+    def score(
+        self,
+        texts_ref: Any,
+        rows: Sequence[int],
+        columns_ref: Any,
+        column_rows: Sequence[int],
+        extra: dict[str, Any],
+    ) -> Scores:
+        """Scores the completions `rows`.
+
+        Args:
+            texts_ref: Completions, list of str: the list, an ObjectRef to it, or `[ObjectRef]`. (Ray replaces
+                an ObjectRef that is itself an argument of a remote call by its value; inside a list it stays
+                one.)
+            rows: Which completions to score, in this order.
+            columns_ref: The data set's columns, one entry a prompt, `dict[str, list]`; in the same three
+                ways.
+            column_rows: For each entry of `rows`, the prompt it belongs to.
+            extra: The driver's metadata: lists with one entry for each of `rows` (`prompt_id`, ...), and
+                values for all of them (`trainer_state`, a `TrainerState`).
+
+        Returns:
+            The scores, row `i` of them for `rows[i]`.
+
+        Raises:
+            RewardError: Lengths do not fit, a required column is missing, or a data set column has the name
+                of a metadata column.
+            DeadlineExceededError: The object store did not hand the texts or columns over.
+        """
+        if len(rows) != len(column_rows):
+            raise RewardError(f"{len(rows)} completions but {len(column_rows)} column rows.")
+        texts: list[str] = _fetch(texts_ref, "completions")
+        columns: dict[str, list[Any]] = _fetch(columns_ref, "data set columns")
+        clash = sorted(columns.keys() & extra.keys())
+        if clash:
+            raise RewardError(
+                f"Data set columns have names under which reward functions receive the run's own values: "
+                f"{', '.join(clash)}. Rename them (for instance with --columns)."
+            )
+        selected = take_rows(columns, column_rows)
+        batch = RewardBatch([texts[row] for row in rows], {**selected, **extra})
+        return self._sandbox.score(batch.texts, batch.columns)
+
+    def labels(self) -> tuple[str, ...]:
+        """Names for metrics, one a function."""
+        return self._sandbox.labels
+
+    def worst_case_s(self) -> float:
+        """Seconds within which `score` answers once it has its texts: the deadline to wait with."""
+        return self._sandbox.worst_case_s + 2 * FETCH_LIMIT_S
+
+    def ping(self) -> bool:
+        """Answers as soon as the worker is free."""
+        return True
+
+    def close(self) -> None:
+        """Ends the child processes."""
+        self._sandbox.close()
+
+
+def _fetch(value: Any, what: str) -> Any:
+    import ray
+
+    if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], ray.ObjectRef):
+        value = value[0]
+    if not isinstance(value, ray.ObjectRef):
+        return value
+    try:
+        return ray.get(value, timeout=FETCH_LIMIT_S)
+    except ray.exceptions.GetTimeoutError as error:
+        raise DeadlineExceededError(
+            f"Reward worker: the object store did not hand over the {what} within {FETCH_LIMIT_S:g} s."
+        ) from error

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+
+from raytune_rl.errors import RewardError
+from raytune_rl.workers.reward import RewardWorker
+
+PLUGIN = """
+import sys
+from swift.rewards import orms
+
+def together(completions, value, prompt_id, **kwargs):
+    return [100 * len(c) + 10 * v + p for c, v, p in zip(completions, value, prompt_id, strict=True)]
+
+def light(completions, **kwargs):
+    return [float("ray" not in sys.modules and "torch" not in sys.modules)] * len(completions)
+
+orms.update(together=together, light=light)
+"""
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plugin") / "together.py"
+    path.write_text(PLUGIN)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def worker(plugin):
+    worker = RewardWorker(["together", "accuracy"], [plugin], {}, 20.0)
+    yield worker
+    worker.close()
+
+
+def test_rows_and_columns_are_selected(worker):
+    scores = worker.score(
+        ["", "a", "bb", "ccc"],
+        [3, 1, 1],
+        {"value": [7, 8], "solution": ["1", "2"]},
+        [1, 0, 1],
+        {"prompt_id": [4, 5, 6]},
+    )
+    assert scores.values[:, 0].tolist() == [300 + 80 + 4, 100 + 70 + 5, 100 + 80 + 6]
+    assert scores.labels == worker.labels() == ("together", "MathAccuracy")
+    assert worker.ping()
+    assert worker.worst_case_s() > 20.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "column_rows", "extra", "message"),
+    [
+        ([0, 1], [0], {"prompt_id": [1, 2]}, "2 completions but 1 column rows"),
+        ([0], [0], {"prompt_id": [1, 2]}, "`prompt_id` has 2 entries for 1"),
+        ([0], [0], {"prompt_id": [1], "value": [3]}, "names under which reward functions receive.*value"),
+        ([0], [0], {}, "`together` needs the column prompt_id"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(worker, rows, column_rows, extra, message):
+    with pytest.raises(RewardError, match=message):
+        worker.score(["a", "b"], rows, {"value": [7], "solution": ["1"]}, column_rows, extra)
+
+
+@pytest.mark.cluster
+def test_as_an_actor_it_fetches_from_the_object_store(plugin):
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(num_cpus=1, include_dashboard=False)
+    try:
+        worker = (
+            ray.remote(RewardWorker).options(num_cpus=0).remote(["together", "light"], [plugin], {}, 20.0)
+        )
+        texts, columns = ray.put(["", "a", "bb"]), ray.put({"value": [7, 8]})
+        for wrapped in (False, True):
+            arguments = ([texts], [columns]) if wrapped else (texts, columns)
+            call = worker.score.remote(arguments[0], [2, 1], arguments[1], [0, 1], {"prompt_id": [1, 2]})
+            scores = ray.get(call, timeout=120)
+            np.testing.assert_array_equal(scores.values, [[271.0, 1.0], [182.0, 1.0]])
+            assert scores.failures == ()
+        ray.get(worker.close.remote(), timeout=30)
+    finally:
+        if started:
+            ray.shutdown()

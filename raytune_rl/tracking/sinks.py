@@ -99,6 +99,7 @@ class WandbSink:
             resume="allow",
             config=_config(run_dir),
         )
+        self._run.define_metric("*", step_metric="train/global_step")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         # Not wandb's own step: it refuses to go back, which a resume from an earlier checkpoint does.

@@ -1,0 +1,158 @@
+"""Conversations as text, by the model's own chat template; and where in that text the assistant speaks.
+
+Tokenizers are passed in; nothing here imports Transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raytune_rl.data.example import Example, Message
+from raytune_rl.errors import DataError, ModelError
+
+#: For base models that know ChatML's tokens but bring no template: no default system prompt, nothing added.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a tokenizer writes conversations.
+
+    Attributes:
+        tokenizer: The tokenizer, unchanged.
+        template: The template in use when it is not the tokenizer's own.
+        notice: A sentence for the user when it is not.
+    """
+
+    tokenizer: Any
+    template: str | None = None
+    notice: str | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ChatTemplate:
+        """The tokenizer's own template, or ChatML for one that has none but has ChatML's tokens (Qwen base
+        models).
+
+        Raises:
+            ModelError: It has neither.
+        """
+        if getattr(tokenizer, "chat_template", None):
+            return cls(tokenizer)
+        if all(len(tokenizer.encode(token, add_special_tokens=False)) == 1 for token in _CHATML_TOKENS):
+            return cls(
+                tokenizer,
+                CHATML,
+                "the tokenizer has no chat template; it has the tokens of ChatML, so plain ChatML is used",
+            )
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise ModelError(
+            f"the tokenizer of {name} has no chat template and not the tokens of ChatML. Use an "
+            "instruction-tuned model, or put a chat_template into its tokenizer_config.json"
+        )
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict] = (), *, generation_prompt: bool
+    ) -> str:
+        """The conversation as text, special tokens written out.
+
+        Raises:
+            DataError: The template refuses the conversation (roles out of order, for example).
+        """
+        overrides = {} if self.template is None else {"chat_template": self.template}
+        try:
+            return self.tokenizer.apply_chat_template(
+                [message.for_template() for message in messages],
+                tools=list(tools) or None,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **overrides,
+            )
+        except Exception as error:  # a template is a program: it may raise anything
+            raise DataError(f"the chat template refuses the conversation: {error}") from error
+
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an assistant turn: the tokenizer's eos, and the token its template writes after an
+        answer.
+
+        They differ for base models: Qwen2.5-7B ends a text with `<|endoftext|>` and a turn with `<|im_end|>`.
+        """
+        stops = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
+        answer = "Fine."
+        turns = (Message("user", "How are you?"), Message("assistant", answer))
+        text = self.render(turns, generation_prompt=False)
+        (_, end) = assistant_spans(turns, [1], text, self.render)[1]
+        tail = self.tokenizer.encode(
+            text[text.rindex(answer, 0, end) + len(answer) : end], add_special_tokens=False
+        )
+        if len(tail) == 1 and tail[0] in self.tokenizer.all_special_ids and tail[0] not in stops:
+            stops.append(int(tail[0]))
+        return tuple(stops)
+
+
+def trained_turns(example: Example, loss_scale: str) -> list[int]:
+    """Which messages are trained on: by `loss_scale`, unless a message says so itself (`loss`)."""
+    last_user = max((i for i, m in enumerate(example.messages) if m.role == "user"), default=-1)
+    chosen = []
+    for number, message in enumerate(example.messages):
+        by_scale = loss_scale != "last_round" or number > last_user
+        if message.role == "assistant" and (by_scale if message.loss is None else message.loss):
+            chosen.append(number)
+    return chosen
+
+
+def assistant_spans(
+    messages: Sequence[Message],
+    turns: Sequence[int],
+    text: str,
+    render: Callable[..., str],
+) -> dict[int, tuple[int, int]]:
+    """Where assistant turns stand in a rendered conversation, as character ranges `[start, end)`.
+
+    A range begins where the generation prompt ends, and ends with the end-of-turn mark, without white space
+    after it.
+    It is found by rendering the conversation up to the turn and through it: each must be the beginning of the
+        whole.
+
+    Args:
+        messages: The conversation.
+        turns: Numbers of the assistant messages wanted.
+        text: The whole conversation rendered, without generation prompt.
+        render: `(messages, *, generation_prompt) -> str`.
+
+    Raises:
+        DataError: The template writes a turn differently once others follow (Qwen3 removes earlier thoughts,
+            for example), so that what the model would see when it speaks is not what it would be trained on.
+    """
+    spans = {}
+    for turn in turns:
+        if turn == 0:
+            raise DataError(
+                "the conversation begins with the assistant; a chat template needs a user turn first"
+            )
+        before = render(messages[:turn], generation_prompt=True)
+        through = text if turn == len(messages) - 1 else render(messages[: turn + 1], generation_prompt=False)
+        if not (text.startswith(through) and through.startswith(before)):
+            raise DataError(
+                f"the chat template writes turn {turn} differently depending on what follows it, so its "
+                "tokens cannot be told from the rest. Train on the last round only (--loss_scale last_round) or use "
+                "another template"
+            )
+        spans[turn] = (len(before), _end_of_turn(through, len(before), messages[turn].content))
+    return spans
+
+
+def _end_of_turn(text: str, start: int, content: str) -> int:
+    """The end of the turn that runs from `start` to the end of `text`, without what only separates it from
+    the next."""
+    trimmed = start + len(text[start:].rstrip())
+    spoken = text.find(content, start) if content else -1
+    # White space that the assistant wrote stays: only a template without an end mark would lose it.
+    return trimmed if spoken < 0 else max(trimmed, spoken + len(content))

@@ -6,7 +6,6 @@ shown.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import is_flash_attn_2_available
 
 from raytune_rl.errors import ModelError
+from raytune_rl.models.hub import first_line, resolve_path
 
 DTYPES = {
     "float32": torch.float32,
@@ -69,46 +69,6 @@ class LoadedModel:
     model: PreTrainedModel
     path: str
     notices: tuple[str, ...]
-
-
-def resolve_path(
-    model: str, *, use_hf: bool = False, revision: str | None = None, token: str | None = None
-) -> str:
-    """A local directory for a path or hub id; a local directory never touches the network.
-
-    Args:
-        model: directory, or `owner/name` on ModelScope (Hugging Face with `use_hf`).
-        use_hf: download from Hugging Face instead of ModelScope.
-        revision: branch, tag or commit on the hub.
-        token: hub token.
-
-    Raises:
-        ModelError: nothing is there; the message says what was tried.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise ModelError(f"model '{model}' is a file; give the directory that holds config.json")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
-        raise ModelError(
-            f"model directory '{model}' does not exist (and it is not a hub id of the form owner/name)"
-        )
-    hub = "Hugging Face" if use_hf else "ModelScope"
-    try:
-        if use_hf:
-            from huggingface_hub import snapshot_download
-
-            return str(snapshot_download(model, revision=revision, token=token))
-        from modelscope import snapshot_download as modelscope_download
-
-        return str(modelscope_download(model, revision=revision, token=token))
-    except Exception as error:  # the hubs raise dozens of unrelated types, all of which mean "not available"
-        other = "" if use_hf else ", use --use_hf true for Hugging Face"
-        raise ModelError(
-            f"'{model}' is not a directory here and could not be fetched from {hub} ({_first_line(error)}); "
-            f"check the id and the network{other}, or download it and pass the directory"
-        ) from error
 
 
 def load_model(
@@ -154,7 +114,7 @@ def load_model(
     try:
         model, info = _auto_class(config).from_pretrained(local, output_loading_info=True, **options)
     except _LOAD_ERRORS as error:
-        raise ModelError(f"cannot load the model in '{local}': {_first_line(error)}") from error
+        raise ModelError(f"cannot load the model in '{local}': {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -166,6 +126,8 @@ def load_model(
         notices.append(f"{len(extra)} weights in '{local}' are not used by the model (first: {extra[0]})")
     if quantization is None:
         model = model.to(where)
+    elif quantization.bits == 4 and where.type == "cpu":
+        _refuse_ragged_blocks(model)
     _mend_generation_config(model, notices)
     return LoadedModel(model.eval(), local, tuple(notices))
 
@@ -186,7 +148,7 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except _LOAD_ERRORS as error:
-        raise ModelError(f"cannot read '{path}/config.json': {_first_line(error)}") from error
+        raise ModelError(f"cannot read '{path}/config.json': {first_line(error)}") from error
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
@@ -198,7 +160,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except _LOAD_ERRORS as error:
-        raise ModelError(f"cannot load the tokenizer in '{path}': {_first_line(error)}") from error
+        raise ModelError(f"cannot load the tokenizer in '{path}': {first_line(error)}") from error
 
 
 def load_processor(path: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
@@ -215,7 +177,7 @@ def load_processor(path: str, *, trust_remote_code: bool = False, **options: Any
     try:
         return AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     except _LOAD_ERRORS as error:
-        raise ModelError(f"cannot load the processor in '{path}': {_first_line(error)}") from error
+        raise ModelError(f"cannot load the processor in '{path}': {first_line(error)}") from error
 
 
 def is_vision_config(config: Any) -> bool:
@@ -295,6 +257,17 @@ def _choose_attention(
     return asked
 
 
+def _refuse_ragged_blocks(model: Any) -> None:
+    """bitsandbytes 0.50's CPU kernel unpacks a row wrongly if 64-value blocks straddle rows; the GPU's does
+    not."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit" and module.in_features % 64:
+            raise ModelError(
+                f"4-bit loading on a CPU needs layer widths that are multiples of 64; '{name}' has "
+                f"{module.in_features} inputs and would get wrong weights. Use a GPU, or load it unquantised"
+            )
+
+
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
     if quantization.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -306,8 +279,3 @@ def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndByte
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_rl.errors import ModelError
+from raytune_rl.models.hub import first_line
 from raytune_rl.models.load import is_vision_config
 
 # Names of the module that maps image features into the language model's space, over the families Transformers
@@ -191,13 +192,19 @@ def _parts(model: PreTrainedModel) -> Any:
 
 
 def _compact(model: PreTrainedModel, targets: list[str]) -> list[str] | str:
-    """Suffixes where they select exactly the targets, else one regular expression; both keep
-    adapter_config.json short."""
+    """The shortest form that PEFT resolves to exactly these modules; it is written into
+    adapter_config.json."""
+    names = [name for name, _ in model.named_modules()]
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in targets})
-    by_suffix = {n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in suffixes}
-    if by_suffix == set(targets):
+    if {name for name in names if name.rsplit(".", 1)[-1] in suffixes} == set(targets):
         return suffixes
-    return "|".join(sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in targets}))
+    # Layer numbers collapse, except at the end: the linear layers of an nn.Sequential are 0 and 2, say, but
+    # not 1.
+    patterns = {re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in targets}
+    regex = "|".join(sorted(patterns))
+    if {name for name in names if re.fullmatch(regex, name)} == set(targets):
+        return regex
+    return targets
 
 
 def _refuse_tied(model: PreTrainedModel, targets: list[str], modules_to_save: Sequence[str]) -> None:
@@ -230,7 +237,7 @@ def _open_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> Peft
     try:
         return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        line = first_line(error)
         raise ModelError(f"adapter '{path}' does not fit {type(model).__name__}: {line}") from error
 
 

@@ -12,12 +12,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 VOCAB = 300
 
 
-def _qwen2(*, tied: bool = True, seed: int = 0) -> Qwen2ForCausalLM:
+def _qwen2(*, tied: bool = True, seed: int = 0, intermediate: int = 128) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCAB,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -1,0 +1,92 @@
+"""The registry, the SFT loss, and metric sums."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from raytune_rl.algorithms import registry
+from raytune_rl.algorithms.metrics import MetricSums, Stat, max_of, mean_of, merge_all, min_of, total_of
+from raytune_rl.algorithms.policy_loss import GRPOSettings
+from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, get_loss, loss_names, register_loss
+from raytune_rl.algorithms.sft import SFTSettings
+from raytune_rl.errors import ConfigError
+
+
+def test_sft_is_nll_and_accuracy() -> None:
+    logprobs = torch.tensor([-0.5, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    given = LossInputs(
+        logprobs, torch.tensor([0, 0, 1]), 2, SFTSettings(), correct=torch.tensor([True, False, True])
+    )
+    out = get_loss("sft")(given)
+    assert out.token_loss.tolist() == [0.5, 1.0, 3.0]
+    (grad,) = torch.autograd.grad(out.token_loss.sum(), logprobs)
+    assert grad.tolist() == [-1, -1, -1]
+    assert out.metrics.result() == pytest.approx({"nll": 1.5, "token_acc": 2 / 3})
+
+
+def test_names_and_unknown_name() -> None:
+    assert {"grpo", "sft"} <= set(loss_names())
+    with pytest.raises(ConfigError, match=r"'ppo2'.*grpo, .*sft"):
+        get_loss("ppo2")
+
+
+def test_a_new_loss_needs_only_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+
+    @dataclass(frozen=True)
+    class Mine:
+        weight: float = 2.0
+
+    def compute(inputs: LossInputs) -> LossOutput:
+        return LossOutput(-inputs.settings.weight * inputs.columns["extra"], MetricSums())
+
+    register_loss(Loss("mine", Mine, compute, lambda settings: ("extra",)))
+    given = LossInputs(torch.zeros(1), torch.zeros(1, dtype=torch.long), 1, Mine(), {"extra": torch.ones(1)})
+    assert get_loss("mine")(given).token_loss.tolist() == [-2.0]
+    with pytest.raises(ConfigError, match="already registered"):
+        register_loss(Loss("mine", Mine, compute))
+    with pytest.raises(ConfigError, match="takes SFTSettings, got Mine"):
+        get_loss("sft")(given)
+
+
+def test_columns_follow_the_settings() -> None:
+    grpo = get_loss("grpo")
+    assert grpo.required_columns(GRPOSettings(beta=0.1)) == ("ref_logprobs",)
+    assert grpo.required_columns(GRPOSettings(beta=0.0)) == ()
+
+
+def test_metric_sums_merge_in_any_order() -> None:
+    data = torch.tensor([3.0, -1.0, 4.0, 1.0, 5.0, 9.0])
+
+    def measure(x: torch.Tensor) -> MetricSums:
+        return MetricSums({"a": mean_of(x), "b": max_of(x), "c": min_of(x), "d": total_of(x)})
+
+    parts = [measure(data[:1]), measure(data[1:1]), measure(data[1:4]).host(), measure(data[4:])]
+    want = {"a": 3.5, "b": 9.0, "c": -1.0, "d": 21.0}
+    assert merge_all(parts).result() == want
+    assert merge_all(reversed(parts)).result() == want
+    assert parts[0].merge(parts[1].merge(parts[2], parts[3])).result() == want
+    host = merge_all(parts).host()
+    assert all(isinstance(stat.value, float) for stat in host.stats.values())
+
+
+def test_nothing_measured_is_left_out_and_nan_is_not() -> None:
+    empty = torch.zeros(0)
+    sums = MetricSums({"mean": mean_of(empty), "max": max_of(empty), "count": total_of(empty)})
+    assert sums.result() == {"count": 0.0}
+    for first, second in ((1.0, math.nan), (math.nan, 1.0)):
+        assert math.isnan(Stat("max", first, 1).merge(Stat("max", second, 1)).result())
+        assert math.isnan(Stat("min", first, 1).merge(Stat("min", second, 1)).result())
+    with pytest.raises(ValueError, match="cannot merge"):
+        Stat("max", 1.0, 1).merge(Stat("mean", 1.0, 1))
+
+
+def test_metrics_hold_no_graph() -> None:
+    x = torch.ones(3, requires_grad=True)
+    for stat in (mean_of(x * 2), max_of(x * 2), min_of(x * 2), total_of(x * 2)):
+        assert isinstance(stat.value, torch.Tensor)
+        assert not stat.value.requires_grad

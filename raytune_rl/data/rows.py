@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from raytune_rl.data.ragged import Columns, Ragged
 
@@ -48,7 +48,7 @@ class RowBatch:
 def make_batch(
     rows: Sequence[RowPointer],
     late: Mapping[str, Sequence[RowPointer]] | None = None,
-    scalars: Mapping[str, Sequence[float]] | None = None,
+    scalars: Mapping[str, ArrayLike] | None = None,
     micro_batches: Sequence[Sequence[int]] = (),
 ) -> RowBatch:
     """Collects pointers into one message in which every object is named once."""
@@ -78,10 +78,19 @@ class ReadRows:
         self._batch = batch
         self._objects = objects
 
-    def column(self, name: str, row: int, late: bool = False) -> NDArray:
-        """One row of a ragged column, a view. `late` columns are looked up where they were computed."""
-        where = self._batch.places[name if late else ""]
-        source, at = where[row]
+    def has(self, name: str) -> bool:
+        """Whether the rows' own objects have the column. A batch without rows has none."""
+        return any(name in self._objects[source] for source, _ in self._batch.places[""])
+
+    def column(self, name: str, row: int, late: str = "") -> NDArray:
+        """One row of a ragged column, a view.
+
+        Args:
+            name: Column of the object.
+            row: Row of the batch.
+            late: Name of the late column whose object to look in; empty for the row's own object.
+        """
+        source, at = self._batch.places[late][row]
         ragged = self._objects[source][name]
         if not isinstance(ragged, Ragged):
             raise TypeError(f"column {name!r} is not ragged")

@@ -130,7 +130,8 @@ def slots_of(reserved: PlacementGroup, layout: Layout) -> dict[str, list[Slot]]:
     """The slots of a ready placement group, by group, in rank order."""
     address_of_node = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
     node_of_bundle = {
-        int(index): address_of_node[node] for index, node in placement_group_table(reserved)["bundles_to_node_id"].items()
+        int(index): address_of_node[node]
+        for index, node in placement_group_table(reserved)["bundles_to_node_id"].items()
     }
     return {
         name: [Slot(reserved, i, node_of_bundle[i]) for i in neighbours_first(node_of_bundle, bundles)]
@@ -143,7 +144,8 @@ def _await_reservation(reserved: PlacementGroup, groups: Sequence[GroupSpec], ti
         ray.get(reserved.ready(), timeout=timeout_s)
     except GetTimeoutError as error:
         raise PlacementError(
-            f"no room within {timeout_s:.0f} s (--start_timeout): " + placement_message(None, groups, describe().nodes)
+            f"no room within {timeout_s:.0f} s (--start_timeout): "
+            + placement_message(None, groups, describe().nodes)
         ) from error
 
 

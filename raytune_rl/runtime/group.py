@@ -40,7 +40,8 @@ class WorkerGroup:
         self.name = spec.name
         self.timeout_s = timeout_s
         self._actors = [
-            start_worker(worker_class, spec, slot, make_args(rank), env or {}) for rank, slot in enumerate(slots)
+            start_worker(worker_class, spec, slot, make_args(rank), env or {})
+            for rank, slot in enumerate(slots)
         ]
 
     def __len__(self) -> int:
@@ -51,14 +52,22 @@ class WorkerGroup:
         return f"{self.name}[{rank}]"
 
     def submit(
-        self, rank: int, method: str, *args: Any, what: str | None = None, returns: int = 1, timeout_s: float | None = None
+        self,
+        rank: int,
+        method: str,
+        *args: Any,
+        what: str | None = None,
+        returns: int = 1,
+        timeout_s: float | None = None,
     ) -> Pending:
         """Starts a call on one worker. With `returns > 1` the pending's `ref` is the list of its references."""
         remote = getattr(self._actors[rank], method)
         ref = remote.options(num_returns=returns).remote(*args)
         return Pending(ref, self.who(rank), what or method, timeout_s or self.timeout_s)
 
-    def call(self, method: str, *args: Any, what: str | None = None, timeout_s: float | None = None) -> list[Any]:
+    def call(
+        self, method: str, *args: Any, what: str | None = None, timeout_s: float | None = None
+    ) -> list[Any]:
         """Calls every worker with the same arguments and waits for all answers, in rank order."""
         return fetch_all(
             [self.submit(rank, method, *args, what=what, timeout_s=timeout_s) for rank in range(len(self))]

@@ -112,7 +112,9 @@ def placement_message(
     """The text of a `PlacementError`: asked, available, what to change."""
     lines = ["the groups do not fit on the cluster."]
     if bundle is not None:
-        lines[0] = f"the groups do not fit on the cluster: no node has {_show(bundle)} left for one of the bundles."
+        lines[0] = (
+            f"the groups do not fit on the cluster: no node has {_show(bundle)} left for one of the bundles."
+        )
     lines.append("asked:")
     for group in groups:
         where = f", sharing with {group.colocate_with}" if group.colocate_with else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -66,6 +66,14 @@ def fetch_all(pending: Sequence[Pending]) -> list[Any]:
     for done in as_completed(pending):
         fetch(done)
     return [fetch(p) for p in pending]
+
+
+def acknowledge(pending: Sequence[Pending]) -> list[Any]:
+    """Waits for calls with several returns and reads the first of each only.
+
+    The first is the call's small word that it is done; the others are arrays that stay in the object store.
+    """
+    return fetch_all([replace(p, ref=p.ref[0]) for p in pending])
 
 
 def as_completed(pending: Sequence[Pending]) -> Iterator[Pending]:

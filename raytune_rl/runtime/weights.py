@@ -145,13 +145,19 @@ class WeightStore:
         """
         wanted = max(self._manifests, default=-1) if version is None else version
         if wanted not in self._manifests:
-            raise StaleWeightsError(f"weight version {wanted} is not in the store, which has {sorted(self._manifests)}")
+            raise StaleWeightsError(
+                f"weight version {wanted} is not in the store, which has {sorted(self._manifests)}"
+            )
         return self._manifests[wanted]
 
 
 def start_store(name: str) -> ray.actor.ActorHandle:
     """Starts a weight store under a name, by which any process of the cluster finds it."""
-    return ray.remote(WeightStore).options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=8).remote()
+    return (
+        ray.remote(WeightStore)
+        .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=8)
+        .remote()
+    )
 
 
 def find_manifest(store_name: str, version: int | None, timeout_s: float) -> Manifest:
@@ -160,6 +166,8 @@ def find_manifest(store_name: str, version: int | None, timeout_s: float) -> Man
     return ray.get(store.get.remote(version), timeout=timeout_s)
 
 
-def collect_index(parts: Iterable[tuple[tuple[TensorEntry, ...], ...]]) -> tuple[tuple[TensorEntry, ...], ...]:
+def collect_index(
+    parts: Iterable[tuple[tuple[TensorEntry, ...], ...]],
+) -> tuple[tuple[TensorEntry, ...], ...]:
     """Joins the ranks' bucket indices in rank order."""
     return tuple(bucket for part in parts for bucket in part)

@@ -61,6 +61,10 @@ class StepTimer:
             self._stack.pop()
             self._tell()
 
+    def so_far(self) -> float:
+        """Seconds since the last `finish` (or the start)."""
+        return self._clock() - self._start
+
     def finish(self) -> StepTimes:
         """The times since the last `finish` (or the start), and a new step begins.
 

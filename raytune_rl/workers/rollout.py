@@ -36,6 +36,7 @@ class EngineSpec:
         lora_rank: Rank of the adapters it will serve; 0 when weights arrive merged or the training is full.
         trust_remote_code: Run code from the model's directory.
         seed: Engine seed; each completion has a seed of its own besides.
+        use_hf: A hub id is one of Hugging Face instead of ModelScope.
         sleep_level: What to drop between generations on a GPU: 0 nothing, 1 weights to the CPU, 2 weights discarded.
     """
 
@@ -53,6 +54,7 @@ class EngineSpec:
     lora_rank: int = 0
     trust_remote_code: bool = False
     seed: int = 0
+    use_hf: bool = False
     sleep_level: int = 0
 
 
@@ -138,6 +140,14 @@ class RolloutWorker:
         """Pulls a version (None: the newest) from the store. Returns the version and the seconds it took."""
         return self._engine.load(version)
 
+    def sleep(self) -> None:
+        """Gives the GPU's memory to whoever trains beside this engine; what is dropped is the spec's sleep level."""
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """Takes the memory back. The weights are stale until a version is loaded."""
+        self._engine.wake()
+
     def generate(
         self,
         prompts: Mapping[str, Ragged],
@@ -176,7 +186,8 @@ class RolloutWorker:
                 [np.concatenate([p, s.tokens]) for p, s in zip(ids, sampled, strict=True)], np.int32
             ),
             "loss_mask": Ragged.from_rows(
-                [np.arange(len(p) + len(s.tokens)) >= len(p) for p, s in zip(ids, sampled, strict=True)], np.bool_
+                [np.arange(len(p) + len(s.tokens)) >= len(p) for p, s in zip(ids, sampled, strict=True)],
+                np.bool_,
             ),
             "logprobs": Ragged.from_rows([s.logprobs for s in sampled], np.float32),
             "versions": Ragged.from_rows([np.full(len(s.tokens), version) for s in sampled], np.int32),

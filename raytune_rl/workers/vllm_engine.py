@@ -28,6 +28,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from raytune_rl.errors import StaleWeightsError
+from raytune_rl.models.load import resolve_path
 from raytune_rl.runtime.weights import Manifest, find_manifest, read
 from raytune_rl.workers import vllm_plugin
 from raytune_rl.workers.rollout import EngineSpec, Sampling
@@ -80,12 +81,25 @@ class VllmEngine:
             self._load_adapter(manifest)
         else:
             self._engine.collective_rpc("start_weight_update")
-            self._engine.collective_rpc("update_weights", kwargs={"update_info": {"version": manifest.version}})
+            self._engine.collective_rpc(
+                "update_weights", kwargs={"update_info": {"version": manifest.version}}
+            )
             self._engine.collective_rpc("finish_weight_update")
         if not self._engine.reset_prefix_cache():
-            raise StaleWeightsError("vLLM kept key-value blocks of the old weights: requests were still running")
+            raise StaleWeightsError(
+                "vLLM kept key-value blocks of the old weights: requests were still running"
+            )
         self.version = manifest.version
         return manifest.version, time.perf_counter() - started
+
+    def sleep(self) -> None:
+        """Frees device memory; nothing can be served until `wake` and a load."""
+        self.version = None
+        self._engine.sleep(level=self._spec.sleep_level)
+
+    def wake(self) -> None:
+        """Allocates weights and cache again."""
+        self._engine.wake_up()
 
     def sample(self, prompts: Sequence[NDArray], seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
         """Completes each prompt once, with its own seed. Order of answers is that of the prompts."""
@@ -105,9 +119,10 @@ class VllmEngine:
                 if output.finished:
                     answers[position[output.request_id]] = to_sampled(output.outputs[0])
         texts = self._decode([answers[i].tokens for i in range(len(prompts))], sampling)
-        return [Sampled(a.tokens, a.logprobs, text, a.finish_reason) for a, text in zip(
-            (answers[i] for i in range(len(prompts))), texts, strict=True
-        )]
+        return [
+            Sampled(a.tokens, a.logprobs, text, a.finish_reason)
+            for a, text in zip((answers[i] for i in range(len(prompts))), texts, strict=True)
+        ]
 
     def _params(self, sampling: Sampling, seed: int, prompt_tokens: int) -> SamplingParams:
         return SamplingParams(
@@ -148,7 +163,7 @@ class VllmEngine:
 def engine_args(spec: EngineSpec) -> dict[str, Any]:
     """Translates a spec into vLLM's arguments; only what was decided is passed, the rest is vLLM's default."""
     args: dict[str, Any] = {
-        "model": spec.model,
+        "model": resolve_path(spec.model, use_hf=spec.use_hf),
         "dtype": spec.dtype,
         "max_model_len": spec.max_model_len,
         "tensor_parallel_size": spec.tensor_parallel_size,

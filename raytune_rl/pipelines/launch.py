@@ -1,0 +1,178 @@
+"""From a config to started groups: what each role is told, and in which environment it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raytune_rl.config import RLHFConfig, SFTConfig, deepspeed, resolved
+from raytune_rl.models.tuner import TunerSettings
+from raytune_rl.pipelines.resources import Groups
+from raytune_rl.workers.policy import OptimizerSpec, PolicySpec
+from raytune_rl.workers.rollout import EngineSpec, Sampling
+from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
+
+CPU_CACHE_BYTES = 256 * 2**20
+TOKENS_GPU, TOKENS_CPU = 16384, 2048
+TrainConfig = SFTConfig | RLHFConfig
+
+
+def model_spec(config: TrainConfig, on_gpu: bool) -> ModelSpec:
+    """What policy and reference load."""
+    assert config.model is not None
+    return ModelSpec(
+        path=config.model,
+        dtype=dtype(config, on_gpu),
+        attn_impl=config.attn_impl,
+        layout=layout(config, on_gpu),
+        trust_remote_code=config.trust_remote_code,
+        adapters=config.adapters,
+        quant_bits=config.quant_bits,
+        use_hf=config.use_hf,
+    )
+
+
+def dtype(config: TrainConfig, on_gpu: bool) -> str:
+    """bfloat16 on GPU and float32 on CPU, unless the user says."""
+    return config.torch_dtype or ("bfloat16" if on_gpu else "float32")
+
+
+def layout(config: TrainConfig, on_gpu: bool) -> str:
+    """Packed rows pay where a kernel knows their borders; with masks on a CPU they cost more than padding."""
+    packed = (
+        on_gpu and resolved.attention(config) == "flash_attention_2"
+        if config.padding_free is None
+        else config.padding_free
+    )
+    return "packed" if packed else "padded"
+
+
+def max_tokens(config: TrainConfig, on_gpu: bool) -> int:
+    """Token budget of a micro-batch."""
+    return config.max_tokens_per_micro_batch or (TOKENS_GPU if on_gpu else TOKENS_CPU)
+
+
+def tuner(config: TrainConfig, dropout: float) -> TunerSettings:
+    """What is trained."""
+    return TunerSettings(
+        tuner_type=config.train_type,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules=config.target_modules,
+        modules_to_save=config.modules_to_save,
+        freeze_vit=config.freeze_vit,
+        freeze_aligner=config.freeze_aligner,
+    )
+
+
+def optimizer(config: TrainConfig, total_steps: int) -> OptimizerSpec:
+    """AdamW, its schedule and DeepSpeed."""
+    return OptimizerSpec(
+        learning_rate=resolved.learning_rate(config),
+        schedule=config.lr_scheduler_type,
+        warmup_steps=resolved.warmup_steps(config, total_steps),
+        total_steps=total_steps,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        deepspeed=deepspeed.load(config.deepspeed),
+    )
+
+
+def policy_spec(
+    config: TrainConfig,
+    groups: Groups,
+    total_steps: int,
+    *,
+    loss: str,
+    loss_settings: Any,
+    temperature: float,
+    dropout: float,
+    publish_mode: str | None = None,
+) -> PolicySpec:
+    """What a policy rank is told."""
+    return PolicySpec(
+        model=model_spec(config, groups.on_gpu),
+        tuner=tuner(config, dropout),
+        optimizer=optimizer(config, total_steps),
+        loss=loss,
+        loss_settings=loss_settings,
+        score=ScoreSettings(temperature, config.step_timeout),
+        seed=config.seed,
+        gradient_checkpointing=groups.on_gpu
+        if config.gradient_checkpointing is None
+        else config.gradient_checkpointing,
+        publish_mode=publish_mode,
+    )
+
+
+def publish_mode(config: RLHFConfig) -> str:
+    """How weights travel: whole, or for LoRA the adapter alone wherever vLLM can serve it as it is."""
+    if config.train_type == "full":
+        return "full"
+    plain = not (config.use_dora or config.modules_to_save)
+    wanted = plain if config.vllm_enable_lora is None else config.vllm_enable_lora
+    return "adapter" if wanted else "merged"
+
+
+def engine_spec(config: RLHFConfig, groups: Groups, max_model_len: int, store: str, rank: int) -> EngineSpec:
+    """What a rollout worker is told."""
+    assert config.model is not None
+    on_gpu = groups.on_gpu
+    eager = not on_gpu if config.vllm_enforce_eager is None else config.vllm_enforce_eager
+    return EngineSpec(
+        model=config.model,
+        dtype=dtype(config, on_gpu),
+        max_model_len=max_model_len,
+        store=store,
+        pull_timeout_s=config.step_timeout,
+        tensor_parallel_size=config.vllm_tensor_parallel_size,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        kv_cache_bytes=None if on_gpu else CPU_CACHE_BYTES,
+        max_num_seqs=config.vllm_max_num_seqs,
+        enforce_eager=eager,
+        enable_prefix_caching=config.vllm_enable_prefix_caching,
+        lora_rank=(config.vllm_max_lora_rank or config.lora_rank) if publish_mode(config) == "adapter" else 0,
+        trust_remote_code=config.trust_remote_code,
+        seed=config.seed + rank,
+        use_hf=config.use_hf,
+        sleep_level=config.sleep_level if on_gpu and groups.colocated else 0,
+    )
+
+
+def sampling(config: RLHFConfig) -> Sampling:
+    """How completions are drawn."""
+    return Sampling(
+        temperature=config.temperature,
+        max_tokens=config.max_completion_length,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        stop_words=config.stop_words,
+    )
+
+
+def machine_notices(config: TrainConfig, on_gpu: bool) -> list[str]:
+    """One line for each flag that this machine cannot honour as written, saying what is done instead."""
+    if on_gpu:
+        return []
+    notices = []
+    if config.torch_dtype in ("bfloat16", "float16"):
+        notices.append(
+            f"--torch_dtype {config.torch_dtype} is slow on a CPU without hardware for it; float32 is the fast choice here"
+        )
+    if config.attn_impl and config.attn_impl.startswith("flash"):
+        notices.append(f"--attn_impl {config.attn_impl} needs a GPU: sdpa is used here")
+    if isinstance(config, RLHFConfig):
+        asleep = [
+            f"--{name}"
+            for name in ("sleep_level", "offload_model", "offload_optimizer")
+            if getattr(config, name)
+        ]
+        if asleep:
+            notices.append(f"{', '.join(asleep)}: there is no GPU memory to free on a CPU, nothing is moved")
+    return notices

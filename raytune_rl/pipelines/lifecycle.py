@@ -1,0 +1,263 @@
+"""What every training run has: a directory, a log, a display, checkpoints, a way to stop it and a way to go on."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from raytune_rl.config import RLHFConfig, SFTConfig
+from raytune_rl.errors import CheckpointError
+from raytune_rl.pipelines.policy_group import PolicyGroup
+from raytune_rl.tracking.best import CheckpointRecord
+from raytune_rl.tracking.checkpoints import (
+    CheckpointWriter,
+    clean_leftovers,
+    latest,
+    prune,
+    read_state,
+    step_of,
+    supersede_after,
+)
+from raytune_rl.tracking.logger import RunLogger
+from raytune_rl.tracking.plots import write_plots
+from raytune_rl.tracking.progress import ProgressDisplay
+from raytune_rl.tracking.run_dir import RunDir
+from raytune_rl.tracking.timer import StepTimer
+
+TrainConfig = SFTConfig | RLHFConfig
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished (or interrupted) run gives back.
+
+    Attributes:
+        run_dir: Everything the run wrote.
+        status: "finished" or "interrupted".
+        steps: Optimizer steps done, of `total_steps`.
+        last_checkpoint: Load it with Transformers, or with PEFT if an adapter was trained.
+        best_checkpoint: By the held-out metric, if there was one.
+        metrics: Of the last logged step.
+        before: Held-out metrics before the first step of the run, if there is held-out data.
+        after: The same after the last step.
+    """
+
+    run_dir: Path
+    status: str
+    steps: int
+    total_steps: int
+    last_checkpoint: Path | None
+    best_checkpoint: Path | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    before: Mapping[str, float] = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run starts: a new directory at step 0, or a checkpoint in its own directory.
+
+    Attributes:
+        run_dir: Where to write.
+        checkpoint: What to restore; None for a new run.
+        state: trainer_state.json of the checkpoint, or empty.
+        notices: Sentences for the user.
+    """
+
+    run_dir: RunDir
+    checkpoint: Path | None
+    state: Mapping[str, Any]
+    notices: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps already done."""
+        return int(self.state.get("global_step", 0))
+
+    @property
+    def resume_step(self) -> int | None:
+        """The step gone on from, or None for a new run."""
+        return None if self.checkpoint is None else self.step
+
+
+def find_origin(config: TrainConfig) -> Origin:
+    """Opens the run's directory.
+
+    Raises:
+        CheckpointError: The checkpoint asked for is not there or not whole.
+    """
+    asked = config.resume_from_checkpoint
+    found: Path | None = None
+    notices: list[str] = []
+    if asked == "auto":
+        found = latest(config.output_dir)
+        if found is None:
+            notices.append(
+                f"--resume_from_checkpoint auto: no checkpoint under {config.output_dir}, so this run starts anew"
+            )
+    elif asked is not None:
+        found = Path(asked).expanduser().absolute()
+        if not (found / "trainer_state.json").is_file() and (nested := latest(found)) is not None:
+            found = nested
+    if found is None:
+        run_dir = RunDir.create(config.output_dir, config.add_version)
+        run_dir.write_args(config.args())
+        return Origin(run_dir, None, {}, tuple(notices))
+    state = read_state(found)
+    if not (found / "optimizer").is_dir():
+        raise CheckpointError(
+            f"{found} was saved with --save_only_model true: it has no optimizer state to resume from"
+        )
+    run_dir = RunDir.open(found)
+    clean_leftovers(run_dir)
+    later = supersede_after(run_dir, step_of(found))
+    if later:
+        notices.append(f"{len(later)} later checkpoint(s) of this run were set aside as {later[0].name} ...")
+    notices.append(f"resuming from {found}")
+    notices += _changed_settings(config, run_dir)
+    return Origin(run_dir, found, state, tuple(notices))
+
+
+def _changed_settings(config: TrainConfig, run_dir: RunDir) -> list[str]:
+    """Settings that differ from those the run began with: allowed, but never unnoticed."""
+    before, now = run_dir.read_args(), config.args()
+    own = {"resume_from_checkpoint", "output_dir", "add_version", "ray_address"}
+    changed = [n for n in sorted(now) if n in before and n not in own and before[n] != now[n]]
+    return [f"--{name} is {now[name]!r} now; the run began with {before[name]!r}" for name in changed]
+
+
+class Run:
+    """The moving parts around a training loop.
+
+    Args:
+        config: Of the run.
+        origin: Where it starts.
+        total_steps: Optimizer steps of the whole run.
+        best_by: Held-out metric that chooses the best checkpoint, such as "eval_reward".
+        greater_is_better: Its direction.
+    """
+
+    def __init__(
+        self, config: TrainConfig, origin: Origin, total_steps: int, best_by: str, greater_is_better: bool
+    ) -> None:
+        self.config = config
+        self.dir = origin.run_dir
+        self.total_steps = total_steps
+        self.step = origin.step
+        self.started = time.monotonic()
+        self.first_metrics: dict[str, float] = dict(origin.state.get("first_metrics", {}))
+        self.before: dict[str, float] = dict(origin.state.get("before", {}))
+        self.after: dict[str, float] = {}
+        self.last_metrics: dict[str, float] = {}
+        self.stop_requested = False
+        self._best_by, self._greater = best_by, greater_is_better
+        self._record = CheckpointRecord.from_state(origin.state, origin.run_dir)
+        self.logger = RunLogger(origin.run_dir, config.report_to, total_steps, resume_step=origin.resume_step)
+        self.display = ProgressDisplay(
+            total_steps, start_step=origin.step, logging_steps=config.logging_steps
+        )
+        self.timer = StepTimer(on_phase=self.display.phase)
+
+    def say(self, message: Any) -> None:
+        """Prints something that stays on the screen."""
+        self.display.message(message)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """The display is up, and the first Ctrl-C or SIGTERM asks for a stop instead of tearing the run."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            self.say(
+                "Stopping: the present step is finished and saved first. Press Ctrl-C again to stop at once."
+            )
+
+        before = {number: _set_handler(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with self.display, self.logger:
+                yield
+        finally:
+            for number, handler in before.items():
+                _set_handler(number, handler)
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """One optimizer step is done: shows it, and logs it where the user asked for a line."""
+        self.step += 1
+        times = self.timer.finish()
+        line = {**metrics, **times.metrics()}
+        self.last_metrics = dict(line)
+        if not self.first_metrics:
+            self.first_metrics = {k: float(v) for k, v in line.items()}
+        if self.step == 1 or self.step % self.config.logging_steps == 0 or self.step == self.total_steps:
+            self.logger.log(self.step, line)
+        self.display.update(self.step, line, times)
+
+    def record_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Held-out metrics, their names beginning with `eval_`."""
+        if self.step == 0 and not self.before:
+            self.before = dict(metrics)
+        self.after = dict(metrics)
+        self.logger.log(self.step, metrics)
+        shown = ", ".join(
+            f"{k} {v:.4g}" for k, v in metrics.items() if k in ("eval_reward", "eval_loss", "eval_token_acc")
+        )
+        self.say(f"step {self.step}/{self.total_steps} | held out: {shown}")
+
+    def save(self, policy: PolicyGroup, state: Mapping[str, Any]) -> Path:
+        """Writes a checkpoint, whole or not at all, and removes the ones beyond the limit."""
+        metric = self.after.get(self._best_by)
+        record = self._record.after(self.dir.checkpoint(self.step), metric, self._greater)
+        kept = {**state, **record.as_dict(), "first_metrics": self.first_metrics, "before": self.before}
+        writer = CheckpointWriter(self.dir, self.step, kept)
+        with writer as path:
+            policy.save(path, self.config.save_only_model)
+        self._record = record
+        prune(self.dir, self.config.save_total_limit, record.best)
+        write_plots(self.dir, only=("loss", "reward", "kl"))
+        return writer.final
+
+    @property
+    def saved_step(self) -> int:
+        """Step of the last checkpoint, 0 if there is none."""
+        last = self._record.last_model_checkpoint
+        return step_of(Path(last)) if last else 0
+
+    def finish(self) -> RunResult:
+        """Closes the log with its last line and gives the result."""
+        status = "interrupted" if self.step < self.total_steps else "finished"
+        self.logger.close({"global_step": self.step, "status": status, **self._record.as_dict()})
+        write_plots(self.dir)
+        last, best = self._record.last_model_checkpoint, self._record.best_model_checkpoint
+        return RunResult(
+            run_dir=self.dir.path,
+            status=status,
+            steps=self.step,
+            total_steps=self.total_steps,
+            last_checkpoint=Path(last) if last else None,
+            best_checkpoint=Path(best) if best else None,
+            metrics=self.last_metrics,
+            before=self.before,
+            after=self.after,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this process."""
+        return time.monotonic() - self.started
+
+
+def _set_handler(number: int, handler: Any) -> Any:
+    """Signals can only be handled in the main thread; elsewhere the caller's own handling stays."""
+    import threading
+
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(number, handler)
+    return None

@@ -1,0 +1,213 @@
+"""The policy as the pipelines see it: one object that trains, scores, publishes and saves, whatever its number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from raytune_rl.algorithms.metrics import MetricSums, merge_all
+from raytune_rl.data.microbatch import Schedule, plan_micro_batches
+from raytune_rl.data.rows import RowBatch, RowPointer, make_batch
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.wait import Pending, acknowledge, fetch, fetch_all
+from raytune_rl.runtime.weights import Manifest, TensorEntry, collect_index
+from raytune_rl.workers.policy import PolicyFacts, PolicySpec, TrainResult
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step of the whole group.
+
+    Attributes:
+        metrics: Of all ranks, as plain numbers ("loss" and what the loss and the mismatch measure).
+        tokens: Tokens that went through the model, padding included.
+        memory_gib: The largest peak of any rank.
+    """
+
+    metrics: dict[str, float]
+    tokens: int
+    memory_gib: float
+
+
+class PolicyGroup:
+    """N ranks that act as one.
+
+    Args:
+        group: The started workers.
+        spec: What they were given.
+        max_tokens: Token budget of a micro-batch.
+        start_timeout_s: Deadline for joining and loading.
+    """
+
+    def __init__(self, group: WorkerGroup, spec: PolicySpec, max_tokens: int, start_timeout_s: float) -> None:
+        self._group = group
+        self._spec = spec
+        self._max_tokens = max_tokens
+        self._index: list[tuple[tuple[TensorEntry, ...], ...]] = []
+        host, port = fetch(group.submit(0, "open_store", start_timeout_s, timeout_s=start_timeout_s))
+        self._joining = [
+            group.submit(
+                rank,
+                "join",
+                host,
+                port,
+                start_timeout_s,
+                what="joining and loading the model",
+                timeout_s=start_timeout_s,
+            )
+            for rank in range(len(group))
+        ]
+
+    def ready(self) -> PolicyFacts:
+        """Waits until every rank has loaded; returns what rank 0 tells."""
+        facts = fetch_all(self._joining)[0]
+        if self._spec.publish_mode is not None:
+            self._index = self._group.call("weight_index")
+        return facts
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self._group)
+
+    def train(
+        self,
+        rows: Sequence[RowPointer],
+        lengths: Sequence[int],
+        scalars: Mapping[str, ArrayLike],
+        late: Mapping[str, Sequence[RowPointer]],
+        step: int,
+    ) -> StepReport:
+        """One optimizer step.
+
+        Args:
+            rows: Where each row of the step lies.
+            lengths: Tokens of each row.
+            scalars: By name, one number a row; "weight" carries the global normaliser.
+            late: By name, where each row of a column that was computed later lies.
+            step: Number of the step, from 0.
+        """
+        batches = self._batches(rows, lengths, scalars, late)
+        results: list[TrainResult] = fetch_all(
+            [
+                self._group.submit(rank, "train_step", b, step, what=f"training step {step + 1}")
+                for rank, b in enumerate(batches)
+            ]
+        )
+        metrics = merge_all(r.metrics for r in results).result()
+        metrics |= {"grad_norm": results[0].grad_norm, "learning_rate": results[0].learning_rate}
+        return StepReport(metrics, sum(r.tokens for r in results), max(r.memory_gib for r in results))
+
+    def evaluate(
+        self, rows: Sequence[RowPointer], lengths: Sequence[int], weights: ArrayLike
+    ) -> MetricSums:
+        """The loss on rows without training on them."""
+        batches = self._batches(rows, lengths, {"weight": weights}, {})
+        return merge_all(self._group.map("evaluate", batches, what="evaluating"))
+
+    def logprobs(self, rows: Sequence[RowPointer], lengths: Sequence[int]) -> list[RowPointer]:
+        """Log-probs of every row under the present weights: where each row's column lies."""
+        return score_rows(
+            self._group, rows, lengths, self._max_tokens, self._spec.model.layout, collective=True
+        )
+
+    def publish(self, version: int) -> Manifest:
+        """The present weights as objects in the store: one call a rank, one object a bucket."""
+        pending = [
+            self._group.submit(
+                rank, "publish", what=f"publishing weights {version}", returns=1 + len(buckets)
+            )
+            for rank, buckets in enumerate(self._index)
+            if buckets
+        ]
+        acknowledge(pending)
+        refs = [ref for p in pending for ref in p.ref[1:]]
+        adapter = self._spec.publish_mode == "adapter"
+        config = fetch(self._group.submit(0, "adapter_config")) if adapter else None
+        return Manifest(
+            version, "adapter" if adapter else "full", tuple(refs), collect_index(self._index), config
+        )
+
+    def save(self, directory: Path, only_model: bool) -> None:
+        """Writes the model, and the optimizer's state unless only the model is wanted."""
+        self._group.call("save_model", str(directory), what="saving the model")
+        if not only_model:
+            self._group.call("save_optimizer", str(directory / "optimizer"), what="saving the optimizer")
+
+    def load(self, directory: Path) -> None:
+        """Restores weights and optimizer state of a checkpoint."""
+        self._group.call("load_checkpoint", str(directory / "optimizer"), what="restoring the checkpoint")
+
+    def _batches(
+        self,
+        rows: Sequence[RowPointer],
+        lengths: Sequence[int],
+        scalars: Mapping[str, ArrayLike],
+        late: Mapping[str, Sequence[RowPointer]],
+    ) -> list[RowBatch]:
+        schedule = plan_micro_batches(
+            lengths,
+            world_size=self.world_size,
+            max_tokens=self._max_tokens,
+            layout=self._spec.model.layout,  # type: ignore[arg-type]
+        )
+        return [rank_batch(schedule, rank, rows, scalars, late)[0] for rank in range(self.world_size)]
+
+
+def rank_batch(
+    schedule: Schedule,
+    rank: int,
+    rows: Sequence[RowPointer],
+    scalars: Mapping[str, ArrayLike],
+    late: Mapping[str, Sequence[RowPointer]],
+) -> tuple[RowBatch, list[int]]:
+    """The rows of one rank, numbered anew, and their numbers in the whole step."""
+    mine = [row for micro in schedule.ranks[rank] for row in micro]
+    local = {row: number for number, row in enumerate(mine)}
+    batch = make_batch(
+        [rows[row] for row in mine],
+        {name: [pointers[row] for row in mine] for name, pointers in late.items()},
+        {name: np.asarray(values, dtype=np.float64)[mine] for name, values in scalars.items()},
+        [tuple(local[row] for row in micro) for micro in schedule.ranks[rank]],
+    )
+    return batch, mine
+
+
+def score_rows(
+    group: WorkerGroup,
+    rows: Sequence[RowPointer],
+    lengths: Sequence[int],
+    max_tokens: int,
+    layout: str,
+    *,
+    collective: bool = False,
+) -> list[RowPointer]:
+    """Log-probs of rows by any group that can score, the work balanced by tokens.
+
+    Args:
+        group: Policy or reference.
+        rows: Where the rows lie.
+        lengths: Tokens of each.
+        max_tokens: Token budget of a micro-batch.
+        layout: "padded" or "packed".
+        collective: Every worker must take part even without rows (a sharded model).
+
+    Returns:
+        Where each row's {"logprobs"} lies, in the order of `rows`.
+    """
+    schedule = plan_micro_batches(lengths, world_size=len(group), max_tokens=max_tokens, layout=layout)  # type: ignore[arg-type]
+    found: dict[int, RowPointer] = {}
+    pending: list[Pending] = []
+    for rank in range(len(group)):
+        batch, mine = rank_batch(schedule, rank, rows, {}, {})
+        if not mine and not collective:
+            continue
+        asked = group.submit(rank, "logprobs", batch, what=f"log-probs of {len(mine)} rows", returns=2)
+        pending.append(asked)
+        found |= {row: RowPointer(asked.ref[1], number) for number, row in enumerate(mine)}
+    acknowledge(pending)
+    return [found[row] for row in range(len(rows))]

@@ -1,0 +1,350 @@
+"""What a run tells: the plan before it, the metrics of each step, the summary after it. Pure: values in, values out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.algorithms.advantages import AdvantageResult
+from raytune_rl.config import RLHFConfig, SFTConfig
+from raytune_rl.config.batching import GRPOSchedule, SFTSchedule
+from raytune_rl.pipelines import launch
+from raytune_rl.pipelines.data import Account, PromptSet, TokenSet
+from raytune_rl.pipelines.resources import Groups
+from raytune_rl.pipelines.rollouts import Scored, Trajectory
+from raytune_rl.tracking.completions import CompletionRow
+from raytune_rl.tracking.plan import GenerationPlan, GroupPlan, RunPlan, Section
+from raytune_rl.tracking.summary import Change, PromptCounts, RunSummary
+
+if TYPE_CHECKING:
+    from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult
+    from raytune_rl.pipelines.online import OnlineRun
+    from raytune_rl.pipelines.policy_group import StepReport
+    from raytune_rl.runtime.cluster import ClusterInfo
+
+TrainConfig = SFTConfig | RLHFConfig
+
+
+# -- before ---------------------------------------------------------------------------------------------------
+
+
+def online_plan(
+    config: RLHFConfig,
+    groups: Groups,
+    schedule: GRPOSchedule,
+    train: PromptSet,
+    held_out: PromptSet | None,
+    longest: int,
+    origin: Origin,
+    cluster: ClusterInfo,
+    notices: Sequence[str],
+) -> RunPlan:
+    """The plan of a GRPO run."""
+    batch = schedule.batch
+    generation = GenerationPlan(
+        batch.prompts_per_generation,
+        batch.num_generations,
+        batch.optimizer_steps_per_generation * config.num_iterations,
+        schedule.total_steps,
+        longest,
+        config.max_completion_length,
+    )
+    inside = {
+        "policy": _trainer(config, groups),
+        "rollout": f"vLLM, weights arrive {'as an adapter' if launch.publish_mode(config) == 'adapter' else 'whole'}",
+        "reference": "frozen start model, for the KL term",
+        "reward": " + ".join(config.reward_funcs),
+    }
+    per = batch.optimizer_steps_per_generation * config.num_iterations
+    extra = []
+    if per > 1 and config.save_steps % per:
+        extra.append(
+            f"a generation feeds {per} optimizer steps and checkpoints are written between generations: "
+            f"--save_steps {config.save_steps} takes effect at the end of the generation it falls into"
+        )
+    if schedule.prompts_unused_per_epoch:
+        extra.append(
+            f"{schedule.prompts_unused_per_epoch} of {len(train)} prompts do not fill a batch and are left out of each epoch "
+            "(others each time, as the order is shuffled)"
+        )
+    return RunPlan(
+        f"GRPO on {config.model}, {config.train_type}",
+        _group_plans(groups, inside),
+        [
+            _cluster_section(cluster),
+            _data_section(
+                train.account, len(train), held_out.account if held_out else None, len(held_out or ())
+            ),
+            generation.section(),
+            _output_section(config, origin),
+        ],
+        [*notices, *extra],
+    )
+
+
+def sft_plan(
+    config: SFTConfig,
+    groups: Groups,
+    schedule: SFTSchedule,
+    train: TokenSet,
+    held_out: TokenSet | None,
+    origin: Origin,
+    cluster: ClusterInfo,
+    notices: Sequence[str],
+) -> RunPlan:
+    """The plan of a supervised run."""
+    tokens, trained = int(train.lengths.sum()), int(train.loss_lengths.sum())
+    rows = [
+        ("each step", f"{schedule.rows_per_step} rows"),
+        ("optimizer steps", f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch)"),
+        ("tokens an epoch", f"{tokens:,}, of which {trained:,} are trained on"),
+    ]
+    return RunPlan(
+        f"SFT on {config.model}, {config.train_type}",
+        _group_plans(groups, {"policy": _trainer(config, groups)}),
+        [
+            _cluster_section(cluster),
+            _data_section(
+                train.account, len(train), held_out.account if held_out else None, len(held_out or ())
+            ),
+            Section("Training", rows),
+            _output_section(config, origin),
+        ],
+        notices,
+    )
+
+
+def _trainer(config: TrainConfig, groups: Groups) -> str:
+    zero = (
+        config.deepspeed
+        if isinstance(config.deepspeed, str)
+        else "zero2"
+        if config.deepspeed is None
+        else "own JSON"
+    )
+    return f"DeepSpeed {zero}, {launch.dtype(config, groups.on_gpu)}, {config.train_type}"
+
+
+def _group_plans(groups: Groups, inside: Mapping[str, str]) -> list[GroupPlan]:
+    return [
+        GroupPlan(
+            spec.name,
+            spec.workers,
+            spec.cpus,
+            spec.gpus,
+            f"with {spec.colocate_with}" if spec.colocate_with else "",
+            inside[spec.name],
+        )
+        for spec in groups.specs
+    ]
+
+
+def _cluster_section(cluster: ClusterInfo) -> Section:
+    where = "started here" if cluster.started_here else f"joined at {cluster.address}"
+    resources = f"{len(cluster.nodes)} node(s), {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs free"
+    return Section(
+        "Cluster",
+        [
+            ("Ray", where),
+            ("resources", resources),
+            ("object store", f"{cluster.object_store_bytes / 2**30:.1f} GiB"),
+        ],
+    )
+
+
+def _data_section(train: Account, rows: int, held_out: Account | None, held_out_rows: int) -> Section:
+    lines = [(s.name, f"{s.rows:,} rows, {s.bad:,} bad, {s.taken:,} taken") for s in train.sources]
+    lines.append(("train on", f"{rows:,} rows"))
+    lines += [(reason, f"{count:,} rows left out") for reason, count in train.dropped.items()]
+    if train.quarantine:
+        lines.append(("bad rows are in", train.quarantine))
+    if held_out is not None:
+        lines.append(("held out", f"{held_out_rows:,} rows"))
+    return Section("Data", lines)
+
+
+def _output_section(config: TrainConfig, origin: Origin) -> Section:
+    rows = [
+        ("folder", str(origin.run_dir.path)),
+        ("checkpoint every", f"{config.save_steps:,} steps and at the end"),
+    ]
+    if origin.checkpoint is not None:
+        rows.append(("goes on from", f"{origin.checkpoint.name}, step {origin.step:,}"))
+    return Section("Output", rows)
+
+
+# -- during ---------------------------------------------------------------------------------------------------
+
+
+def batch_metrics(
+    batch: Sequence[Trajectory], scored: Scored, rewards: NDArray[np.float64], compared: AdvantageResult
+) -> dict[str, float]:
+    """Rewards and lengths of a generation, under ms-swift's names."""
+    groups = max(len(compared.groups), 1)
+    return {
+        **_rewards(scored, rewards),
+        "reward_std": _mean(compared.group_std),
+        "frac_reward_zero_std": compared.n_zero_std / groups,
+        **_lengths(batch),
+        "reward_failures": float(len(scored.failures)),
+        "unscored_completions": float(compared.n_unscorable),
+        "groups_without_comparison": float(compared.n_single + compared.n_empty),
+        "weight_version": float(max(t.version for t in batch)),
+    }
+
+
+def evaluation_metrics(
+    batch: Sequence[Trajectory], scored: Scored, rewards: NDArray[np.float64]
+) -> dict[str, float]:
+    """The same of an evaluation, under `eval_`."""
+    return {f"eval_{name}": value for name, value in {**_rewards(scored, rewards), **_lengths(batch)}.items()}
+
+
+def step_metrics(run: Run, step: StepReport, steps_per_epoch: int) -> dict[str, float]:
+    """Counters of an optimizer step."""
+    return {
+        "epoch": (run.step + 1) / steps_per_epoch,
+        "memory(GiB)": step.memory_gib,
+        "num_tokens": float(step.tokens),
+        "tokens_per_second": step.tokens / max(run.timer.so_far(), 1e-9),
+    }
+
+
+def _rewards(scored: Scored, rewards: NDArray[np.float64]) -> dict[str, float]:
+    metrics = {"reward": _mean(rewards)}
+    for column, label in enumerate(scored.labels):
+        values = scored.values[:, column]
+        metrics[f"rewards/{label}/mean"] = _mean(values)
+        metrics[f"rewards/{label}/std"] = _std(values)
+    return metrics
+
+
+def _lengths(batch: Sequence[Trajectory]) -> dict[str, float]:
+    lengths = [t.completion_tokens for t in batch]
+    return {
+        "completions/mean_length": float(np.mean(lengths)),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": float(np.mean([t.finish_reason == "length" for t in batch])),
+    }
+
+
+def completion_rows(
+    step: int,
+    batch: Sequence[Trajectory],
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    scored: Scored,
+    rewards: NDArray[np.float64],
+    compared: AdvantageResult,
+) -> list[CompletionRow]:
+    """One row a completion, for completions.jsonl."""
+    return [
+        CompletionRow(
+            step=step,
+            prompt=prompts[t.prompt],
+            completion=text,
+            tokens=t.completion_tokens,
+            rewards={name: _or_none(scored.values[i, c]) for c, name in enumerate(scored.labels)},
+            reward=_or_none(rewards[i]),
+            advantage=float(compared.advantages[i]),
+            weight_version=t.version,
+            finish_reason=t.finish_reason,
+        )
+        for i, (t, text) in enumerate(zip(batch, texts, strict=True))
+    ]
+
+
+def _mean(values: Any) -> float:
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _std(values: Any) -> float:
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    return float(known.std(ddof=1)) if len(known) > 1 else 0.0
+
+
+def _or_none(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+# -- after ----------------------------------------------------------------------------------------------------
+
+
+def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> RunSummary:
+    """The end of a GRPO run in one screen."""
+    run = online.run
+    batch = online.schedule.batch
+    generations = run.step / (batch.optimizer_steps_per_generation * config.num_iterations)
+    prompts = round(generations * batch.prompts_per_generation)
+    changes = {
+        "reward (training)": Change(run.first_metrics.get("reward"), run.last_metrics.get("reward")),
+    }
+    if result.before:
+        changes["reward (held out)"] = Change(
+            result.before.get("eval_reward"), result.after.get("eval_reward")
+        )
+    return RunSummary(
+        title=f"GRPO on {config.model}, {config.train_type}",
+        status=result.status,
+        steps=result.steps,
+        total_steps=result.total_steps,
+        seconds=run.seconds,
+        output_dir=result.run_dir,
+        changes=changes,
+        prompts=PromptCounts(prompts, prompts),
+        quarantined=online.prompts.account.bad,
+        reward_failures=dict(online.reward_failures),
+        weight_versions=online.version + 1,
+        max_logp_gap=online.max_gap,
+        non_finite=dict(run.logger.non_finite),
+        last_checkpoint=result.last_checkpoint,
+        best_checkpoint=result.best_checkpoint,
+        next_commands=next_commands(config, result),
+    )
+
+
+def sft_summary(config: SFTConfig, run: Run, account: Account, result: RunResult) -> RunSummary:
+    """The end of a supervised run in one screen."""
+    changes = {"loss (training)": Change(run.first_metrics.get("loss"), run.last_metrics.get("loss"))}
+    if result.before:
+        changes["loss (held out)"] = Change(result.before.get("eval_loss"), result.after.get("eval_loss"))
+    return RunSummary(
+        title=f"SFT on {config.model}, {config.train_type}",
+        status=result.status,
+        steps=result.steps,
+        total_steps=result.total_steps,
+        seconds=run.seconds,
+        output_dir=result.run_dir,
+        changes=changes,
+        quarantined=account.bad,
+        non_finite=dict(run.logger.non_finite),
+        last_checkpoint=result.last_checkpoint,
+        best_checkpoint=result.best_checkpoint,
+        next_commands=next_commands(config, result),
+    )
+
+
+def next_commands(config: TrainConfig, result: RunResult) -> dict[str, str]:
+    """What a user is likely to want next, ready to be copied."""
+    commands = {}
+    if result.status == "interrupted" and result.last_checkpoint is not None and not config.save_only_model:
+        commands["resume"] = f"add to the same command: --resume_from_checkpoint {result.last_checkpoint}"
+    if config.train_type == "lora" and result.last_checkpoint is not None:
+        commands["merge the adapter"] = (
+            f"raytune-rl export --adapters {_show(result.last_checkpoint)} --merge_lora true"
+        )
+    return commands
+
+
+def _show(path: Path) -> str:
+    import shlex
+
+    return shlex.quote(str(path))

@@ -1,0 +1,223 @@
+"""The rollout and reward groups as the pipelines see them: prompts in, scored trajectories out, by reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from raytune_rl.data.rows import RowPointer
+from raytune_rl.errors import RaytuneError
+from raytune_rl.pipelines.data import PromptSet
+from raytune_rl.rewards.types import Failure, Scores, TrainerState
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.wait import Pending, acknowledge, fetch, fetch_all
+from raytune_rl.workers.rollout import CompletionMeta, PromptRequest, Sampling
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One completion as the driver knows it: where it lies, how long it is, what it was worth.
+
+    Attributes:
+        prompt: Row in the prompt set.
+        group: Number of the prompt within the batch; completions of one group are compared with each other.
+        sample: Number among the group's completions.
+        data: Where tokens, loss mask, log-probs and versions lie.
+        text: Where the text lies.
+        prompt_tokens, completion_tokens: Lengths.
+        finish_reason: "stop" or "length".
+        version: Weight version that sampled it.
+    """
+
+    prompt: int
+    group: int
+    sample: int
+    data: RowPointer
+    text: RowPointer
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
+    version: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The rewards of a batch of trajectories.
+
+    Attributes:
+        labels: Class names of the reward functions, as in ms-swift's metric names.
+        names: Registry names.
+        values: float64 `[n, functions]`, NaN where there is none.
+        failures: Samples that a function could not score, with the reason.
+    """
+
+    labels: tuple[str, ...]
+    names: tuple[str, ...]
+    values: NDArray[np.float64]
+    failures: tuple[Failure, ...]
+
+
+def sample_seed(seed: int, batch: int, prompt: int, sample: int) -> int:
+    """A completion's own seed: a repeated batch, on any worker, samples the same."""
+    return int(np.random.SeedSequence([seed, batch, prompt, sample]).generate_state(1)[0] & 0x7FFFFFFF)
+
+
+class RolloutGroup:
+    """M engines that answer as one."""
+
+    def __init__(self, group: WorkerGroup, sampling: Sampling, seed: int) -> None:
+        self._group = group
+        self._sampling = sampling
+        self._seed = seed
+
+    def load(self, version: int) -> float:
+        """Every engine pulls a version; one call an engine. Returns the longest pull, seconds."""
+        answers = self._group.call("load_weights", version, what=f"pulling weights {version}")
+        return max(seconds for _, seconds in answers)
+
+    def generate(
+        self, prompts: PromptSet, rows: Sequence[int], completions: int, version: int, batch: int
+    ) -> list[Trajectory]:
+        """Samples `completions` completions of each prompt, the prompts spread over the engines.
+
+        Args:
+            prompts: The prompt set.
+            rows: Which of its prompts.
+            completions: Of each prompt.
+            version: The weights to sample with.
+            batch: Number of the batch in the run, for the seeds.
+
+        Returns:
+            Trajectories in the order of `rows`, those of one prompt together.
+
+        Raises:
+            RaytuneError: The counts do not add up: every prompt asked must come back exactly once.
+        """
+        requests = [
+            PromptRequest(
+                g, int(row), tuple(sample_seed(self._seed, batch, int(row), s) for s in range(completions))
+            )
+            for g, row in enumerate(rows)
+        ]
+        shares = [share.tolist() for share in np.array_split(np.arange(len(requests)), len(self._group))]
+        pending = [
+            self._group.submit(
+                rank,
+                "generate",
+                prompts.columns,
+                [requests[i] for i in share],
+                self._sampling,
+                version,
+                what=f"sampling {len(share)} x {completions} completions",
+                returns=3,
+            )
+            for rank, share in enumerate(shares)
+            if share
+        ]
+        found: dict[tuple[int, int], Trajectory] = {}
+        for answer, metas in zip(pending, acknowledge(pending), strict=True):
+            for meta in metas:
+                found[meta.prompt_id, meta.sample] = _trajectory(meta, answer, int(rows[meta.prompt_id]))
+        wanted = [(g, s) for g in range(len(rows)) for s in range(completions)]
+        lost = [key for key in wanted if key not in found]
+        if lost or len(found) != len(wanted):
+            raise RaytuneError(
+                f"{len(wanted)} completions were asked for and {len(found)} came back (first missing: {lost[:1]}); "
+                "this is a defect of raytune_rl"
+            )
+        return [found[key] for key in wanted]
+
+    def sleep(self) -> None:
+        """Frees the engines' GPU memory while the policy trains beside them."""
+        self._group.call("sleep")
+
+    def wake(self) -> None:
+        """Takes it back."""
+        self._group.call("wake")
+
+
+def _trajectory(meta: CompletionMeta, answer: Pending, prompt: int) -> Trajectory:
+    return Trajectory(
+        prompt=prompt,
+        group=meta.prompt_id,
+        sample=meta.sample,
+        data=RowPointer(answer.ref[1], meta.row),
+        text=RowPointer(answer.ref[2], meta.row),
+        prompt_tokens=meta.prompt_tokens,
+        completion_tokens=meta.completion_tokens,
+        finish_reason=meta.finish_reason,
+        version=meta.version,
+    )
+
+
+class RewardGroup:
+    """L workers that score completions; only numbers come back."""
+
+    def __init__(self, group: WorkerGroup) -> None:
+        self._group = group
+
+    def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
+        """Scores every trajectory, the work spread over the workers."""
+        by_object: dict[Any, list[int]] = {}
+        for number, trajectory in enumerate(trajectories):
+            by_object.setdefault(trajectory.text.ref, []).append(number)
+        pending, members, turn = [], [], 0
+        for ref, numbers in by_object.items():
+            for share in np.array_split(np.asarray(numbers), len(self._group)):
+                if not len(share):
+                    continue
+                mine = [trajectories[i] for i in share]
+                call = self._group.submit(
+                    turn % len(self._group),
+                    "score",
+                    [ref],
+                    [t.text.row for t in mine],
+                    [prompts.extra],
+                    [t.prompt for t in mine],
+                    reward_columns(mine, state),
+                    what=f"scoring {len(mine)} completions",
+                )
+                pending.append(call)
+                members.append(share)
+                turn += 1
+        return _gather(fetch_all(pending), members, len(trajectories))
+
+
+def reward_columns(trajectories: Sequence[Trajectory], state: TrainerState) -> dict[str, Any]:
+    """What reward functions receive beside the data set's columns, under ms-swift's names."""
+    return {
+        "prompt_id": [str(t.prompt) for t in trajectories],
+        "request_id": [f"{t.prompt}-{t.sample}" for t in trajectories],
+        "finish_reason": [t.finish_reason for t in trajectories],
+        "is_truncated": [t.finish_reason == "length" for t in trajectories],
+        "completion_tokens": [t.completion_tokens for t in trajectories],
+        "trainer_state": state,
+    }
+
+
+def _gather(answers: Sequence[Scores], members: Sequence[NDArray], count: int) -> Scored:
+    first = answers[0]
+    values = np.full((count, len(first.functions)), np.nan)
+    failures: list[Failure] = []
+    for scores, numbers in zip(answers, members, strict=True):
+        values[numbers] = scores.values
+        failures += [replace(f, row=int(numbers[f.row])) for f in scores.failures]
+    return Scored(first.labels, first.functions, values, tuple(sorted(failures, key=lambda f: f.row)))
+
+
+def read_texts(trajectories: Sequence[Trajectory], timeout_s: float) -> list[str]:
+    """The completions as text, for the log."""
+    refs = list({t.text.ref: None for t in trajectories})
+    pending = [Pending(ref, "the object store", "reading completions", timeout_s) for ref in refs]
+    texts: Mapping[ray.ObjectRef, list[str]] = dict(zip(refs, (fetch(p) for p in pending), strict=True))
+    return [texts[t.text.ref][t.text.row] for t in trajectories]

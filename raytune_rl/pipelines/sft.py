@@ -1,0 +1,146 @@
+"""Supervised fine-tuning: the same house with only the policy group lit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from raytune_rl.algorithms.aggregation import row_weights
+from raytune_rl.algorithms.sft import SFTSettings
+from raytune_rl.config import SFTConfig, resolved
+from raytune_rl.config.batching import SFTSchedule, sft_schedule_of
+from raytune_rl.data.sampler import BatchPlan
+from raytune_rl.pipelines import launch, report
+from raytune_rl.pipelines.data import TokenSet, token_sets
+from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin
+from raytune_rl.pipelines.policy_group import PolicyGroup
+from raytune_rl.pipelines.resources import Groups, sft_groups
+from raytune_rl.runtime.cluster import reserve, session
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.workers.policy import PolicyWorker, policy_env
+
+
+def run(config: SFTConfig, notices: Sequence[str] = ()) -> RunResult:
+    """Fine-tunes a model on a Ray cluster, joined or started here.
+
+    Args:
+        config: What to do.
+        notices: Sentences that were already told to the user; kept with the plan.
+
+    Raises:
+        RaytuneError: By name, whatever went wrong.
+    """
+    with ExitStack() as stack:
+        cluster = stack.enter_context(session(config.ray_address))
+        groups = sft_groups(config, cluster)
+        origin = find_origin(config)
+        train, held_out = token_sets(config, origin.run_dir.quarantine_jsonl)
+        schedule = sft_schedule_of(config, groups["policy"].workers, len(train))
+        told = [
+            *notices,
+            *origin.notices,
+            *train.account.notices,
+            *launch.machine_notices(config, groups.on_gpu),
+        ]
+        plan = report.sft_plan(config, groups, schedule, train, held_out, origin, cluster, told)
+        started = SFTRun(config, groups, schedule, train, held_out, origin)
+        started.run.say(plan.render())
+        slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
+        stack.enter_context(started.run.watched())
+        started.start(slots, stack)
+        started.train()
+        result = started.run.finish()
+        report.sft_summary(config, started.run, train.account, result).show(started.run.display.console)
+        return result
+
+
+class SFTRun:
+    """The policy group and the loop over the data."""
+
+    def __init__(
+        self,
+        config: SFTConfig,
+        groups: Groups,
+        schedule: SFTSchedule,
+        train: TokenSet,
+        held_out: TokenSet | None,
+        origin: Origin,
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.schedule = schedule
+        self.rows = train
+        self.held_out = held_out
+        self.origin = origin
+        self.run = Run(config, origin, schedule.total_steps, best_by="eval_loss", greater_is_better=False)
+        self.order = BatchPlan(
+            len(train), schedule.rows_per_step, config.data_seed, config.dataset_shuffle, drop_last=False
+        )
+
+    def start(self, slots: Mapping[str, Any], stack: ExitStack) -> None:
+        """Starts the ranks and waits for them."""
+        config, groups = self.config, self.groups
+        spec = launch.policy_spec(
+            config,
+            groups,
+            self.schedule.total_steps,
+            loss="sft",
+            loss_settings=SFTSettings(),
+            temperature=1.0,
+            dropout=config.lora_dropout,
+        )
+        ranks = groups["policy"].workers
+        workers = WorkerGroup(
+            groups["policy"],
+            slots["policy"],
+            PolicyWorker,
+            lambda rank: {"spec": spec, "rank": rank, "world_size": ranks},
+            policy_env(groups.threads["policy"], groups.on_gpu),
+            config.step_timeout,
+        )
+        stack.callback(workers.shutdown)
+        self.policy = PolicyGroup(
+            workers, spec, launch.max_tokens(config, groups.on_gpu), config.start_timeout
+        )
+        for notice in self.policy.ready().notices:
+            self.run.say(f"Note: {notice}")
+        if self.origin.checkpoint is not None:
+            self.policy.load(self.origin.checkpoint)
+
+    def train(self) -> None:
+        """One batch, one optimizer step, until the schedule ends."""
+        run, config = self.run, self.config
+        if run.step == 0:
+            self.evaluate()
+        run.timer.finish()
+        while run.step < self.schedule.total_steps and not run.stop_requested:
+            self.train_step(self.order.batch(run.step).tolist())
+            last = run.step >= self.schedule.total_steps or run.stop_requested
+            if last or run.step % resolved.eval_steps(config) == 0:
+                self.evaluate()
+            if last or run.step % config.save_steps == 0:
+                run.save(self.policy, {})
+
+    def train_step(self, batch: list[int]) -> None:
+        """The loss is the mean over all trained tokens of the batch, wherever they lie."""
+        rows, run = self.rows, self.run
+        with run.timer.phase("train"):
+            step = self.policy.train(
+                [rows.pointer(row) for row in batch],
+                rows.lengths[batch].tolist(),
+                {"weight": row_weights(rows.loss_lengths[batch], "sft")},
+                {},
+                run.step,
+            )
+        run.record({**step.metrics, **report.step_metrics(run, step, self.schedule.steps_per_epoch)})
+
+    def evaluate(self) -> None:
+        """Loss and token accuracy on the held-out rows."""
+        rows = self.held_out
+        if rows is None:
+            return
+        weights = row_weights(rows.loss_lengths, "sft")
+        pointers = [rows.pointer(row) for row in range(len(rows))]
+        metrics = self.policy.evaluate(pointers, rows.lengths.tolist(), weights).result()
+        self.run.record_evaluation({f"eval_{name}": value for name, value in metrics.items()})

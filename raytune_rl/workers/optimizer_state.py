@@ -1,0 +1,135 @@
+"""The optimizer's state as safetensors, one file a rank, restored into a world of the same or another size.
+
+ZeRO-1 and ZeRO-2 lay each parameter group out flat, pad it, and cut it into one equal partition a rank. So the partitions
+of all ranks, one after the other, are the whole group, whatever the number of ranks was: to restore, the pieces are read
+as one array and cut anew. Without ZeRO every rank holds everything. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raytune_rl.errors import CheckpointError
+
+INDEX = "optimizer.json"
+MASTER = "master"
+
+
+def save(engine: Any, directory: Path, rank: int, world_size: int) -> None:
+    """Writes this rank's share; rank 0 also writes the index that says how the shares fit together."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for number, (partition, state) in enumerate(_partitions(engine)):
+        tensors[f"{number}.{MASTER}"] = partition.detach()
+        tensors |= {f"{number}.{name}": value for name, value in state.items()}
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(copies, directory / _file(rank))
+    if rank == 0:
+        index = {
+            "world_size": world_size,
+            "stage": engine.zero_optimization_stage(),
+            "group_numels": _group_numels(engine),
+        }
+        (directory / INDEX).write_text(json.dumps(index))
+
+
+def load(engine: Any, directory: Path, rank: int, world_size: int) -> None:
+    """Restores optimizer state, master weights and the model's own weights.
+
+    Raises:
+        CheckpointError: Files are missing, the model has other parameters, or the ZeRO stage cannot be converted.
+    """
+    index_file = directory / INDEX
+    if not index_file.is_file():
+        raise CheckpointError(
+            f"{directory} has no {INDEX}: it was saved with --save_only_model and cannot be resumed"
+        )
+    index = json.loads(index_file.read_text())
+    stage = engine.zero_optimization_stage()
+    if index["group_numels"] != _group_numels(engine):
+        raise CheckpointError(
+            f"{directory} holds the state of other parameters ({index['group_numels']} values) than this run trains "
+            f"({_group_numels(engine)}): resume with the model and tuner settings of the first run"
+        )
+    if index["stage"] != stage and not {index["stage"], stage} <= {1, 2}:
+        raise CheckpointError(
+            f"{directory} was saved under ZeRO stage {index['stage']} and cannot be read under {stage}"
+        )
+    if stage == 3 and index["world_size"] != world_size:
+        raise CheckpointError(
+            f"{directory} was saved by {index['world_size']} ranks under ZeRO-3, which can only be resumed with as many"
+        )
+    shards = [directory / _file(r) for r in range(index["world_size"])]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise CheckpointError(f"{directory} lacks {', '.join(missing)}")
+    partitioned = stage in (1, 2)
+    for number, (partition, state) in enumerate(_partitions(engine, create=True)):
+        targets = {MASTER: partition.data, **state}
+        for name, target in targets.items():
+            key = f"{number}.{name}"
+            source = shards if partitioned else [shards[rank if stage == 3 else 0]]
+            if target.ndim == 0:
+                target.copy_(_read(shards[0], key))
+            else:
+                offset = rank * target.numel() if partitioned else 0
+                _fill(target.view(-1), source, key, offset)
+    if stage in (1, 2):
+        engine.optimizer.update_lp_params()
+
+
+def _fill(target: Tensor, shards: list[Path], key: str, offset: int) -> None:
+    """Copies `target.numel()` values from `offset` on, out of the shards read as one array; what is beyond is padding."""
+    target.zero_()
+    start = 0
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            piece = file.get_slice(key)
+            size = 1
+            for extent in piece.get_shape():
+                size *= extent
+            low, high = max(offset, start), min(offset + target.numel(), start + size)
+            if low < high:
+                flat = file.get_tensor(key).reshape(-1)
+                target[low - offset : high - offset].copy_(flat[low - start : high - start])
+            start += size
+
+
+def _read(shard: Path, key: str) -> Tensor:
+    with safe_open(shard, framework="pt") as file:
+        return file.get_tensor(key)
+
+
+def _partitions(engine: Any, create: bool = False) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """This rank's flat pieces and AdamW's state of each. `create` makes the state that the first step would make."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for group in inner.param_groups:
+        for partition in group["params"]:
+            state = inner.state[partition]
+            if create and not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(partition)
+                state["exp_avg_sq"] = torch.zeros_like(partition)
+            yield partition, state
+
+
+def _group_numels(engine: Any) -> list[int]:
+    """Values in each parameter group, without padding: what makes two runs comparable."""
+    trainable = [p for p in engine.module.parameters() if p.requires_grad]
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in trainable]
+    matrices = sum(
+        n for p, n in zip(trainable, sizes, strict=True) if len(getattr(p, "ds_shape", p.shape)) >= 2
+    )
+    return [matrices, sum(sizes) - matrices]
+
+
+def _file(rank: int) -> str:
+    return f"optimizer-rank{rank}.safetensors"

@@ -1,0 +1,397 @@
+"""The policy worker: one rank of the DeepSpeed world that trains the model.
+
+A rank is told by the controller which rows to train on, in which micro-batches and with which weights; it reads them,
+runs forward and backward, and steps. It knows no algorithm: the loss comes from the registry by name. Nothing here
+divides by a count: the row weights already hold the global normaliser (`algorithms.aggregation`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raytune_rl.data.ragged import Columns
+from raytune_rl.data.rows import ReadRows, RowBatch
+from raytune_rl.runtime.weights import TensorEntry, entry_of, plan_buckets, to_bytes
+from raytune_rl.workers import scoring
+from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from raytune_rl.algorithms.metrics import MetricSums
+    from raytune_rl.models.tuner import TunerSettings
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW and its schedule.
+
+    Attributes:
+        learning_rate: Peak.
+        schedule: A scheduler name of Transformers.
+        warmup_steps, total_steps: Optimizer steps.
+        betas, epsilon, weight_decay: AdamW's; matrices decay, vectors (biases, norms) do not.
+        deepspeed: A DeepSpeed configuration whose "auto" values are filled in here.
+        max_grad_norm: Clip the gradient to this norm; 0 does not clip.
+    """
+
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    total_steps: int
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    max_grad_norm: float
+    deepspeed: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """Everything a rank needs.
+
+    Attributes:
+        model: What to load.
+        tuner: What of it is trained.
+        optimizer: How.
+        loss: Name in the registry of losses.
+        loss_settings: That loss's own settings.
+        score: How log-probs are taken.
+        seed: Of adapter initialisation and dropout.
+        gradient_checkpointing: Recompute activations in the backward.
+        with_entropy: Compute the distribution's entropy at every loss token.
+        publish_mode: How weights leave: "full", "merged" or "adapter"; None when nobody pulls them.
+    """
+
+    model: ModelSpec
+    tuner: TunerSettings
+    optimizer: OptimizerSpec
+    loss: str
+    loss_settings: Any
+    score: ScoreSettings
+    seed: int
+    gradient_checkpointing: bool
+    with_entropy: bool = False
+    publish_mode: str | None = None
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """What rank 0 tells after loading."""
+
+    trainable: int
+    total: int
+    dtype: str
+    notices: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """One optimizer step of one rank.
+
+    Attributes:
+        metrics: Mergeable sums over this rank's rows, "loss" among them.
+        grad_norm: Global gradient norm before clipping; the same on every rank.
+        learning_rate: Of this step.
+        seconds: Time of the step on this rank.
+        tokens: Tokens that went through the model, padding included.
+        memory_gib: Peak memory of the process's device.
+    """
+
+    metrics: MetricSums
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    tokens: int
+    memory_gib: float
+
+
+def policy_env(threads: int, on_gpu: bool) -> dict[str, str]:
+    """Environment that must be set before torch and DeepSpeed are imported in the worker's process."""
+    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return env if on_gpu else {**env, "DS_ACCELERATOR": "cpu"}
+
+
+class PolicyWorker:
+    """One rank. Constructed cheaply; `join` loads the model inside the torch.distributed world."""
+
+    def __init__(self, spec: PolicySpec, rank: int, world_size: int) -> None:
+        self._spec = spec
+        self._rank = rank
+        self._world_size = world_size
+
+    def ping(self) -> dict[str, Any]:
+        """Proves that the process is there."""
+        return {"rank": self._rank, "pid": os.getpid()}
+
+    def open_store(self, timeout_s: float) -> tuple[str, int]:
+        """Rank 0: opens the meeting point of the world on a port the system chooses. Returns host and port."""
+        import ray
+        from torch.distributed import TCPStore
+
+        host = ray.util.get_node_ip_address()
+        self._meeting = TCPStore(
+            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        )
+        return host, self._meeting.port
+
+    def join(self, host: str, port: int, timeout_s: float) -> PolicyFacts:
+        """Joins the world, loads the model and hands it to DeepSpeed."""
+        import torch
+        from torch import distributed
+
+        os.environ |= {
+            "RANK": str(self._rank),
+            "WORLD_SIZE": str(self._world_size),
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+        }
+        limit = timedelta(seconds=timeout_s)
+        if self._rank != 0:
+            self._meeting = distributed.TCPStore(host, port, is_master=False, timeout=limit)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        distributed.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=self._meeting,
+            rank=self._rank,
+            world_size=self._world_size,
+            timeout=limit,
+        )
+        return self._build()
+
+    def _build(self) -> PolicyFacts:
+        import torch
+
+        from raytune_rl.algorithms.registry import get_loss
+        from raytune_rl.models.load import enable_gradient_checkpointing, load_tokenizer
+        from raytune_rl.models.scorer import TokenScorer
+        from raytune_rl.models.tuner import apply_tuner
+        from raytune_rl.models.weights import WeightExporter
+        from raytune_rl.workers.engine import start_engine
+
+        spec = self._spec
+        torch.manual_seed(spec.seed)
+        loaded = scoring.load(spec.model)
+        tuned = apply_tuner(loaded.model, spec.tuner, spec.model.adapters)
+        if spec.gradient_checkpointing:
+            enable_gradient_checkpointing(tuned.model)
+        scorer = TokenScorer(tuned.model)
+        scorer.verify()
+        self._loss = get_loss(spec.loss)
+        self._tokenizer = load_tokenizer(loaded.path, trust_remote_code=spec.model.trust_remote_code)
+        self._engine, self._rate = start_engine(scorer, spec.optimizer)
+        self._exporter = WeightExporter(scorer, spec.publish_mode) if spec.publish_mode else None  # type: ignore[arg-type]
+        dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+        return PolicyFacts(tuned.trainable, tuned.total, dtype, loaded.notices + tuned.notices)
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: RowBatch, step: int) -> TrainResult:
+        """One optimizer step over this rank's rows.
+
+        Args:
+            batch: Rows with the scalars "weight" (of the row's summed token loss, over the whole step and all ranks)
+                and, where the loss needs it, "advantage"; late columns go to the loss under their own names.
+            step: Number of the step, from 0: it alone decides learning rate and dropout, so a resumed run repeats them.
+        """
+        import torch
+
+        from raytune_rl.algorithms.metrics import merge_all
+
+        started = time.perf_counter()
+        torch.manual_seed(step_seed(self._spec.seed, step, self._rank))
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = self._rate(step)
+        rows = scoring.read_rows(batch, self._spec.score.timeout_s)
+        self._engine.train()
+        parts = []
+        tokens = 0
+        last = len(batch.micro_batches) - 1
+        for number, members in enumerate(batch.micro_batches):
+            self._engine.set_gradient_accumulation_boundary(number == last)
+            loss, metrics, size = self._micro_step(rows, batch, members)
+            # DeepSpeed averages over ranks; the weights already hold the global normaliser, so undo that mean.
+            self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
+            self._engine.step()
+            parts.append(metrics.host())
+            tokens += size
+        norm = self._engine.get_global_grad_norm()
+        return TrainResult(
+            metrics=merge_all(parts),
+            grad_norm=float(norm) if norm is not None else float("nan"),
+            learning_rate=self._rate(step),
+            seconds=time.perf_counter() - started,
+            tokens=tokens,
+            memory_gib=peak_memory_gib(),
+        )
+
+    def _micro_step(
+        self, rows: ReadRows, batch: RowBatch, members: tuple[int, ...]
+    ) -> tuple[Tensor, MetricSums, int]:
+        """Loss of one micro-batch (this rank's share of the step's loss), its metrics, and its size in tokens."""
+        from raytune_rl.algorithms.metrics import MetricSums, total_of
+        from raytune_rl.algorithms.mismatch import rollout_mismatch
+        from raytune_rl.algorithms.registry import LossInputs
+
+        spec = self._spec
+        micro = scoring.micro_batch(rows, members, spec.model.layout)
+        scored = self._engine(
+            **scoring.forward_inputs(micro),
+            temperature=spec.score.temperature,
+            with_entropy=spec.with_entropy,
+        )
+        columns = {
+            name: scoring.flat_column(rows, members, "logprobs", name) for name in batch.places if name
+        }
+        if rows.has("logprobs"):
+            columns["rollout_logprobs"] = scoring.flat_column(rows, members, "logprobs")
+        output = self._loss(
+            LossInputs(
+                logprobs=scored.logprobs,
+                row_of=micro.row_of,
+                n_rows=micro.n_rows,
+                settings=spec.loss_settings,
+                columns=columns,
+                advantages=self._per_token(batch, "advantage", members, micro.row_of),
+                entropy=None if scored.entropy is None else scored.entropy.detach(),
+                correct=scored.correct,
+            )
+        )
+        weights = self._per_token(batch, "weight", members, micro.row_of)
+        loss = (weights * output.token_loss).sum()
+        metrics = output.metrics.merge(MetricSums({"loss": total_of(loss.detach())}))
+        if "rollout_logprobs" in columns:
+            # Before the first update of a generation both sides hold the same weights: old_logprobs if they were
+            # computed, else the log-probs of this very pass.
+            train = columns.get("old_logprobs", scored.logprobs.detach())
+            metrics = metrics.merge(
+                rollout_mismatch(train, columns["rollout_logprobs"], micro.row_of, micro.n_rows)
+            )
+        return loss, metrics, micro.input_ids.numel()
+
+    def _per_token(self, batch: RowBatch, name: str, members: tuple[int, ...], row_of: Tensor) -> Any:
+        """A row scalar spread over the micro-batch's loss tokens, float32 `[N]`; None if the batch has none."""
+        import torch
+
+        if name not in batch.scalars:
+            return None
+        values = np.asarray(batch.scalars[name][list(members)] if members else [0.0], dtype=np.float32)
+        return torch.from_numpy(values).to(row_of.device)[row_of]
+
+    def logprobs(self, batch: RowBatch) -> tuple[int, Columns]:
+        """Log-probs under the present weights; see `scoring.score`."""
+        self._engine.eval()
+        return scoring.score(self._engine, batch, self._spec.model, self._spec.score)
+
+    def evaluate(self, batch: RowBatch) -> MetricSums:
+        """The loss and its metrics on rows, without training on them."""
+        import torch
+
+        from raytune_rl.algorithms.metrics import merge_all
+
+        rows = scoring.read_rows(batch, self._spec.score.timeout_s)
+        self._engine.eval()
+        with torch.no_grad():
+            parts = [self._micro_step(rows, batch, members)[1].host() for members in batch.micro_batches]
+        return merge_all(parts)
+
+    def offload(self, weights: bool, optimizer: bool) -> None:
+        """Moves weights and optimizer state from the GPU to the CPU while somebody else needs the GPU."""
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+
+        moved = [State.optim_states, State.hp_params] if optimizer else []
+        moved += [State.lp_params, State.lp_grads, State.contiguous_grad_buffer] if weights else []
+        self._engine.offload_states(include=moved)
+
+    def reload(self) -> None:
+        """Brings back what `offload` moved."""
+        self._engine.reload_states()
+
+    # -- weights ----------------------------------------------------------------------------------------------
+
+    def weight_index(self) -> tuple[tuple[TensorEntry, ...], ...]:
+        """The buckets this rank publishes: each a tuple of entries. Ranks share the work bucket by bucket."""
+        assert self._exporter is not None
+        entries = [
+            TensorEntry(s.name, str(s.dtype).removeprefix("torch."), s.shape) for s in self._exporter.index
+        ]
+        buckets = plan_buckets(entries)
+        self._share = [[entries[i] for i in bucket] for bucket in buckets[self._rank :: self._world_size]]
+        return tuple(tuple(bucket) for bucket in self._share)
+
+    def publish(self) -> tuple[Any, ...]:
+        """The present weights: how many buckets, then each bucket of `weight_index` as a list of flat uint8 arrays."""
+        return len(self._share), *(self._bucket(entries) for entries in self._share)
+
+    def _bucket(self, entries: list[TensorEntry]) -> list[NDArray[np.uint8]]:
+        assert self._exporter is not None
+        arrays = {}
+        for name, tensor in self._exporter.tensors({entry.name for entry in entries}):
+            arrays[name] = (entry_of(name, tensor), to_bytes(tensor))
+        wrong = [e for e in entries if arrays[e.name][0] != e]
+        if wrong:
+            raise RuntimeError(f"weight {wrong[0].name} changed its shape or type since the index was made")
+        return [arrays[entry.name][1] for entry in entries]
+
+    def adapter_config(self) -> str:
+        """The adapter's PEFT configuration as JSON text, as in adapter_config.json."""
+        import json
+
+        from raytune_rl.models.unwrap import peft_model
+
+        peft = peft_model(self._engine)
+        assert peft is not None
+        config = peft.peft_config[str(peft.active_adapters[0])].to_dict()
+        return json.dumps(config, default=_jsonable)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------
+
+    def save_model(self, directory: str) -> None:
+        """Rank 0 writes what Transformers or PEFT loads; the other ranks have nothing to do."""
+        from raytune_rl.models.weights import save_model
+
+        if self._rank == 0:
+            save_model(self._engine, directory, self._tokenizer)
+
+    def save_optimizer(self, directory: str) -> None:
+        """Every rank writes its part of the optimizer's state."""
+        from raytune_rl.workers.optimizer_state import save
+
+        save(self._engine, Path(directory), self._rank, self._world_size)
+
+    def load_checkpoint(self, directory: str) -> None:
+        """Restores weights and optimizer state; the saved world may have had another size."""
+        from raytune_rl.workers.optimizer_state import load
+
+        load(self._engine, Path(directory), self._rank, self._world_size)
+
+
+def peak_memory_gib() -> float:
+    """Peak memory reserved on the GPU, or the process's peak resident memory on a CPU, GiB."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _jsonable(value: Any) -> Any:
+    """PEFT's configuration holds sets and enums."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(getattr(value, "value", value))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed of its own for each step and rank, so that dropout repeats when a step is repeated."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])

@@ -1,0 +1,140 @@
+"""What policy and reference have in common: a model built from a spec, and log-probs of rows by reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from raytune_rl.data.ragged import Columns, Ragged
+from raytune_rl.data.rows import ReadRows, RowBatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from raytune_rl.data.collate import MicroBatch
+    from raytune_rl.models.load import LoadedModel
+    from raytune_rl.models.scorer import TokenScorer
+
+
+PAD = 0
+"""Fills padded positions. They are masked, so any id of the vocabulary serves."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model a worker loads, and how.
+
+    Attributes:
+        path: Local directory.
+        dtype: torch dtype name, or None for the model's own (float32 on a CPU).
+        attn_impl: Attention kernel, or None for the best there is.
+        layout: "padded" or "packed" micro-batches.
+        trust_remote_code: Run code from the model's directory.
+        adapters: Adapter directories to start from.
+        quant_bits: 4 for a base quantised to NF4, or None.
+        use_hf: A hub id is one of Hugging Face instead of ModelScope.
+    """
+
+    path: str
+    dtype: str | None
+    attn_impl: str | None
+    layout: str
+    trust_remote_code: bool = False
+    adapters: tuple[str, ...] = ()
+    quant_bits: int | None = None
+    use_hf: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How log-probs are taken.
+
+    Attributes:
+        temperature: Divides the logits.
+        timeout_s: Deadline for reading rows from the object store, seconds.
+    """
+
+    temperature: float
+    timeout_s: float
+
+
+def device() -> torch.device:
+    """The GPU that Ray gave this actor, or the CPU."""
+    import torch
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load(spec: ModelSpec) -> LoadedModel:
+    """Loads the base model of a spec onto this worker's device."""
+    from raytune_rl.models.load import Quantization, load_model
+
+    return load_model(
+        spec.path,
+        dtype=spec.dtype,
+        attn_impl=spec.attn_impl,
+        trust_remote_code=spec.trust_remote_code,
+        device=device(),
+        quantization=Quantization(bits=spec.quant_bits) if spec.quant_bits else None,
+        use_hf=spec.use_hf,
+    )
+
+
+def read_rows(batch: RowBatch, timeout_s: float) -> ReadRows:
+    """Reads a batch's objects: maps of shared memory on this node, one copy from another."""
+    return ReadRows(batch, ray.get(list(batch.refs), timeout=timeout_s))
+
+
+def micro_batch(rows: ReadRows, members: Sequence[int], layout: str) -> MicroBatch:
+    """Collates the rows of one micro-batch on this worker's device."""
+    from raytune_rl.data.collate import collate
+
+    tokens = [rows.column("tokens", row) for row in members]
+    masks = [rows.column("loss_mask", row) for row in members]
+    return collate(tokens, masks, layout=layout, pad_token_id=PAD).to(device())  # type: ignore[arg-type]
+
+
+def flat_column(rows: ReadRows, members: Sequence[int], name: str, late: str = "") -> torch.Tensor:
+    """A float32 `[N]` tensor of one per-token column over a micro-batch's loss tokens."""
+    import torch
+
+    parts = [rows.column(name, row, late=late) for row in members]
+    flat = np.concatenate(parts).astype(np.float32) if parts else np.empty(0, np.float32)
+    return torch.from_numpy(flat).to(device())
+
+
+def forward_inputs(micro: MicroBatch) -> dict[str, Any]:
+    """The arguments of `TokenScorer.forward`."""
+    return {
+        "input_ids": micro.input_ids,
+        "position_ids": micro.position_ids,
+        "attention_mask": micro.attention_mask,
+        "predict_index": micro.predict_index,
+        "targets": micro.targets,
+    }
+
+
+def score(
+    scorer: TokenScorer | Any, batch: RowBatch, spec: ModelSpec, settings: ScoreSettings
+) -> tuple[int, Columns]:
+    """Log-probs of a batch's loss tokens, without gradient.
+
+    Returns:
+        The number of rows, and {"logprobs": Ragged float32} with the rows in the batch's order.
+    """
+    import torch
+
+    rows = read_rows(batch, settings.timeout_s)
+    found: dict[int, np.ndarray] = {}
+    with torch.no_grad():
+        for members in batch.micro_batches:
+            micro = micro_batch(rows, members, spec.layout)
+            flat = scorer(**forward_inputs(micro), temperature=settings.temperature).logprobs.cpu().numpy()
+            counts = np.bincount(micro.row_of.cpu().numpy(), minlength=len(members))
+            pieces = np.split(flat, np.cumsum(counts)[:-1]) if members else []
+            found.update(zip(members, pieces, strict=True))
+    return len(batch), {"logprobs": Ragged.from_rows([found[row] for row in range(len(batch))], np.float32)}

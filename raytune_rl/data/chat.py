@@ -142,8 +142,8 @@ def assistant_spans(
         if not (text.startswith(through) and through.startswith(before)):
             raise DataError(
                 f"the chat template writes turn {turn} differently depending on what follows it, so its "
-                "tokens cannot be told from the rest. Train on the last round only (--loss_scale last_round) or use "
-                "another template"
+                "tokens cannot be told from the rest. Train on the last round only (--loss_scale last_round) "
+                "or use another template"
             )
         spans[turn] = (len(before), _end_of_turn(through, len(before), messages[turn].content))
     return spans

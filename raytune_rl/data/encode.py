@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.data.chat import ChatTemplate, assistant_spans, trained_turns
+from raytune_rl.data.chat import ChatTemplate
+from raytune_rl.data.encode_rows import EncodedRow, Failure, Job, LossScale, Truncation, encode_chunk
 from raytune_rl.data.example import Example, RowError
 from raytune_rl.data.parallel import map_chunks
 from raytune_rl.data.ragged import Ragged
 from raytune_rl.errors import ConfigError, DataError
-
-Truncation = Literal["delete", "left", "right", "error"]
-LossScale = Literal["default", "last_round", "all"]
 
 
 @dataclass(frozen=True)
@@ -79,32 +77,6 @@ class EncodedSFT:
         return Counter(drop.reason for drop in self.dropped)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What encoding a row needs besides the row; travels to worker processes once."""
-
-    chat: ChatTemplate
-    max_length: int | None
-    truncation: Truncation
-    loss_scale: LossScale | None  # None: prompts
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Why a row has no tokens, and when that is an error: always, under `strict`, or never (as asked)."""
-
-    reason: str
-    stops: Literal["always", "strict", "never"]
-
-
-_MERGED = (
-    "the tokenizer merges the beginning or end of an assistant turn with the template's text beside it (an "
-    "answer that begins with a line break, for example), so that no token can be said to be the turn's first or last"
-)
-
-_Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
-
-
 def encode_prompts(
     examples: Sequence[Example],
     tokenizer: Any,
@@ -139,7 +111,7 @@ def encode_prompts(
             "truncation_strategy 'right' would cut off the question's end and the generation prompt; "
             "use 'left' or 'delete'"
         )
-    job = _Job(ChatTemplate.of(tokenizer), max_length, truncation_strategy, None)
+    job = Job(ChatTemplate.of(tokenizer), max_length, truncation_strategy, None)
     rows, index, dropped = _run(job, examples, strict, num_proc, progress)
     kept = [examples[i] for i in index]
     names = dict.fromkeys(name for example in kept for name in example.extra)
@@ -185,7 +157,7 @@ def encode_sft(
     """
     if loss_scale not in ("default", "last_round", "all"):
         raise ConfigError(f"loss_scale is {loss_scale!r}; it is default, last_round or all")
-    job = _Job(ChatTemplate.of(tokenizer), max_length, truncation_strategy, loss_scale)
+    job = Job(ChatTemplate.of(tokenizer), max_length, truncation_strategy, loss_scale)
     rows, index, dropped = _run(job, examples, strict, num_proc, progress)
     return EncodedSFT(
         tokens=Ragged.from_rows([tokens for tokens, _ in rows], np.int32),
@@ -197,22 +169,22 @@ def encode_sft(
 
 
 def _run(
-    job: _Job,
+    job: Job,
     examples: Sequence[Example],
     strict: bool,
     num_proc: int,
     progress: Callable[[int], None] | None,
-) -> tuple[list[_Encoded], NDArray[np.int64], tuple[Dropped, ...]]:
+) -> tuple[list[EncodedRow], NDArray[np.int64], tuple[Dropped, ...]]:
     if job.max_length is not None and job.max_length < 1:
         raise ConfigError(f"max_length is {job.max_length}; it must be at least 1")
     if job.truncation not in ("delete", "left", "right", "error"):
         raise ConfigError(f"truncation_strategy is {job.truncation!r}; it is delete, left, right or error")
-    results = map_chunks(_encode_chunk, job, examples, num_proc=num_proc, progress=progress)
-    rows: list[_Encoded] = []
+    results = map_chunks(encode_chunk, job, examples, num_proc=num_proc, progress=progress)
+    rows: list[EncodedRow] = []
     index: list[int] = []
     dropped: list[Dropped] = []
     for number, (example, result) in enumerate(zip(examples, results, strict=True)):
-        if not isinstance(result, _Failure):
+        if not isinstance(result, Failure):
             rows.append(result)
             index.append(number)
         elif result.stops == "always" or (strict and result.stops == "strict"):
@@ -228,123 +200,5 @@ def _run(
     return rows, np.array(index, dtype=np.int64), tuple(dropped)
 
 
-def _notices(job: _Job) -> tuple[str, ...]:
+def _notices(job: Job) -> tuple[str, ...]:
     return () if job.chat.notice is None else (job.chat.notice,)
-
-
-def _encode_chunk(job: _Job, examples: Sequence[Example]) -> list[_Encoded | _Failure]:
-    """Renders row by row, tokenizes the chunk in one call."""
-    results: list[_Encoded | _Failure | None] = []
-    texts: list[str] = []
-    spans: list[list[tuple[int, int]]] = []
-    for example in examples:
-        try:
-            text, found = _render(job, example)
-        except DataError as error:
-            results.append(_Failure(str(error), "strict"))
-            continue
-        results.append(None)
-        texts.append(text)
-        spans.append(found)
-    encoded = iter(_tokenize(job, texts, spans))
-    return [next(encoded) if result is None else result for result in results]
-
-
-def _render(job: _Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
-    if example.has_media:
-        raise DataError("the row has images, videos or audios; those need a vision model's processor")
-
-    def render(messages: Sequence[Any], *, generation_prompt: bool) -> str:
-        return job.chat.render(messages, example.tools, generation_prompt=generation_prompt)
-
-    text = render(example.messages, generation_prompt=job.loss_scale is None)
-    if job.loss_scale is None:
-        return text, []
-    if job.loss_scale == "all":
-        return text, [(0, len(text))]
-    turns = trained_turns(example, job.loss_scale)
-    if not turns:
-        raise DataError("no turn of the conversation is trained on")
-    return text, list(assistant_spans(example.messages, turns, text, render).values())
-
-
-def _tokenize(job: _Job, texts: list[str], spans: list[list[tuple[int, int]]]) -> list[_Encoded | _Failure]:
-    if not texts:
-        return []
-    tokenizer = job.chat.tokenizer
-    with_offsets = tokenizer.is_fast and job.loss_scale is not None
-    batch = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=with_offsets,
-        verbose=False,
-    )
-    rows: list[_Encoded | _Failure] = []
-    for number, (text, ranges) in enumerate(zip(texts, spans, strict=True)):
-        tokens = np.array(batch["input_ids"][number], dtype=np.int32)
-        try:
-            if with_offsets:
-                starts = _starts_by_offsets(batch["offset_mapping"][number], ranges)
-            else:
-                starts = _starts_by_prefix(tokenizer, text, tokens, ranges)
-        except DataError as error:
-            rows.append(_Failure(str(error), "strict"))
-        else:
-            rows.append(_truncated(job, tokens, _mask(starts, ranges)))
-    return rows
-
-
-def _mask(starts: NDArray[np.int64], ranges: list[tuple[int, int]]) -> NDArray[np.bool_]:
-    """True for tokens that begin inside a range; never for the first token, which nothing predicts."""
-    mask = np.zeros(len(starts), dtype=np.bool_)
-    for start, end in ranges:
-        mask |= (starts >= start) & (starts < end)
-    mask[:1] = False
-    return mask
-
-
-def _starts_by_offsets(
-    offsets: Sequence[tuple[int, int]], ranges: list[tuple[int, int]]
-) -> NDArray[np.int64]:
-    """Where tokens begin in the text, int64 `[tokens]`; a range must begin where a token does."""
-    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    for border, _ in ranges:
-        if ((places[:, 0] < border) & (border < places[:, 1])).any():
-            raise DataError(_MERGED)
-    return places[:, 0]
-
-
-def _starts_by_prefix(
-    tokenizer: Any, text: str, tokens: NDArray[np.int32], ranges: list[tuple[int, int]]
-) -> NDArray[np.int64]:
-    """Where tokens begin, only as exact as the ranges need, for tokenizers that do not tell (those in
-    Python).
-
-    The text up to each border must tokenize to the beginning of the whole.
-    """
-    starts = np.zeros(len(tokens), dtype=np.int64)
-    for border in sorted({at for pair in ranges for at in pair}):
-        prefix = np.array(tokenizer.encode(text[:border], add_special_tokens=False), dtype=np.int32)
-        if not np.array_equal(prefix, tokens[: len(prefix)]):
-            raise DataError(_MERGED)
-        starts[len(prefix) :] = border
-    return starts
-
-
-def _truncated(job: _Job, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> _Encoded | _Failure:
-    limit = job.max_length
-    if limit is not None and len(tokens) > limit:
-        if job.truncation in ("delete", "error"):
-            # No length in the reason: rows are counted by it.
-            return _Failure(
-                f"longer than max_length {limit}", "always" if job.truncation == "error" else "never"
-            )
-        kept = slice(-limit, None) if job.truncation == "left" else slice(0, limit)
-        tokens, mask = tokens[kept].copy(), mask[kept].copy()
-        mask[:1] = False
-        if job.loss_scale is not None and not mask.any():
-            return _Failure(f"nothing to train on is left within max_length {limit}", "never")
-    if job.loss_scale is not None and not mask.any():
-        return _Failure("the assistant's turns have no tokens", "strict")
-    return tokens, mask

@@ -115,7 +115,7 @@ def _json_values(path: Path, text: str) -> Iterator[Row | BadRow]:
             )
             return
     if in_list and at >= len(text):
-        yield BadRow(str(path), line, "broken JSON: the list is never closed", "")
+        yield BadRow(str(path), 1 + text.count("\n"), "broken JSON: the list is never closed", "")
 
 
 def _skip(text: str, at: int) -> int:

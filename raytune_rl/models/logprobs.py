@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from raytune_rl.errors import ConfigError
 
-# 2^25 float32 logits are 128 MB: large enough to keep a matrix unit busy, small beside any model.
-CHUNK_LOGITS = 2**25
+# 2^26 float32 logits are 256 MB: large enough to keep a matrix unit busy, small beside any model worth a GPU.
+CHUNK_LOGITS = 2**26
 
 
 class TokenLogprobs(NamedTuple):
@@ -28,7 +27,7 @@ class TokenLogprobs(NamedTuple):
     Attributes:
         logprobs: float32 [M], log softmax(logits / temperature) at the target, with gradient.
         entropy: float32 [M] in nats of that distribution, with gradient, or None when it was not asked for.
-        correct: bool [M], the target is the arg-max (the first one, on a tie).
+        correct: bool [M], no logit is larger than the target's.
     """
 
     logprobs: Tensor
@@ -37,7 +36,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def default_chunk_tokens(vocab_size: int) -> int:
-    """Tokens per chunk that keep one [chunk, vocab] buffer near 128 MB."""
+    """Tokens per chunk that keep one [chunk, vocab] buffer near 256 MB."""
     return max(64, CHUNK_LOGITS // max(vocab_size, 1))
 
 
@@ -127,6 +126,32 @@ class _LogitShape:
         return grad if factor == 1.0 else grad.mul_(factor)
 
 
+class _Logits:
+    """Final logits of one chunk after another in the same memory: on a CPU, fresh pages cost as much as the
+    product."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: _LogitShape, chunk_tokens: int
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.shape = hidden, weight, bias, shape
+        rows = min(hidden.shape[0], chunk_tokens)
+        self.raw = hidden.new_empty(rows, weight.shape[0])
+        is_float = hidden.dtype == torch.float32
+        self.out = self.raw if is_float else torch.empty_like(self.raw, dtype=torch.float32)
+
+    def fill(self, part: slice) -> Tensor:
+        """float32 [rows of `part`, V]; overwritten by the next call."""
+        states = self.hidden[part]
+        raw, out = self.raw[: len(states)], self.out[: len(states)]
+        if self.bias is None:
+            torch.mm(states, self.weight.t(), out=raw)
+        else:
+            torch.addmm(self.bias, states, self.weight.t(), out=raw)
+        if self.out is not self.raw:
+            out.copy_(raw)
+        return self.shape.apply_(out)
+
+
 class _LinearHead(torch.autograd.Function):
     """Chunked log-probs through a linear head. d logp[t] / d logits[j] = 1{j=t} - p[j]."""
 
@@ -148,10 +173,11 @@ class _LinearHead(torch.autograd.Function):
         correct = torch.empty(count, dtype=torch.bool, device=hidden.device)
         keep = count <= chunk_tokens and any(ctx.needs_input_grad)
         kept: Tensor | None = None
+        buffer = _Logits(hidden, weight, bias, shape, chunk_tokens)
         for start in range(0, count, chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = shape.apply_(F.linear(hidden[part], weight, bias).float())
-            top, best = logits.max(dim=-1)
+            logits = buffer.fill(part)
+            top = logits.amax(dim=-1)
             at_target = logits.gather(-1, targets[part, None]).squeeze(-1)
             shifted = logits - top[:, None] if keep else logits.sub_(top[:, None])
             if with_entropy:
@@ -164,7 +190,7 @@ class _LinearHead(torch.autograd.Function):
                 total = shifted.exp_().sum(-1)
             log_z[part] = top + total.log()
             logprobs[part] = at_target - log_z[part]
-            correct[part] = best == targets[part]
+            correct[part] = at_target == top
             kept = logits if keep else None
         ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy, kept)
         ctx.shape, ctx.chunk_tokens, ctx.with_entropy = shape, chunk_tokens, with_entropy
@@ -181,14 +207,14 @@ class _LinearHead(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        buffer = None if kept is not None else _Logits(hidden, weight, bias, shape, ctx.chunk_tokens)
         for start in range(0, hidden.shape[0], ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
-            if kept is None:
-                logits = shape.apply_(F.linear(hidden[part], weight, bias).float())
-            else:
-                logits = kept
-            log_p = logits - log_z[part, None]
-            grad = log_p.exp()
+            logits = kept if buffer is None else buffer.fill(part)
+            # In place where nobody needs the logits again: not the kept ones, a second backward may come.
+            reuse = buffer is not None and shape.softcap is None
+            log_p = logits.sub_(log_z[part, None]) if reuse else logits - log_z[part, None]
+            grad = log_p.exp() if grad_entropy is not None else log_p.exp_()
             if grad_entropy is not None:
                 # d H / d logits[j] = -p[j] (log p[j] + H)
                 rate = log_p.add_(entropy[part, None]).mul_(grad_entropy[part, None])

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rich.console import Console
+
 from raytune_rl.config import RLHFConfig, SFTConfig
 from raytune_rl.errors import CheckpointError
 from raytune_rl.pipelines.policy_group import PolicyGroup
@@ -158,19 +160,25 @@ class Run:
         self.stop_requested = False
         self._best_by, self._greater = best_by, greater_is_better
         self._record = CheckpointRecord.from_state(origin.state, origin.run_dir)
-        self.logger = RunLogger(origin.run_dir, config.report_to, total_steps, resume_step=origin.resume_step)
-        self.display = ProgressDisplay(
-            total_steps, start_step=origin.step, logging_steps=config.logging_steps
-        )
-        self.timer = StepTimer(on_phase=self.display.phase)
+        self.console = Console()
+        self._origin = origin
 
     def say(self, message: Any) -> None:
-        """Prints something that stays on the screen."""
-        self.display.message(message)
+        """Prints something that stays on the screen, above the live display once there is one."""
+        self.console.print(message)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """The display is up, and the first Ctrl-C or SIGTERM asks for a stop instead of tearing the run."""
+        """Training begins: log, display and clocks start, and from here on the first Ctrl-C or SIGTERM asks for a stop
+        instead of tearing the run."""
+        origin, every = self._origin, self.config.logging_steps
+        self.logger = RunLogger(
+            origin.run_dir, self.config.report_to, self.total_steps, resume_step=origin.resume_step
+        )
+        self.display = ProgressDisplay(
+            self.total_steps, start_step=origin.step, logging_steps=every, console=self.console
+        )
+        self.timer = StepTimer(on_phase=self.display.phase)
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.stop_requested:

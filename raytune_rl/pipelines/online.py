@@ -67,11 +67,11 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         started = OnlineRun(config, groups, schedule, train, held_out, origin)
         started.run.say(plan.render())
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
-        stack.enter_context(started.run.watched())
         started.start(slots, limit, stack)
-        started.train()
-        result = started.run.finish()
-        report.online_summary(config, started, result).show(started.run.display.console)
+        with started.run.watched():
+            started.train()
+            result = started.run.finish()
+        report.online_summary(config, started, result).show(started.run.console)
         return result
 
 

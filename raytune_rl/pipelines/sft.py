@@ -47,11 +47,11 @@ def run(config: SFTConfig, notices: Sequence[str] = ()) -> RunResult:
         started = SFTRun(config, groups, schedule, train, held_out, origin)
         started.run.say(plan.render())
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
-        stack.enter_context(started.run.watched())
         started.start(slots, stack)
-        started.train()
-        result = started.run.finish()
-        report.sft_summary(config, started.run, train.account, result).show(started.run.display.console)
+        with started.run.watched():
+            started.train()
+            result = started.run.finish()
+        report.sft_summary(config, started.run, train.account, result).show(started.run.console)
         return result
 
 

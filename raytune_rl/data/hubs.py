@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from raytune_rl.data.example import Row
 from raytune_rl.data.specs import DatasetSpec, Hub
 from raytune_rl.errors import DataError
+
+T = TypeVar("T")
 
 _ATTEMPTS = 3
 _BATCH_ROWS = 256
@@ -16,22 +17,24 @@ _NAMES: dict[Hub, str] = {"hf": "Hugging Face", "ms": "ModelScope"}
 
 
 def read_hub(spec: DatasetSpec) -> Iterator[Row]:
-    """The rows of the training split of a hub's data set, subset after subset. `line` is the row's number,
-    from 1.
+    """The training split of a hub's data set, subset after subset. `line` is the row's number in it, from 1.
 
-    Images and other media stay encoded: rows are taken from the Arrow tables, past the decoding of
-        `datasets`.
+    `datasets` reads both hubs: what ModelScope keeps is downloaded by ModelScope's own client first. Images
+        and other
+    media stay encoded, because rows are taken from the Arrow tables, past the decoding of `datasets`.
 
     Raises:
         DataError: The hub cannot be reached, or the data set, the subset or its training split is not there.
     """
-    assert spec.hub is not None
-    load = _load_hf if spec.hub == "hf" else _load_ms
-    for subset in _subsets(spec):
-        try:
-            table = _retrying(lambda subset=subset: load(spec.hub_id, subset))
-        except Exception as error:
-            raise _cannot_load(spec, subset, error) from error
+    import datasets
+
+    location = _located(spec)
+    for subset in _subsets(spec, location):
+
+        def load(name: str | None = subset) -> Any:
+            return datasets.load_dataset(location, name, split="train")
+
+        table = _asked(spec, subset, load)
         source = f"{spec.hub}::{spec.hub_id}" + (f":{subset}" if subset else "") + "[train]"
         number = 0
         for batch in table.with_format("arrow").iter(batch_size=_BATCH_ROWS):
@@ -40,12 +43,25 @@ def read_hub(spec: DatasetSpec) -> Iterator[Row]:
                 yield Row(fields, source, number)
 
 
-def _subsets(spec: DatasetSpec) -> list[str | None]:
-    if spec.hub == "ms" and not spec.subsets:
-        return [None]
+def _located(spec: DatasetSpec) -> str:
+    """What `datasets` is to load: the id on Hugging Face, or the folder of a ModelScope data set."""
+    if spec.hub == "hf":
+        return spec.hub_id
+
+    def download() -> str:
+        from modelscope.hub.snapshot_download import dataset_snapshot_download
+
+        return str(dataset_snapshot_download(spec.hub_id))
+
+    return _asked(spec, None, download)
+
+
+def _subsets(spec: DatasetSpec, location: str) -> list[str | None]:
     if spec.subsets and spec.subsets != ("all",):
         return list(spec.subsets)
-    names = _config_names(spec)
+    import datasets
+
+    names: list[str] = _asked(spec, None, lambda: list(datasets.get_dataset_config_names(location)))
     if spec.subsets or len(names) <= 1:
         return list(names) or [None]
     if "default" in names:
@@ -56,42 +72,28 @@ def _subsets(spec: DatasetSpec) -> list[str | None]:
     )
 
 
-def _config_names(spec: DatasetSpec) -> list[str]:
-    try:
-        if spec.hub == "hf":
-            from datasets import get_dataset_config_names
+def _asked(spec: DatasetSpec, subset: str | None, ask: Callable[[], T]) -> T:
+    """Asks a hub, again where the failure may pass by itself; whatever it ends in becomes a `DataError`."""
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-            return list(_retrying(lambda: get_dataset_config_names(spec.hub_id)))
-        hub_dataset = importlib.import_module("modelscope.msdatasets").MsDataset
-        return list(_retrying(lambda: hub_dataset.get_dataset_config_names(spec.hub_id)))
-    except Exception as error:
-        raise _cannot_load(spec, None, error) from error
-
-
-def _load_hf(name: str, subset: str | None) -> Any:
-    from datasets import load_dataset
-
-    return load_dataset(name, subset, split="train")
-
-
-def _load_ms(name: str, subset: str | None) -> Any:
-    hub_dataset = importlib.import_module("modelscope.msdatasets").MsDataset
-    loaded = hub_dataset.load(name, subset_name=subset or "default", split="train")
-    return loaded.to_hf_dataset() if hasattr(loaded, "to_hf_dataset") else loaded
-
-
-def _retrying(load: Any) -> Any:
-    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
-
-    # Only what may pass by itself: a name that is not there will not appear by asking again.
-    transient = (ConnectionError, TimeoutError)
-    retrying = Retrying(
-        stop=stop_after_attempt(_ATTEMPTS),
+    attempts = Retrying(
+        # ModelScope's client repeats by itself.
+        stop=stop_after_attempt(1 if spec.hub == "ms" or _offline() else _ATTEMPTS),
         wait=wait_exponential(multiplier=1, max=8),
-        retry=retry_if_exception_type(transient) if not _offline() else retry_if_exception_type(()),
+        retry=retry_if_exception(_may_pass),
         reraise=True,
     )
-    return retrying(load)
+    try:
+        return attempts(ask)
+    except Exception as error:  # the hubs' clients raise many kinds; the user's remedy is the same
+        raise _cannot_load(spec, subset, error) from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Connection trouble, but not "there is no such data set", which is a `FileNotFoundError`."""
+    import httpx
+
+    return isinstance(error, OSError | httpx.TransportError) and not isinstance(error, FileNotFoundError)
 
 
 def _offline() -> bool:
@@ -103,12 +105,11 @@ def _offline() -> bool:
 def _cannot_load(spec: DatasetSpec, subset: str | None, error: Exception) -> DataError:
     assert spec.hub is not None
     what = f"{spec.hub_id!r}" + (f", subset {subset!r}," if subset else "")
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    offline = " HF_HUB_OFFLINE is set, so the hub was not asked." if spec.hub == "hf" and _offline() else ""
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    offline = "HF_HUB_OFFLINE is set, so the hub was not asked. " if spec.hub == "hf" and _offline() else ""
     other = "hf" if spec.hub == "ms" else "ms"
     return DataError(
-        f"data set {spec.text!r}: {what} could not be loaded from {_NAMES[spec.hub]} ({first_line})."
-        f"{offline} "
+        f"data set {spec.text!r}: {what} could not be loaded from {_NAMES[spec.hub]} ({reason}). {offline}"
         "There is no such local path either. Check the name and the network, download the data and give its "
         f"path, or try the other hub with `{other}::{spec.hub_id}`"
     )

@@ -150,8 +150,8 @@ def assistant_spans(
 
 
 def _end_of_turn(text: str, start: int, content: str) -> int:
-    """The end of the turn that runs from `start` to the end of `text`, without what only separates it from
-    the next."""
+    """The end of the turn that runs from `start` to the end of `text`, without what separates it
+    from the next."""
     trimmed = start + len(text[start:].rstrip())
     spoken = text.find(content, start) if content else -1
     # White space that the assistant wrote stays: only a template without an end mark would lose it.

@@ -25,8 +25,8 @@ def data_files(folder: Path, subsets: tuple[str, ...]) -> tuple[list[Path], str 
     """The data files of a folder, sorted, and a sentence for the user when some were left out.
 
     A subset of a folder is a sub-folder or a file's name without its suffix. Where files (or sub-folders) are
-    named
-    after splits, only the training split is taken: training on the test set must not happen by accident.
+    named after splits, only the training split is taken: training on the test set must not happen by
+    accident.
 
     Raises:
         DataError: There is nothing to read, or a subset is not there.

@@ -20,8 +20,8 @@ def read_hub(spec: DatasetSpec) -> Iterator[Row]:
     """The training split of a hub's data set, subset after subset. `line` is the row's number in it, from 1.
 
     `datasets` reads both hubs: what ModelScope keeps is downloaded by ModelScope's own client first. Images
-        and other
-    media stay encoded, because rows are taken from the Arrow tables, past the decoding of `datasets`.
+    and other media stay encoded, because rows are taken from the Arrow tables, past the decoding of
+    `datasets`.
 
     Raises:
         DataError: The hub cannot be reached, or the data set, the subset or its training split is not there.

@@ -1,16 +1,14 @@
 """Which rows go into which micro-batch on which rank, from lengths alone.
 
 Invariants: every row exactly once; every rank runs the same number of micro-batches, because each one is a
-    collective
-(an empty micro-batch is a dummy that must still be run); a micro-batch stays within the token budget unless
-it is one row that is longer than the budget. Micro-batches at the same position cost about the same on every
-rank, because ranks wait for each other there, and whole ranks are balanced by cost.
+collective (an empty micro-batch is a dummy that must still be run); a micro-batch stays within the token
+budget unless it is one row that is longer than the budget. Micro-batches at the same position cost about the
+same on every rank, because ranks wait for each other there, and whole ranks are balanced by cost.
 
 The scheme: find how many micro-batches the budget forces, round up to a multiple of the world size, then
-    lower the
-budget as far as that number of micro-batches allows. So the work is spread evenly instead of leaving a small
-rest. Padded micro-batches are runs of the rows sorted by length (least padding); packed ones are best-fit
-decreasing bins.
+lower the budget as far as that number of micro-batches allows. So the work is spread evenly instead of
+leaving a small rest. Padded micro-batches are runs of the rows sorted by length (least padding); packed ones
+are best-fit decreasing bins.
 """
 
 from __future__ import annotations
@@ -167,8 +165,7 @@ def _row_costs(sizes: NDArray[np.int64], quadratic: float) -> NDArray[np.float64
 def _split_to(
     bins: list[list[int]], wanted: int, cost: NDArray[np.float64], layout: Layout
 ) -> list[list[int]]:
-    """Halves the costliest bins until there are `wanted`; what cannot be split is filled up with empty
-    bins."""
+    """Halves the costliest bins until there are `wanted`; empty bins make up for what cannot be split."""
     heap = [(-float(cost[rows].sum()), order, rows) for order, rows in enumerate(bins)]
     heapq.heapify(heap)
     done: list[list[int]] = []

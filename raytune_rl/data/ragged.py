@@ -1,8 +1,7 @@
 """Ragged columns: rows of unequal length as one flat array and offsets, never padded.
 
 This is the only shape in which tokens travel between actors: numpy arrays lie in Ray's object store outside
-    the
-pickle, so that a reader maps them instead of copying them.
+the pickle, so that a reader maps them instead of copying them.
 """
 
 from __future__ import annotations

@@ -53,8 +53,7 @@ def sample(items: Sequence[T], count: int | None, *, shuffle: bool, seed: int | 
     """`#N` of ms-swift: N of the items, or more than there are.
 
     Fewer than all: a random choice without repetition, in random order, or the first N without `shuffle`.
-        More than
-    all: the whole set as often as it fits, then such a choice for the rest. None: all of them.
+    More than all: the whole set as often as it fits, then such a choice for the rest. None: all of them.
     """
     if count is None or not items:
         return list(items)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raytune_rl.config import RLHFConfig, SFTConfig, deepspeed, resolved
-from raytune_rl.models.tuner import TunerSettings
+from raytune_rl.models.settings import TunerSettings
 from raytune_rl.pipelines.resources import Groups
 from raytune_rl.workers.policy import OptimizerSpec, PolicySpec
 from raytune_rl.workers.rollout import EngineSpec, Sampling

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raytune_rl.algorithms.metrics import MetricSums
-    from raytune_rl.models.tuner import TunerSettings
+    from raytune_rl.models.settings import TunerSettings
 
 
 @dataclass(frozen=True)
@@ -204,14 +204,28 @@ class PolicyWorker:
                 and, where the loss needs it, "advantage"; late columns go to the loss under their own names.
             step: Number of the step, from 0: it alone decides learning rate and dropout, so a resumed run repeats them.
         """
+        started = time.perf_counter()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = self._rate(step)
+        metrics, tokens = self._backward(batch, step)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return TrainResult(
+            metrics=metrics,
+            grad_norm=float(norm) if norm is not None else float("nan"),
+            learning_rate=self._rate(step),
+            seconds=time.perf_counter() - started,
+            tokens=tokens,
+            memory_gib=peak_memory_gib(),
+        )
+
+    def _backward(self, batch: RowBatch, step: int) -> tuple[MetricSums, int]:
+        """Forward and backward of every micro-batch: the whole step's gradient, ready for `engine.step`."""
         import torch
 
         from raytune_rl.algorithms.metrics import merge_all
 
-        started = time.perf_counter()
         torch.manual_seed(step_seed(self._spec.seed, step, self._rank))
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = self._rate(step)
         rows = scoring.read_rows(batch, self._spec.score.timeout_s)
         self._engine.train()
         parts = []
@@ -222,18 +236,11 @@ class PolicyWorker:
             loss, metrics, size = self._micro_step(rows, batch, members)
             # DeepSpeed averages over ranks; the weights already hold the global normaliser, so undo that mean.
             self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
-            self._engine.step()
+            if number != last:
+                self._engine.step()  # only counts the micro-batch: the boundary is the last one
             parts.append(metrics.host())
             tokens += size
-        norm = self._engine.get_global_grad_norm()
-        return TrainResult(
-            metrics=merge_all(parts),
-            grad_norm=float(norm) if norm is not None else float("nan"),
-            learning_rate=self._rate(step),
-            seconds=time.perf_counter() - started,
-            tokens=tokens,
-            memory_gib=peak_memory_gib(),
-        )
+        return merge_all(parts), tokens
 
     def _micro_step(
         self, rows: ReadRows, batch: RowBatch, members: tuple[int, ...]

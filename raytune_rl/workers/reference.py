@@ -16,7 +16,8 @@ class ReferenceWorker:
 
     def __init__(self, spec: ModelSpec, settings: ScoreSettings) -> None:
         from raytune_rl.models.scorer import TokenScorer
-        from raytune_rl.models.tuner import TunerSettings, apply_tuner
+        from raytune_rl.models.settings import TunerSettings
+        from raytune_rl.models.tuner import apply_tuner
 
         model: Any = scoring.load(spec).model
         if spec.adapters:

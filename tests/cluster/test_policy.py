@@ -1,0 +1,219 @@
+"""The policy world on real DeepSpeed: the same data gives the same gradient however it is cut, and state survives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from raytune_rl.algorithms.aggregation import row_weights
+from raytune_rl.algorithms.policy_loss import GRPOSettings
+from raytune_rl.config import deepspeed
+from raytune_rl.data.microbatch import plan_micro_batches
+from raytune_rl.data.ragged import Columns, Ragged
+from raytune_rl.data.rows import RowPointer
+from raytune_rl.errors import CheckpointError, WorkerFailedError
+from raytune_rl.models.settings import TunerSettings
+from raytune_rl.pipelines.policy_group import PolicyGroup, rank_batch
+from raytune_rl.runtime.cluster import reserve
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.placement import GroupSpec
+from raytune_rl.workers.policy import OptimizerSpec, PolicySpec, PolicyWorker, policy_env
+from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
+from tests.cluster.conftest import Tiny
+
+pytestmark = pytest.mark.cluster
+ROWS = 12
+
+
+class InspectedPolicy(PolicyWorker):
+    """A policy worker that shows what a test wants to see."""
+
+    def gradient(self, batch: Any, layout: str) -> dict[str, np.ndarray]:
+        """Full gradient of the step's loss, by parameter name, without stepping."""
+        from dataclasses import replace
+
+        from deepspeed.utils import safe_get_full_grad
+
+        before = self._spec
+        self._spec = replace(before, model=replace(before.model, layout=layout))
+        self._backward(batch, step=0)
+        self._spec = before
+        found = {n: safe_get_full_grad(p).numpy().copy() for n, p in self._engine.module.named_parameters()}
+        self._engine.optimizer.zero_grad()
+        self._engine.optimizer.averaged_gradients = {}
+        return found
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return {n: p.detach().numpy().copy() for n, p in self._engine.module.named_parameters()}
+
+
+def rows() -> tuple[Columns, list[int], np.ndarray]:
+    """Trajectories of very different lengths, with log-probs of another policy, and advantages."""
+    rng = np.random.default_rng(7)
+    prompts = rng.integers(4, 12, ROWS)
+    completions = rng.integers(1, 40, ROWS)
+    tokens = [rng.integers(5, 300, p + c) for p, c in zip(prompts, completions, strict=True)]
+    columns: Columns = {
+        "tokens": Ragged.from_rows(tokens, np.int32),
+        "loss_mask": Ragged.from_rows(
+            [np.arange(p + c) >= p for p, c in zip(prompts, completions, strict=True)], np.bool_
+        ),
+        "logprobs": Ragged.from_rows([-rng.uniform(4, 7, c) for c in completions], np.float32),
+    }
+    return columns, [int(c) for c in completions], rng.normal(size=ROWS)
+
+
+def spec(tiny: Tiny, loss_type: str = "grpo") -> PolicySpec:
+    del loss_type
+    return PolicySpec(
+        model=ModelSpec(str(tiny.tied), "float32", None, "padded"),
+        tuner=TunerSettings(tuner_type="full"),
+        optimizer=OptimizerSpec(
+            1e-2, "constant", 0, 10, (0.9, 0.95), 1e-8, 0.1, 1.0, deepspeed.load(None)
+        ),
+        loss="grpo",
+        loss_settings=GRPOSettings(beta=0.04),
+        score=ScoreSettings(0.9, 60.0),
+        seed=1,
+        gradient_checkpointing=False,
+        publish_mode="full",
+    )
+
+
+class World:
+    """A started policy group of the inspected kind."""
+
+    def __init__(self, tiny: Tiny, size: int, slots: Any) -> None:
+        group_spec = GroupSpec("policy", size, cpus=0.5)
+        self.spec = spec(tiny)
+        self.group = WorkerGroup(
+            group_spec,
+            slots,
+            InspectedPolicy,
+            lambda rank: {"spec": self.spec, "rank": rank, "world_size": size},
+            policy_env(1, on_gpu=False),
+            120.0,
+        )
+        self.policy = PolicyGroup(self.group, self.spec, 256, 240.0)
+
+    def batches(self, max_tokens: int, layout: str, max_rows: int | None = None) -> list[Any]:
+        columns, lengths, advantages = rows()
+        ref = ray.put(columns)
+        pointers = [RowPointer(ref, i) for i in range(ROWS)]
+        totals = columns["tokens"].lengths.tolist()  # type: ignore[union-attr]
+        schedule = plan_micro_batches(
+            totals,
+            world_size=len(self.group),
+            max_tokens=max_tokens,
+            layout=layout,  # type: ignore[arg-type]
+            max_rows=max_rows,
+        )
+        scalars = {"weight": row_weights(lengths, "grpo"), "advantage": advantages}
+        late = {"ref_logprobs": pointers}
+        return [rank_batch(schedule, r, pointers, scalars, late)[0] for r in range(len(self.group))]
+
+    def gradient(self, max_tokens: int, layout: str, max_rows: int | None = None) -> dict[str, np.ndarray]:
+        batches = self.batches(max_tokens, layout, max_rows)
+        pending = [self.group.submit(r, "gradient", b, layout) for r, b in enumerate(batches)]
+        return ray.get([p.ref for p in pending], timeout=120)[0]
+
+    def train(self, step: int) -> dict[str, float]:
+        columns, lengths, advantages = rows()
+        ref = ray.put(columns)
+        pointers = [RowPointer(ref, i) for i in range(ROWS)]
+        return self.policy.train(
+            pointers,
+            columns["tokens"].lengths.tolist(),  # type: ignore[union-attr]
+            {"weight": row_weights(lengths, "grpo"), "advantage": advantages},
+            {"ref_logprobs": pointers},
+            step,
+        ).metrics
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return self.group.call("weights")[0]
+
+
+@pytest.fixture(scope="module")
+def worlds(cluster: None, tiny: Tiny) -> Iterator[dict[int, World]]:
+    """A world of one rank and one of two."""
+    one, two = GroupSpec("one", 1, cpus=0.5), GroupSpec("two", 2, cpus=0.5)
+    with reserve([one, two], 60.0) as slots:
+        made = {1: World(tiny, 1, slots["one"]), 2: World(tiny, 2, slots["two"])}
+        for world in made.values():
+            world.policy.ready()
+        yield made
+        for world in made.values():
+            world.group.shutdown()
+
+
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: float = 1e-6) -> None:
+    assert a.keys() == b.keys()
+    worst = max(float(np.abs(a[n] - b[n]).max()) for n in a)
+    assert worst < tolerance, worst
+
+
+@pytest.mark.timeout(400)
+def test_gradient_does_not_depend_on_how_the_step_is_cut(worlds: dict[int, World]) -> None:
+    whole = worlds[1].gradient(10_000, "padded")
+    assert max(float(np.abs(g).max()) for g in whole.values()) > 1e-3
+    cuts = [(1, 10_000, "padded", 1), (1, 10_000, "padded", 8), (1, 10_000, "packed", None), (1, 128, "packed", None)]
+    cuts += [(2, 10_000, "padded", None), (2, 64, "padded", None), (2, 10_000, "padded", 1), (2, 128, "packed", None)]
+    for size, max_tokens, layout, max_rows in cuts:
+        assert_same(whole, worlds[size].gradient(max_tokens, layout, max_rows))
+
+
+def test_loss_and_norm_are_those_of_the_whole_step(worlds: dict[int, World], tmp_path: Path) -> None:
+    """Steps in worlds of one and of two ranks go the same way, and a checkpoint of one continues in the other."""
+    first = {size: world.train(0) for size, world in worlds.items()}
+    assert first[1]["loss"] == pytest.approx(first[2]["loss"], abs=1e-6)
+    assert first[1]["grad_norm"] == pytest.approx(first[2]["grad_norm"], rel=1e-5)
+    assert first[1]["kl"] == pytest.approx(first[2]["kl"], rel=1e-5)
+    assert_same(worlds[1].weights(), worlds[2].weights(), 2e-5)
+
+    worlds[2].policy.save(tmp_path / "two", only_model=False)
+    moved = [worlds[2].train(step)["loss"] for step in (1, 2)]
+    worlds[1].policy.load(tmp_path / "two")
+    assert [worlds[1].train(step)["loss"] for step in (1, 2)] == pytest.approx(moved, abs=1e-6)
+    worlds[2].policy.load(tmp_path / "two")
+    again = [worlds[2].train(step)["loss"] for step in (1, 2)]
+    assert again == moved, "the same world resumes bit by bit"
+
+
+def test_checkpoint_is_what_transformers_loads(worlds: dict[int, World], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    worlds[1].policy.save(tmp_path, only_model=True)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    trained = {n.removeprefix("model."): w for n, w in worlds[1].weights().items()}
+    assert loaded.keys() == trained.keys()
+    for name, weight in trained.items():
+        np.testing.assert_array_equal(loaded[name].detach().numpy(), weight)
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<|im_end|>"
+
+
+def test_a_checkpoint_without_optimizer_is_refused_by_name(worlds: dict[int, World], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="save_only_model"):
+        worlds[1].policy.load(tmp_path)
+
+
+def test_an_error_in_a_worker_has_its_name(worlds: dict[int, World]) -> None:
+    with pytest.raises(WorkerFailedError, match=r"policy\[0\] failed during 'gradient'"):
+        from raytune_rl.runtime.wait import fetch
+
+        fetch(worlds[1].group.submit(0, "gradient", None, "padded"))
+
+
+def test_ranks_share_the_publication_and_miss_nothing(worlds: dict[int, World]) -> None:
+    from raytune_rl.runtime.weights import read
+
+    manifest = worlds[2].policy.publish(0)
+    published = {name: tensor.numpy() for name, tensor in read(manifest, 30.0)}
+    expected = {n.removeprefix("model."): w for n, w in worlds[2].weights().items()}
+    assert published.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(published[name], weight)

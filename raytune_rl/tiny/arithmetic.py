@@ -1,7 +1,9 @@
-"""Small sums as chats: prompts with a solution for RL, worked answers for the SFT warm-up, a held-out split.
+"""Sums as chats: prompts with a solution for RL, answers to imitate for the SFT warm-up, a held-out split.
 
-A problem is a pair of operands and an operation. The splits are disjoint by *problem*, not only by wording: a
-reward which rises on the held-out file cannot be memory.
+The problems are such as `41+37`: two digits each, nothing to carry. So a small model learns them in a minute,
+digit by digit, and gets right what it has never seen; the splits are disjoint by *problem*, not only by
+wording, and a reward which rises on the held-out file is not memory. The warm-up's teacher errs on purpose, in
+a share of its rows: a model that imitates it errs as often when sampled, and leaves RL something to mend.
 """
 
 from __future__ import annotations
@@ -25,26 +27,24 @@ TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 
 @dataclass(frozen=True)
 class Problem:
-    """`left + right` or `left - right`, with operands and result in 0..99."""
+    """`left + right`; operands and answer have two digits, and no column carries."""
 
     left: int
     right: int
-    operation: str
 
     @property
     def answer(self) -> int:
         """The right answer."""
-        return self.left + self.right if self.operation == "+" else self.left - self.right
+        return self.left + self.right
 
     @property
     def sum(self) -> str:
-        """The problem in digits, such as `12+7`."""
-        return f"{self.left}{self.operation}{self.right}"
+        """The problem in digits, such as `12+37`."""
+        return f"{self.left}+{self.right}"
 
-    @property
-    def completion(self) -> str:
-        """The worked answer that both the `format` and the `accuracy` reward accept; under 40 tokens."""
-        return f"<think>{self.sum}={self.answer}</think><answer>{self.answer}</answer>"
+    def completion(self, answer: int) -> str:
+        """What an assistant says who arrives at `answer`: 15 tokens, in the `format` reward's form."""
+        return f"<think>{self.sum}={answer}</think><answer>{answer}</answer>"
 
 
 @dataclass(frozen=True)
@@ -66,56 +66,56 @@ def number_in_words(number: int) -> str:
     return TENS[tens - 2] + (f"-{ONES[ones]}" if ones else "")
 
 
-def problems(max_operand: int) -> list[Problem]:
-    """Every sum and every difference that is not negative, of operands in 0..max_operand, in fixed order."""
-    if not 1 <= max_operand <= 49:
-        raise ValueError(f"max_operand is {max_operand}; it must lie in 1..49 so that no answer exceeds 99")
-    numbers = range(max_operand + 1)
-    return [Problem(left, right, "+") for left in numbers for right in numbers] + [
-        Problem(left, right, "-") for left in numbers for right in numbers if right <= left
+def problems() -> list[Problem]:
+    """All 1980 of them, in a fixed order."""
+    numbers = range(10, 100)
+    return [
+        Problem(left, right)
+        for left in numbers
+        for right in numbers
+        if left // 10 + right // 10 <= 9 and left % 10 + right % 10 <= 9
     ]
 
 
 def question(problem: Problem, *, in_words: bool) -> str:
-    """What the user asks: `12+7=?`, or `What is twelve plus seven?`."""
+    """What the user asks: `12+37=?`, or `What is twelve plus thirty-seven?`."""
     if not in_words:
         return f"{problem.sum}=?"
-    name = "plus" if problem.operation == "+" else "minus"
-    return f"What is {number_in_words(problem.left)} {name} {number_in_words(problem.right)}?"
+    return f"What is {number_in_words(problem.left)} plus {number_in_words(problem.right)}?"
 
 
 def write_dataset(
     directory: str | Path,
     *,
-    train: int = 256,
+    train: int = 512,
     held_out: int = 64,
-    sft: int = 2048,
+    sft: int = 8192,
     seed: int = 0,
-    max_operand: int = 20,
-    words: float = 0.25,
+    words: float = 0.0,
+    slips: float = 0.25,
 ) -> ArithmeticFiles:
     """Writes `train.jsonl`, `held_out.jsonl` and `sft.jsonl`; the same arguments give the same bytes.
 
-    RL rows are `{"messages": [user], "solution": "19"}`; SFT rows are `{"messages": [user, assistant]}`.
+    RL rows are `{"messages": [user], "solution": "49"}`; SFT rows are `{"messages": [user, assistant]}`.
 
     Args:
         directory: Made if missing; files of those names are replaced.
         train: Distinct problems to do RL on.
         held_out: Distinct problems that neither `train` nor `sft` contains, in whatever wording.
         sft: Rows of the warm-up, drawn with repetition from all problems that are not held out.
-        seed: Of the split, the order and the wording.
-        max_operand: Largest operand; 20 gives 441 sums and 231 differences.
-        words: Share of questions asked in words instead of digits, 0..1.
+        seed: Of the split, the order, the wording and the slips.
+        words: Share of questions asked in words instead of digits, 0..1. Words take longer to learn.
+        slips: Share of SFT rows whose answer has one wrong digit, 0..1.
 
     Raises:
         DataError: There are fewer problems than `train + held_out`.
     """
     rng = random.Random(seed)
-    pool = problems(max_operand)
-    if train + held_out > len(pool):
+    pool = problems()
+    if train + held_out > len(pool) or held_out == len(pool):
         raise DataError(
-            f"operands up to {max_operand} give {len(pool)} problems, but train={train} and "
-            f"held_out={held_out} ask for {train + held_out}. Ask for fewer, or raise max_operand."
+            f"there are {len(pool)} problems, but train={train} and held_out={held_out} ask for "
+            f"{train + held_out}, and the warm-up needs at least one. Ask for fewer."
         )
     rng.shuffle(pool)
     unseen, seen = pool[:held_out], pool[held_out:]
@@ -129,7 +129,8 @@ def write_dataset(
 
     def sft_rows() -> Iterator[dict[str, object]]:
         for problem in rng.choices(seen, k=sft):
-            yield {"messages": [ask(problem), {"role": "assistant", "content": problem.completion}]}
+            answer = _slip(problem.answer, rng) if rng.random() < slips else problem.answer
+            yield {"messages": [ask(problem), {"role": "assistant", "content": problem.completion(answer)}]}
 
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
@@ -145,6 +146,16 @@ def corpus() -> Iterator[str]:
     for number in range(100):
         yield f"What is {number_in_words(number)} plus {number_in_words(99 - number)}?"
         yield f"What is {number_in_words(number)} minus {number_in_words(99 - number)}?"
+
+
+def _slip(answer: int, rng: random.Random) -> int:
+    """`answer` with one of its two digits changed; the result still has two digits."""
+    tens, ones = divmod(answer, 10)
+    if rng.random() < 0.5:
+        tens = rng.choice([digit for digit in range(1, 10) if digit != tens])
+    else:
+        ones = rng.choice([digit for digit in range(10) if digit != ones])
+    return 10 * tens + ones
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:

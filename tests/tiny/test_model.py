@@ -86,7 +86,7 @@ def test_chat_is_chatml_and_completions_are_short(tiny: Path) -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "12+7=?"}]}]
     plain = [{"role": "user", "content": "12+7=?"}]
     assert tokenizer.apply_chat_template(parts) == tokenizer.apply_chat_template(plain)
-    longest = max(len(tokenizer(problem.completion).input_ids) for problem in problems(49))
+    longest = max(len(tokenizer(problem.completion(problem.answer)).input_ids) for problem in problems())
     assert longest < 40
     # The tags are not special: a reward that reads the decoded text must see them.
     answer = tokenizer("<think>1</think><answer>1</answer><|im_end|>").input_ids

@@ -2,8 +2,8 @@
 
 The problems are such as `41+37`: two digits each, nothing to carry. So a small model learns them in a minute,
 digit by digit, and gets right what it has never seen; the splits are disjoint by *problem*, not only by
-wording, and a reward which rises on the held-out file is not memory. The warm-up's teacher errs on purpose, in
-a share of its rows: a model that imitates it errs as often when sampled, and leaves RL something to mend.
+wording, and a reward which rises on the held-out file is not memory. The warm-up's teacher errs on purpose
+in a share of its rows: a model that imitates it errs as often when sampled, and leaves RL something to mend.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+# One command for everything a contributor does. `make help` lists them.
+#
+#   PYTHON=python3.12 make setup    another interpreter (3.11 to 3.13)
+#   EXTRA=gpu make setup            the GPU build of the rollout engine
+
+PYTHON ?= python3
+EXTRA ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up-$(EXTRA)
+# A uv of this checkout's own, made only where the machine has none.
+OWN_UV := .cache/uv
+UV = $$(if uv --version >/dev/null 2>&1; then echo uv; else echo $(OWN_UV)/bin/uv; fi)
+LOCK = $(UV) pip compile pyproject.toml --extra dev --universal --generate-hashes --no-header --no-annotate --quiet
+
+# Nothing here asks a hub or reports usage.
+export HF_HUB_OFFLINE ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+export VLLM_NO_USAGE_STATS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lock check test demo bench clean uv
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: $(STAMP) ## the environment in .venv, exactly as requirements/ locks it
+
+# Another EXTRA replaces the packages of the first, so its stamp goes.
+$(STAMP): requirements/$(EXTRA).txt pyproject.toml | uv
+	@rm -f $(VENV)/.set-up-*
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+		{ echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13; name one: PYTHON=python3.11 make setup" >&2; exit 1; }
+	@test -x $(BIN)/python || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
+	@echo "installing requirements/$(EXTRA).txt into $(VENV): several GB the first time"
+	@$(UV) pip sync --quiet --python $(BIN)/python requirements/$(EXTRA).txt
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+# A venv of its own where Python can make one, a plain folder where it cannot (Debian without python3-venv).
+uv:
+	@uv --version >/dev/null 2>&1 || test -x $(OWN_UV)/bin/uv || { \
+		echo "no uv on this machine: installing one into $(OWN_UV)"; \
+		{ $(PYTHON) -m venv $(OWN_UV) >/dev/null 2>&1 && $(OWN_UV)/bin/python -m pip install --quiet uv; } || \
+		{ rm -rf $(OWN_UV) && $(PYTHON) -m pip install --quiet --target $(OWN_UV) uv; } || \
+		{ echo "neither uv nor pip works here: install one of them first" >&2; exit 1; }; }
+
+lock: | uv ## compile requirements/cpu.txt and requirements/gpu.txt from pyproject.toml
+	@$(LOCK) --extra cpu -o requirements/cpu.txt
+	@$(LOCK) --extra gpu -o requirements/gpu.txt
+
+check: setup ## lint, format, types, import floors, lock files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -p no:cacheprovider --durations=0 --durations-min=5 tests/test_architecture.py
+
+test: setup ## every test
+	$(BIN)/python -m pytest
+
+demo: setup ## SFT, then GRPO, on a tiny model: the whole stack on this machine
+	$(BIN)/python examples/demo.py
+
+bench: setup ## the programs behind our numbers
+	@for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
+
+clean: ## remove caches and build products; keeps .venv and every run's output
+	rm -rf build dist .ruff_cache .mypy_cache .pytest_cache
+	find raytune_rl tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -41,6 +41,7 @@ class Account:
         quarantine: File with the bad rows, if there are any.
         notices: Sentences for the user.
         max_positions: Longest sequence the model takes, tokens; None if it does not say.
+        stop_token_ids: Tokens that end an assistant's turn in the model's chat template.
     """
 
     sources: tuple[SourceCounts, ...]
@@ -48,6 +49,7 @@ class Account:
     quarantine: str | None
     notices: tuple[str, ...]
     max_positions: int | None
+    stop_token_ids: tuple[int, ...]
 
     @property
     def bad(self) -> int:
@@ -184,7 +186,7 @@ def _encode_prompts(config: RLHFConfig, quarantine: str) -> tuple[Any, ...]:
         )
         rows = found.prompts
         texts = tokenizer.batch_decode([rows[i].tolist() for i in range(len(rows))])
-        facts = (rows.lengths, _account(report, found, max_positions))
+        facts = (rows.lengths, _account(report, found, max_positions, tokenizer))
         return {"prompt": rows}, found.extra, texts, facts
 
     train, held_out = _load(config, "grpo", Path(quarantine))
@@ -206,7 +208,7 @@ def _encode_sft(config: SFTConfig, quarantine: str) -> tuple[Any, ...]:
             num_proc=config.dataset_num_proc,
         )
         counts = np.add.reduceat(found.loss_mask.values.astype(np.int64), found.loss_mask.offsets[:-1])
-        facts = (found.tokens.lengths, counts, _account(report, found, max_positions))
+        facts = (found.tokens.lengths, counts, _account(report, found, max_positions, tokenizer))
         return {"tokens": found.tokens, "loss_mask": found.loss_mask}, facts
 
     train, held_out = _load(config, "sft", Path(quarantine))
@@ -249,11 +251,14 @@ def _load(config: RLHFConfig | SFTConfig, task: Any, quarantine: Path) -> tuple[
     return (examples, train.report), (rest, train.report) if rest else None
 
 
-def _account(report: Any, encoded: Any, max_positions: int | None) -> Account:
+def _account(report: Any, encoded: Any, max_positions: int | None, tokenizer: Any) -> Account:
+    from raytune_rl.data.chat import ChatTemplate
+
     return Account(
         tuple(SourceCounts(s.name, s.rows, s.bad, s.taken) for s in report.sources),
         dict(encoded.reasons),
         None if report.quarantine_path is None else str(report.quarantine_path),
         (*report.notices, *encoded.notices),
         max_positions,
+        tuple(ChatTemplate.of(tokenizer).stop_token_ids()),
     )

@@ -143,8 +143,8 @@ def engine_spec(config: RLHFConfig, groups: Groups, max_model_len: int, store: s
     )
 
 
-def sampling(config: RLHFConfig) -> Sampling:
-    """How completions are drawn."""
+def sampling(config: RLHFConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
+    """How completions are drawn; the chat template says which tokens end a turn."""
     return Sampling(
         temperature=config.temperature,
         max_tokens=config.max_completion_length,
@@ -153,6 +153,7 @@ def sampling(config: RLHFConfig) -> Sampling:
         min_p=config.min_p,
         repetition_penalty=config.repetition_penalty,
         stop_words=config.stop_words,
+        stop_token_ids=stop_token_ids,
     )
 
 

@@ -165,7 +165,7 @@ class OnlineRun:
         facts = self.policy.ready()
         for notice in facts.notices:
             self.run.say(f"Note: {notice}")
-        self.rollout = RolloutGroup(rollout, launch.sampling(config), config.seed)
+        self.rollout = RolloutGroup(rollout, launch.sampling(config, self.prompts.account.stop_token_ids), config.seed)
         self.rewards = RewardGroup(rewards)
         if self.origin.checkpoint is not None:
             self.policy.load(self.origin.checkpoint)

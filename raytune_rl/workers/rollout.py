@@ -69,6 +69,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop_words: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ class VllmEngine:
             repetition_penalty=sampling.repetition_penalty,
             max_tokens=min(sampling.max_tokens, self._spec.max_model_len - prompt_tokens),
             stop=list(sampling.stop_words) or None,
+            stop_token_ids=list(sampling.stop_token_ids) or None,
             include_stop_str_in_output=True,
             seed=seed,
             logprobs=0,

@@ -31,8 +31,8 @@ class Tiny:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     root = tmp_path_factory.mktemp("tiny")
     return Tiny(
-        make_tiny_model(root / "tied", tied=True, hidden=64, layers=2),
-        make_tiny_model(root / "untied", tied=False, hidden=64, layers=2),
+        make_tiny_model(root / "tied", tied=True, hidden=128, layers=2),
+        make_tiny_model(root / "untied", tied=False, hidden=128, layers=2),
         write_dataset(root / "data", train=64, held_out=8, sft=64),
     )
 

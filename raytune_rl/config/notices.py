@@ -9,21 +9,19 @@ from raytune_rl.config.base import Options
 from raytune_rl.config.commands import RLHFConfig, SFTConfig
 
 _NO_VISION = "models with images are not built yet"
-_NO_EVALUATION = "evaluation during training is not built yet"
+_NO_LOADER = "rows are prepared before training and read from shared memory, so no loader processes are needed"
 
 PENDING: Mapping[str, Mapping[str, str]] = {
     "sft": {
         "freeze_vit": _NO_VISION,
         "freeze_aligner": _NO_VISION,
-        "val_dataset": _NO_EVALUATION,
-        "split_dataset_ratio": _NO_EVALUATION,
+        "dataloader_num_workers": _NO_LOADER,
     },
     "rlhf": {
         "freeze_vit": _NO_VISION,
         "freeze_aligner": _NO_VISION,
         "vllm_limit_mm_per_prompt": _NO_VISION,
-        "val_dataset": _NO_EVALUATION,
-        "split_dataset_ratio": _NO_EVALUATION,
+        "dataloader_num_workers": _NO_LOADER,
     },
 }
 """Per command, settings that are taken but cannot act yet, and why. Remove a line when its setting acts."""
@@ -32,7 +30,7 @@ PENDING: Mapping[str, Mapping[str, str]] = {
 def notices_for(config: Options) -> tuple[str, ...]:
     """One line per setting, or group of settings, that will have no effect in this config."""
     notices = [
-        f"--{name} does nothing yet: {why}."
+        f"--{name} does nothing: {why}."
         for name, why in PENDING.get(config.COMMAND, {}).items()
         if getattr(config, name) != type(config).model_fields[name].default
     ]

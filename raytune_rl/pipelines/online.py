@@ -25,6 +25,7 @@ from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin
 from raytune_rl.pipelines.policy_group import PolicyGroup, score_rows
 from raytune_rl.pipelines.resources import Groups, online_groups
 from raytune_rl.pipelines.rollouts import RewardGroup, RolloutGroup, Scored, Trajectory, read_texts
+from raytune_rl.pipelines.turns import Turns
 from raytune_rl.rewards.types import TrainerState
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.group import WorkerGroup
@@ -167,6 +168,7 @@ class OnlineRun:
             self.run.say(f"Note: {notice}")
         self.rollout = RolloutGroup(rollout, launch.sampling(config, self.prompts.account.stop_token_ids), config.seed)
         self.rewards = RewardGroup(rewards)
+        self.turns = Turns(config, groups, self.policy, self.rollout)
         if self.origin.checkpoint is not None:
             self.policy.load(self.origin.checkpoint)
 
@@ -183,13 +185,12 @@ class OnlineRun:
         while run.step < self.schedule.total_steps and not run.stop_requested:
             prompts = self.order.batch(generation).tolist()
             with run.timer.phase("generate"):
-                batch = self.rollout.generate(
-                    self.prompts, prompts, config.num_generations, self.version, generation
-                )
+                batch = self.sample(self.prompts, prompts, config.num_generations, generation)
             with run.timer.phase("reward"):
                 scored = self.rewards.score(batch, self.prompts, TrainerState(run.step, run.total_steps))
                 rewards = combine_rewards(scored.values, resolved.reward_weights(config))
                 compared = group_advantages(rewards, [t.group for t in batch], config.scale_rewards)
+            self.turns.to_policy()
             late = self.late_columns(batch)
             told = report.batch_metrics(batch, scored, rewards, compared)
             self.log_completions(batch, scored, rewards, compared)
@@ -249,8 +250,17 @@ class OnlineRun:
         self.max_gap = max(self.max_gap, gap)
         run.record({**step.metrics, **told, **report.step_metrics(run, step, self.schedule.steps_per_epoch)})
 
+    def sample(
+        self, prompts: PromptSet, rows: Sequence[int], completions: int, batch: int
+    ) -> list[Trajectory]:
+        """Completions by the newest weights."""
+        if self.turns.to_rollout():
+            self.rollout.load(self.version)
+        return self.rollout.generate(prompts, rows, completions, self.version, batch)
+
     def publish(self, version: int) -> None:
         """Makes the policy's weights the newest version and waits until every engine serves it."""
+        self.turns.to_policy()
         manifest = self.policy.publish(version)
         fetch(
             Pending(
@@ -260,6 +270,7 @@ class OnlineRun:
                 self.config.step_timeout,
             )
         )
+        self.turns.to_rollout()
         self.rollout.load(version)
         self.version = version
 
@@ -275,6 +286,7 @@ class OnlineRun:
                 "reward_failures": dict(self.reward_failures),
                 "max_gap": self.max_gap,
             }
+            self.turns.to_policy()
             run.save(self.policy, state)
 
     def evaluate(self) -> None:
@@ -284,7 +296,7 @@ class OnlineRun:
         config, held_out = self.config, self.held_out
         count = resolved.num_generations_eval(config)
         # The same seeds each time: what changes between evaluations is the policy alone.
-        batch = self.rollout.generate(held_out, range(len(held_out)), count, self.version, batch=EVALUATION)
+        batch = self.sample(held_out, range(len(held_out)), count, EVALUATION)
         scored = self.rewards.score(batch, held_out, TrainerState(self.run.step, self.run.total_steps))
         rewards = combine_rewards(scored.values, resolved.reward_weights(config))
         self.run.record_evaluation(report.evaluation_metrics(batch, scored, rewards))

@@ -132,6 +132,14 @@ class PolicyGroup:
             version, "adapter" if adapter else "full", tuple(refs), collect_index(self._index), config
         )
 
+    def offload(self, weights: bool, optimizer: bool) -> None:
+        """Moves the ranks' weights and optimizer state to the CPU."""
+        self._group.call("offload", weights, optimizer, what="offloading")
+
+    def reload(self) -> None:
+        """Brings them back."""
+        self._group.call("reload", what="reloading")
+
     def save(self, directory: Path, only_model: bool) -> None:
         """Writes the model, and the optimizer's state unless only the model is wanted."""
         self._group.call("save_model", str(directory), what="saving the model")

@@ -218,7 +218,7 @@ def test_use_hf_of_the_environment() -> None:
         (["--vllm_mode", "server"], "--vllm_mode server is read as --colocate false"),
         (["--colocate", "false", "--sleep_level", "1"], "--sleep_level does nothing"),
         (["--beta", "0", "--reference_workers", "2"], "--reference_workers does nothing"),
-        (["--freeze_vit", "false"], "--freeze_vit does nothing yet"),
+        (["--freeze_vit", "false"], "--freeze_vit does nothing: models with images are not built yet"),
     ],
 )
 def test_what_cannot_act_is_told(argv: list[str], part: str) -> None:

@@ -1,0 +1,50 @@
+"""Whose turn it is on GPUs that policy and rollout share: who waits gives its memory back.
+
+Where each group has its own GPUs, and on a CPU, nobody ever has to move and every call here does nothing.
+"""
+
+from __future__ import annotations
+
+from raytune_rl.config import RLHFConfig
+from raytune_rl.pipelines.policy_group import PolicyGroup
+from raytune_rl.pipelines.resources import Groups
+from raytune_rl.pipelines.rollouts import RolloutGroup
+
+
+class Turns:
+    """Moves weights and caches in the one order that never holds both in full.
+
+    Args:
+        config: `sleep_level`, `offload_model` and `offload_optimizer` say what is moved.
+        groups: Whether there is anything to share.
+        policy: Holds the GPUs at first.
+        rollout: Is awake at first, as vLLM starts.
+    """
+
+    def __init__(self, config: RLHFConfig, groups: Groups, policy: PolicyGroup, rollout: RolloutGroup) -> None:
+        shared = groups.on_gpu and groups.colocated
+        self._sleeps = shared and config.sleep_level > 0
+        self._weights = shared and config.offload_model
+        self._optimizer = shared and config.offload_optimizer
+        self._policy, self._rollout = policy, rollout
+        self._awake, self._offloaded = True, False
+
+    def to_policy(self) -> None:
+        """The policy is about to train, publish or be saved."""
+        if self._sleeps and self._awake:
+            self._rollout.sleep()
+            self._awake = False
+        if self._offloaded:
+            self._policy.reload()
+            self._offloaded = False
+
+    def to_rollout(self) -> bool:
+        """The engines are about to sample. True if they woke up, and so must pull their weights first."""
+        if (self._weights or self._optimizer) and not self._offloaded:
+            self._policy.offload(self._weights, self._optimizer)
+            self._offloaded = True
+        if self._awake:
+            return False
+        self._rollout.wake()
+        self._awake = True
+        return True

@@ -125,7 +125,10 @@ def test_mistakes_in_reinforcement_learning(settings: dict[str, Any], message: s
     [
         ({}, "Nothing to export"),
         ({"merge_lora": True}, "--adapters names 0"),
-        ({"merge_lora": True, "adapters": ["a", "b"]}, "--adapters names 2"),
+        (
+            {"push_to_hub": True, "hub_model_id": "me/it", "adapters": ["a", "b"]},
+            "--adapters names 2",
+        ),
         ({"push_to_hub": True, "adapters": "a"}, "--hub_model_id"),
         ({"push_to_hub": True, "hub_model_id": "me/it"}, "something to push"),
     ],

@@ -1,0 +1,177 @@
+"""Base plus adapters, written as one model that Transformers and vLLM load like any other."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from raytune_rl.config import ExportConfig
+from raytune_rl.errors import ModelError
+from raytune_rl.export.directory import check_target, whole_directory
+from raytune_rl.export.errors import ExportError
+from raytune_rl.export.parity import Parity, Probe, compare, expected_logits, make_probe
+from raytune_rl.export.source import Base, adapter_dir, find_base
+from raytune_rl.export.write import copy_companions, write_configs, write_weights
+from raytune_rl.models.load import load_config, load_model
+from raytune_rl.models.settings import TunerSettings
+from raytune_rl.models.tuner import apply_tuner
+from raytune_rl.models.weights import WeightExporter
+from raytune_rl.tracking.run_dir import package_versions
+
+REPORT = "export.json"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge wrote.
+
+    Attributes:
+        path: the model's folder.
+        base: the base model, as it was named where it was found.
+        adapters: the adapters' folders, in the order in which they were merged.
+        dtype: of the weights, such as "bfloat16".
+        parity: how near the written model is to base and adapter.
+    """
+
+    path: Path
+    base: str
+    adapters: tuple[str, ...]
+    dtype: str
+    parity: Parity
+
+
+def merge(config: ExportConfig, say: Callable[[str], None]) -> Merged:
+    """Merges `config.adapters` into their base model, on the CPU.
+
+    Each adapted weight is made in float32 and rounded once to the dtype of the base. The result is loaded
+    again and compared with base and adapter before it gets its name, so a wrong one never has it.
+
+    Args:
+        config: with at least one adapter.
+        say: takes the lines for the user.
+
+    Raises:
+        ExportError: the target exists or cannot be written, or an adapter is none.
+        ParityError: the written model answers differently.
+        ModelError: the base is missing or quantised, or an adapter does not fit.
+        CheckpointError: an adapter's checkpoint is not whole.
+    """
+    adapters = [adapter_dir(adapter, use_hf=config.use_hf) for adapter in config.adapters]
+    target = _target(config, adapters)
+    check_target(target, config.exist_ok)
+    base = find_base(config, adapters)
+    for notice in base.notices:
+        say(notice)
+    earlier = [adapter_dir(adapter, use_hf=config.use_hf) for adapter in base.earlier]
+    chain = [*earlier, *adapters]
+    _refuse_source(target, [Path(base.path), *chain])
+    dtype = _dtype(config, base)
+    say(f"base model: {base.name} (from {base.origin}), {str(dtype).removeprefix('torch.')}")
+    for adapter in chain:
+        say(f"adapter: {adapter}" + (" (merged before the training run)" if adapter in earlier else ""))
+    peft = _load(config, base, chain, dtype, say)
+    _check_adapter(peft, chain[-1])
+    with whole_directory(target, overwrite=config.exist_ok) as directory:
+        copy_companions(chain[-1], Path(base.path), directory)
+        model = peft.get_base_model()
+        probe = make_probe(model.config, directory, trust_remote_code=config.trust_remote_code)
+        for notice in probe.notices:
+            say(notice)
+        expected, effect = expected_logits(peft, probe)
+        exporter = WeightExporter(peft, "merged")
+        write_configs(model, directory)
+        for name in write_weights(exporter.index, exporter.tensors(), directory):
+            shutil.copymode(
+                directory / "config.json", directory / name
+            )  # safetensors lets only the owner read
+        del peft, model, exporter
+        gc.collect()  # PEFT's wrappers hold each other; two models need not be in memory at once
+        parity = _verify(directory, dtype, expected, effect, probe, config.trust_remote_code)
+        merged = Merged(target, base.name, tuple(map(str, chain)), str(dtype).removeprefix("torch."), parity)
+        (directory / REPORT).write_text(json.dumps(_document(merged), indent=2) + "\n", encoding="utf-8")
+    if parity.effect == 0:
+        say("the adapter changes no logit of the base model: was it trained at all?")
+    return merged
+
+
+def _target(config: ExportConfig, adapters: Sequence[Path]) -> Path:
+    if config.output_dir is not None:
+        return Path(config.output_dir).expanduser().absolute()
+    if not Path(config.adapters[-1]).expanduser().is_dir():
+        raise ExportError(
+            f"'{config.adapters[-1]}' is a hub id, so there is no folder to write beside: name one with "
+            "--output_dir."
+        )
+    return adapters[-1].with_name(f"{adapters[-1].name}-merged")
+
+
+def _refuse_source(target: Path, sources: Sequence[Path]) -> None:
+    """Replacing what is being read would lose it."""
+    for source in sources:
+        if source.resolve().is_relative_to(target.resolve()):
+            raise ExportError(
+                f"--output_dir {target} holds {source}, which is being exported. Choose another."
+            )
+
+
+def _dtype(config: ExportConfig, base: Base) -> torch.dtype:
+    if config.torch_dtype is not None:
+        return getattr(torch, config.torch_dtype)
+    settings = load_config(base.path, trust_remote_code=config.trust_remote_code)
+    own = getattr(settings, "dtype", None) or getattr(settings.get_text_config(), "dtype", None)
+    own = getattr(torch, own) if isinstance(own, str) else own
+    return own or torch.float32
+
+
+def _load(
+    config: ExportConfig, base: Base, chain: Sequence[Path], dtype: torch.dtype, say: Callable[[str], None]
+) -> Any:
+    """Base and adapters as training had them: the last one active, those before it merged."""
+    loaded = load_model(base.path, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    for notice in loaded.notices:
+        say(notice)
+    return apply_tuner(loaded.model, TunerSettings(), [str(adapter) for adapter in chain]).model.eval()
+
+
+def _check_adapter(peft: Any, directory: Path) -> None:
+    """PEFT leaves weights that the file lacks at their initial values, with a warning at most."""
+    file = directory / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    try:
+        with safe_open(file, framework="pt") as stored:
+            names = set(stored.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    missing = [spec.name for spec in WeightExporter(peft, "adapter").index if spec.name not in names]
+    if missing:
+        raise ModelError(
+            f"{file} lacks {len(missing)} of the weights that the base model needs from it (first: "
+            f"{missing[0]}). Is it the base that the adapter was trained on? Name the right one with "
+            "--model."
+        )
+
+
+def _verify(
+    directory: Path, dtype: torch.dtype, expected: torch.Tensor, effect: float, probe: Probe, trusted: bool
+) -> Parity:
+    written = load_model(str(directory), dtype=dtype, trust_remote_code=trusted)
+    return compare(expected, effect, written.model, probe)
+
+
+def _document(merged: Merged) -> dict[str, Any]:
+    return {
+        "base": merged.base,
+        "adapters": list(merged.adapters),
+        "dtype": merged.dtype,
+        "logits": asdict(merged.parity),
+        "package_versions": package_versions(("raytune-rl", "torch", "transformers", "peft")),
+    }

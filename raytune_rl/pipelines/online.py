@@ -100,6 +100,7 @@ class OnlineRun:
         )
         self.completion_log = CompletionLog(origin.run_dir, resume_step=origin.resume_step)
         self.reward_failures: Counter[str] = Counter(origin.state.get("reward_failures", {}))
+        self.prompt_counts: Counter[str] = Counter(origin.state.get("prompt_counts", {}))
         self.max_gap = float(origin.state.get("max_gap", 0.0))
         self.version = -1
 
@@ -185,7 +186,9 @@ class OnlineRun:
         while run.step < self.schedule.total_steps and not run.stop_requested:
             prompts = self.order.batch(generation).tolist()
             with run.timer.phase("generate"):
+                self.prompt_counts["dispatched"] += len(prompts)
                 batch = self.sample(self.prompts, prompts, config.num_generations, generation)
+                self.prompt_counts["finished"] += len({t.group for t in batch})
             with run.timer.phase("reward"):
                 scored = self.rewards.score(batch, self.prompts, TrainerState(run.step, run.total_steps))
                 rewards = combine_rewards(scored.values, resolved.reward_weights(config))
@@ -284,6 +287,7 @@ class OnlineRun:
             state = {
                 "generation": generation,
                 "reward_failures": dict(self.reward_failures),
+                "prompt_counts": dict(self.prompt_counts),
                 "max_gap": self.max_gap,
             }
             self.turns.to_policy()

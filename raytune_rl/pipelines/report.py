@@ -281,9 +281,6 @@ def _or_none(value: float) -> float | None:
 def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> RunSummary:
     """The end of a GRPO run in one screen."""
     run = online.run
-    batch = online.schedule.batch
-    generations = run.step / (batch.optimizer_steps_per_generation * config.num_iterations)
-    prompts = round(generations * batch.prompts_per_generation)
     changes = {
         "reward (training)": Change(run.first_metrics.get("reward"), run.last_metrics.get("reward")),
     }
@@ -299,7 +296,7 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
         seconds=run.seconds,
         output_dir=result.run_dir,
         changes=changes,
-        prompts=PromptCounts(prompts, prompts),
+        prompts=PromptCounts(online.prompt_counts["dispatched"], online.prompt_counts["finished"]),
         quarantined=online.prompts.account.bad,
         reward_failures=dict(online.reward_failures),
         weight_versions=online.version + 1,

@@ -1,7 +1,7 @@
 """The main job on the embedded default, offline: make a tiny model, warm it up with SFT, train it with GRPO.
 
-Everything is real but the size: DeepSpeed ZeRO-2, vLLM, a reference model and reward workers, as Ray actors. Run it by
-`make demo`; it leaves checkpoints, logs and plots in `demo_output/`.
+Everything is real but the size: DeepSpeed ZeRO-2, vLLM, a reference model and reward workers, as Ray actors.
+Run it by `make demo`; it leaves checkpoints, logs and plots in `demo_output/`.
 """
 
 import sys
@@ -63,7 +63,8 @@ def main() -> int:
     before, after = result.before["eval_reward"], result.after["eval_reward"]
     right = [m["eval_rewards/MathAccuracy/mean"] for m in (result.before, result.after)]
     print(
-        f"\nDone in {(time.monotonic() - started) / 60:.1f} min. On problems it never saw, the reward went from {before:.2f} "
+        f"\nDone in {(time.monotonic() - started) / 60:.1f} min. On problems it never saw, the reward went "
+        f"from {before:.2f} "
         f"to {after:.2f} (right answers: {right[0]:.0%} -> {right[1]:.0%}).\n"
         f"Reward plot: {result.run_dir / 'images' / 'train_reward.png'}\nModel: {result.last_checkpoint}"
     )

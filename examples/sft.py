@@ -1,6 +1,7 @@
 """Supervised fine-tuning through the Python API.
 
-Without arguments it trains a tiny model on arithmetic, offline; any flag of `raytune-rl sft` overrides a default:
+Without arguments it trains a tiny model on arithmetic, offline; any flag of `raytune-rl sft` overrides a
+default:
 
     python examples/sft.py --max_steps 100
 """

@@ -1,7 +1,8 @@
 """Every failure has a name.
 
-A `RaytuneError` is written for the person who can mend it: what was wrong, where, and what to do. The command line
-prints its message without a traceback; anything else that escapes is a defect of raytune_rl and keeps its traceback.
+A `RaytuneError` is written for the person who can mend it: what was wrong, where, and what to do. The command
+line prints its message without a traceback; anything else that escapes is a defect of raytune_rl and keeps
+its traceback.
 """
 
 
@@ -22,7 +23,9 @@ class ModelError(RaytuneError):
 
 
 class RewardError(RaytuneError):
-    """A reward function cannot be found, loaded or called at all (a failing *sample* is counted, not raised)."""
+    """A reward function cannot be found, loaded or called at all (a failing *sample* is counted, not
+    raised).
+    """
 
 
 class CheckpointError(RaytuneError):

@@ -1,7 +1,7 @@
 """Rows by reference: how a batch reaches a worker without passing through the driver.
 
-The driver knows of each row only where it lies (which object, which row) and a few scalars. A worker receives those
-and reads the arrays from the object store by itself.
+The driver knows of each row only where it lies (which object, which row) and a few scalars. A worker receives
+those and reads the arrays from the object store by itself.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class RowBatch:
 
     Attributes:
         refs: Distinct objects, each `Columns`.
-        places: Column name -> int32 `[n, 2]`, (index into `refs`, row). The name "" stands for the row's own object
-            (tokens and masks); other names are columns that were computed later, such as "ref_logprobs".
+        places: Column name -> int32 `[n, 2]`, (index into `refs`, row). The name "" stands for the row's own
+            object (tokens and masks); other names are columns that were computed later, such as
+            "ref_logprobs".
         scalars: Name -> float64 `[n]`, one value a row, such as "weight" and "advantage".
         micro_batches: Row numbers of each micro-batch; an empty one is run for the collectives' sake.
     """

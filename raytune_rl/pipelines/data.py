@@ -1,7 +1,7 @@
 """Data for the pipelines: prepared in a Ray task, so that token arrays never pass through the driver.
 
-The task reads, understands and tokenizes; the columns stay in the object store and the driver gets lengths and an account
-of every row.
+The task reads, understands and tokenizes; the columns stay in the object store and the driver gets lengths
+and an account of every row.
 """
 
 from __future__ import annotations
@@ -128,13 +128,17 @@ def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_p
     needed = longest_prompt + completion
     if limit is not None and needed > limit:
         raise ConfigError(
-            f"the longest prompt has {longest_prompt} tokens and --max_completion_length is {completion}, together {needed}, "
-            f"but --vllm_max_model_len is {limit}. Raise it, or cut prompts with --max_length {limit - completion}."
+            f"the longest prompt has {longest_prompt} tokens and --max_completion_length is {completion}, "
+            f"together {needed}, "
+            f"but --vllm_max_model_len is {limit}. Raise it, or cut prompts with --max_length "
+            f"{limit - completion}."
         )
     if max_positions is not None and needed > max_positions:
         raise ConfigError(
-            f"the longest prompt has {longest_prompt} tokens and --max_completion_length is {completion}, together {needed}, "
-            f"but the model takes {max_positions}. Lower --max_completion_length, or cut prompts with --max_length."
+            f"the longest prompt has {longest_prompt} tokens and --max_completion_length is {completion}, "
+            f"together {needed}, "
+            f"but the model takes {max_positions}. Lower --max_completion_length, or cut prompts with "
+            "--max_length."
         )
     return limit or needed
 

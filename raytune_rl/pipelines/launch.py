@@ -164,7 +164,8 @@ def machine_notices(config: TrainConfig, on_gpu: bool) -> list[str]:
     notices = []
     if config.torch_dtype in ("bfloat16", "float16"):
         notices.append(
-            f"--torch_dtype {config.torch_dtype} is slow on a CPU without hardware for it; float32 is the fast choice here"
+            f"--torch_dtype {config.torch_dtype} is slow on a CPU without hardware for it; float32 is the "
+            "fast choice here"
         )
     if config.attn_impl and config.attn_impl.startswith("flash"):
         notices.append(f"--attn_impl {config.attn_impl} needs a GPU: sdpa is used here")

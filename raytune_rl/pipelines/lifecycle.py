@@ -1,4 +1,6 @@
-"""What every training run has: a directory, a log, a display, checkpoints, a way to stop it and a way to go on."""
+"""What every training run has: a directory, a log, a display, checkpoints, a way to stop it and a way to go
+on.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,8 @@ def find_origin(config: TrainConfig) -> Origin:
         found = latest(config.output_dir)
         if found is None:
             notices.append(
-                f"--resume_from_checkpoint auto: no checkpoint under {config.output_dir}, so this run starts anew"
+                f"--resume_from_checkpoint auto: no checkpoint under {config.output_dir}, so this run starts "
+                "anew"
             )
     elif asked is not None:
         found = Path(asked).expanduser().absolute()
@@ -169,8 +172,8 @@ class Run:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Training begins: log, display and clocks start, and from here on the first Ctrl-C or SIGTERM asks for a stop
-        instead of tearing the run."""
+        """Training begins: log, display and clocks start, and from here on the first Ctrl-C or SIGTERM asks
+        for a stop instead of tearing the run."""
         origin, every = self._origin, self.config.logging_steps
         self.logger = RunLogger(
             origin.run_dir, self.config.report_to, self.total_steps, resume_step=origin.resume_step

@@ -1,6 +1,7 @@
 """Online reinforcement learning: sample, score, compare within groups, train, publish, again.
 
-The controller moves references and scalars; the tensors stay with the workers. `OnlineRun.train` is the algorithm.
+The controller moves references and scalars; the tensors stay with the workers. `OnlineRun.train` is the
+algorithm.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class OnlineRun:
         self.max_gap = float(origin.state.get("max_gap", 0.0))
         self.version = -1
 
-    # -- starting ---------------------------------------------------------------------------------------------
+    # -- starting
+    # ---------------------------------------------------------------------------------------------
 
     def start(self, slots: Mapping[str, Any], max_model_len: int, stack: ExitStack) -> None:
         """Starts all actors at once and waits for them; the policy's weights become the first version."""
@@ -167,13 +169,16 @@ class OnlineRun:
         facts = self.policy.ready()
         for notice in facts.notices:
             self.run.say(f"Note: {notice}")
-        self.rollout = RolloutGroup(rollout, launch.sampling(config, self.prompts.account.stop_token_ids), config.seed)
+        self.rollout = RolloutGroup(
+            rollout, launch.sampling(config, self.prompts.account.stop_token_ids), config.seed
+        )
         self.rewards = RewardGroup(rewards)
         self.turns = Turns(config, groups, self.policy, self.rollout)
         if self.origin.checkpoint is not None:
             self.policy.load(self.origin.checkpoint)
 
-    # -- the loop ---------------------------------------------------------------------------------------------
+    # -- the loop
+    # ---------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """GRPO (Shao et al. 2024, algorithm 1) over references."""
@@ -208,7 +213,9 @@ class OnlineRun:
             self.after_generation(generation, last)
 
     def late_columns(self, batch: Sequence[Trajectory]) -> dict[str, list[Any]]:
-        """Log-probs that the loss needs beside the policy's own: the reference's, and the old policy's if it will move."""
+        """Log-probs that the loss needs beside the policy's own: the reference's, and the old policy's if it
+        will move.
+        """
         rows, lengths = [t.data for t in batch], [t.length for t in batch]
         late = {}
         if self.reference is not None:

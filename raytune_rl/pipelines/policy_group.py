@@ -1,4 +1,6 @@
-"""The policy as the pipelines see it: one object that trains, scores, publishes and saves, whatever its number of ranks."""
+"""The policy as the pipelines see it: one object that trains, scores, publishes and saves, whatever its
+number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -102,9 +104,7 @@ class PolicyGroup:
         metrics |= {"grad_norm": results[0].grad_norm, "learning_rate": results[0].learning_rate}
         return StepReport(metrics, sum(r.tokens for r in results), max(r.memory_gib for r in results))
 
-    def evaluate(
-        self, rows: Sequence[RowPointer], lengths: Sequence[int], weights: ArrayLike
-    ) -> MetricSums:
+    def evaluate(self, rows: Sequence[RowPointer], lengths: Sequence[int], weights: ArrayLike) -> MetricSums:
         """The loss on rows without training on them."""
         batches = self._batches(rows, lengths, {"weight": weights}, {})
         return merge_all(self._group.map("evaluate", batches, what="evaluating"))

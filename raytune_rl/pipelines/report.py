@@ -1,4 +1,6 @@
-"""What a run tells: the plan before it, the metrics of each step, the summary after it. Pure: values in, values out."""
+"""What a run tells: the plan before it, the metrics of each step, the summary after it. Pure: values in,
+values out.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 TrainConfig = SFTConfig | RLHFConfig
 
 
-# -- before ---------------------------------------------------------------------------------------------------
+# -- before
+# ---------------------------------------------------------------------------------------------------
 
 
 def online_plan(
@@ -68,7 +71,8 @@ def online_plan(
         )
     if schedule.prompts_unused_per_epoch:
         extra.append(
-            f"{schedule.prompts_unused_per_epoch} of {len(train)} prompts do not fill a batch and are left out of each epoch "
+            f"{schedule.prompts_unused_per_epoch} of {len(train)} prompts do not fill a batch and are left "
+            "out of each epoch "
             "(others each time, as the order is shuffled)"
         )
     return RunPlan(
@@ -177,7 +181,8 @@ def _output_section(config: TrainConfig, origin: Origin) -> Section:
     return Section("Output", rows)
 
 
-# -- during ---------------------------------------------------------------------------------------------------
+# -- during
+# ---------------------------------------------------------------------------------------------------
 
 
 def batch_metrics(
@@ -275,7 +280,8 @@ def _or_none(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-# -- after ----------------------------------------------------------------------------------------------------
+# -- after
+# ----------------------------------------------------------------------------------------------------
 
 
 def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> RunSummary:

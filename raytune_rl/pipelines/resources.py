@@ -1,8 +1,9 @@
 """How many workers of each role, and what each gets: defaults from what the cluster has, overruled by flags.
 
-Pure: configuration and cluster in, group specs out. On a machine without a GPU all groups share the cores and take
-turns, so each worker asks Ray for a sliver of a core and uses all the threads of its share while it is its turn. With GPUs
-the rollout and reference workers sit beside the policy on every GPU unless they are told to have their own.
+Pure: configuration and cluster in, group specs out. On a machine without a GPU all groups share the cores and
+take turns, so each worker asks Ray for a sliver of a core and uses all the threads of its share while it is
+its turn. With GPUs the rollout and reference workers sit beside the policy on every GPU unless they are told
+to have their own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ T = TypeVar("T")
 
 REWARD_WORKERS_AT_MOST = 4
 SERVED_WITH = 0.3
-"""Share of a GPU, in Ray's books, of each group that sits beside the policy, which has the rest; it divides no memory."""
+"""Share of a GPU, in Ray's books, of each group that sits beside the policy, which has the rest; it divides
+no memory.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def online_groups(config: RLHFConfig, cluster: ClusterInfo) -> Groups:
     tensor_parallel = config.vllm_tensor_parallel_size
     if colocated and tensor_parallel > 1:
         raise ConfigError(
-            f"--vllm_tensor_parallel_size {tensor_parallel} needs GPUs of its own for each engine: add --colocate false."
+            f"--vllm_tensor_parallel_size {tensor_parallel} needs GPUs of its own for each engine: add "
+            "--colocate false."
         )
     with_reference = config.beta > 0
     sharing = 1 + (1 if with_reference else 0) if colocated else 0
@@ -114,8 +118,10 @@ def _counts(
     rest = gpus - reference
     if rest < 1 + tensor_parallel:
         raise PlacementError(
-            f"the groups do not fit: {gpus} GPU(s) cannot hold a policy worker, a rollout worker of {tensor_parallel} GPU(s)"
-            f"{' and a reference worker' if with_reference else ''} on GPUs of their own. Use --colocate true, or add GPUs."
+            f"the groups do not fit: {gpus} GPU(s) cannot hold a policy worker, a rollout worker of "
+            f"{tensor_parallel} GPU(s)"
+            f"{' and a reference worker' if with_reference else ''} on GPUs of their own. Use --colocate "
+            "true, or add GPUs."
         )
     engines = _or(config.rollout_workers, max(1, (rest // 2) // tensor_parallel))
     return _or(config.policy_workers, max(1, rest - engines * tensor_parallel)), engines, reference

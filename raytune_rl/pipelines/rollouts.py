@@ -1,4 +1,6 @@
-"""The rollout and reward groups as the pipelines see them: prompts in, scored trajectories out, by reference."""
+"""The rollout and reward groups as the pipelines see them: prompts in, scored trajectories out, by
+reference.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,8 @@ class RolloutGroup:
         lost = [key for key in wanted if key not in found]
         if lost or len(found) != len(wanted):
             raise RaytuneError(
-                f"{len(wanted)} completions were asked for and {len(found)} came back (first missing: {lost[:1]}); "
+                f"{len(wanted)} completions were asked for and {len(found)} came back (first missing: "
+                f"{lost[:1]}); "
                 "this is a defect of raytune_rl"
             )
         return [found[key] for key in wanted]

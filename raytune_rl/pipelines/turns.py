@@ -21,7 +21,9 @@ class Turns:
         rollout: Is awake at first, as vLLM starts.
     """
 
-    def __init__(self, config: RLHFConfig, groups: Groups, policy: PolicyGroup, rollout: RolloutGroup) -> None:
+    def __init__(
+        self, config: RLHFConfig, groups: Groups, policy: PolicyGroup, rollout: RolloutGroup
+    ) -> None:
         shared = groups.on_gpu and groups.colocated
         self._sleeps = shared and config.sleep_level > 0
         self._weights = shared and config.offload_model

@@ -59,7 +59,8 @@ class ClusterInfo:
 
 @contextmanager
 def session(address: str | None = None) -> Iterator[ClusterInfo]:
-    """Connects to the cluster at `address` or `RAY_ADDRESS`, or starts one on this machine for the time of the block.
+    """Connects to the cluster at `address` or `RAY_ADDRESS`, or starts one on this machine for the time of
+    the block.
 
     An already connected process (a script that called `ray.init` itself) is used as it is and left connected.
 
@@ -78,7 +79,8 @@ def session(address: str | None = None) -> Iterator[ClusterInfo]:
                 ray.init(namespace=NAMESPACE, include_dashboard=False, **quiet)
         except ConnectionError as error:
             raise PlacementError(
-                f"no Ray cluster answers at {address!r}: {error}. Start one with `ray start --head`, or unset "
+                f"no Ray cluster answers at {address!r}: {error}. Start one with `ray start --head`, or "
+                "unset "
                 "RAY_ADDRESS / --ray_address to run on this machine alone."
             ) from error
     try:

@@ -1,7 +1,7 @@
 """A group: N actors of one role, called together or one by one.
 
-The group knows no role. It starts any worker class on its slots, names each actor for the errors, and gives every
-call a deadline.
+The group knows no role. It starts any worker class on its slots, names each actor for the errors, and gives
+every call a deadline.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class WorkerGroup:
         returns: int = 1,
         timeout_s: float | None = None,
     ) -> Pending:
-        """Starts a call on one worker. With `returns > 1` the pending's `ref` is the list of its references."""
+        """Starts a call on one worker. With `returns > 1` the pending's `ref` is the list of its
+        references.
+        """
         remote = getattr(self._actors[rank], method)
         ref = remote.options(num_returns=returns).remote(*args)
         return Pending(ref, self.who(rank), what or method, timeout_s or self.timeout_s)
@@ -89,7 +91,9 @@ class WorkerGroup:
 def start_worker(
     worker_class: type, spec: GroupSpec, slot: Slot, kwargs: Mapping[str, Any], env: Mapping[str, str]
 ) -> ray.actor.ActorHandle:
-    """Starts one actor of `worker_class` on a slot. Returns at once; the first call waits for the constructor."""
+    """Starts one actor of `worker_class` on a slot. Returns at once; the first call waits for the
+    constructor.
+    """
     options: dict[str, Any] = {
         "num_cpus": spec.cpus,
         "num_gpus": spec.gpus,
@@ -98,7 +102,8 @@ def start_worker(
             slot.placement_group, placement_group_bundle_index=slot.bundle_index
         ),
         "runtime_env": {"env_vars": dict(env)},
-        # Work is retried by the controller, which knows what may be repeated; Ray must not repeat it on its own.
+        # Work is retried by the controller, which knows what may be repeated; Ray must not repeat it on its
+        # own.
         "max_restarts": 0,
         "max_task_retries": 0,
     }

@@ -1,7 +1,8 @@
 """Where actors go: pure arithmetic on resources, and the one place that asks Ray for them.
 
-A *bundle* is a share of one node. Workers of different groups that are colocated share a bundle (and its GPU); all
-others have one of their own. The bundles of a run form one Ray placement group, so a run starts whole or not at all.
+A *bundle* is a share of one node. Workers of different groups that are colocated share a bundle (and its
+GPU); all others have one of their own. The bundles of a run form one Ray placement group, so a run starts
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class GroupSpec:
         workers: Number of actors.
         cpus: CPU cores of each, may be fractional.
         gpus: GPUs of each, may be fractional when the group shares them.
-        colocate_with: Name of an earlier group whose bundles this one shares (worker i with worker i modulo its size).
+        colocate_with: Name of an earlier group whose bundles this one shares (worker i with worker i modulo
+            its size).
         resources: Custom Ray resources of each, such as `{"policy": 1}`.
     """
 
@@ -72,7 +74,8 @@ def make_layout(groups: Sequence[GroupSpec]) -> Layout:
             continue
         if group.colocate_with not in bundle_of:
             raise PlacementError(
-                f"group {group.name!r} is colocated with {group.colocate_with!r}, which is not placed before it"
+                f"group {group.name!r} is colocated with {group.colocate_with!r}, which is not placed before "
+                "it"
             )
         hosts = bundle_of[group.colocate_with]
         mine = tuple(hosts[i % len(hosts)] for i in range(group.workers))
@@ -122,7 +125,8 @@ def placement_message(
     lines.append("available:")
     lines += [f"  node {name}: {_show(have)}" for name, have in nodes.items()] or ["  no node is alive"]
     lines.append(
-        "Ask for fewer workers (--policy_workers, --rollout_workers, --reference_workers, --reward_workers), for smaller "
+        "Ask for fewer workers (--policy_workers, --rollout_workers, --reference_workers, --reward_workers), "
+        "for smaller "
         "ones (--cpus_per_..., --gpus_per_...), let groups share (--colocate true), or add nodes."
     )
     return "\n".join(lines)
@@ -131,7 +135,8 @@ def placement_message(
 def neighbours_first(node_of_bundle: Mapping[int, str], bundles: Sequence[int]) -> list[int]:
     """Sorts bundles so that those of one node are adjacent: ranks of a node become neighbours.
 
-    Nodes keep the order of their address, not of Ray's answer, so that a rank lands on the same node in each run.
+    Nodes keep the order of their address, not of Ray's answer, so that a rank lands on the same node in each
+    run.
     """
     return sorted(bundles, key=lambda index: (_address_key(node_of_bundle[index]), index))
 

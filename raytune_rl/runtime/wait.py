@@ -39,14 +39,16 @@ def fetch(pending: Pending) -> Any:
     Raises:
         DeadlineExceededError: No answer within `timeout_s`.
         WorkerDiedError: The actor ended while it was working.
-        WorkerFailedError: The call raised inside the actor. An error that is a `RaytuneError` already keeps its class.
+        WorkerFailedError: The call raised inside the actor. An error that is a `RaytuneError` already keeps
+            its class.
     """
     try:
         return ray.get(pending.ref, timeout=pending.timeout_s)
     except GetTimeoutError as error:
         raise DeadlineExceededError(
             f"{pending.who} did not finish '{pending.what}' within {pending.timeout_s:.0f} s. "
-            "It may hang or only be slow: `ray stack` shows what it is doing; a longer limit is set by --step_timeout."
+            "It may hang or only be slow: `ray stack` shows what it is doing; a longer limit is set by "
+            "--step_timeout."
         ) from error
     except RayTaskError as error:
         cause = error.cause
@@ -60,8 +62,9 @@ def fetch(pending: Pending) -> Any:
 def fetch_all(pending: Sequence[Pending]) -> list[Any]:
     """Waits for all answers, in order; the first failure to arrive is raised at once, whichever it is.
 
-    Waiting for the first to finish rather than for the first in the list matters for a torch.distributed world: when one
-    rank fails its peers block in a collective, and the useful error is not the one that is asked for first.
+    Waiting for the first to finish rather than for the first in the list matters for a torch.distributed
+    world: when one rank fails its peers block in a collective, and the useful error is not the one that is
+    asked for first.
     """
     for done in as_completed(pending):
         fetch(done)
@@ -91,7 +94,8 @@ def as_completed(pending: Sequence[Pending]) -> Iterator[Pending]:
             late = ", ".join(f"{p.who} ({p.what})" for p in owed.values())
             waited = time.monotonic() - started
             raise DeadlineExceededError(
-                f"No answer after {waited:.0f} s from: {late}. `ray stack` shows what they are doing; a longer limit "
+                f"No answer after {waited:.0f} s from: {late}. `ray stack` shows what they are doing; a "
+                "longer limit "
                 "is set by --step_timeout (or --start_timeout while the actors start)."
             )
         for ref in ready:

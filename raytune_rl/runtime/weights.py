@@ -1,8 +1,9 @@
 """The weight store: versions of the policy's weights in the object store, for anybody to pull at any time.
 
-A version is a few *buckets*. A bucket is one object: a list of flat uint8 arrays, one a tensor, and an index that says
-what they are. Ray serialises the arrays outside the pickle, so that publishing is one copy into shared memory and
-reading is a mapping. The buckets are the return values of the policy workers' own method, which makes the
+A version is a few *buckets*. A bucket is one object: a list of flat uint8 arrays, one a tensor, and an index
+that says what they are. Ray serialises the arrays outside the pickle, so that publishing is one copy into
+shared memory and reading is a mapping. The buckets are the return values of the policy workers' own method,
+which makes the
 controller their owner: they outlive the worker that made them.
 """
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 BUCKET_BYTES = 512 * 2**20
-"""Aim for a bucket's size: large enough that calls do not matter, well under the 2 GiB where objects get slow."""
+"""Aim for a bucket's size: large enough that calls do not matter, well under the 2 GiB where objects get
+slow.
+"""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,9 @@ def entry_of(name: str, tensor: torch.Tensor) -> TensorEntry:
 
 
 def read(manifest: Manifest, timeout_s: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields `(name, tensor)` of a version, bucket after bucket; tensors are read-only maps of shared memory."""
+    """Yields `(name, tensor)` of a version, bucket after bucket; tensors are read-only maps of shared
+    memory.
+    """
     for ref, entries in zip(manifest.buckets, manifest.index, strict=True):
         arrays = ray.get(ref, timeout=timeout_s)
         for data, entry in zip(arrays, entries, strict=True):

@@ -18,8 +18,8 @@ Rate = Callable[[int], float]
 def start_engine(module: torch.nn.Module, spec: OptimizerSpec) -> tuple[Any, Rate]:
     """Wraps a module in a DeepSpeed engine inside the world that torch.distributed has joined.
 
-    Accumulation is left to the caller, who marks the last backward of a step; DeepSpeed itself is told of none, so that
-    it scales nothing.
+    Accumulation is left to the caller, who marks the last backward of a step; DeepSpeed itself is told of
+    none, so that it scales nothing.
 
     Returns:
         The engine, and the learning rate as a function of the optimizer step (from 0).

@@ -1,8 +1,9 @@
 """The optimizer's state as safetensors, one file a rank, restored into a world of the same or another size.
 
-ZeRO-1 and ZeRO-2 lay each parameter group out flat, pad it, and cut it into one equal partition a rank. So the partitions
-of all ranks, one after the other, are the whole group, whatever the number of ranks was: to restore, the pieces are read
-as one array and cut anew. Without ZeRO every rank holds everything. Nothing is pickled.
+ZeRO-1 and ZeRO-2 lay each parameter group out flat, pad it, and cut it into one equal partition a rank. So
+the partitions
+of all ranks, one after the other, are the whole group, whatever the number of ranks was: to restore, the
+pieces are read as one array and cut anew. Without ZeRO every rank holds everything. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def load(engine: Any, directory: Path, rank: int, world_size: int) -> None:
     """Restores optimizer state, master weights and the model's own weights.
 
     Raises:
-        CheckpointError: Files are missing, the model has other parameters, or the ZeRO stage cannot be converted.
+        CheckpointError: Files are missing, the model has other parameters, or the ZeRO stage cannot be
+            converted.
     """
     index_file = directory / INDEX
     if not index_file.is_file():
@@ -56,7 +58,8 @@ def load(engine: Any, directory: Path, rank: int, world_size: int) -> None:
     stage = engine.zero_optimization_stage()
     if index["group_numels"] != _group_numels(engine):
         raise CheckpointError(
-            f"{directory} holds the state of other parameters ({index['group_numels']} values) than this run trains "
+            f"{directory} holds the state of other parameters ({index['group_numels']} values) than this run "
+            "trains "
             f"({_group_numels(engine)}): resume with the model and tuner settings of the first run"
         )
     if index["stage"] != stage and not {index["stage"], stage} <= {1, 2}:
@@ -65,7 +68,8 @@ def load(engine: Any, directory: Path, rank: int, world_size: int) -> None:
         )
     if stage == 3 and index["world_size"] != world_size:
         raise CheckpointError(
-            f"{directory} was saved by {index['world_size']} ranks under ZeRO-3, which can only be resumed with as many"
+            f"{directory} was saved by {index['world_size']} ranks under ZeRO-3, which can only be resumed "
+            "with as many"
         )
     shards = [directory / _file(r) for r in range(index["world_size"])]
     missing = [shard.name for shard in shards if not shard.is_file()]
@@ -87,7 +91,9 @@ def load(engine: Any, directory: Path, rank: int, world_size: int) -> None:
 
 
 def _fill(target: Tensor, shards: list[Path], key: str, offset: int) -> None:
-    """Copies `target.numel()` values from `offset` on, out of the shards read as one array; what is beyond is padding."""
+    """Copies `target.numel()` values from `offset` on, out of the shards read as one array; what is beyond is
+    padding.
+    """
     target.zero_()
     start = 0
     for shard in shards:
@@ -109,7 +115,9 @@ def _read(shard: Path, key: str) -> Tensor:
 
 
 def _partitions(engine: Any, create: bool = False) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """This rank's flat pieces and AdamW's state of each. `create` makes the state that the first step would make."""
+    """This rank's flat pieces and AdamW's state of each. `create` makes the state that the first step would
+    make.
+    """
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for group in inner.param_groups:
         for partition in group["params"]:

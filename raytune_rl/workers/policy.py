@@ -1,7 +1,8 @@
 """The policy worker: one rank of the DeepSpeed world that trains the model.
 
-A rank is told by the controller which rows to train on, in which micro-batches and with which weights; it reads them,
-runs forward and backward, and steps. It knows no algorithm: the loss comes from the registry by name. Nothing here
+A rank is told by the controller which rows to train on, in which micro-batches and with which weights; it
+reads them, runs forward and backward, and steps. It knows no algorithm: the loss comes from the registry by
+name. Nothing here
 divides by a count: the row weights already hold the global normaliser (`algorithms.aggregation`).
 """
 
@@ -134,7 +135,9 @@ class PolicyWorker:
         return {"rank": self._rank, "pid": os.getpid()}
 
     def open_store(self, timeout_s: float) -> tuple[str, int]:
-        """Rank 0: opens the meeting point of the world on a port the system chooses. Returns host and port."""
+        """Rank 0: opens the meeting point of the world on a port the system chooses. Returns host and
+        port.
+        """
         import ray
         from torch.distributed import TCPStore
 
@@ -194,15 +197,18 @@ class PolicyWorker:
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         return PolicyFacts(tuned.trainable, tuned.total, dtype, loaded.notices + tuned.notices)
 
-    # -- training ---------------------------------------------------------------------------------------------
+    # -- training
+    # ---------------------------------------------------------------------------------------------
 
     def train_step(self, batch: RowBatch, step: int) -> TrainResult:
         """One optimizer step over this rank's rows.
 
         Args:
-            batch: Rows with the scalars "weight" (of the row's summed token loss, over the whole step and all ranks)
-                and, where the loss needs it, "advantage"; late columns go to the loss under their own names.
-            step: Number of the step, from 0: it alone decides learning rate and dropout, so a resumed run repeats them.
+            batch: Rows with the scalars "weight" (of the row's summed token loss, over the whole step and all
+                ranks) and, where the loss needs it, "advantage"; late columns go to the loss under their own
+                names.
+            step: Number of the step, from 0: it alone decides learning rate and dropout, so a resumed run
+                repeats them.
         """
         started = time.perf_counter()
         for group in self._engine.optimizer.param_groups:
@@ -234,7 +240,8 @@ class PolicyWorker:
         for number, members in enumerate(batch.micro_batches):
             self._engine.set_gradient_accumulation_boundary(number == last)
             loss, metrics, size = self._micro_step(rows, batch, members)
-            # DeepSpeed averages over ranks; the weights already hold the global normaliser, so undo that mean.
+            # DeepSpeed averages over ranks; the weights already hold the global normaliser, so undo that
+            # mean.
             self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
             if number != last:
                 self._engine.step()  # only counts the micro-batch: the boundary is the last one
@@ -245,7 +252,9 @@ class PolicyWorker:
     def _micro_step(
         self, rows: ReadRows, batch: RowBatch, members: tuple[int, ...]
     ) -> tuple[Tensor, MetricSums, int]:
-        """Loss of one micro-batch (this rank's share of the step's loss), its metrics, and its size in tokens."""
+        """Loss of one micro-batch (this rank's share of the step's loss), its metrics, and its size in
+        tokens.
+        """
         from raytune_rl.algorithms.metrics import MetricSums, total_of
         from raytune_rl.algorithms.mismatch import rollout_mismatch
         from raytune_rl.algorithms.registry import LossInputs
@@ -278,8 +287,8 @@ class PolicyWorker:
         loss = (weights * output.token_loss).sum()
         metrics = output.metrics.merge(MetricSums({"loss": total_of(loss.detach())}))
         if "rollout_logprobs" in columns:
-            # Before the first update of a generation both sides hold the same weights: old_logprobs if they were
-            # computed, else the log-probs of this very pass.
+            # Before the first update of a generation both sides hold the same weights: old_logprobs if they
+            # were computed, else the log-probs of this very pass.
             train = columns.get("old_logprobs", scored.logprobs.detach())
             metrics = metrics.merge(
                 rollout_mismatch(train, columns["rollout_logprobs"], micro.row_of, micro.n_rows)
@@ -287,7 +296,9 @@ class PolicyWorker:
         return loss, metrics, micro.input_ids.numel()
 
     def _per_token(self, batch: RowBatch, name: str, members: tuple[int, ...], row_of: Tensor) -> Any:
-        """A row scalar spread over the micro-batch's loss tokens, float32 `[N]`; None if the batch has none."""
+        """A row scalar spread over the micro-batch's loss tokens, float32 `[N]`; None if the batch has
+        none.
+        """
         import torch
 
         if name not in batch.scalars:
@@ -324,7 +335,8 @@ class PolicyWorker:
         """Brings back what `offload` moved."""
         self._engine.reload_states()
 
-    # -- weights ----------------------------------------------------------------------------------------------
+    # -- weights
+    # ----------------------------------------------------------------------------------------------
 
     def weight_index(self) -> tuple[tuple[TensorEntry, ...], ...]:
         """The buckets this rank publishes: each a tuple of entries. Ranks share the work bucket by bucket."""
@@ -337,7 +349,9 @@ class PolicyWorker:
         return tuple(tuple(bucket) for bucket in self._share)
 
     def publish(self) -> tuple[Any, ...]:
-        """The present weights: how many buckets, then each bucket of `weight_index` as a list of flat uint8 arrays."""
+        """The present weights: how many buckets, then each bucket of `weight_index` as a list of flat uint8
+        arrays.
+        """
         return len(self._share), *(self._bucket(entries) for entries in self._share)
 
     def _bucket(self, entries: list[TensorEntry]) -> list[NDArray[np.uint8]]:
@@ -361,7 +375,8 @@ class PolicyWorker:
         config = peft.peft_config[str(peft.active_adapters[0])].to_dict()
         return json.dumps(config, default=_jsonable)
 
-    # -- checkpoints ------------------------------------------------------------------------------------------
+    # -- checkpoints
+    # ------------------------------------------------------------------------------------------
 
     def save_model(self, directory: str) -> None:
         """Rank 0 writes what Transformers or PEFT loads; the other ranks have nothing to do."""

@@ -1,7 +1,7 @@
 """The rollout worker: turns prompts into trajectories under a weight version it has acknowledged.
 
-One worker is one vLLM engine inside one actor. It is stateless but for its weights: any worker can answer any request
-of the same version, and a worker that has not loaded the version asked for refuses to answer.
+One worker is one vLLM engine inside one actor. It is stateless but for its weights: any worker can answer any
+request of the same version, and a worker that has not loaded the version asked for refuses to answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class EngineSpec:
         pull_timeout_s: Deadline for pulling one version, seconds.
         tensor_parallel_size: GPUs of one engine.
         gpu_memory_utilization: Share of each GPU that vLLM may use.
-        kv_cache_bytes: Size of the key-value cache; None leaves it to `gpu_memory_utilization` (the way on GPUs).
+        kv_cache_bytes: Size of the key-value cache; None leaves it to `gpu_memory_utilization` (the way on
+            GPUs).
         max_num_seqs: Sequences decoded at once; None is vLLM's default.
         enforce_eager: No CUDA graphs or compilation.
         enable_prefix_caching: Share the prompt's key-value blocks among completions.
@@ -37,7 +38,8 @@ class EngineSpec:
         trust_remote_code: Run code from the model's directory.
         seed: Engine seed; each completion has a seed of its own besides.
         use_hf: A hub id is one of Hugging Face instead of ModelScope.
-        sleep_level: What to drop between generations on a GPU: 0 nothing, 1 weights to the CPU, 2 weights discarded.
+        sleep_level: What to drop between generations on a GPU: 0 nothing, 1 weights to the CPU, 2 weights
+            discarded.
     """
 
     model: str
@@ -79,7 +81,8 @@ class PromptRequest:
     Attributes:
         prompt_id: The controller's number of the prompt, given back in the answer.
         row: Where the prompt lies in the prompt columns.
-        seeds: One seed a completion; the same prompt, seed and weights give the same completion on any worker.
+        seeds: One seed a completion; the same prompt, seed and weights give the same completion on any
+            worker.
     """
 
     prompt_id: int
@@ -116,7 +119,8 @@ def rollout_env(threads: int, tensor_parallel_size: int, on_gpu: bool) -> dict[s
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(threads),
-        # Inside the actor's own process the engine can read the object store; more GPUs need processes of their own.
+        # Inside the actor's own process the engine can read the object store; more GPUs need processes of
+        # their own.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if tensor_parallel_size == 1 else "1",
     }
     if not on_gpu:
@@ -142,7 +146,9 @@ class RolloutWorker:
         return self._engine.load(version)
 
     def sleep(self) -> None:
-        """Gives the GPU's memory to whoever trains beside this engine; what is dropped is the spec's sleep level."""
+        """Gives the GPU's memory to whoever trains beside this engine; what is dropped is the spec's sleep
+        level.
+        """
         self._engine.sleep()
 
     def wake(self) -> None:
@@ -165,8 +171,8 @@ class RolloutWorker:
             version: The weight version to sample with.
 
         Returns:
-            Facts of each completion, the trajectory columns (tokens, loss_mask, logprobs, versions; one row a completion),
-            and the completions' texts.
+            Facts of each completion, the trajectory columns (tokens, loss_mask, logprobs, versions; one row a
+            completion), and the completions' texts.
 
         Raises:
             StaleWeightsError: This worker serves another version.

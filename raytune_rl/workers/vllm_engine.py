@@ -137,7 +137,8 @@ class VllmEngine:
             include_stop_str_in_output=True,
             seed=seed,
             logprobs=0,
-            # Text is only needed while sampling to look for stop words; otherwise it is decoded once at the end.
+            # Text is only needed while sampling to look for stop words; otherwise it is decoded once at the
+            # end.
             detokenize=bool(sampling.stop_words),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -147,7 +148,9 @@ class VllmEngine:
         return tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)
 
     def _load_adapter(self, manifest: Manifest) -> None:
-        """Hands LoRA tensors to vLLM, which reads adapters from a directory; each version has a name of its own."""
+        """Hands LoRA tensors to vLLM, which reads adapters from a directory; each version has a name of its
+        own.
+        """
         directory = self._adapter_dir / str(manifest.version)
         directory.mkdir()
         tensors = {name: tensor.clone() for name, tensor in read(manifest, self._spec.pull_timeout_s)}
@@ -162,7 +165,9 @@ class VllmEngine:
 
 
 def engine_args(spec: EngineSpec) -> dict[str, Any]:
-    """Translates a spec into vLLM's arguments; only what was decided is passed, the rest is vLLM's default."""
+    """Translates a spec into vLLM's arguments; only what was decided is passed, the rest is vLLM's
+    default.
+    """
     args: dict[str, Any] = {
         "model": resolve_path(spec.model, use_hf=spec.use_hf),
         "dtype": spec.dtype,

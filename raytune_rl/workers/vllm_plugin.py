@@ -1,7 +1,7 @@
 """Makes the object-store weight transfer known to vLLM.
 
-Named in pyproject.toml as a vLLM plugin, so that vLLM calls it in every process of its own, tensor-parallel workers
-included. It imports nothing heavy: vLLM loads plugins before its own modules are complete.
+Named in pyproject.toml as a vLLM plugin, so that vLLM calls it in every process of its own, tensor-parallel
+workers included. It imports nothing heavy: vLLM loads plugins before its own modules are complete.
 """
 
 BACKEND = "ray_object_store"

@@ -72,9 +72,10 @@ class ObjectStoreEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 def repack_embeddings(model: torch.nn.Module) -> None:
     """Renews the CPU kernels' packed copy of every embedding and language-model head.
 
-    On a CPU the head multiplies with a packed copy made when the weights were loaded. A head tied to the embedding
-    shares its weight but keeps a packed copy of its own, which a reload of the embedding does not renew: without this
-    the engine would go on sampling from the old head.
+    On a CPU the head multiplies with a packed copy made when the weights were loaded. A head tied to the
+    embedding
+    shares its weight but keeps a packed copy of its own, which a reload of the embedding does not renew:
+    without this the engine would go on sampling from the old head.
     """
     for layer in model.modules():
         if isinstance(layer, VocabParallelEmbedding) and hasattr(layer, "cpu_linear"):

@@ -40,6 +40,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """Ray on this machine, with more logical CPUs than real ones: placement is under test, not speed."""
-    ray.init(num_cpus=8, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, object_store_memory=10**9)
+    ray.init(
+        num_cpus=8,
+        namespace=NAMESPACE,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=10**9,
+    )
     yield
     ray.shutdown()

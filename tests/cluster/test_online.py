@@ -83,8 +83,10 @@ def arrays_in(value: Any) -> Iterator[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(cluster: None, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Four steps with two policy ranks, two engines, a reference and held-out prompts; what the driver read is kept."""
+def uninterrupted(cluster: None, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Four steps with two policy ranks, two engines, a reference and held-out prompts; what the driver read
+    is kept.
+    """
     received: list[Any] = []
     plain = ray.get
 
@@ -109,7 +111,7 @@ def uninterrupted(cluster: None, tiny: Tiny, tmp_path_factory: pytest.TempPathFa
         result = online.run(chosen)
     finally:
         ray.get = plain
-    yield chosen, result, received
+    return chosen, result, received
 
 
 def test_it_learns_nothing_wrong_and_writes_everything_down(uninterrupted: Any) -> None:
@@ -120,21 +122,39 @@ def test_it_learns_nothing_wrong_and_writes_everything_down(uninterrupted: Any) 
     for step, line in lines.items():
         assert line[GAP] < 1e-4, "the engine samples with the policy's own weights, after real updates"
         assert line["weight_version"] == step - 1
-        for name in ("reward", "reward_std", "kl", "grad_norm", "learning_rate", "completions/mean_length", "step_time"):
+        for name in (
+            "reward",
+            "reward_std",
+            "kl",
+            "grad_norm",
+            "learning_rate",
+            "completions/mean_length",
+            "step_time",
+        ):
             assert np.isfinite(line[name]), name
         for phase in ("generate", "reward", "reference", "train"):
             assert line[f"profiling/{phase}"] > 0
-        assert {"rewards/MathAccuracy/mean", "rewards/Format/mean", "completions/clipped_ratio"} <= line.keys()
+        assert {
+            "rewards/MathAccuracy/mean",
+            "rewards/Format/mean",
+            "completions/clipped_ratio",
+        } <= line.keys()
         assert line["rewards/Digits/std"] > 0
         assert line["reward_std"] > 0
     assert lines[1]["kl"] == pytest.approx(0, abs=1e-6), "the policy starts as its reference"
     assert lines[4]["kl"] > 1e-4, "and moves away from it"
-    assert [line["global_step/max_steps"] for line in log_lines(result) if "eval_reward" in line] == ["0/4", "2/4", "4/4"]
+    assert [line["global_step/max_steps"] for line in log_lines(result) if "eval_reward" in line] == [
+        "0/4",
+        "2/4",
+        "4/4",
+    ]
 
     run = result.run_dir
     assert run.name.startswith("v0-")
     assert json.loads((run / "args.json").read_text())["model"] == chosen.model
-    assert (run / "images" / "train_reward.png").stat().st_size > 5_000 or list((run / "images").glob("*reward*.png"))
+    assert (run / "images" / "train_reward.png").stat().st_size > 5_000 or list(
+        (run / "images").glob("*reward*.png")
+    )
     assert list((run / "runs").iterdir())
     assert {p.name for p in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
@@ -155,10 +175,14 @@ def test_no_token_or_weight_array_reaches_the_driver(uninterrupted: Any) -> None
 
 
 def test_resume_is_exact(uninterrupted: Any, tiny: Tiny) -> None:
-    """From the checkpoint of step 2, in the same directory: steps 3 and 4 repeat the run that was never stopped."""
+    """From the checkpoint of step 2, in the same directory: steps 3 and 4 repeat the run that was never
+    stopped.
+    """
     chosen, result, _ = uninterrupted
     whole = steps(result)
-    resumed = online.run(RLHFConfig(**{**chosen.args(), "resume_from_checkpoint": str(result.run_dir / "checkpoint-2")}))
+    resumed = online.run(
+        RLHFConfig(**{**chosen.args(), "resume_from_checkpoint": str(result.run_dir / "checkpoint-2")})
+    )
     assert resumed.run_dir == result.run_dir
     again = steps(resumed)
     assert sorted(again) == [1, 2, 3, 4]
@@ -172,7 +196,9 @@ def test_resume_is_exact(uninterrupted: Any, tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("wire", ["adapter", "merged"])
 def test_lora_weights_arrive_either_way(cluster: None, tiny: Tiny, tmp_path: Path, wire: str) -> None:
-    """LoRA, several optimizer steps a generation and two iterations: off-policy, so old log-probs are kept."""
+    """LoRA, several optimizer steps a generation and two iterations: off-policy, so old log-probs are
+    kept.
+    """
     result = online.run(
         config(
             tiny,
@@ -208,7 +234,14 @@ def test_lora_weights_arrive_either_way(cluster: None, tiny: Tiny, tmp_path: Pat
 def test_what_does_not_fit_is_said_at_once(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(PlacementError, match=r"policy: 64 worker\(s\)[\s\S]*node .*: .*CPU"):
         online.run(
-            config(tiny, tmp_path, policy_workers=64, cpus_per_policy_worker=1.0, per_device_train_batch_size=4, max_steps=1)
+            config(
+                tiny,
+                tmp_path,
+                policy_workers=64,
+                cpus_per_policy_worker=1.0,
+                per_device_train_batch_size=4,
+                max_steps=1,
+            )
         )
 
 
@@ -220,7 +253,9 @@ def test_a_bad_row_names_file_and_line_or_is_set_aside(cluster: None, tiny: Tiny
         online.run(config(tiny, tmp_path / "a", dataset=str(data)))
     with pytest.raises(ConfigError, match="prompts"):
         # Set aside, the three others are too few for --generation_batch_size 16 / 4 = 4 prompts.
-        online.run(config(tiny, tmp_path / "b", dataset=str(data), strict=False, per_device_train_batch_size=16))
+        online.run(
+            config(tiny, tmp_path / "b", dataset=str(data), strict=False, per_device_train_batch_size=16)
+        )
     quarantined = list((tmp_path / "b" / "out").glob("v0-*/quarantine.jsonl"))
     assert len(quarantined) == 1
     assert json.loads(quarantined[0].read_text())["line"] == 2

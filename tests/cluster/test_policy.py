@@ -1,4 +1,6 @@
-"""The policy world on real DeepSpeed: the same data gives the same gradient however it is cut, and state survives."""
+"""The policy world on real DeepSpeed: the same data gives the same gradient however it is cut, and state
+survives.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,7 @@ from raytune_rl.pipelines.policy_group import PolicyGroup, rank_batch
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
+from raytune_rl.runtime.wait import fetch
 from raytune_rl.workers.policy import OptimizerSpec, PolicySpec, PolicyWorker, policy_env
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 from tests.cluster.conftest import Tiny
@@ -68,14 +71,11 @@ def rows() -> tuple[Columns, list[int], np.ndarray]:
     return columns, [int(c) for c in completions], rng.normal(size=ROWS)
 
 
-def spec(tiny: Tiny, loss_type: str = "grpo") -> PolicySpec:
-    del loss_type
+def spec(tiny: Tiny) -> PolicySpec:
     return PolicySpec(
         model=ModelSpec(str(tiny.tied), "float32", None, "padded"),
         tuner=TunerSettings(tuner_type="full"),
-        optimizer=OptimizerSpec(
-            1e-2, "constant", 0, 10, (0.9, 0.95), 1e-8, 0.1, 1.0, deepspeed.load(None)
-        ),
+        optimizer=OptimizerSpec(1e-2, "constant", 0, 10, (0.9, 0.95), 1e-8, 0.1, 1.0, deepspeed.load(None)),
         loss="grpo",
         loss_settings=GRPOSettings(beta=0.04),
         score=ScoreSettings(0.9, 60.0),
@@ -161,14 +161,26 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: f
 def test_gradient_does_not_depend_on_how_the_step_is_cut(worlds: dict[int, World]) -> None:
     whole = worlds[1].gradient(10_000, "padded")
     assert max(float(np.abs(g).max()) for g in whole.values()) > 1e-3
-    cuts = [(1, 10_000, "padded", 1), (1, 10_000, "padded", 8), (1, 10_000, "packed", None), (1, 128, "packed", None)]
-    cuts += [(2, 10_000, "padded", None), (2, 64, "padded", None), (2, 10_000, "padded", 1), (2, 128, "packed", None)]
+    cuts = [
+        (1, 10_000, "padded", 1),
+        (1, 10_000, "padded", 8),
+        (1, 10_000, "packed", None),
+        (1, 128, "packed", None),
+    ]
+    cuts += [
+        (2, 10_000, "padded", None),
+        (2, 64, "padded", None),
+        (2, 10_000, "padded", 1),
+        (2, 128, "packed", None),
+    ]
     for size, max_tokens, layout, max_rows in cuts:
         assert_same(whole, worlds[size].gradient(max_tokens, layout, max_rows))
 
 
 def test_loss_and_norm_are_those_of_the_whole_step(worlds: dict[int, World], tmp_path: Path) -> None:
-    """Steps in worlds of one and of two ranks go the same way, and a checkpoint of one continues in the other."""
+    """Steps in worlds of one and of two ranks go the same way, and a checkpoint of one continues in the
+    other.
+    """
     first = {size: world.train(0) for size, world in worlds.items()}
     assert first[1]["loss"] == pytest.approx(first[2]["loss"], abs=1e-6)
     assert first[1]["grad_norm"] == pytest.approx(first[2]["grad_norm"], rel=1e-5)
@@ -202,10 +214,9 @@ def test_a_checkpoint_without_optimizer_is_refused_by_name(worlds: dict[int, Wor
 
 
 def test_an_error_in_a_worker_has_its_name(worlds: dict[int, World]) -> None:
+    refused = worlds[1].group.submit(0, "gradient", None, "padded")
     with pytest.raises(WorkerFailedError, match=r"policy\[0\] failed during 'gradient'"):
-        from raytune_rl.runtime.wait import fetch
-
-        fetch(worlds[1].group.submit(0, "gradient", None, "padded"))
+        fetch(refused)
 
 
 def test_ranks_share_the_publication_and_miss_nothing(worlds: dict[int, World]) -> None:

@@ -65,7 +65,15 @@ def _rows(column: Any) -> list[np.ndarray]:
 
 def engine(model: Path, store: str, rank: int = 0) -> Any:
     spec = EngineSpec(
-        str(model), "float32", 128, store, 60.0, kv_cache_bytes=64 * 2**20, max_num_seqs=8, enforce_eager=True, seed=rank
+        str(model),
+        "float32",
+        128,
+        store,
+        60.0,
+        kv_cache_bytes=64 * 2**20,
+        max_num_seqs=8,
+        enforce_eager=True,
+        seed=rank,
     )
     env = rollout_env(1, 1, on_gpu=False)
     return ray.remote(RolloutWorker).options(num_cpus=1, runtime_env={"env_vars": env}).remote(spec)
@@ -135,7 +143,9 @@ def test_trajectories_are_what_was_sampled(late_engine: tuple[Publisher, Any]) -
         assert mask.sum() == meta.completion_tokens == len(columns["logprobs"][row])  # type: ignore[index]
         assert not mask[: meta.prompt_tokens].any()
         assert meta.finish_reason in ("stop", "length")
-        assert (meta.finish_reason == "length") == (meta.completion_tokens == SAMPLING.max_tokens and tokens[-1] != 2)
+        assert (meta.finish_reason == "length") == (
+            meta.completion_tokens == SAMPLING.max_tokens and tokens[-1] != 2
+        )
         np.testing.assert_array_equal(tokens, again[1]["tokens"][row])  # type: ignore[index]
     assert len({columns["tokens"][i].tobytes() for i in range(3)}) == 3, "seeds give different completions"  # type: ignore[index]
     assert texts == again[2]

@@ -9,7 +9,7 @@ from raytune_rl.config.base import Options
 from raytune_rl.config.commands import RLHFConfig, SFTConfig
 
 _NO_VISION = "models with images are not built yet"
-_NO_LOADER = "rows are prepared before training and read from shared memory, so no loader processes are needed"
+_NO_LOADER = "rows are prepared before training and read from shared memory; no loader is needed"
 
 PENDING: Mapping[str, Mapping[str, str]] = {
     "sft": {

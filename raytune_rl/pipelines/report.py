@@ -56,9 +56,10 @@ def online_plan(
         longest,
         config.max_completion_length,
     )
+    arrive = "as an adapter" if launch.publish_mode(config) == "adapter" else "whole"
     inside = {
         "policy": _trainer(config, groups),
-        "rollout": f"vLLM, weights arrive {'as an adapter' if launch.publish_mode(config) == 'adapter' else 'whole'}",
+        "rollout": f"vLLM, weights arrive {arrive}",
         "reference": "frozen start model, for the KL term",
         "reward": " + ".join(config.reward_funcs),
     }

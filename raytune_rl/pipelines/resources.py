@@ -128,7 +128,8 @@ def _counts(
 
 
 def _on_gpu(config: SFTConfig | RLHFConfig, cluster: ClusterInfo) -> bool:
-    return cluster.gpus >= 1 and config.gpus_per_policy_worker != 0
+    """A cluster whose GPUs are all taken is no reason to train on its CPUs unasked: that ends in a PlacementError."""
+    return cluster.has_gpus and config.gpus_per_policy_worker != 0
 
 
 def _cpu_share(cluster: ClusterInfo, workers: int, on_gpu: bool) -> float:

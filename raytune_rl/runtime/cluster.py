@@ -39,12 +39,14 @@ class ClusterInfo:
         address: The address Ray reports.
         nodes: Resources that are free now, by node address.
         object_store_bytes: Object store of all nodes together.
+        has_gpus: Whether any node has a GPU, be it free or not.
     """
 
     started_here: bool
     address: str
     nodes: dict[str, dict[str, float]]
     object_store_bytes: int
+    has_gpus: bool = False
 
     @property
     def gpus(self) -> float:
@@ -94,18 +96,20 @@ def describe(started_here: bool = False) -> ClusterInfo:
     """Reads the free resources of every living node."""
     nodes: dict[str, dict[str, float]] = {}
     store = 0
+    has_gpus = False
     free_by_id = ray._private.state.available_resources_per_node()
     for node in ray.nodes():
         if not node["Alive"]:
             continue
         total = node["Resources"]
+        has_gpus |= total.get("GPU", 0.0) > 0
         store += int(total.get("object_store_memory", 0))
         free = free_by_id.get(node["NodeID"], total)
         name = node["NodeManagerAddress"]
         if name in nodes:  # several logical nodes of one machine, as in tests
             name = f"{name} ({node['NodeID'][:6]})"
         nodes[name] = {k: float(v) for k, v in free.items() if _is_schedulable(k)}
-    return ClusterInfo(started_here, ray.get_runtime_context().gcs_address, nodes, store)
+    return ClusterInfo(started_here, ray.get_runtime_context().gcs_address, nodes, store, has_gpus)
 
 
 @contextmanager

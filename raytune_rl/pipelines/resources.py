@@ -128,7 +128,9 @@ def _counts(
 
 
 def _on_gpu(config: SFTConfig | RLHFConfig, cluster: ClusterInfo) -> bool:
-    """A cluster whose GPUs are all taken is no reason to train on its CPUs unasked: that ends in a PlacementError."""
+    """A cluster whose GPUs are all taken is no reason to train on its CPUs unasked: that ends in a
+    PlacementError.
+    """
     return cluster.has_gpus and config.gpus_per_policy_worker != 0
 
 

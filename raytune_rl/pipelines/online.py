@@ -210,7 +210,8 @@ class OnlineRun:
             last = run.step >= self.schedule.total_steps
             with run.timer.phase("sync"):
                 self.publish(generation)
-            self.after_generation(generation, last)
+            with run.timer.paused():
+                self.after_generation(generation, last)
 
     def late_columns(self, batch: Sequence[Trajectory]) -> dict[str, list[Any]]:
         """Log-probs that the loss needs beside the policy's own: the reference's, and the old policy's if it

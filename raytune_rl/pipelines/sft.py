@@ -117,10 +117,11 @@ class SFTRun:
         while run.step < self.schedule.total_steps and not run.stop_requested:
             self.train_step(self.order.batch(run.step).tolist())
             last = run.step >= self.schedule.total_steps or run.stop_requested
-            if last or run.step % resolved.eval_steps(config) == 0:
-                self.evaluate()
-            if last or run.step % config.save_steps == 0:
-                run.save(self.policy, {})
+            with run.timer.paused():
+                if last or run.step % resolved.eval_steps(config) == 0:
+                    self.evaluate()
+                if last or run.step % config.save_steps == 0:
+                    run.save(self.policy, {})
 
     def train_step(self, batch: list[int]) -> None:
         """The loss is the mean over all trained tokens of the batch, wherever they lie."""

@@ -61,6 +61,18 @@ class StepTimer:
             self._stack.pop()
             self._tell()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside belongs to no step: evaluations and checkpoints."""
+        self._account()
+        began = self._clock()
+        try:
+            yield
+        finally:
+            gap = self._clock() - began
+            self._start += gap
+            self._mark += gap
+
     def so_far(self) -> float:
         """Seconds since the last `finish` (or the start)."""
         return self._clock() - self._start

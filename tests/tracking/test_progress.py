@@ -134,3 +134,18 @@ def test_numbers_and_durations() -> None:
         "-0.5",
         "nan",
     ]
+
+
+def test_paused_time_belongs_to_no_step() -> None:
+    now = [0.0]
+    timer = StepTimer(clock=lambda: now[0])
+    with timer.phase("train"):
+        now[0] += 2
+        with timer.paused():
+            now[0] += 50
+        now[0] += 1
+    with timer.paused():
+        now[0] += 100
+    assert timer.so_far() == 3
+    times = timer.finish()
+    assert (times.total, dict(times.phases)) == (3, {"train": 3})

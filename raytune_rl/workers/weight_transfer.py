@@ -7,7 +7,9 @@ difference whether the worker lives in the rollout actor's process (tensor paral
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import torch
@@ -56,9 +58,15 @@ class ObjectStoreEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: StoreUpdateInfo) -> None:
+    def receive_weights(
+        self, update_info: StoreUpdateInfo, load_weights: Callable[..., Any] | None = None
+    ) -> None:
+        """Pulls the version and loads it. vLLM up to 0.24 reloads layer-wise by itself and says how to
+        load.
+        """
         manifest = find_manifest(self._source.store, update_info.version, self._source.timeout_s)
-        self.model.load_weights(read(manifest, self._source.timeout_s))
+        load = self.model.load_weights if load_weights is None else load_weights
+        load(read(manifest, self._source.timeout_s))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -67,6 +75,13 @@ class ObjectStoreEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
 
     def shutdown(self) -> None:
         """Nothing is held: no process group, no connection."""
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """vLLM up to 0.24 wants a sender beside the receiver; here the policy publishes to the store
+        instead.
+        """
+        raise NotImplementedError("weights are published to the weight store, not sent")
 
 
 def repack_embeddings(model: torch.nn.Module) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
@@ -67,35 +69,29 @@ def make_tiny_model(
             f"hidden={hidden}, heads={heads}, kv_heads={kv_heads} do not fit together: hidden must be a "
             "multiple of heads, and heads a multiple of kv_heads."
         )
+    return write_once(root, recipe, lambda aside: _write(aside, recipe))
+
+
+def write_once(root: Path, recipe: dict[str, object], write: Callable[[Path], None]) -> Path:
+    """Makes a model's directory, whole or not at all, unless it is there already.
+
+    Args:
+        root: The directory.
+        recipe: What it is made from; lies beside the model and tells whether it has to be made again.
+        write: Fills the directory it is given.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ModelError: It holds something else.
+    """
     if _is_made(root, recipe):
         return root
-
-    tokenizer = make_tiny_tokenizer()
-    eos, pad = tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT])
-    config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=max_position,
-        tie_word_embeddings=tied,
-        initializer_range=init_std,
-        bos_token_id=None,
-        eos_token_id=eos,
-        pad_token_id=pad,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config).to(torch.float32)
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True)
-
     root.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        write(aside)
         (aside / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
         aside.chmod(0o755)
         if root.is_dir():
@@ -106,6 +102,31 @@ def make_tiny_model(
     return root
 
 
+def _write(directory: Path, recipe: dict[str, Any]) -> None:
+    tokenizer = make_tiny_tokenizer()
+    eos, pad = tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT])
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=recipe["hidden"],
+        intermediate_size=2 * recipe["hidden"],
+        num_hidden_layers=recipe["layers"],
+        num_attention_heads=recipe["heads"],
+        num_key_value_heads=recipe["kv_heads"],
+        max_position_embeddings=recipe["max_position"],
+        tie_word_embeddings=recipe["tied"],
+        initializer_range=recipe["init_std"],
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe["seed"])
+        model = Qwen2ForCausalLM(config).to(torch.float32)
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def _is_made(root: Path, recipe: dict[str, object]) -> bool:
     """Whether `root` already holds this very model; False if there is nothing there."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
@@ -114,6 +135,6 @@ def _is_made(root: Path, recipe: dict[str, object]) -> bool:
     if found.is_file() and json.loads(found.read_text(encoding="utf-8")) == recipe:
         return True
     raise ModelError(
-        f"{root} exists and was not made by make_tiny_model with these arguments; nothing was overwritten. "
+        f"{root} exists and was not made by this program with these arguments; nothing was overwritten. "
         "Give another directory, or remove this one."
     )

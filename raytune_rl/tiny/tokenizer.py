@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from tokenizers import AddedToken, trainers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -42,15 +43,22 @@ near the place where it started.
 """
 
 
-def make_tiny_tokenizer(extra_special_tokens: Sequence[str] = ()) -> Qwen2Tokenizer:
+def make_tiny_tokenizer(
+    extra_special_tokens: Sequence[str] = (),
+    *,
+    texts: Sequence[str] = (),
+    chat_template: str = CHAT_TEMPLATE,
+) -> Qwen2Tokenizer:
     """Trains the tokenizer; deterministic.
 
     Args:
         extra_special_tokens: More special tokens (an image placeholder, for example). They take the place
             of as many merges: the size stays 512.
+        texts: More texts to learn merges from.
+        chat_template: How a conversation is written.
 
     Returns:
-        A tokenizer with ChatML template, eos `<|im_end|>` and pad `<|endoftext|>`.
+        A tokenizer with eos `<|im_end|>` and pad `<|endoftext|>`.
     """
     special = [END_OF_TEXT, IM_START, IM_END, *extra_special_tokens]
     # Qwen2's own normalizer and pre-tokenizer do the splitting: AutoTokenizer will rebuild exactly those.
@@ -60,7 +68,7 @@ def make_tiny_tokenizer(extra_special_tokens: Sequence[str] = ()) -> Qwen2Tokeni
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
     )
-    bare.train_from_iterator(_texts(), trainer)
+    bare.train_from_iterator(chain(_texts(), texts), trainer)
     trained = json.loads(bare.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=trained["vocab"],
@@ -68,7 +76,7 @@ def make_tiny_tokenizer(extra_special_tokens: Sequence[str] = ()) -> Qwen2Tokeni
         unk_token=None,
         eos_token=IM_END,
         pad_token=END_OF_TEXT,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAGS])

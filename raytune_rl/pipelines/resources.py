@@ -8,7 +8,7 @@ to have their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from raytune_rl.config import RLHFConfig, SFTConfig, resolved
@@ -54,7 +54,7 @@ def sft_groups(config: SFTConfig, cluster: ClusterInfo) -> Groups:
     gpus = _or(config.gpus_per_policy_worker, 1.0 if on_gpu else 0.0)
     workers = _or(config.policy_workers, _whole(cluster.gpus / gpus) if on_gpu else 1)
     cpus = _or(config.cpus_per_policy_worker, _cpu_share(cluster, workers, on_gpu))
-    spec = GroupSpec("policy", workers, cpus, gpus)
+    spec = GroupSpec("policy", workers, cpus, gpus, resources=_reserved_for("policy", cluster))
     return Groups((spec,), {"policy": _threads(cluster, workers, on_gpu)}, on_gpu, colocated=False)
 
 
@@ -95,6 +95,7 @@ def online_groups(config: RLHFConfig, cluster: ClusterInfo) -> Groups:
         cpus = _or(config.cpus_per_reference_worker, share)
         specs.append(GroupSpec("reference", reference, cpus, reference_gpus, host))
     specs.append(GroupSpec("reward", reward, _or(config.cpus_per_reward_worker, share)))
+    specs = [replace(spec, resources=_reserved_for(spec.name, cluster)) for spec in specs]
     threads = {spec.name: _threads(cluster, spec.workers, on_gpu) for spec in specs} | {"reward": 1}
     return Groups(tuple(specs), threads, on_gpu, colocated)
 
@@ -125,6 +126,11 @@ def _counts(
         )
     engines = _or(config.rollout_workers, max(1, (rest // 2) // tensor_parallel))
     return _or(config.policy_workers, max(1, rest - engines * tensor_parallel)), engines, reference
+
+
+def _reserved_for(role: str, cluster: ClusterInfo) -> dict[str, float]:
+    """Where nodes declare a Ray resource by the name of a role, that role's workers are placed only there."""
+    return {role: 1.0} if any(role in resources for resources in cluster.nodes.values()) else {}
 
 
 def _on_gpu(config: SFTConfig | RLHFConfig, cluster: ClusterInfo) -> bool:

@@ -68,8 +68,8 @@ def _run(argv: list[str]) -> int:
         return 0
     for notice in parsed.notices:
         print(f"raytune-rl: {notice}", file=sys.stderr)
-    _dispatch(name, parsed)
-    return 0
+    result = _dispatch(name, parsed)
+    return 130 if getattr(result, "status", None) == "interrupted" else 0
 
 
 def _dispatch(name: str, parsed: Parsed[Any]) -> object:

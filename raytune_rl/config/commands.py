@@ -13,6 +13,7 @@ from raytune_rl.config.model import ModelOptions
 from raytune_rl.config.rewards import RewardOptions
 from raytune_rl.config.rl import RLOptions
 from raytune_rl.config.rollout import RolloutOptions
+from raytune_rl.config.sft import SupervisedOptions
 from raytune_rl.config.training import TrainingOptions
 from raytune_rl.config.tuner import TunerOptions
 from raytune_rl.errors import ConfigError
@@ -28,7 +29,7 @@ class _TrainConfig(PolicyGroupOptions, TrainingOptions, DataOptions, TunerOption
         return self
 
 
-class SFTConfig(_TrainConfig):
+class SFTConfig(SupervisedOptions, _TrainConfig):
     """`raytune-rl sft`: supervised fine-tuning."""
 
     COMMAND: ClassVar[str] = "sft"

@@ -20,7 +20,7 @@ def apply(
     settings = dict(settings)
     notices: list[str] = []
     if "policy_workers" in flags:
-        notices += _policy_workers(settings, environ)
+        notices += _policy_workers(settings, flags, environ)
         if environ.get("MAX_PIXELS"):
             notices.append("MAX_PIXELS does nothing yet: models with images are not built yet.")
     if "use_hf" in flags and environ.get("USE_HF", "").lower() in ("1", "true") and "use_hf" not in settings:
@@ -52,11 +52,13 @@ def whole_number(name: str, value: Any) -> int:
     return number
 
 
-def _policy_workers(settings: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+def _policy_workers(
+    settings: dict[str, Any], flags: Mapping[str, Flag], environ: Mapping[str, str]
+) -> list[str]:
     processes = environ.get("NPROC_PER_NODE")
     nodes = environ.get("NNODES", "1")
     if not processes:
-        return []
+        return _visible_workers(settings, flags, environ)
     workers = whole_number("NPROC_PER_NODE", processes) * whole_number("NNODES", nodes)
     said = f"NPROC_PER_NODE={processes}" + (f" NNODES={nodes}" if nodes != "1" else "")
     if environ.get("NODE_RANK", "0") != "0":
@@ -71,3 +73,16 @@ def _policy_workers(settings: dict[str, Any], environ: Mapping[str, str]) -> lis
     if str(settings["policy_workers"]) != str(workers):
         return [f"{said} does nothing: --policy_workers {settings['policy_workers']} is given."]
     return []
+
+
+def _visible_workers(
+    settings: dict[str, Any], flags: Mapping[str, Flag], environ: Mapping[str, str]
+) -> list[str]:
+    """In SFT every visible GPU trains; in online RL the groups share them, which the cluster decides."""
+    devices = visible_devices(environ)
+    given = any(settings.get(name) is not None for name in ("policy_workers", "gpus_per_policy_worker"))
+    if not devices or given or "rollout_workers" in flags:
+        return []
+    settings["policy_workers"] = devices
+    said = f"CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']}"
+    return [f"{said} is read as --policy_workers {devices}."]

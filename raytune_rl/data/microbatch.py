@@ -82,7 +82,7 @@ def plan_micro_batches(
     if len(sizes) == 0:
         return Schedule(((),) * world_size, ((),) * world_size)
     limit = len(sizes) if max_rows is None else max_rows
-    pack = _sorted_runs if layout == "padded" else _best_fit
+    pack = _sorted_runs if layout == "padded" else best_fit
     # Longest first; equal lengths keep the order of the rows.
     descending = [int(row) for row in np.argsort(-sizes, kind="stable")]
 
@@ -124,7 +124,7 @@ def _sorted_runs(descending: list[int], sizes: NDArray[np.int64], budget: int, l
     return bins
 
 
-def _best_fit(descending: list[int], sizes: NDArray[np.int64], budget: int, limit: int) -> list[list[int]]:
+def best_fit(descending: list[int], sizes: NDArray[np.int64], budget: int, limit: int) -> list[list[int]]:
     """Best-fit decreasing: each row goes to the fullest bin that still has room for it."""
     bins: list[list[int]] = []
     open_bins: list[tuple[int, int]] = []  # (tokens left, bin), sorted

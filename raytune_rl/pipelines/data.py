@@ -208,6 +208,7 @@ def _encode_sft(config: SFTConfig, quarantine: str) -> tuple[Any, ...]:
             tokenizer,
             config.max_length,
             resolved.truncation_strategy(config),  # type: ignore[arg-type]
+            config.loss_scale,
             strict=config.strict,
             num_proc=config.dataset_num_proc,
         )

@@ -38,6 +38,8 @@ def dtype(config: TrainConfig, on_gpu: bool) -> str:
 
 def layout(config: TrainConfig, on_gpu: bool) -> str:
     """Packed rows pay where a kernel knows their borders; with masks on a CPU they cost more than padding."""
+    if isinstance(config, SFTConfig) and config.packing:
+        return "packed"
     packed = (
         on_gpu and resolved.attention(config) == "flash_attention_2"
         if config.padding_free is None

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from raytune_rl.algorithms.advantages import AdvantageResult
 from raytune_rl.config import RLHFConfig, SFTConfig
 from raytune_rl.config.batching import GRPOSchedule, SFTSchedule
+from raytune_rl.data.packing import Packs
 from raytune_rl.pipelines import launch
 from raytune_rl.pipelines.data import Account, PromptSet, TokenSet
 from raytune_rl.pipelines.resources import Groups
@@ -100,12 +101,15 @@ def sft_plan(
     origin: Origin,
     cluster: ClusterInfo,
     notices: Sequence[str],
+    packs: Packs | None = None,
 ) -> RunPlan:
     """The plan of a supervised run."""
     tokens, trained = int(train.lengths.sum()), int(train.loss_lengths.sum())
+    unit = "rows" if packs is None else f"packs of up to {packs.capacity:,} tokens"
     rows = [
-        ("each step", f"{schedule.rows_per_step} rows"),
+        ("each step", f"{schedule.rows_per_step} {unit}"),
         ("optimizer steps", f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch)"),
+        *([] if packs is None else [("packing", f"{len(train):,} rows in {len(packs):,} packs")]),
         ("tokens an epoch", f"{tokens:,}, of which {trained:,} are trained on"),
     ]
     return RunPlan(

@@ -10,7 +10,9 @@ from raytune_rl.algorithms.aggregation import row_weights
 from raytune_rl.algorithms.sft import SFTSettings
 from raytune_rl.config import SFTConfig, resolved
 from raytune_rl.config.batching import SFTSchedule, sft_schedule_of
+from raytune_rl.data.packing import PackBatches, Packs
 from raytune_rl.data.sampler import BatchPlan
+from raytune_rl.errors import ConfigError
 from raytune_rl.pipelines import launch, report
 from raytune_rl.pipelines.data import TokenSet, token_sets
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin
@@ -36,15 +38,17 @@ def run(config: SFTConfig, notices: Sequence[str] = ()) -> RunResult:
         groups = sft_groups(config, cluster)
         origin = find_origin(config)
         train, held_out = token_sets(config, origin.run_dir.quarantine_jsonl)
-        schedule = sft_schedule_of(config, groups["policy"].workers, len(train))
+        packs = packs_of(config, train)
+        units = len(train) if packs is None else len(packs)
+        schedule = sft_schedule_of(config, groups["policy"].workers, units)
         told = [
             *notices,
             *origin.notices,
             *train.account.notices,
             *launch.machine_notices(config, groups.on_gpu),
         ]
-        plan = report.sft_plan(config, groups, schedule, train, held_out, origin, cluster, told)
-        started = SFTRun(config, groups, schedule, train, held_out, origin)
+        plan = report.sft_plan(config, groups, schedule, train, held_out, origin, cluster, told, packs)
+        started = SFTRun(config, groups, schedule, train, held_out, origin, packs)
         started.run.say(plan.render())
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
         started.start(slots, stack)
@@ -53,6 +57,23 @@ def run(config: SFTConfig, notices: Sequence[str] = ()) -> RunResult:
             result = started.run.finish()
         report.sft_summary(config, started.run, train.account, result).show(started.run.console)
         return result
+
+
+def packs_of(config: SFTConfig, rows: TokenSet) -> Packs | None:
+    """The packs of `--packing true`, as long as the longest row may be; None without it.
+
+    Raises:
+        ConfigError: Neither the user nor the model says how long a row may be.
+    """
+    if not config.packing:
+        return None
+    capacity = config.max_length or rows.account.max_positions
+    if capacity is None:
+        raise ConfigError(
+            "--packing true fills packs of --max_length tokens, and the model does not say what it can hold: "
+            "give --max_length."
+        )
+    return Packs(rows.lengths, capacity, config.data_seed, config.dataset_shuffle)
 
 
 class SFTRun:
@@ -66,6 +87,7 @@ class SFTRun:
         train: TokenSet,
         held_out: TokenSet | None,
         origin: Origin,
+        packs: Packs | None = None,
     ) -> None:
         self.config = config
         self.groups = groups
@@ -74,8 +96,11 @@ class SFTRun:
         self.held_out = held_out
         self.origin = origin
         self.run = Run(config, origin, schedule.total_steps, best_by="eval_loss", greater_is_better=False)
-        self.order = BatchPlan(
-            len(train), schedule.rows_per_step, config.data_seed, config.dataset_shuffle, drop_last=False
+        size = schedule.rows_per_step
+        self.order = (
+            BatchPlan(len(train), size, config.data_seed, config.dataset_shuffle, drop_last=False)
+            if packs is None
+            else PackBatches(packs, size)
         )
 
     def start(self, slots: Mapping[str, Any], stack: ExitStack) -> None:

@@ -58,7 +58,7 @@ def test_sft_on_one_gpu() -> None:
     assert config.warmup_ratio == 0.05
     assert config.system == "You are a helpful assistant."
     assert resolved.attention(config) == "flash_attention_2"
-    assert config.policy_workers is None
+    assert config.policy_workers == 1
     assert sft_schedule_of(config, 1, n_rows=100).rows_per_step == 16
 
 

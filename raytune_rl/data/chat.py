@@ -1,15 +1,16 @@
 """Conversations as text, by the model's own chat template; and where in that text the assistant speaks.
 
-Tokenizers are passed in; nothing here imports Transformers.
+Tokenizers and processors are passed in; nothing here imports Transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raytune_rl.data.example import Example, Message
+from raytune_rl.data.media_tags import TAGS
 from raytune_rl.errors import DataError, ModelError
 
 #: For base models that know ChatML's tokens but bring no template: no default system prompt, nothing added.
@@ -20,6 +21,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+_IMAGE = TAGS["images"]
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,27 @@ class ChatTemplate:
         tokenizer: The tokenizer, unchanged.
         template: The template in use when it is not the tokenizer's own.
         notice: A sentence for the user when it is not.
+        processor: Of a vision model: it writes conversations, from lists of parts, instead of the tokenizer.
+        parts_always: Whether its template wants turns without a picture as lists of parts too.
     """
 
     tokenizer: Any
     template: str | None = None
     notice: str | None = None
+    processor: Any = None
+    parts_always: bool = False
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ChatTemplate:
-        """The tokenizer's own template, or ChatML for one that has none but has ChatML's tokens (Qwen base
-        models).
+    def of(cls, tokenizer: Any, processor: Any = None) -> ChatTemplate:
+        """The processor's own template, else the tokenizer's, else ChatML for one that has none but has
+        ChatML's tokens (Qwen base models).
 
         Raises:
-            ModelError: It has neither.
+            ModelError: There is none of these.
         """
+        if processor is not None and getattr(processor, "chat_template", None):
+            chat = cls(tokenizer, processor=processor)
+            return replace(chat, parts_always=not chat._takes_text())
         if getattr(tokenizer, "chat_template", None):
             return cls(tokenizer)
         if all(len(tokenizer.encode(token, add_special_tokens=False)) == 1 for token in _CHATML_TOKENS):
@@ -67,9 +76,10 @@ class ChatTemplate:
             DataError: The template refuses the conversation (roles out of order, for example).
         """
         overrides = {} if self.template is None else {"chat_template": self.template}
+        writer = self.tokenizer if self.processor is None else self.processor
         try:
-            return self.tokenizer.apply_chat_template(
-                [message.for_template() for message in messages],
+            return writer.apply_chat_template(
+                [self._written(message) for message in messages],
                 tools=list(tools) or None,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
@@ -77,6 +87,23 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error
+
+    def _written(self, message: Message) -> dict[str, Any]:
+        plain = message.for_template()
+        if self.processor is not None and (self.parts_always or _IMAGE in message.content):
+            plain["content"] = content_parts(message.content)
+        return plain
+
+    def _takes_text(self) -> bool:
+        """Whether the template writes a text as it writes a list of one text. Some go through the characters
+        of a text as if they were parts."""
+        turn = Message("user", "Good morning.")
+        try:
+            return self.render([turn], generation_prompt=False) == replace(self, parts_always=True).render(
+                [turn], generation_prompt=False
+            )
+        except DataError:
+            return False
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end an assistant turn: the tokenizer's eos, and the token its template writes after an
@@ -95,6 +122,17 @@ class ChatTemplate:
         if len(tail) == 1 and tail[0] in self.tokenizer.all_special_ids and tail[0] not in stops:
             stops.append(int(tail[0]))
         return tuple(stops)
+
+
+def content_parts(content: str) -> list[dict[str, str]]:
+    """A text with `<image>` tags as the list of parts that processors' templates take."""
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(content.split(_IMAGE)):
+        if number:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts or [{"type": "text", "text": ""}]
 
 
 def trained_turns(example: Example, loss_scale: str) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,24 @@ from raytune_rl.data.chat import ChatTemplate
 from raytune_rl.data.encode_rows import EncodedRow, Failure, Job, LossScale, Truncation, encode_chunk
 from raytune_rl.data.example import Example, RowError
 from raytune_rl.data.parallel import map_chunks
-from raytune_rl.data.ragged import Ragged
+from raytune_rl.data.pictures import Picture, picture_columns
+from raytune_rl.data.ragged import Columns, Ragged
+from raytune_rl.data.vision import VisionProcessor
 from raytune_rl.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """An example that was left out, and why."""
+    """An example that was left out, and why. `unusable` if the row is at fault, not its length.
+
+    Rows are counted by `reason`; what differs from row to row is in `detail`.
+    """
 
     source: str
     line: int
     reason: str
+    unusable: bool = False
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class EncodedPrompts:
         index: int64 `[n]`, increasing.
         dropped: The examples that are not among the rows.
         notices: Sentences for the user.
+        images: Columns of the rows' pictures (see `data.pictures`); empty when there are none.
     """
 
     prompts: Ragged
@@ -48,6 +56,7 @@ class EncodedPrompts:
     index: NDArray[np.int64]
     dropped: tuple[Dropped, ...] = ()
     notices: tuple[str, ...] = ()
+    images: Columns = field(default_factory=dict)
 
     @property
     def reasons(self) -> Counter[str]:
@@ -62,7 +71,7 @@ class EncodedSFT:
     Attributes:
         tokens: Ragged int32 `[n]`.
         loss_mask: Ragged bool with the offsets of `tokens`; at least one True a row, never at its index 0.
-        index, dropped, notices: As in `EncodedPrompts`.
+        index, dropped, notices, images: As in `EncodedPrompts`.
     """
 
     tokens: Ragged
@@ -70,11 +79,28 @@ class EncodedSFT:
     index: NDArray[np.int64]
     dropped: tuple[Dropped, ...] = ()
     notices: tuple[str, ...] = ()
+    images: Columns = field(default_factory=dict)
 
     @property
     def reasons(self) -> Counter[str]:
         """Reason to number of dropped examples."""
         return Counter(drop.reason for drop in self.dropped)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How rows with pictures are read.
+
+    Attributes:
+        vision: The model's processor.
+        root: Folder that relative paths start from; the current one if None.
+        inline: Put the bytes of local files into the columns, for workers on other machines, instead of
+            their paths. What came by URL or as bytes is always put in.
+    """
+
+    vision: VisionProcessor
+    root: str | None = None
+    inline: bool = False
 
 
 def encode_prompts(
@@ -86,6 +112,7 @@ def encode_prompts(
     strict: bool = True,
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
+    images: ImageSettings | None = None,
 ) -> EncodedPrompts:
     """Writes every conversation with the model's chat template and generation prompt, and tokenizes it.
 
@@ -98,6 +125,7 @@ def encode_prompts(
         strict: A row that the template refuses stops; otherwise it is dropped with its reason.
         num_proc: Processes for big inputs; the result does not depend on it.
         progress: Called with the number of rows done since the last call.
+        images: For a vision model; without it a row with images is an error.
 
     Raises:
         RowError: A row cannot be encoded; it names file, line and reason.
@@ -111,16 +139,17 @@ def encode_prompts(
             "truncation_strategy 'right' would cut off the question's end and the generation prompt; "
             "use 'left' or 'delete'"
         )
-    job = Job(ChatTemplate.of(tokenizer), max_length, truncation_strategy, None)
+    job = _job(tokenizer, max_length, truncation_strategy, None, images)
     rows, index, dropped = _run(job, examples, strict, num_proc, progress)
     kept = [examples[i] for i in index]
     names = dict.fromkeys(name for example in kept for name in example.extra)
     return EncodedPrompts(
-        prompts=Ragged.from_rows([tokens for tokens, _ in rows], np.int32),
+        prompts=Ragged.from_rows([row.tokens for row in rows], np.int32),
         extra={name: [example.extra.get(name) for example in kept] for name in names},
         index=index,
         dropped=dropped,
         notices=_notices(job),
+        images=picture_columns(row.pictures for row in rows),
     )
 
 
@@ -134,6 +163,7 @@ def encode_sft(
     strict: bool = True,
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
+    images: ImageSettings | None = None,
 ) -> EncodedSFT:
     """Writes every conversation with the model's chat template, tokenizes it and marks what is trained on.
 
@@ -142,7 +172,7 @@ def encode_sft(
 
     Args:
         examples: Conversations that end with the assistant.
-        tokenizer, strict, num_proc, progress: As in `encode_prompts`.
+        tokenizer, strict, num_proc, progress, images: As in `encode_prompts`.
         max_length: Most tokens a row may have; None is no limit.
         truncation_strategy: For longer ones: 'delete' drops the row, 'left' keeps the last tokens, 'right'
             the first, 'error' stops. A row in which truncation leaves nothing to train on is dropped.
@@ -157,15 +187,29 @@ def encode_sft(
     """
     if loss_scale not in ("default", "last_round", "all"):
         raise ConfigError(f"loss_scale is {loss_scale!r}; it is default, last_round or all")
-    job = Job(ChatTemplate.of(tokenizer), max_length, truncation_strategy, loss_scale)
+    job = _job(tokenizer, max_length, truncation_strategy, loss_scale, images)
     rows, index, dropped = _run(job, examples, strict, num_proc, progress)
     return EncodedSFT(
-        tokens=Ragged.from_rows([tokens for tokens, _ in rows], np.int32),
-        loss_mask=Ragged.from_rows([mask for _, mask in rows], np.bool_),
+        tokens=Ragged.from_rows([row.tokens for row in rows], np.int32),
+        loss_mask=Ragged.from_rows([row.mask for row in rows], np.bool_),
         index=index,
         dropped=dropped,
         notices=_notices(job),
+        images=picture_columns(row.pictures for row in rows),
     )
+
+
+def _job(
+    tokenizer: Any,
+    max_length: int | None,
+    truncation: Truncation,
+    loss_scale: LossScale | None,
+    images: ImageSettings | None,
+) -> Job:
+    if images is None:
+        return Job(ChatTemplate.of(tokenizer), max_length, truncation, loss_scale)
+    vision = images.vision
+    return Job(vision.chat, max_length, truncation, loss_scale, vision, images.root, images.inline)
 
 
 def _run(
@@ -179,25 +223,37 @@ def _run(
         raise ConfigError(f"max_length is {job.max_length}; it must be at least 1")
     if job.truncation not in ("delete", "left", "right", "error"):
         raise ConfigError(f"truncation_strategy is {job.truncation!r}; it is delete, left, right or error")
-    results = map_chunks(encode_chunk, job, examples, num_proc=num_proc, progress=progress)
+    # A picture costs as much as hundreds of texts: small chunks, and processes sooner.
+    heavy = {"chunk_rows": 16, "parallel_from": 64} if any(e.images for e in examples) else {}
+    results = map_chunks(encode_chunk, job, examples, num_proc=num_proc, progress=progress, **heavy)
     rows: list[EncodedRow] = []
     index: list[int] = []
     dropped: list[Dropped] = []
     for number, (example, result) in enumerate(zip(examples, results, strict=True)):
         if not isinstance(result, Failure):
-            rows.append(result)
+            rows.append(replace(result, pictures=_own_bytes(result.pictures, example)))
             index.append(number)
         elif result.stops == "always" or (strict and result.stops == "strict"):
-            raise RowError(example.source, example.line, result.reason)
+            raise RowError(example.source, example.line, str(result))
         else:
-            dropped.append(Dropped(example.source, example.line, result.reason))
+            unusable = result.stops == "strict"
+            dropped.append(Dropped(example.source, example.line, result.reason, unusable, result.detail))
     if examples and not rows:
         first = dropped[0]
         raise DataError(
             f"none of {len(examples)} rows can be encoded. "
-            f"The first: {first.source}:{first.line}: {first.reason}"
+            f"The first: {first.source}:{first.line}: {first.reason}{first.detail and ': ' + first.detail}"
         )
     return rows, np.array(index, dtype=np.int64), tuple(dropped)
+
+
+def _own_bytes(pictures: tuple[Picture, ...], example: Example) -> tuple[Picture, ...]:
+    """The pictures with the example's bytes for the equal ones that came back from a worker process, so that
+    memory holds them once."""
+    return tuple(
+        replace(picture, data=ref) if isinstance(ref, bytes) else picture
+        for picture, ref in zip(pictures, example.images, strict=bool(pictures))
+    )
 
 
 def _notices(job: Job) -> tuple[str, ...]:

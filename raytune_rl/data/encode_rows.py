@@ -1,9 +1,13 @@
-"""One chunk of examples to tokens and loss masks; the part of encoding that runs in worker processes."""
+"""One chunk of examples to tokens and loss masks; the part of encoding that runs in worker processes.
+
+Texts are tokenized a chunk at a time. A row with pictures goes through the model's processor alone, because
+what is wrong with its pictures is that row's fault only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +15,9 @@ from numpy.typing import NDArray
 
 from raytune_rl.data.chat import ChatTemplate, assistant_spans, trained_turns
 from raytune_rl.data.example import Example
+from raytune_rl.data.media import ImageError, fetch_image, shown
+from raytune_rl.data.pictures import Picture
+from raytune_rl.data.vision import VisionProcessor
 from raytune_rl.errors import DataError
 
 Truncation = Literal["delete", "left", "right", "error"]
@@ -25,14 +32,33 @@ class Job:
     max_length: int | None
     truncation: Truncation
     loss_scale: LossScale | None  # None: prompts
+    vision: VisionProcessor | None = None
+    image_root: str | None = None  # where relative paths of pictures start
+    inline_images: bool = False  # carry the bytes of local files, for workers that do not see them
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a row has no tokens, and when that is an error: always, under `strict`, or never (as asked)."""
+    """Why a row has no tokens, and when that is an error: always, under `strict`, or never (as asked).
+
+    Rows are counted by `reason`; what differs from row to row is in `detail`.
+    """
 
     reason: str
     stops: Literal["always", "strict", "never"]
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row's int32 tokens, the bool mask of those that are trained on, and its pictures in their order."""
+
+    tokens: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    pictures: tuple[Picture, ...] = ()
 
 
 _MERGED = (
@@ -40,17 +66,21 @@ _MERGED = (
     "(an answer that begins with a line break, for example), so that no token is the turn's first or last"
 )
 
-EncodedRow = tuple[NDArray[np.int32], NDArray[np.bool_]]
-
 
 def encode_chunk(job: Job, examples: Sequence[Example]) -> list[EncodedRow | Failure]:
-    """Renders row by row, tokenizes the chunk in one call."""
+    """Renders row by row, tokenizes the texts of the chunk in one call."""
     results: list[EncodedRow | Failure | None] = []
     texts: list[str] = []
     spans: list[list[tuple[int, int]]] = []
     for example in examples:
         try:
             text, found = _render(job, example)
+            if example.images:
+                results.append(_with_images(job, example, text, found))
+                continue
+        except ImageError as error:
+            results.append(Failure("an image cannot be read", "strict", str(error)))
+            continue
         except DataError as error:
             results.append(Failure(str(error), "strict"))
             continue
@@ -62,13 +92,19 @@ def encode_chunk(job: Job, examples: Sequence[Example]) -> list[EncodedRow | Fai
 
 
 def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
-    if example.has_media:
+    if example.has_media and job.vision is None:
         raise DataError("the row has images, videos or audios; those need a vision model's processor")
+    if example.videos or example.audios:
+        raise DataError("the row has videos or audios; only images can be trained on so far")
 
     def render(messages: Sequence[Any], *, generation_prompt: bool) -> str:
         return job.chat.render(messages, example.tools, generation_prompt=generation_prompt)
 
     text = render(example.messages, generation_prompt=job.loss_scale is None)
+    if job.vision is not None and not example.images and (job.vision.placeholder or "\0") in text:
+        raise DataError(
+            f"the text holds the model's own image token {job.vision.placeholder!r}, but no image"
+        )
     if job.loss_scale is None:
         return text, []
     if job.loss_scale == "all":
@@ -77,6 +113,33 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
     if not turns:
         raise DataError("no turn of the conversation is trained on")
     return text, list(assistant_spans(example.messages, turns, text, render).values())
+
+
+def _with_images(
+    job: Job, example: Example, text: str, ranges: list[tuple[int, int]]
+) -> EncodedRow | Failure:
+    """A rendered row through the processor."""
+    assert job.vision is not None
+    pictures, images = [], []
+    for ref in example.images:
+        found = fetch_image(ref, job.image_root)
+        images.append(job.vision.decode(found.data, found.path or ref))
+        pictures.append(Picture.of(found, inline=job.inline_images))
+    try:
+        expanded = job.vision.expand(text, images)
+    except DataError as error:
+        names = ", ".join(shown(ref) for ref in example.images)
+        raise DataError(f"{error} (images {names})") from error
+    shifted = [(expanded.shifted(start), expanded.shifted(end)) for start, end in ranges]
+    mask = _mask(_starts_by_offsets(expanded.places, shifted), shifted)
+    # What stands for a picture is not the assistant's, wherever it stands.
+    mask &= ~expanded.inside
+    if job.max_length is not None and len(expanded.tokens) > job.max_length:
+        cut = ~_kept(job, len(mask))
+        if job.truncation in ("left", "right") and (expanded.inside & cut).any():
+            return Failure(f"truncation to max_length {job.max_length} would cut into an image", "never")
+    row = _truncated(job, expanded.tokens, mask)
+    return row if isinstance(row, Failure) else replace(row, pictures=tuple(pictures))
 
 
 def _tokenize(job: Job, texts: list[str], spans: list[list[tuple[int, int]]]) -> list[EncodedRow | Failure]:
@@ -116,7 +179,7 @@ def _mask(starts: NDArray[np.int64], ranges: list[tuple[int, int]]) -> NDArray[n
 
 
 def _starts_by_offsets(
-    offsets: Sequence[tuple[int, int]], ranges: list[tuple[int, int]]
+    offsets: Sequence[tuple[int, int]] | NDArray[np.int64], ranges: list[tuple[int, int]]
 ) -> NDArray[np.int64]:
     """Where tokens begin in the text, int64 `[tokens]`; a range must begin where a token does."""
     places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
@@ -150,11 +213,18 @@ def _truncated(job: Job, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> 
             return Failure(
                 f"longer than max_length {limit}", "always" if job.truncation == "error" else "never"
             )
-        kept = slice(-limit, None) if job.truncation == "left" else slice(0, limit)
-        tokens, mask = tokens[kept].copy(), mask[kept].copy()
+        kept = _kept(job, len(tokens))
+        tokens, mask = tokens[kept], mask[kept]
         mask[:1] = False
         if job.loss_scale is not None and not mask.any():
             return Failure(f"nothing to train on is left within max_length {limit}", "never")
     if job.loss_scale is not None and not mask.any():
         return Failure("the assistant's turns have no tokens", "strict")
-    return tokens, mask
+    return EncodedRow(tokens, mask)
+
+
+def _kept(job: Job, length: int) -> NDArray[np.bool_]:
+    """Which tokens of a row that is too long truncation keeps."""
+    assert job.max_length is not None
+    places = np.arange(length)
+    return places >= length - job.max_length if job.truncation == "left" else places < job.max_length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
@@ -27,6 +28,7 @@ def map_chunks(
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
     parallel_from: int | None = None,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> list[R]:
     """`function(shared, chunk)` over all chunks of the items, results in their order whatever the number of
     processes.
@@ -38,8 +40,9 @@ def map_chunks(
         num_proc: Processes; 1 works in this one.
         progress: Called with the number of items of each finished chunk.
         parallel_from: Fewer items than this are done in this process; `PARALLEL_FROM` unless given.
+        chunk_rows: Items a call.
     """
-    chunks = [items[start : start + CHUNK_ROWS] for start in range(0, len(items), CHUNK_ROWS)]
+    chunks = [items[start : start + chunk_rows] for start in range(0, len(items), chunk_rows)]
     threshold = PARALLEL_FROM if parallel_from is None else parallel_from
     if num_proc <= 1 or len(items) < threshold:
         return _collect((function(shared, chunk) for chunk in chunks), progress)
@@ -62,6 +65,8 @@ def _collect(results: Iterator[list[R]], progress: Callable[[int], None] | None)
 def _start(function: Callable[[Any, Sequence[T]], list[R]], shared: Any) -> None:
     # The processes are the parallelism; threads inside each would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if (torch := sys.modules.get("torch")) is not None:  # image processors compute with it
+        torch.set_num_threads(1)
     _shared.update(function=function, shared=shared)
 
 

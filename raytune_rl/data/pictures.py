@@ -1,0 +1,110 @@
+"""The pictures of many rows as columns: each distinct one once, however many rows show it.
+
+A row holds numbers into the table. The table holds for each picture either the path of its file or the file's
+bytes, all in one flat array: in Ray's object store that is mapped, not copied, whoever reads a row of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.data.media import EncodedImage, ImageError, fetch_image, shown
+from raytune_rl.data.ragged import Columns, Ragged
+
+#: Columns of the object that has the rows: `images` is per row, the others are the table.
+ROW_COLUMN = "images"
+_DATA, _IS_PATH, _DIGEST = "image_data", "image_is_path", "image_digest"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as the table has it: exactly one of `data` and `path` is set."""
+
+    digest: int
+    data: bytes | memoryview | None = None
+    path: str | None = None
+
+    @classmethod
+    def of(cls, image: EncodedImage, *, inline: bool) -> Picture:
+        """A picture that was read; `inline` keeps the bytes of a local file instead of its path."""
+        if image.path is not None and not inline:
+            return cls(image.digest, path=image.path)
+        return cls(image.digest, data=image.data)
+
+    @property
+    def name(self) -> str:
+        """What an error calls it."""
+        return shown(bytes(self.data or b"")) if self.path is None else shown(self.path)
+
+    def read(self) -> bytes:
+        """The encoded bytes.
+
+        Raises:
+            ImageError: The file is gone, or is not the one that was tokenized: its number of tokens may
+                have changed.
+        """
+        if self.data is not None:
+            return bytes(self.data)
+        assert self.path is not None
+        found = fetch_image(self.path)
+        if found.digest != self.digest:
+            raise ImageError(
+                f"image {self.name} has changed since the data was tokenized; start the run anew"
+            )
+        return found.data
+
+
+def picture_columns(rows: Iterable[Sequence[Picture]]) -> Columns:
+    """The columns for rows of pictures; none at all when no row has one."""
+    numbers: dict[int, int] = {}
+    distinct: list[Picture] = []
+    indices: list[list[int]] = []
+    for row in rows:
+        for picture in row:
+            if numbers.setdefault(picture.digest, len(distinct)) == len(distinct):
+                distinct.append(picture)
+        indices.append([numbers[picture.digest] for picture in row])
+    if not distinct:
+        return {}
+    return {
+        ROW_COLUMN: Ragged.from_rows(indices, np.int32),
+        _DATA: Ragged.from_rows([_flat(picture) for picture in distinct], np.uint8),
+        _IS_PATH: np.array([picture.path is not None for picture in distinct]),
+        _DIGEST: np.array([picture.digest for picture in distinct], dtype=np.uint64),
+    }
+
+
+def pictures_of(columns: Columns, row: int) -> list[Picture]:
+    """The pictures of one row, in the order of its tags; none if the object has no pictures."""
+    numbers = columns.get(ROW_COLUMN)
+    if not isinstance(numbers, Ragged):
+        return []
+    return [_picture(columns, int(number)) for number in numbers[row]]
+
+
+def count_pictures(columns: Columns) -> tuple[int, int, int]:
+    """Pictures shown by the rows, distinct ones, and bytes of the table."""
+    numbers, data = columns.get(ROW_COLUMN), columns.get(_DATA)
+    if not isinstance(numbers, Ragged) or not isinstance(data, Ragged):
+        return 0, 0, 0
+    return len(numbers.values), len(data), len(data.values)
+
+
+def _flat(picture: Picture) -> NDArray[np.uint8]:
+    raw = picture.data if picture.path is None else picture.path.encode()
+    assert raw is not None
+    return np.frombuffer(raw, dtype=np.uint8)
+
+
+def _picture(columns: Columns, number: int) -> Picture:
+    data = columns[_DATA]
+    assert isinstance(data, Ragged)
+    raw = data[number].data  # a view on the store's memory: a picture that is cached is never copied
+    digest = int(columns[_DIGEST][number])
+    if columns[_IS_PATH][number]:
+        return Picture(digest, path=bytes(raw).decode())
+    return Picture(digest, data=raw)

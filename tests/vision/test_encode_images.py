@@ -1,0 +1,207 @@
+"""Rows with pictures to tokens: placeholders as many as features, and exactly the answers are trained on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoProcessor
+
+from raytune_rl.data.encode import EncodedSFT, ImageSettings, encode_prompts, encode_sft
+from raytune_rl.data.example import Example, Message, RowError
+from raytune_rl.data.pictures import count_pictures, pictures_of
+from raytune_rl.data.vision import VisionProcessor
+from raytune_rl.errors import DataError, ModelError
+from raytune_rl.tiny.shapes import draw
+
+USER, BOT = Message("user", "<image>Which shape is it?"), Message("assistant", "A red square.")
+USER_2, BOT_2 = Message("user", "And <image><image> these?"), Message("assistant", "Both are blue.")
+TEXT = Message("user", "How are you?")
+
+
+@pytest.fixture(scope="module")
+def vision(tiny_vl: Path) -> VisionProcessor:
+    return VisionProcessor.of(AutoProcessor.from_pretrained(tiny_vl))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of 4, 4, 8 and 16 tokens."""
+    root = tmp_path_factory.mktemp("pictures")
+    sizes = [(56, 56), (56, 56), (112, 56), (300, 200)]
+    for number, size in enumerate(sizes):
+        draw("red", "circle", random.Random(number)).resize(size).save(root / f"{number}.png")
+    return [str(root / f"{number}.png") for number in range(len(sizes))]
+
+
+def row(*messages: Message, images: tuple[Any, ...] = (), line: int = 1) -> Example:
+    return Example(messages, images=images, source="data.jsonl", line=line)
+
+
+def encode(vision: VisionProcessor, *examples: Example, **options: Any) -> EncodedSFT:
+    settings = ImageSettings(vision, options.pop("root", None), options.pop("inline", False))
+    return encode_sft(list(examples), vision.processor.tokenizer, images=settings, **options)
+
+
+def trained(vision: VisionProcessor, encoded: EncodedSFT, at: int = 0) -> list[str]:
+    tokens, mask = encoded.tokens[at], encoded.loss_mask[at]
+    borders = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
+    decode = vision.processor.tokenizer.decode
+    return [decode(tokens[a:b]) for a, b in zip(borders[::2], borders[1::2], strict=True)]
+
+
+def test_tokens_are_the_processors_and_only_answers_are_trained_on(
+    vision: VisionProcessor, pictures: list[str]
+) -> None:
+    turns = (Message("system", "Be brief."), USER, BOT, USER_2, BOT_2)
+    encoded = encode(vision, row(*turns, images=(pictures[0], pictures[2], pictures[3])))
+    assert trained(vision, encoded) == ["A red square.<|im_end|>", "Both are blue.<|im_end|>"]
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which shape is it?"}]},
+        {"role": "assistant", "content": "A red square."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "And "},
+                {"type": "image"},
+                {"type": "image"},
+                {"type": "text", "text": " these?"},
+            ],
+        },
+        {"role": "assistant", "content": "Both are blue."},
+    ]
+    text = vision.processor.apply_chat_template(chat, tokenize=False)
+    images = [Image.open(pictures[i]) for i in (0, 2, 3)]
+    whole = vision.processor(text=[text], images=[images])
+    assert encoded.tokens[0].tolist() == whole["input_ids"][0]
+    pads = (encoded.tokens[0] == vision.processor.image_token_id).sum()
+    assert pads == (whole["image_grid_thw"].prod(-1) // 4).sum()
+    assert [p.path for p in pictures_of(encoded.images, 0)] == [pictures[i] for i in (0, 2, 3)]
+
+
+def test_loss_scale_all_still_leaves_out_what_stands_for_pictures(
+    vision: VisionProcessor, pictures: list[str]
+) -> None:
+    encoded = encode(vision, row(USER, BOT, images=(pictures[0],)), loss_scale="all")
+    tokens, mask = encoded.tokens[0], encoded.loss_mask[0]
+    assert not mask[tokens == vision.processor.image_token_id].any()
+    assert mask.sum() == len(tokens) - 1 - 4, "all but the first token and the four of the picture"
+
+
+def test_a_picture_in_the_assistants_turn_is_seen_but_not_trained(
+    vision: VisionProcessor, pictures: list[str]
+) -> None:
+    answer = Message("assistant", "See <image> there.")
+    encoded = encode(vision, row(TEXT, answer, images=(pictures[0],)))
+    joined = "".join(trained(vision, encoded))
+    assert joined == "See <|vision_start|><|vision_end|> there.<|im_end|>"
+
+
+def test_rows_without_pictures_are_tokenized_as_text_beside_them(
+    vision: VisionProcessor, pictures: list[str]
+) -> None:
+    examples = [row(TEXT, BOT), row(USER, BOT, images=(pictures[0],)), row(TEXT, BOT_2)]
+    encoded = encode(vision, *examples)
+    alone = encode(vision, examples[2])
+    assert encoded.tokens[2].tolist() == alone.tokens[0].tolist()
+    assert trained(vision, encoded, 2) == ["Both are blue.<|im_end|>"]
+    assert [len(pictures_of(encoded.images, i)) for i in range(3)] == [0, 1, 0]
+    assert alone.images == {}
+
+
+def test_processes_give_the_same_as_one(vision: VisionProcessor, pictures: list[str]) -> None:
+    data = Path(pictures[1]).read_bytes()
+    examples = [row(USER, BOT, images=(data if n % 3 == 0 else pictures[n % 4],), line=n) for n in range(70)]
+    one, two = encode(vision, *examples), encode(vision, *examples, num_proc=2)
+    np.testing.assert_array_equal(one.tokens.values, two.tokens.values)
+    np.testing.assert_array_equal(one.loss_mask.values, two.loss_mask.values)
+    np.testing.assert_array_equal(one.images["image_data"].values, two.images["image_data"].values)  # type: ignore[union-attr]
+    assert count_pictures(one.images)[:2] == count_pictures(two.images)[:2] == (70, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "count", "reason"),
+    [
+        (
+            "<image>See <|image_pad|>",
+            1,
+            r"2 times the model's own image token '<\|image_pad\|>' for 1 images",
+        ),
+        ("See <|image_pad|>", 0, "holds the model's own image token"),
+    ],
+)
+def test_a_placeholder_in_the_rows_own_text_is_an_error(
+    vision: VisionProcessor, pictures: list[str], content: str, count: int, reason: str
+) -> None:
+    bad = row(Message("user", content), BOT, images=tuple(pictures[:count]), line=7)
+    with pytest.raises(RowError, match=rf"^data.jsonl:7: .*{reason}"):
+        encode(vision, bad)
+
+
+def test_a_broken_picture_names_row_and_path_and_is_counted_by_kind(
+    vision: VisionProcessor, pictures: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "bad.png").write_bytes(Path(pictures[0]).read_bytes()[:70])
+    bad = row(USER, BOT, images=("bad.png",), line=3)
+    gone = row(USER, BOT, images=("gone.png",), line=4)
+    with pytest.raises(RowError, match=r"^data.jsonl:3: an image cannot be read: image '.*bad.png' cannot"):
+        encode(vision, bad, root=str(tmp_path))
+    good = row(USER, BOT, images=(pictures[0],))
+    encoded = encode(vision, bad, good, gone, root=str(tmp_path), strict=False)
+    assert encoded.index.tolist() == [1]
+    assert encoded.reasons == {"an image cannot be read": 2}
+    assert [drop.unusable for drop in encoded.dropped] == [True, True]
+    assert "gone.png" in encoded.dropped[1].detail
+    with pytest.raises(DataError, match=r"none of 1 rows can be encoded.*gone\.png"):
+        encode(vision, gone, strict=False)
+
+
+def test_a_picture_that_the_processor_refuses_names_row_and_picture(
+    vision: VisionProcessor, tmp_path: Path
+) -> None:
+    Image.new("RGB", (2000, 4)).save(tmp_path / "strip.png")
+    with pytest.raises(RowError, match=r"data.jsonl:1: .*aspect ratio.*strip\.png"):
+        encode(vision, row(USER, BOT, images=(str(tmp_path / "strip.png"),)))
+
+
+def test_a_dropped_long_row_and_a_cut_through_a_picture(vision: VisionProcessor, pictures: list[str]) -> None:
+    long = row(USER, BOT, images=(pictures[3],))
+    short = row(USER, BOT, images=(pictures[0],))
+    size = len(encode(vision, short).tokens[0])
+    encoded = encode(vision, long, short, max_length=size)
+    assert encoded.index.tolist() == [1]
+    assert encoded.reasons == {f"longer than max_length {size}": 1}
+    encoded = encode(vision, long, short, max_length=size, truncation_strategy="left")
+    assert encoded.reasons == {f"truncation to max_length {size} would cut into an image": 1}
+    cut = encode(vision, short, max_length=size - 2, truncation_strategy="right")
+    assert len(cut.tokens[0]) == size - 2
+    assert trained(vision, cut) == ["A red square."]
+
+
+def test_max_pixels_is_the_processors_own_limit(tiny_vl: Path, pictures: list[str]) -> None:
+    few = VisionProcessor.of(AutoProcessor.from_pretrained(tiny_vl), max_pixels=28 * 28 * 6)
+    assert few.max_pixels is None, "this processor scales by itself"
+    encoded = encode(few, row(USER, BOT, images=(pictures[3],)))
+    assert (encoded.tokens[0] == few.processor.image_token_id).sum() <= 6
+    with pytest.raises(ModelError, match="--max_pixels 100 is below the 784"):
+        VisionProcessor.of(AutoProcessor.from_pretrained(tiny_vl), max_pixels=100)
+
+
+def test_prompts_end_where_the_answer_begins(vision: VisionProcessor, pictures: list[str]) -> None:
+    settings = ImageSettings(vision)
+    examples = [row(USER, images=(pictures[0],)), row(USER, images=(pictures[0],))]
+    prompts = encode_prompts(examples, vision.processor.tokenizer, images=settings)
+    text = vision.processor.tokenizer.decode(prompts.prompts[0])
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert count_pictures(prompts.images)[:2] == (2, 1), "one picture however many prompts show it"
+
+
+def test_videos_are_refused_by_name(vision: VisionProcessor) -> None:
+    film = Example((Message("user", "<video>What?"), BOT), videos=("a.mp4",), source="x", line=2)
+    with pytest.raises(RowError, match=r"x:2: the row has videos or audios; only images"):
+        encode(vision, film)

@@ -1,0 +1,141 @@
+"""Reading pictures: wherever they come from, the same pixels; and what is said when they cannot be read."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raytune_rl.data.media import ImageError, decode_image, fetch_image
+from raytune_rl.data.pictures import Picture, count_pictures, picture_columns, pictures_of
+
+
+def png(colour: tuple[int, ...] = (200, 10, 10), size: tuple[int, int] = (8, 6), mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves one picture; `/flaky.png` fails the first time."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        bad = {"/gone.png": 404, "/flaky.png": 503 if self.asked.count("/flaky.png") == 1 else 200}
+        self.send_response(bad.get(self.path, 200))
+        self.end_headers()
+        self.wfile.write(png())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def site() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    Server.asked.clear()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_every_kind_of_reference_gives_the_same_picture(tmp_path: Path, site: str) -> None:
+    data = png()
+    (tmp_path / "a.png").write_bytes(data)
+    refs = [
+        str(tmp_path / "a.png"),
+        f"file://{tmp_path}/a.png",
+        f"{site}/a.png",
+        f"{site}/flaky.png",
+        "data:image/png;base64," + base64.b64encode(data).decode(),
+        data,
+    ]
+    found = [fetch_image(ref) for ref in refs]
+    assert {image.data for image in found} == {data}
+    assert len({image.digest for image in found}) == 1
+    assert [image.path for image in found] == [str(tmp_path / "a.png")] * 2 + [None] * 4
+    assert fetch_image("a.png", str(tmp_path)).path == str(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("ref", "reason"),
+    [
+        ("nowhere.png", r"'nowhere.png': there is no file '/.*nowhere.png' \(--root_image_dir"),
+        ("data:image/png,abc", "must read data:image"),
+        ("data:image/png;base64,a$b", "base64 text is damaged"),
+        ("{site}/gone.png", "cannot be downloaded: HTTP Error 404"),
+        ("/", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_fetched_is_named(ref: str, reason: str, site: str) -> None:
+    with pytest.raises(ImageError, match=reason):
+        fetch_image(ref.format(site=site))
+
+
+def test_what_cannot_be_decoded_is_named() -> None:
+    with pytest.raises(ImageError, match=r"image 'x.png' cannot be decoded: it is no picture"):
+        decode_image(b"not a picture", "x.png")
+    with pytest.raises(ImageError, match=r"image of 60 bytes cannot be decoded"):
+        decode_image(png(size=(300, 300))[:60], png(size=(300, 300))[:60])
+
+
+def test_colours_alpha_and_orientation_are_settled_here() -> None:
+    grey = decode_image(png((77,), mode="L"))
+    assert grey.mode == "RGB"
+    assert grey.getpixel((0, 0)) == (77, 77, 77)
+    half = decode_image(png((0, 0, 0, 0), mode="RGBA"))
+    assert half.getpixel((0, 0)) == (255, 255, 255), "transparent is white, not black"
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (8, 6)).save(file, "JPEG", exif=exif)
+    assert decode_image(file.getvalue()).size == (6, 8)
+
+
+def test_max_pixels_scales_down_only_and_keeps_the_shape() -> None:
+    data = png(size=(400, 200))
+    small = decode_image(data, max_pixels=5000)
+    assert small.size == (100, 50)
+    assert decode_image(data, max_pixels=10**6).size == (400, 200)
+
+
+def test_distinct_pictures_lie_in_the_table_once(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    path = Picture.of(fetch_image(str(tmp_path / "a.png")), inline=False)
+    inline = Picture.of(fetch_image(png((1, 2, 3))), inline=False)
+    columns = picture_columns([[path], [], [inline, path], [path]])
+    assert count_pictures(columns)[:2] == (4, 2)
+    assert all(isinstance(values, np.ndarray) or hasattr(values, "offsets") for values in columns.values())
+    rows = [pictures_of(columns, row) for row in range(4)]
+    assert [[p.digest for p in row] for row in rows] == [
+        [path.digest], [], [inline.digest, path.digest], [path.digest]
+    ]  # fmt: skip
+    assert rows[2][0].read() == png((1, 2, 3))
+    assert rows[0][0].path == str(tmp_path / "a.png")
+    assert rows[0][0].read() == png()
+    assert picture_columns([[], []]) == {}
+    assert pictures_of({}, 3) == []
+
+
+def test_a_file_that_changed_after_tokenization_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(png())
+    (picture,) = pictures_of(picture_columns([[Picture.of(fetch_image(str(file)), inline=False)]]), 0)
+    file.write_bytes(png(size=(99, 99)))
+    with pytest.raises(ImageError, match=r"a\.png' has changed since"):
+        picture.read()
+    inline = Picture.of(fetch_image(str(file)), inline=True)
+    file.unlink()
+    assert inline.read() == png(size=(99, 99))
+    with pytest.raises(ImageError, match="there is no file"):
+        picture.read()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from raytune_rl import cli
 from tests.cluster.conftest import Tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
@@ -21,7 +22,7 @@ ENVIRON = {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, 
 
 def words(tiny: Tiny, output: Path, steps: int) -> list[str]:
     return [
-        COMMAND, "sft", "--model", str(tiny.tied), "--dataset", str(tiny.data.sft), "--train_type", "full",
+        "sft", "--model", str(tiny.tied), "--dataset", str(tiny.data.sft), "--train_type", "full",
         "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--max_steps", str(steps),
         "--logging_steps", "1", "--output_dir", str(output), "--learning_rate", "1e-3",
     ]  # fmt: skip
@@ -32,12 +33,14 @@ def losses(run: Path) -> dict[int, float]:
     return {int(x["global_step/max_steps"].split("/")[0]): x["loss"] for x in lines if "loss" in x}
 
 
-def test_ctrl_c_saves_and_resuming_repeats_what_would_have_been(tiny: Tiny, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_resuming_repeats_what_would_have_been(
+    cluster: None, tiny: Tiny, tmp_path: Path
+) -> None:
     """64 rows, 8 a step: 8 steps an epoch. The stop falls where it falls, also in the middle of an epoch."""
-    steps = 300
+    steps = 60
     interrupted = tmp_path / "interrupted"
     process = subprocess.Popen(
-        words(tiny, interrupted, steps),
+        [COMMAND, *words(tiny, interrupted, steps)],
         env=ENVIRON,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -63,19 +66,14 @@ def test_ctrl_c_saves_and_resuming_repeats_what_would_have_been(tiny: Tiny, tmp_
     before = losses(run)
     assert sorted(before) == list(range(1, stopped + 1))
 
-    resume = [*words(tiny, interrupted, steps), "--resume_from_checkpoint", "auto"]
-    done = subprocess.run(resume, env=ENVIRON, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert cli.main([*words(tiny, interrupted, steps), "--resume_from_checkpoint", "auto"]) == 0
     assert [p.name for p in interrupted.iterdir()] == [run.name], "it goes on in its own directory"
     whole = losses(run)
     assert sorted(whole) == list(range(1, steps + 1))
     assert {step: whole[step] for step in before} == before
 
     straight = tmp_path / "straight"
-    done = subprocess.run(
-        words(tiny, straight, steps), env=ENVIRON, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert cli.main(words(tiny, straight, steps)) == 0
     (other,) = straight.iterdir()
     assert losses(other) == whole, "as if it had never been stopped"
 
@@ -90,11 +88,15 @@ def test_ctrl_c_saves_and_resuming_repeats_what_would_have_been(tiny: Tiny, tmp_
     ],
 )
 def test_a_users_mistake_is_answered_without_a_traceback(
-    tiny: Tiny, tmp_path: Path, flags: list[str], code: int, message: str
+    cluster: None,
+    tiny: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    code: int,
+    message: str,
 ) -> None:
-    done = subprocess.run(
-        [*words(tiny, tmp_path, 1), *flags], env=ENVIRON, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    assert cli.main([*words(tiny, tmp_path, 1), *flags]) == code
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.out + said.err

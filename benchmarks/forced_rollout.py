@@ -1,0 +1,84 @@
+"""A rollout worker whose completions have the lengths that the benchmark wants, and vLLM alone beside it.
+
+Both run in one actor on one engine, so they share process, threads, memory and warm-up, and differ in one
+thing: what raytune_rl does around the engine.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any
+
+from raytune_rl.data.ragged import Ragged
+from raytune_rl.workers.rollout import EngineSpec, PromptRequest, RolloutWorker, Sampling
+
+
+def long_tailed(count: int, mean: int, longest: int, sigma: float = 1.0) -> list[int]:
+    """`count` quantiles of a log-normal, cut at `longest` and scaled to the mean, in a fixed random order.
+
+    Quantiles instead of draws: each step has the same lengths, so steps can be compared with each other.
+    """
+    normal = [NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
+
+    def cut(scale: float) -> list[int]:
+        body = [max(1, min(longest, round(scale * math.exp(sigma * z)))) for z in normal[:-1]]
+        return [*body, longest]  # so few quantiles alone would not reach the limit
+
+    low, high = 1.0, float(longest)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(cut(middle)) < mean * count else (low, middle)
+    lengths = cut(high)
+    random.Random(0).shuffle(lengths)
+    return lengths
+
+
+class ForcedRolloutWorker(RolloutWorker):
+    """The product's worker, its engine told how long each completion is to be."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        from raytune_rl.workers.vllm_engine import VllmEngine
+
+        class ForcedEngine(VllmEngine):
+            lengths: Sequence[int] = ()
+            turn: Iterator[int] = iter(())
+
+            def sample(self, prompts: Any, seeds: Any, sampling: Sampling) -> Any:
+                self.turn = iter(self.lengths)
+                return super().sample(prompts, seeds, sampling)
+
+            def _params(self, sampling: Sampling, seed: int, prompt_tokens: int) -> Any:
+                params = super()._params(sampling, seed, prompt_tokens)
+                params.ignore_eos = True
+                params.stop_token_ids = []
+                params.max_tokens = next(self.turn)
+                return params
+
+        self._engine: Any = ForcedEngine(spec)
+
+    def force(self, lengths: Sequence[int]) -> None:
+        """Lengths of the next batches' completions, tokens, in the order of the requests."""
+        self._engine.lengths = list(lengths)
+
+    def alone(
+        self, prompts: Mapping[str, Ragged], requests: Sequence[PromptRequest], sampling: Sampling
+    ) -> tuple[float, int]:
+        """vLLM without us: requests in, steps until all are done. Returns seconds and sampled tokens."""
+        ours, llm = self._engine, self._engine._engine
+        ours.turn = iter(ours.lengths)
+        asked = [(prompts["prompt"][r.row].tolist(), seed) for r in requests for seed in r.seeds]
+        tokens = 0
+        llm.reset_prefix_cache()  # as after a weight update: the prompts must be computed again
+        started = time.perf_counter()
+        for ids, seed in asked:
+            params = ours._params(sampling, seed, len(ids))
+            llm.add_request(str(next(ours._numbers)), {"prompt_token_ids": ids}, params)
+        while llm.has_unfinished_requests():
+            for output in llm.step():
+                if output.finished:
+                    tokens += len(output.outputs[0].token_ids)
+        return time.perf_counter() - started, tokens

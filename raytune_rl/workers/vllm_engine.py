@@ -35,6 +35,10 @@ from raytune_rl.workers.rollout import EngineSpec, Sampling
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
 
 
+PREFILL_TOKENS = 4096
+"""Prompt tokens of one engine step on a CPU; a longer prompt has a step of its own."""
+
+
 @dataclass(frozen=True)
 class Sampled:
     """One completion as the engine gave it.
@@ -188,6 +192,13 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
     }
     if spec.kv_cache_bytes is not None:
         args["kv_cache_memory_bytes"] = spec.kv_cache_bytes
+    if current_platform.is_cpu():
+        # A prompt cut over two steps makes vLLM turn back the request's random generator, which only GPUs can
+        # do.
+        args |= {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(PREFILL_TOKENS, spec.max_model_len),
+        }
     if spec.max_num_seqs is not None:
         args["max_num_seqs"] = spec.max_num_seqs
     if spec.lora_rank:

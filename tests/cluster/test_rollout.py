@@ -71,7 +71,7 @@ def engine(model: Path, store: str, rank: int = 0) -> Any:
         store,
         60.0,
         kv_cache_bytes=64 * 2**20,
-        max_num_seqs=8,
+        max_num_seqs=128,
         enforce_eager=True,
         seed=rank,
     )
@@ -149,3 +149,13 @@ def test_trajectories_are_what_was_sampled(late_engine: tuple[Publisher, Any]) -
         np.testing.assert_array_equal(tokens, again[1]["tokens"][row])  # type: ignore[index]
     assert len({columns["tokens"][i].tobytes() for i in range(3)}) == 3, "seeds give different completions"  # type: ignore[index]
     assert texts == again[2]
+
+
+def test_more_prompts_than_one_prefill_holds(late_engine: tuple[Publisher, Any]) -> None:
+    """Each completion has a seed of its own, and no prompt may be cut over two steps of the engine."""
+    publisher, worker = late_engine
+    many = [PromptRequest(0, 1, tuple(range(100)))]
+    refs = worker.generate.options(num_returns=3).remote(PROMPTS, many, Sampling(0.9, 2), 4)
+    metas, columns, _ = ray.get(refs, timeout=120)
+    assert len(metas) == 100
+    assert publisher.gap(columns) < 1e-4

@@ -1,141 +1,277 @@
-"""The manifests speak KubeRay v1, agree with themselves, and call the command line that exists."""
+"""The KubeRay manifests: known fields, numbers that agree with each other, and a run that fits on them."""
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
-from raytune_rl.config import RLHFConfig
-from raytune_rl.config.parser import parse
+from tests.deploy.kuberay import OBJECTS, SUBMISSION_MODES, unknown_fields
 
-CLUSTER = Path(__file__).parents[2] / "cluster"
-# Field names of ray.io/v1, as far as a manifest of ours may use them.
-RAY_JOB = {
-    "entrypoint", "submissionMode", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished",
-    "activeDeadlineSeconds", "runtimeEnvYAML", "metadata", "rayClusterSpec", "submitterPodTemplate",
-    "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "suspend",
-}  # fmt: skip
-RAY_CLUSTER = {
-    "rayVersion", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling", "autoscalerOptions",
-    "suspend", "gcsFaultToleranceOptions", "headServiceAnnotations",
-}  # fmt: skip
-HEAD_GROUP = {"rayStartParams", "template", "serviceType", "headService", "enableIngress"}
-WORKER_GROUP = {
-    "groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template", "numOfHosts",
-    "scaleStrategy", "idleTimeoutSeconds",
-}  # fmt: skip
-SUBMISSION_MODES = {"K8sJobMode", "HTTPMode", "InteractiveMode"}
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+MANIFESTS = {"RayCluster": "ray-cluster.yaml", "RayJob": "ray-job-grpo.yaml"}
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
-def load(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CLUSTER / name).read_text(encoding="utf-8"))
+def load(kind: str) -> dict[str, Any]:
+    return yaml.safe_load((CLUSTER / MANIFESTS[kind]).read_text(encoding="utf-8"))
 
 
-def cluster_specs() -> dict[str, dict[str, Any]]:
-    return {
-        "cluster": load("ray-cluster.yaml")["spec"],
-        "job": load("ray-job-grpo.yaml")["spec"]["rayClusterSpec"],
-    }
+def cluster_spec(kind: str) -> dict[str, Any]:
+    spec = load(kind)["spec"]
+    return spec["rayClusterSpec"] if kind == "RayJob" else spec
 
 
-def groups() -> Iterator[Any]:
-    for name, spec in cluster_specs().items():
-        yield pytest.param(spec["headGroupSpec"], id=f"{name}-head")
-        for group in spec["workerGroupSpecs"]:
-            yield pytest.param(group, id=f"{name}-{group['groupName']}")
+def size(quantity: str | int) -> int:
+    """Bytes of a Kubernetes quantity."""
+    found = re.fullmatch(r"(\d+)([A-Za-z]*)", str(quantity))
+    assert found, quantity
+    return int(found[1]) * UNITS[found[2]]
 
 
-def gibibytes(quantity: str) -> float:
-    assert quantity.endswith("Gi"), quantity
-    return float(quantity[:-2])
+def groups(kind: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, group and Ray container of the head and of every worker group."""
+    spec = cluster_spec(kind)
+    named = [("head", spec["headGroupSpec"]), *((g["groupName"], g) for g in spec["workerGroupSpecs"])]
+    for name, group in named:
+        (container,) = group["template"]["spec"]["containers"]
+        yield name, group, container
 
 
-def test_kinds_and_fields_are_kuberay_v1() -> None:
-    job, cluster = load("ray-job-grpo.yaml"), load("ray-cluster.yaml")
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
-    assert job["spec"].keys() <= RAY_JOB
-    assert job["spec"]["submissionMode"] in SUBMISSION_MODES
-    for spec in cluster_specs().values():
-        assert spec.keys() <= RAY_CLUSTER
-        assert spec["headGroupSpec"].keys() <= HEAD_GROUP
-        for group in spec["workerGroupSpecs"]:
-            assert group.keys() <= WORKER_GROUP
-            assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+both = pytest.mark.parametrize("kind", MANIFESTS)
 
 
-def test_both_manifests_describe_the_same_cluster() -> None:
-    specs = cluster_specs()
-    assert specs["cluster"] == specs["job"]
-    assert [g["groupName"] for g in specs["job"]["workerGroupSpecs"]] == ["policy", "rollout"]
-    assert specs["job"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+@both
+def test_only_fields_that_kuberay_knows(kind: str) -> None:
+    manifest = load(kind)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
+    assert list(unknown_fields(manifest, OBJECTS[kind])) == []
+    assert manifest["spec"].get("submissionMode", "K8sJobMode") in SUBMISSION_MODES
 
 
-def test_the_entrypoint_is_a_command_that_parses_and_fits() -> None:
-    spec = load("ray-job-grpo.yaml")["spec"]
-    words = shlex.split(spec["entrypoint"])
-    assert words[:2] == ["raytune-rl", "rlhf"]
-    parsed = parse(words[2:], RLHFConfig, environ={})
-    flags = [word.removeprefix("--") for word in words if word.startswith("--")]
-    assert set(flags) <= RLHFConfig.model_fields.keys()
-    config = parsed.config
-    gpus = sum(
-        group["replicas"] * int(container(group)["resources"]["limits"]["nvidia.com/gpu"])
-        for group in spec["rayClusterSpec"]["workerGroupSpecs"]
-    )
-    asked = (config.policy_workers or 0) + (config.rollout_workers or 0) + (config.reference_workers or 0)
-    assert asked == gpus
-    assert config.output_dir.startswith("/data/")
+def test_a_misspelt_field_would_be_found() -> None:
+    manifest = copy.deepcopy(load("RayCluster"))
+    manifest["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["volumeMount"] = []
+    manifest["spec"]["workerGroupSpecs"][1]["minReplica"] = 1
+    assert [path.rsplit(".", 1)[1] for path in unknown_fields(manifest, OBJECTS["RayCluster"])] == [
+        "volumeMount",
+        "minReplica",
+    ]
 
 
-def container(group: dict[str, Any]) -> dict[str, Any]:
-    (only,) = group["template"]["spec"]["containers"]
-    return only
+def test_the_job_runs_on_the_same_cluster_as_the_standing_one() -> None:
+    assert cluster_spec("RayJob") == cluster_spec("RayCluster")
 
 
-@pytest.mark.parametrize("group", list(groups()))
-def test_resources_agree_with_what_ray_is_told(group: dict[str, Any]) -> None:
-    pod = group["template"]["spec"]
-    box = container(group)
-    params = group["rayStartParams"]
-    assert all(isinstance(value, str) for value in params.values()), "rayStartParams are strings"
-    assert box["resources"]["requests"] == box["resources"]["limits"]
-    if "groupName" in group:
-        declared = json.loads(json.loads(params["resources"].strip("'")))
-        assert declared == {group["groupName"]: box["resources"]["limits"]["nvidia.com/gpu"]}
-    volumes = {v["name"]: v for v in pod["volumes"]}
-    mounts = {m["name"]: m["mountPath"] for m in box["volumeMounts"]}
-    assert volumes.keys() == mounts.keys()
-    shared = volumes["shared-memory"]["emptyDir"]
-    assert (shared["medium"], mounts["shared-memory"]) == ("Memory", "/dev/shm")
-    store = int(params["object-store-memory"]) / 2**30
-    assert store < gibibytes(shared["sizeLimit"]) < gibibytes(box["resources"]["limits"]["memory"])
-    assert volumes["data"]["persistentVolumeClaim"]["claimName"] == load("volume.yaml")["metadata"]["name"]
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    for variable in box["env"]:
-        if "TOKEN" in variable["name"]:
-            assert variable["valueFrom"]["secretKeyRef"]["optional"] is True, "tokens come from a secret"
+@both
+def test_required_fields_and_a_fixed_number_of_workers(kind: str) -> None:
+    for name, group, container in groups(kind):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), (
+            f"{name}: not strings"
+        )
+        assert container["name"]
+        if name != "head":
+            assert group["minReplicas"] == group["replicas"] == group["maxReplicas"] >= 1
+    assert [name for name, _, _ in groups(kind)] == ["head", "policy", "rollout"]
+    assert "enableInTreeAutoscaling" not in cluster_spec(kind)
+    assert cluster_spec(kind)["authOptions"] == {"mode": "token"}, "anybody could run code on the cluster"
+    assert len(load(kind)["metadata"]["name"]) <= 47  # KubeRay derives longer names from it.
 
 
-@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.gpu"])
-def test_images_install_the_locked_requirements_as_another_user(name: str) -> None:
-    text = (CLUSTER / name).read_text(encoding="utf-8")
-    extra = name.rpartition(".")[2]
-    assert f"--require-hashes --python /opt/venv/bin/python requirements/{extra}.txt" in text
-    assert text.index("USER 10001") < text.index("CMD")
-    if extra == "gpu":
-        assert (
-            text.index("requirements/gpu.txt") < text.index("--no-build-isolation") < text.index("COPY . .")
+@both
+def test_ray_is_told_what_the_container_has(kind: str) -> None:
+    for name, group, container in groups(kind):
+        told, has = group["rayStartParams"], container["resources"]
+        assert has["requests"] == has["limits"], f"{name}: guaranteed quality of service needs them equal"
+        gpus = int(has["limits"].get("nvidia.com/gpu", 0))
+        if name == "head":
+            assert told["num-cpus"] == "0", "workers would be placed on the head"
+            assert gpus == 0
+            continue
+        assert "num-cpus" not in told, "KubeRay tells Ray the container's own limit"
+        assert int(told["num-gpus"]) == gpus > 0
+        # As KubeRay reads it: outer quotes off, then JSON. The shell leaves the same.
+        assert json.loads(told["resources"].strip("'\"` ")) == {name: gpus}
+        assert json.loads(shlex.split(told["resources"])[0]) == {name: gpus}
+
+
+@both
+def test_shared_memory_holds_the_object_store(kind: str) -> None:
+    for name, group, container in groups(kind):
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        assert set(mounts.values()) == set(volumes), (
+            f"{name}: a volume without a mount, or the other way round"
+        )
+        shared = volumes[mounts["/dev/shm"]]["emptyDir"]
+        store = int(group["rayStartParams"]["object-store-memory"])
+        assert shared["medium"] == "Memory"
+        assert size(shared["sizeLimit"]) >= store, name
+        # A memory volume is charged to the container, whose processes need room beside it.
+        assert size(container["resources"]["limits"]["memory"]) >= 2 * size(shared["sizeLimit"]), name
+
+
+@both
+def test_output_is_on_a_volume_that_several_nodes_can_write(kind: str) -> None:
+    claim = yaml.safe_load((CLUSTER / "volume.yaml").read_text(encoding="utf-8"))
+    assert claim["kind"] == "PersistentVolumeClaim"
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    for name, group, container in groups(kind):
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        assert volumes[mounts["/data"]]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"], (
+            name
         )
 
 
-def test_rays_version_is_the_locked_one() -> None:
-    locked = (CLUSTER.parent / "requirements" / "gpu.txt").read_text(encoding="utf-8")
-    for spec in cluster_specs().values():
-        assert f"\nray=={spec['rayVersion']} " in locked
+@both
+def test_tokens_come_from_a_secret_and_pods_are_not_root(kind: str) -> None:
+    for name, group, container in groups(kind):
+        env = {entry["name"]: entry for entry in container["env"]}
+        for token in ("HF_TOKEN", "MODELSCOPE_API_TOKEN"):
+            assert "value" not in env[token], f"{name}: a token in plain text"
+            assert env[token]["valueFrom"]["secretKeyRef"] == {
+                "name": "raytune-rl-hub",
+                "key": token,
+                "optional": True,
+            }
+        assert all(isinstance(entry.get("value", ""), str) for entry in env.values()), (
+            f"{name}: env must be text"
+        )
+        security = group["template"]["spec"]["securityContext"]
+        assert security["runAsNonRoot"] is True
+        user = int(
+            re.findall(r"^USER (\d+)$", (CLUSTER / "Dockerfile.gpu").read_text("utf-8"), re.MULTILINE)[-1]
+        )
+        assert security["runAsUser"] == security["fsGroup"] == user > 0
+
+
+@both
+def test_images_ports_and_versions(kind: str) -> None:
+    images = {container["image"] for _, _, container in groups(kind)}
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert images == {f"raytune-rl:{version}-gpu"}, (
+        "head and workers must have the same Python, Ray and raytune_rl"
+    )
+    lock = (ROOT / "requirements" / "gpu.txt").read_text("utf-8")
+    assert f"\nray=={cluster_spec(kind)['rayVersion']} " in lock
+    for name, group, container in groups(kind):
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        if name == "head":
+            assert ports == {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
+            assert group["rayStartParams"]["dashboard-host"] == "0.0.0.0", (
+                "job submission comes from other pods"
+            )
+        else:
+            assert ports == {"metrics": 8080}
+
+
+# -- the run -----------------------------------------------------------------------------------------------
+
+
+def entrypoint() -> list[str]:
+    """The job's flags, after its command."""
+    return shlex.split(load("RayJob")["spec"]["entrypoint"])[2:]
+
+
+def nodes() -> dict[str, dict[str, float]]:
+    """What Ray will say the nodes have, as KubeRay and `rayStartParams` make it."""
+    have: dict[str, dict[str, float]] = {}
+    for name, group, container in groups("RayJob"):
+        told, limits = group["rayStartParams"], container["resources"]["limits"]
+        custom = json.loads(told.get("resources", "{}").strip("'"))
+        for index in range(group.get("replicas", 1)):
+            have[f"{name}-{index}"] = {
+                "CPU": float(told.get("num-cpus", limits["cpu"])),
+                "GPU": float(told.get("num-gpus", 0)),
+                **custom,
+            }
+    return have
+
+
+def test_the_entrypoint_is_a_command_that_raytune_rl_accepts() -> None:
+    from raytune_rl.config import RLHFConfig
+    from raytune_rl.config.parser import parse
+
+    program, command, *argv = shlex.split(load("RayJob")["spec"]["entrypoint"])
+    assert (program, command) == ("raytune-rl", "rlhf")
+    flags = [word.removeprefix("--") for word in argv if word.startswith("--")]
+    assert set(flags) <= set(RLHFConfig.model_fields)
+    assert len(flags) == len(set(flags)), "a flag is given twice"
+    parsed = parse(argv, RLHFConfig, environ={})
+    assert parsed.config.rlhf_type == "grpo"
+    assert Path(parsed.config.output_dir).is_relative_to("/data")
+    assert not parsed.notices, parsed.notices
+
+
+def test_the_run_fits_on_the_cluster_and_uses_every_gpu() -> None:
+    from raytune_rl.config import RLHFConfig
+    from raytune_rl.config.batching import grpo_schedule_of
+    from raytune_rl.config.parser import parse
+    from raytune_rl.pipelines.resources import online_groups
+    from raytune_rl.runtime.cluster import ClusterInfo
+    from raytune_rl.runtime.placement import check_fits, make_layout
+
+    config = parse(entrypoint(), RLHFConfig, environ={}).config
+    asked = online_groups(config, ClusterInfo(False, "", nodes(), 0, has_gpus=True))
+    check_fits(make_layout(asked.specs), asked.specs, nodes())
+    workers = {spec.name: spec.workers for spec in asked.specs}
+    assert (workers["policy"], workers["rollout"], workers["reference"]) == (8, 7, 1)
+    used = sum(spec.workers * spec.gpus for spec in asked.specs)
+    assert used == sum(node["GPU"] for node in nodes().values()) == 16
+    batch = grpo_schedule_of(config, workers["policy"], n_prompts=10_000).batch
+    assert (batch.completions_per_step, batch.prompts_per_step) == (64, 8)
+
+
+# -- the images --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu"])
+def test_images_install_the_lock_and_do_not_run_as_root(extra: str) -> None:
+    text = (CLUSTER / f"Dockerfile.{extra}").read_text(encoding="utf-8")
+    # Instructions in order, with continued lines joined and comments left out.
+    code = re.sub(r"\\\n\s*", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
+    steps = [line for line in code.splitlines() if line.strip()]
+
+    def at(part: str) -> int:
+        (found,) = [index for index, step in enumerate(steps) if part in step]
+        return found
+
+    sync, own = at("pip sync --no-cache --require-hashes"), at("--python /opt/venv/bin/python .")
+    assert f"requirements/{extra}.txt" in steps[sync]
+    assert sync < at("COPY . .") < own < at("USER 10001"), (
+        "the lock first, for the layer cache; then the project"
+    )
+    assert not [step for step in steps[at("USER 10001") :] if step.startswith(("RUN", "COPY"))]
+    assert "--no-deps" in steps[own]
+    # Besides the lock, the installer (pinned) and flash-attn, nothing is installed.
+    installs = [step for step in steps if "pip install" in step]
+    assert len(installs) == (3 if extra == "gpu" else 2)
+    if extra == "gpu":
+        flash = at("flash-attn")
+        wanted = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
+            "optional-dependencies"
+        ]
+        assert sync < flash < own
+        assert "--no-build-isolation" in steps[flash]
+        assert str(Requirement(wanted["flash-attn"][0])) in steps[flash]
+    assert "/etc/profile.d/" in code, "a login shell must find ray, too"
+    assert " wget" in code, "KubeRay's probes call it"
+
+
+def test_the_build_context_has_what_the_images_copy_and_no_more() -> None:
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    kept = {line[1:] for line in lines if line.startswith("!")}
+    assert "*" in lines
+    assert all((ROOT / name).exists() for name in kept)
+    assert {"raytune_rl", "requirements", "pyproject.toml", "README.md", "LICENSE", "examples"} == kept

@@ -119,7 +119,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="publications of each size (default 10)")
     parser.add_argument("--markdown", action="store_true", help="print the table ready to paste")
     args = parser.parse_args()
-    ray.init(namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, object_store_memory=5 * 10**9)
+    ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=5 * 10**9,
+    )
     rows = []
     for megabytes in args.megabytes:
         found = measure(megabytes, args.rounds)

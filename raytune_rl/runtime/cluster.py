@@ -78,7 +78,8 @@ def session(address: str | None = None) -> Iterator[ClusterInfo]:
             if address:
                 ray.init(address=address, namespace=NAMESPACE, **quiet)
             else:
-                ray.init(namespace=NAMESPACE, include_dashboard=False, **quiet)
+                # "local", or Ray would join whatever cluster somebody else started on this machine.
+                ray.init(address="local", namespace=NAMESPACE, include_dashboard=False, **quiet)
         except ConnectionError as error:
             raise PlacementError(
                 f"no Ray cluster answers at {address!r}: {error}. Start one with `ray start --head`, or "

@@ -34,7 +34,6 @@ from raytune_rl.workers import vllm_plugin
 from raytune_rl.workers.rollout import EngineSpec, Sampling
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
 
-
 PREFILL_TOKENS = 4096
 """Prompt tokens of one engine step on a CPU; a longer prompt has a step of its own."""
 

@@ -41,6 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def cluster() -> Iterator[None]:
     """Ray on this machine, with more logical CPUs than real ones: placement is under test, not speed."""
     ray.init(
+        address="local",
         num_cpus=8,
         namespace=NAMESPACE,
         include_dashboard=False,

@@ -66,7 +66,7 @@ def test_as_an_actor_it_fetches_from_the_object_store(plugin):
 
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=1, include_dashboard=False)
+        ray.init(address="local", num_cpus=1, include_dashboard=False)
     try:
         worker = (
             ray.remote(RewardWorker).options(num_cpus=0).remote(["together", "light"], [plugin], {}, 20.0)

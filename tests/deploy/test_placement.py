@@ -1,6 +1,6 @@
 """Ray itself places the job's groups on nodes such as the manifest describes.
 
-In a process of its own: a cluster of several logical nodes cannot share one with the other tests' cluster. The
+In a process of its own: a cluster of several logical nodes cannot share one with other tests. The
 GPUs and their nodes are declared, not real, which is all that placement looks at.
 """
 

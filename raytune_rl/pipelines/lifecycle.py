@@ -4,6 +4,7 @@ on.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ from raytune_rl.tracking.run_dir import RunDir
 from raytune_rl.tracking.timer import StepTimer
 
 TrainConfig = SFTConfig | RLHFConfig
+STOPPING = b"Stopping: the present step is finished and saved first. Press Ctrl-C again to stop at once.\n"
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,8 @@ class Run:
             if self.stop_requested:
                 raise KeyboardInterrupt
             self.stop_requested = True
-            self.say(
-                "Stopping: the present step is finished and saved first. Press Ctrl-C again to stop at once."
-            )
+            # Not through the console: the signal may have come in the middle of its own printing.
+            os.write(2, STOPPING)
 
         before = {number: _set_handler(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -51,12 +51,13 @@ def test_ctrl_c_saves_and_resuming_repeats_what_would_have_been(
     deadline = time.monotonic() + 240
     for line in process.stdout:
         said += line
-        if line.startswith("step 3/"):
+        if line.startswith("step 3/") and said.count("step 3/") == 1:
             process.send_signal(signal.SIGINT)
         assert time.monotonic() < deadline, said
     assert process.wait(30) == 130, said
     assert "Stopping: the present step is finished and saved first" in said
     assert "interrupted" in said
+    assert said.count("step 3/") == 1
     assert "--resume_from_checkpoint" in said
     assert "Traceback" not in said
     (run,) = interrupted.iterdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -36,7 +37,12 @@ def head() -> Iterator[Head]:
     """`ray start --head` in a process group of its own, which is all that is ended afterwards."""
     gcs, dashboard, client = free_ports(3)
     environ = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+    environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
     # Ray's sockets lie in the temporary directory, and their paths must be short.
     with TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:
         words = [RAY, "start", "--head", "--block", "--num-cpus", "4", "--temp-dir", temporary]

@@ -35,7 +35,7 @@ class Head:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """`ray start --head` in a process group of its own, which is all that is ended afterwards."""
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, client, agent = free_ports(4)
     environ = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environ |= {
         "RAY_AUTH_MODE": "token",
@@ -53,6 +53,9 @@ def head() -> Iterator[Head]:
             str(dashboard),
             "--ray-client-server-port",
             str(client),
+            # It runs the jobs. Its usual port is one for the whole machine: another Ray here may have it.
+            "--dashboard-agent-listen-port",
+            str(agent),
         ]
         with (Path(temporary) / "head.log").open("w") as log:
             process = subprocess.Popen(words, env=environ, stdout=log, stderr=log, start_new_session=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import AuthenticationError, GetTimeoutError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -16,10 +19,11 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from raytune_rl.errors import PlacementError
+from raytune_rl.errors import ConfigError, PlacementError
 from raytune_rl.runtime.placement import (
     GroupSpec,
     Layout,
+    Node,
     Slot,
     check_fits,
     make_layout,
@@ -67,30 +71,63 @@ def session(address: str | None = None) -> Iterator[ClusterInfo]:
     An already connected process (a script that called `ray.init` itself) is used as it is and left connected.
 
     Raises:
-        PlacementError: The cluster at the address does not answer.
+        PlacementError: The cluster at the address does not answer, or asks for a token.
     """
     joined = ray.is_initialized()
     address = address or os.environ.get("RAY_ADDRESS")
     if not joined:
         quiet = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": False}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray warns on every start that its own cluster asks for a token, which it hands out by itself.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         try:
             if address:
+                _knock(address)
                 ray.init(address=address, namespace=NAMESPACE, **quiet)
             else:
                 # "local", or Ray would join whatever cluster somebody else started on this machine.
                 ray.init(address="local", namespace=NAMESPACE, include_dashboard=False, **quiet)
-        except ConnectionError as error:
-            raise PlacementError(
-                f"no Ray cluster answers at {address!r}: {error}. Start one with `ray start --head`, or "
-                "unset "
-                "RAY_ADDRESS / --ray_address to run on this machine alone."
-            ) from error
+        except (OSError, AuthenticationError, ValueError) as error:
+            raise PlacementError(_unreachable(address, error)) from error
     try:
         yield describe(started_here=not joined and not address)
     finally:
         if not joined:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fails in seconds where nobody listens; Ray itself would go on trying for minutes.
+
+    Raises:
+        ConfigError: The address is of another kind than a driver connects to.
+        OSError: Nobody listens there.
+    """
+    if "://" in address:
+        raise ConfigError(
+            f"{address!r} is not an address a run can join (RAY_ADDRESS or --ray_address): give the head's "
+            "own address, such as 10.0.0.1:6379, or send the command to the cluster by `ray job submit`."
+        )
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _unreachable(address: str | None, error: Exception) -> str:
+    """Why no cluster could be joined, and what to try."""
+    reason = str(error).partition("\n")[0].rstrip(".")
+    lines = [f"no Ray cluster answers at {address!r}: {reason}."]
+    somebody_listens = not isinstance(error, ValueError) and getattr(error, "errno", None) is None
+    if somebody_listens and os.environ.get("RAY_AUTH_MODE") != "token":
+        lines.append(
+            "A cluster that was started where ~/.ray/auth_token exists asks for that token: set "
+            "RAY_AUTH_MODE=token."
+        )
+    lines.append(
+        "Start one with `ray start --head`, or unset RAY_ADDRESS and --ray_address to run on this machine "
+        "alone."
+    )
+    return "\n".join(lines)
 
 
 def describe(started_here: bool = False) -> ClusterInfo:
@@ -130,14 +167,32 @@ def reserve(groups: Sequence[GroupSpec], timeout_s: float) -> Iterator[dict[str,
         _await_reservation(reserved, groups, timeout_s)
         yield slots_of(reserved, layout)
     finally:
-        remove_placement_group(reserved)
+        _give_back(reserved, layout)
+
+
+def _give_back(reserved: PlacementGroup, layout: Layout, timeout_s: float = 5.0) -> None:
+    """Ends a reservation and waits until Ray's books show it: a second run that begins at once must not find
+    the places taken. On a busy cluster somebody else may have them by then, so the wait is short.
+    """
+    names = {name for bundle in layout.bundles for name in bundle}
+    due = {
+        name: resources_of(describe().nodes, name) + sum(b.get(name, 0.0) for b in layout.bundles)
+        for name in names
+    }
+    remove_placement_group(reserved)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        nodes = describe().nodes
+        if all(resources_of(nodes, name) > amount - 1e-3 for name, amount in due.items()):
+            return
+        time.sleep(0.05)
 
 
 def slots_of(reserved: PlacementGroup, layout: Layout) -> dict[str, list[Slot]]:
     """The slots of a ready placement group, by group, in rank order."""
-    address_of_node = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
+    address_of = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
     node_of_bundle = {
-        int(index): address_of_node[node]
+        int(index): Node(address_of[node], node)
         for index, node in placement_group_table(reserved)["bundles_to_node_id"].items()
     }
     return {

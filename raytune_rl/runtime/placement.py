@@ -7,6 +7,7 @@ whole or not at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,22 +51,40 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Node:
+    """A node as Ray knows it; several may have one address, where one machine plays many."""
+
+    address: str
+    node_id: str
+
+    def order(self) -> tuple[Any, ...]:
+        """Sorts nodes by address, numbers as numbers: 10.0.0.9 before 10.0.0.10."""
+        parts = self.address.split(".")
+        numbers = tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
+        return not numbers, numbers, self.address, self.node_id
+
+
+@dataclass(frozen=True)
 class Slot:
     """One worker's reserved place."""
 
     placement_group: Any
     bundle_index: int
-    node_ip: str
+    node: Node
 
 
 def make_layout(groups: Sequence[GroupSpec]) -> Layout:
     """Distributes the workers of all groups over bundles.
+
+    A bundle that groups share takes whole GPUs: Ray adds fractions up over a node's GPUs, and would count
+    two bundles of 0.7 on it as 1.4 GPUs although no GPU can hold both.
 
     Raises:
         PlacementError: A group is colocated with one that does not come before it.
     """
     bundles: list[dict[str, float]] = []
     bundle_of: dict[str, tuple[int, ...]] = {}
+    shared: set[int] = set()
     for group in groups:
         if group.colocate_with is None:
             first = len(bundles)
@@ -78,11 +97,15 @@ def make_layout(groups: Sequence[GroupSpec]) -> Layout:
                 "it"
             )
         hosts = bundle_of[group.colocate_with]
+        shared |= set(hosts)
         mine = tuple(hosts[i % len(hosts)] for i in range(group.workers))
         bundle_of[group.name] = mine
         for index in mine:
             for name, amount in group.demand().items():
                 bundles[index][name] = round(bundles[index].get(name, 0.0) + amount, 6)
+    for index in shared:
+        if "GPU" in bundles[index]:
+            bundles[index]["GPU"] = float(math.ceil(bundles[index]["GPU"] - 1e-6))
     return Layout(tuple(bundles), bundle_of)
 
 
@@ -97,14 +120,22 @@ def check_fits(layout: Layout, groups: Sequence[GroupSpec], nodes: Mapping[str, 
     Raises:
         PlacementError: With what was asked for and what each node has.
     """
+    homeless = find_homeless(layout, nodes)
+    if homeless is not None:
+        raise PlacementError(placement_message(homeless, groups, nodes))
+
+
+def find_homeless(layout: Layout, nodes: Mapping[str, Mapping[str, float]]) -> dict[str, float] | None:
+    """The first bundle that finds no room on any node, or None if all do."""
     free = {name: dict(have) for name, have in nodes.items()}
-    order = sorted(layout.bundles, key=lambda b: (b.get("GPU", 0.0), b.get("CPU", 0.0)), reverse=True)
-    for bundle in order:
+    # What only some nodes have is given out first, as Ray does, or the undemanding would sit in its place.
+    for bundle in sorted(layout.bundles, key=_demanding, reverse=True):
         home = next((n for n, have in free.items() if _holds(have, bundle)), None)
         if home is None:
-            raise PlacementError(placement_message(bundle, groups, nodes))
+            return bundle
         for name, amount in bundle.items():
             free[home][name] -= amount
+    return None
 
 
 def placement_message(
@@ -132,18 +163,17 @@ def placement_message(
     return "\n".join(lines)
 
 
-def neighbours_first(node_of_bundle: Mapping[int, str], bundles: Sequence[int]) -> list[int]:
+def neighbours_first(node_of_bundle: Mapping[int, Node], bundles: Sequence[int]) -> list[int]:
     """Sorts bundles so that those of one node are adjacent: ranks of a node become neighbours.
 
     Nodes keep the order of their address, not of Ray's answer, so that a rank lands on the same node in each
     run.
     """
-    return sorted(bundles, key=lambda index: (_address_key(node_of_bundle[index]), index))
+    return sorted(bundles, key=lambda index: (*node_of_bundle[index].order(), index))
 
 
-def _address_key(ip: str) -> tuple:
-    parts = ip.split(".")
-    return tuple(int(p) for p in parts) if all(p.isdigit() for p in parts) else (ip,)
+def _demanding(bundle: Mapping[str, float]) -> tuple[bool, float, float]:
+    return bool(bundle.keys() - {"CPU", "GPU"}), bundle.get("GPU", 0.0), bundle.get("CPU", 0.0)
 
 
 def _holds(have: Mapping[str, float], bundle: Mapping[str, float]) -> bool:

@@ -5,15 +5,18 @@ All `ray.get` calls of the controllers go through `fetch`, so that no error of R
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from raytune_rl.errors import DeadlineExceededError, RaytuneError, WorkerDiedError, WorkerFailedError
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -38,25 +41,42 @@ def fetch(pending: Pending) -> Any:
 
     Raises:
         DeadlineExceededError: No answer within `timeout_s`.
-        WorkerDiedError: The actor ended while it was working.
-        WorkerFailedError: The call raised inside the actor. An error that is a `RaytuneError` already keeps
-            its class.
+        WorkerDiedError: The process ended while it was working, or an object was lost with its node.
+        WorkerFailedError: The call, or the actor's constructor before it, raised. An error that is a
+            `RaytuneError` already keeps its class and its message.
     """
     try:
         return ray.get(pending.ref, timeout=pending.timeout_s)
+    except RayTaskError as error:
+        # First: a worker's own time-out or lost actor arrives as both a RayTaskError and that error's class.
+        raise _failure(pending, error) from None
     except GetTimeoutError as error:
         raise DeadlineExceededError(
             f"{pending.who} did not finish '{pending.what}' within {pending.timeout_s:.0f} s. "
             "It may hang or only be slow: `ray stack` shows what it is doing; a longer limit is set by "
             "--step_timeout."
         ) from error
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, RaytuneError):
-            raise cause from None
-        raise WorkerFailedError(f"{pending.who} failed during '{pending.what}':\n{error}") from error
     except RayActorError as error:
-        raise WorkerDiedError(f"{pending.who} died during '{pending.what}': {error}") from error
+        if error.args and isinstance(error.args[0], RayTaskError):  # its constructor raised
+            raise _failure(pending, error.args[0]) from None
+        raise WorkerDiedError(f"{pending.who} died during '{pending.what}': {readable(error)}") from error
+    except RuntimeEnvSetupError as error:
+        raise WorkerFailedError(f"{pending.who} could not be started: {readable(error)}") from error
+    except RayError as error:  # a task's process crashed or ran out of memory, an object's node is gone
+        raise WorkerDiedError(f"{pending.who} was lost during '{pending.what}': {readable(error)}") from error
+
+
+def _failure(pending: Pending, error: RayTaskError) -> RaytuneError:
+    """What a worker raised, under the name it deserves."""
+    if isinstance(error.cause, RaytuneError):
+        return error.cause
+    return WorkerFailedError(f"{pending.who} failed during '{pending.what}':\n{readable(error)}")
+
+
+def readable(error: BaseException) -> str:
+    """Ray's text of an error without its colours, and without the markers of frames that it left out."""
+    lines = _COLOUR.sub("", str(error)).splitlines()
+    return "\n".join(line for line in lines if line.strip("^~ "))
 
 
 def fetch_all(pending: Sequence[Pending]) -> list[Any]:

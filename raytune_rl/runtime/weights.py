@@ -96,10 +96,13 @@ def from_bytes(data: NDArray[np.uint8], entry: TensorEntry) -> torch.Tensor:
 
     import torch
 
+    dtype = getattr(torch, entry.dtype)
+    if not data.size:  # numpy gives it no stride, and torch then cannot view it as another type
+        return torch.empty(entry.shape, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         flat = torch.from_numpy(data)
-    return flat.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+    return flat.view(dtype).reshape(entry.shape)
 
 
 def entry_of(name: str, tensor: torch.Tensor) -> TensorEntry:

@@ -1,0 +1,222 @@
+"""How a run divides a cluster: what is chosen, what the user overrules, and that all of it can be placed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raytune_rl.config import RLHFConfig, SFTConfig
+from raytune_rl.errors import ConfigError, PlacementError
+from raytune_rl.pipelines.resources import Groups, online_groups, sft_groups
+from raytune_rl.runtime.cluster import ClusterInfo
+from raytune_rl.runtime.placement import check_fits, make_layout
+
+TRAIN: dict[str, Any] = {"model": "m", "dataset": "d", "per_device_train_batch_size": 8}
+
+
+def cluster(*nodes: dict[str, float]) -> ClusterInfo:
+    named = {f"10.0.0.{n}": dict(have) for n, have in enumerate(nodes, start=1)}
+    return ClusterInfo(False, "10.0.0.1:6379", named, 0, has_gpus=any("GPU" in have for have in nodes))
+
+
+def online(where: ClusterInfo, **settings: Any) -> Groups:
+    return online_groups(RLHFConfig(**TRAIN, reward_funcs="accuracy", **settings), where)
+
+
+def sft(where: ClusterInfo, **settings: Any) -> Groups:
+    return sft_groups(SFTConfig(**TRAIN, **settings), where)
+
+
+def counts(groups: Groups) -> dict[str, int]:
+    return {spec.name: spec.workers for spec in groups.specs}
+
+
+def gpus(groups: Groups) -> dict[str, float]:
+    return {spec.name: spec.gpus for spec in groups.specs if spec.gpus}
+
+
+def assert_fits(groups: Groups, where: ClusterInfo) -> None:
+    check_fits(make_layout(groups.specs), groups.specs, where.nodes)
+
+
+LAPTOP = cluster({"CPU": 2})
+ONE_GPU = cluster({"CPU": 8, "GPU": 1})
+EIGHT_GPUS = cluster({"CPU": 96, "GPU": 8})
+
+
+# -- one machine -------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_one_worker_of_each_role_takes_its_turn_on_all_cores() -> None:
+    groups = online(LAPTOP)
+    assert counts(groups) == {"policy": 1, "rollout": 1, "reference": 1, "reward": 1}
+    assert not groups.on_gpu
+    assert gpus(groups) == {}
+    assert [spec.cpus for spec in groups.specs] == [0.5] * 4, "a sliver each, so that all are let in"
+    assert groups.threads == {"policy": 2, "rollout": 2, "reference": 2, "reward": 1}, "and all threads"
+    assert_fits(groups, LAPTOP)
+
+
+def test_without_a_kl_term_there_is_no_reference() -> None:
+    for where in (LAPTOP, ONE_GPU, EIGHT_GPUS):
+        assert "reference" not in online(where, beta=0.0)
+    assert gpus(online(ONE_GPU, beta=0.0)) == {"policy": 0.7, "rollout": 0.3}
+
+
+@pytest.mark.parametrize(("where", "number"), [(ONE_GPU, 1), (EIGHT_GPUS, 8)])
+def test_groups_share_every_gpu_and_leave_none_over(where: ClusterInfo, number: int) -> None:
+    groups = online(where)
+    assert groups.colocated
+    assert {k: v for k, v in counts(groups).items() if k != "reward"} == {
+        "policy": number,
+        "rollout": number,
+        "reference": number,
+    }
+    assert gpus(groups) == {"policy": 0.4, "rollout": 0.3, "reference": 0.3}
+    layout = make_layout(groups.specs)
+    assert [b["GPU"] for b in layout.bundles if "GPU" in b] == [1.0] * number
+    assert_fits(groups, where)
+
+
+def test_apart_half_of_the_gpus_sample() -> None:
+    groups = online(EIGHT_GPUS, colocate=False)
+    assert not groups.colocated
+    assert counts(groups) == {"policy": 4, "rollout": 3, "reference": 1, "reward": 4}
+    assert gpus(groups) == {"policy": 1.0, "rollout": 1.0, "reference": 1.0}
+    assert counts(online(EIGHT_GPUS, colocate=False, beta=0.0))["rollout"] == 4
+    assert_fits(groups, EIGHT_GPUS)
+
+
+def test_an_engine_over_several_gpus() -> None:
+    groups = online(EIGHT_GPUS, colocate=False, beta=0.0, vllm_tensor_parallel_size=2)
+    assert counts(groups) == {"policy": 4, "rollout": 2, "reward": 4}
+    assert gpus(groups) == {"policy": 1.0, "rollout": 2.0}
+    with pytest.raises(ConfigError, match="--colocate false"):
+        online(EIGHT_GPUS, vllm_tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(("policy", "rollout"), [(2, 6), (6, 2)])
+def test_a_number_that_is_given_decides_the_other(policy: int, rollout: int) -> None:
+    for given in ({"policy_workers": policy}, {"rollout_workers": rollout}):
+        groups = online(EIGHT_GPUS, colocate=False, beta=0.0, **given)
+        assert (counts(groups)["policy"], counts(groups)["rollout"]) == (policy, rollout)
+        assert_fits(groups, EIGHT_GPUS)
+
+
+def test_several_engines_beside_one_policy_worker_share_the_engines_part() -> None:
+    groups = online(EIGHT_GPUS, policy_workers=4, rollout_workers=8)
+    assert gpus(groups) == {"policy": 0.4, "rollout": 0.15, "reference": 0.3}
+    assert [b["GPU"] for b in make_layout(groups.specs).bundles if "GPU" in b] == [1.0] * 4
+
+
+def test_shared_gpus_are_never_divided_beyond_one() -> None:
+    assert gpus(online(ONE_GPU, gpus_per_rollout_worker=0.5))["policy"] == 0.2
+    with pytest.raises(ConfigError, match=r"0\.5 for rollout and 1 x 0\.6 for reference leave 0 of it"):
+        online(ONE_GPU, gpus_per_rollout_worker=0.5, gpus_per_reference_worker=0.6)
+    with pytest.raises(
+        ConfigError, match=r"leave 0\.4 of it for a policy worker, which asks for 1.*--colocate"
+    ):
+        online(EIGHT_GPUS, gpus_per_policy_worker=1)
+
+
+def test_too_few_gpus_for_groups_of_their_own() -> None:
+    with pytest.raises(PlacementError, match=r"1 GPU\(s\) cannot hold .*reference.*--colocate true"):
+        online(ONE_GPU, colocate=False)
+
+
+def test_busy_gpus_are_not_taken_for_no_gpus() -> None:
+    busy = ClusterInfo(False, "", {"10.0.0.1": {"CPU": 96, "GPU": 0}}, 0, has_gpus=True)
+    groups = online(busy)
+    assert groups.on_gpu
+    with pytest.raises(PlacementError, match=r"policy: 1 worker\(s\), each 1 CPU, 0\.4 GPU"):
+        assert_fits(groups, busy)
+
+
+def test_everything_can_be_overruled() -> None:
+    groups = online(
+        EIGHT_GPUS,
+        colocate=False,
+        policy_workers=3,
+        rollout_workers=2,
+        reference_workers=2,
+        reward_workers=5,
+        gpus_per_rollout_worker=2,
+        gpus_per_reference_worker=0.5,
+        cpus_per_policy_worker=7,
+        cpus_per_reward_worker=2,
+    )
+    assert counts(groups) == {"policy": 3, "rollout": 2, "reference": 2, "reward": 5}
+    assert gpus(groups) == {"policy": 1.0, "rollout": 2.0, "reference": 0.5}
+    assert {spec.name: spec.cpus for spec in groups.specs} == {
+        "policy": 7.0,
+        "rollout": 1.0,
+        "reference": 1.0,
+        "reward": 2.0,
+    }
+    assert_fits(groups, EIGHT_GPUS)
+
+
+def test_a_cluster_with_gpus_may_be_told_to_use_its_cores() -> None:
+    groups = online(EIGHT_GPUS, gpus_per_policy_worker=0)
+    assert not groups.on_gpu
+    assert gpus(groups) == {}
+
+
+# -- cores -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cores", [2, 3, 4, 7, 16, 24, 30])
+def test_eight_gpus_with_few_cores_still_fit(cores: int) -> None:
+    where = cluster({"CPU": cores, "GPU": 8})
+    assert_fits(online(where), where)
+    assert_fits(online(where, colocate=False), where)
+    assert_fits(sft(where), where)
+
+
+@pytest.mark.parametrize("cores", [(1, 1), (2, 2), (1, 3), (1, 1, 1)])
+def test_cores_are_shared_out_by_node(cores: tuple[int, ...]) -> None:
+    """Five workers on two nodes of two cores: 4/5 of a core each would let in only four."""
+    where = cluster(*({"CPU": n} for n in cores))
+    groups = online(where, policy_workers=2)
+    assert sum(counts(groups).values()) == 5
+    assert_fits(groups, where)
+
+
+# -- several nodes -----------------------------------------------------------------------------------------
+
+
+def test_two_nodes_of_eight_gpus() -> None:
+    where = cluster({"CPU": 96, "GPU": 8}, {"CPU": 96, "GPU": 8})
+    assert counts(online(where)) == {"policy": 16, "rollout": 16, "reference": 16, "reward": 4}
+    apart = online(where, colocate=False)
+    assert counts(apart) == {"policy": 7, "rollout": 7, "reference": 2, "reward": 4}
+    assert counts(sft(where)) == {"policy": 16}
+    for groups in (online(where), apart, sft(where)):
+        assert_fits(groups, where)
+
+
+def test_nodes_reserved_for_a_role_decide_where_it_runs() -> None:
+    where = cluster({"CPU": 48, "GPU": 8, "policy": 8}, {"CPU": 48, "GPU": 8, "rollout": 8})
+    groups = online(where, vllm_tensor_parallel_size=2)
+    assert not groups.colocated, "their GPUs cannot be shared"
+    assert groups["policy"].resources == {"policy": 1.0}
+    assert groups["rollout"].resources == {"rollout": 1.0}
+    assert groups["reference"].resources == {}
+    assert counts(groups) == {"policy": 8, "rollout": 3, "reference": 2, "reward": 4}
+    assert_fits(groups, where)
+
+
+def test_a_role_that_no_node_declares_runs_anywhere() -> None:
+    assert all(spec.resources == {} for spec in online(EIGHT_GPUS).specs)
+
+
+# -- supervised --------------------------------------------------------------------------------------------
+
+
+def test_supervised_training_takes_every_gpu() -> None:
+    assert counts(sft(EIGHT_GPUS)) == {"policy": 8}
+    assert gpus(sft(EIGHT_GPUS)) == {"policy": 1.0}
+    assert counts(sft(LAPTOP)) == {"policy": 1}
+    assert sft(LAPTOP).threads == {"policy": 2}
+    assert sft(LAPTOP, policy_workers=2).threads == {"policy": 1}

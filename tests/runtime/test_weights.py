@@ -1,0 +1,178 @@
+"""Weights as bytes, in buckets, in the store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from raytune_rl.errors import StaleWeightsError
+from raytune_rl.runtime.weights import (
+    Manifest,
+    TensorEntry,
+    WeightStore,
+    collect_index,
+    entry_of,
+    find_manifest,
+    from_bytes,
+    plan_buckets,
+    read,
+    start_store,
+    to_bytes,
+)
+
+
+def entries(*sizes: int) -> list[TensorEntry]:
+    return [TensorEntry(f"w{i}", "uint8", (size,)) for i, size in enumerate(sizes)]
+
+
+# -- buckets -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([4, 4, 4], [[0, 1], [2]]),
+        ([4, 6, 1], [[0, 1], [2]]),
+        ([4, 7], [[0], [1]]),
+        ([1, 50, 1, 1], [[0], [1], [2, 3]]),
+        ([0, 0, 0], [[0, 1, 2]]),
+        ([10, 0, 10, 0], [[0, 1], [2, 3]]),
+        ([], []),
+    ],
+)
+def test_consecutive_tensors_fill_a_bucket(sizes: list[int], expected: list[list[int]]) -> None:
+    assert plan_buckets(entries(*sizes), bucket_bytes=10) == expected
+
+
+def test_every_tensor_is_in_one_bucket_and_none_is_too_large() -> None:
+    sizes = np.random.default_rng(0).integers(0, 40, size=200).tolist()
+    buckets = plan_buckets(entries(*sizes), bucket_bytes=64)
+    assert [i for bucket in buckets for i in bucket] == list(range(200))
+    assert max(sum(sizes[i] for i in bucket) for bucket in buckets) <= 64
+
+
+def test_a_size_counts_bytes_not_elements() -> None:
+    assert TensorEntry("w", "bfloat16", (3, 5)).nbytes == 30
+    assert TensorEntry("w", "float32", ()).nbytes == 4
+    assert TensorEntry("w", "float32", (0, 7)).nbytes == 0
+    huge = TensorEntry("w", "float32", (2**17, 2**17))
+    assert huge.nbytes == 2**36, "beyond 32 bits"
+
+
+# -- bytes -------------------------------------------------------------------------------------------------
+
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.int64,
+    torch.int8,
+    torch.bool,
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (7,), (), (0,), (4, 0, 2)], ids=str)
+def test_bytes_there_and_back(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    entry = entry_of("layer.weight", tensor)
+    data = to_bytes(tensor)
+    assert (data.dtype, data.ndim, data.nbytes) == (np.uint8, 1, entry.nbytes)
+    data.setflags(write=False)  # as the object store gives it
+    again = from_bytes(data, entry)
+    assert (again.dtype, again.shape) == (tensor.dtype, tensor.shape)
+    assert torch.equal(again.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def test_bits_survive_that_numbers_would_not() -> None:
+    odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-40], dtype=torch.bfloat16)
+    again = from_bytes(to_bytes(odd), entry_of("w", odd))
+    assert torch.equal(again.view(torch.int16), odd.view(torch.int16))
+
+
+def test_a_strided_tensor_is_written_in_its_own_order() -> None:
+    tensor = torch.arange(12).reshape(3, 4).T
+    assert torch.equal(from_bytes(to_bytes(tensor), entry_of("w", tensor)), tensor)
+
+
+def test_a_contiguous_tensor_is_not_copied() -> None:
+    tensor = torch.zeros(4)
+    data = to_bytes(tensor)
+    tensor[0] = 1.0
+    assert data.any()
+    assert from_bytes(data, entry_of("w", tensor)).data_ptr() == tensor.data_ptr()
+
+
+def test_a_parameter_needs_no_detaching() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    assert to_bytes(parameter).nbytes == 8
+
+
+# -- versions ----------------------------------------------------------------------------------------------
+
+
+def manifest(version: int) -> Manifest:
+    return Manifest(version, "full", (), ())
+
+
+def test_versions_only_count_up_and_the_old_ones_go() -> None:
+    store = WeightStore(keep=2)
+    with pytest.raises(StaleWeightsError, match=r"-1 is not in the store, which has \[\]"):
+        store.get()
+    for version in (0, 1, 5):
+        assert store.publish(manifest(version)) == version
+    assert store.get().version == 5
+    assert store.get(1).version == 1
+    with pytest.raises(StaleWeightsError, match=r"version 0 is not in the store, which has \[1, 5\]"):
+        store.get(0)
+    for old in (5, 2):
+        with pytest.raises(StaleWeightsError, match=f"version {old} was published after version 5"):
+            store.publish(manifest(old))
+    assert store.get().version == 5
+
+
+def test_the_ranks_indices_join_in_rank_order() -> None:
+    first, second, third = (tuple(entries(n)) for n in (1, 2, 3))
+    assert collect_index([(first, second), (), (third,)]) == (first, second, third)
+
+
+class Publisher:
+    """Gives its buckets as return values, as a policy rank does, and may be gone afterwards."""
+
+    def publish(self, tensors: list[torch.Tensor]) -> tuple[str, Any]:
+        return "done", [to_bytes(tensor) for tensor in tensors]
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("running")
+def test_weights_outlive_the_worker_that_made_them() -> None:
+    tensors = {
+        "bf16": torch.randn(300, 1000).to(torch.bfloat16),
+        "odd": torch.arange(7, dtype=torch.int8),
+        "none": torch.zeros(0, 4),
+        "double": torch.tensor(0.1, dtype=torch.float64),
+    }
+    actor = ray.remote(Publisher).options(num_cpus=0).remote()
+    done, bucket = actor.publish.options(num_returns=2).remote(list(tensors.values()))
+    assert ray.get(done, timeout=60) == "done"
+    ray.kill(actor)
+
+    index = (tuple(entry_of(name, tensor) for name, tensor in tensors.items()),)
+    store = start_store("tests-weights")
+    try:
+        ray.get(store.publish.remote(Manifest(3, "full", (bucket,), index)), timeout=60)
+        found = find_manifest("tests-weights", None, 30)
+        assert (found.version, found.nbytes) == (3, 600_000 + 7 + 0 + 8)
+        got = dict(read(found, 30))
+        assert list(got) == list(tensors)
+        for name, tensor in tensors.items():
+            assert got[name].dtype == tensor.dtype
+            assert torch.equal(got[name], tensor), name
+    finally:
+        ray.kill(store)

@@ -1,8 +1,8 @@
 """Rewards to advantages, on the driver: a handful of scalars per completion, in float64.
 
-Source: Shao et al. 2024 (DeepSeekMath), GRPO, eq. for outcome supervision: A_i = (r_i - mean(r)) / std(r),
-    with the
-sample standard deviation (n - 1) and the epsilon of ms-swift and TRL.
+Source: Shao et al. 2024 (DeepSeekMath), GRPO, outcome supervision: A_i = (r_i - mean(r)) / std(r), with the
+sample standard deviation (n - 1) and the epsilon of ms-swift and TRL; Ahmadian et al. 2024, "Back to basics",
+RLOO; Hu et al. 2025 (REINFORCE++), the variant with the group's mean as baseline.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from raytune_rl.errors import ConfigError
 
 Scale = Literal["group", "batch", "none"]
+Estimator = Literal["grpo", "rloo", "reinforce_plus_plus"]
+
+DEFAULT_SCALE: dict[Estimator, Scale] = {"grpo": "group", "rloo": "none", "reinforce_plus_plus": "batch"}
+"""What each estimator divides by in its paper, and in ms-swift unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,30 @@ class AdvantageResult:
 
 
 def group_advantages(
-    rewards: ArrayLike, group_ids: ArrayLike, scale: Scale = "group", eps: float = 1e-4
+    rewards: ArrayLike,
+    group_ids: ArrayLike,
+    scale: Scale | None = None,
+    eps: float = 1e-4,
+    estimator: Estimator = "grpo",
 ) -> AdvantageResult:
     """Group-relative advantages.
+
+    * grpo: the reward less the group's mean.
+    * rloo: the reward less the mean of the *other* rewards of the group, n / (n - 1) times the above.
+    * reinforce_plus_plus: as grpo, but scaled by the spread of the centred rewards of the whole batch, not of
+      the rewards themselves: groups that are hard or easy as a whole do not count.
 
     Args:
         rewards: float64 [n]; a value that is not finite means "not scorable": it is left out of its group's
             statistics, gets advantage 0 and is counted.
         group_ids: int [n], rows of one prompt share an id; they need not be neighbours.
         scale: divide the centred rewards by the group's sample standard deviation ("group"), by that of all
-            scorable rewards of the batch ("batch"), or not at all ("none", Dr. GRPO).
+            scorable rows of the batch ("batch"), or not at all ("none", Dr. GRPO). None: `DEFAULT_SCALE`.
         eps: added to the divisor.
+        estimator: see above.
 
     Raises:
-        ConfigError: `scale` is unknown.
+        ConfigError: `scale` or `estimator` is unknown.
         ValueError: the shapes do not fit.
     """
     reward = np.asarray(rewards, dtype=np.float64)
@@ -66,6 +80,11 @@ def group_advantages(
         raise ValueError(
             f"rewards {reward.shape} and group_ids {ids.shape} must be one-dimensional and equal"
         )
+    if estimator not in DEFAULT_SCALE:
+        raise ConfigError(
+            f"advantage_estimator is '{estimator}'; it must be one of {', '.join(DEFAULT_SCALE)}"
+        )
+    scale = DEFAULT_SCALE[estimator] if scale is None else scale
     if scale not in ("group", "batch", "none"):
         raise ConfigError(f"scale_rewards is '{scale}'; it must be one of group, batch, none")
 
@@ -85,12 +104,14 @@ def group_advantages(
     std = np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
 
     advantages = centred
+    if estimator == "rloo":
+        advantages = centred * (count / np.maximum(count - 1, 1))[group_of]
     if scale == "group":
-        advantages = centred / (np.nan_to_num(std, nan=0.0)[group_of] + eps)
+        advantages = advantages / (np.nan_to_num(std, nan=0.0)[group_of] + eps)
     elif scale == "batch":
-        batch = reward[scorable]
+        batch = (centred if estimator == "reinforce_plus_plus" else reward)[scorable]
         batch_std = float(np.std(batch, ddof=1)) if len(batch) > 1 else 0.0
-        advantages = centred / (batch_std + eps)
+        advantages = advantages / (batch_std + eps)
     return AdvantageResult(
         advantages=advantages.astype(np.float32),
         groups=groups,
@@ -125,3 +146,21 @@ def combine_rewards(values: ArrayLike, weights: ArrayLike) -> NDArray[np.float64
     missing = np.isnan(table)
     total = np.where(missing, 0.0, table) @ weight
     return np.where(missing.all(axis=1), np.nan, total)
+
+
+def penalised_rewards(rewards: ArrayLike, kl: ArrayLike, beta: float) -> NDArray[np.float64]:
+    """Rewards with the KL inside (`kl_in_reward`): r - beta * KL, before anything is compared.
+
+    Args:
+        rewards: float64 [n]; NaN stays NaN.
+        kl: float64 [n], per completion the sum over its tokens of an estimator in `kl`; with k1 it is the
+            difference of the two log-probs of the whole completion, so two sums a row suffice.
+        beta: its weight.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    reward, penalty = np.asarray(rewards, dtype=np.float64), np.asarray(kl, dtype=np.float64)
+    if reward.shape != penalty.shape:
+        raise ValueError(f"rewards {reward.shape} and kl {penalty.shape} must have one shape")
+    return reward - beta * penalty

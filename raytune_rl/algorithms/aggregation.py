@@ -1,18 +1,22 @@
-"""How token losses add up: one weight per row, computed once for the whole optimizer step.
+"""How losses add up: weights per row, computed once for the whole optimizer step.
 
-The loss of a step is `sum_rows weight[row] * sum_t token_loss[row, t]`. The driver knows every length of the
+The loss of a step is `sum_rows weight[row] * sum_t token_loss[row, t]`, and for losses of whole rows
+`sum_rows row_weight[row] * row_loss[row]`. The driver knows every length of the
 step, so the weights already hold the normaliser over all micro-batches, ranks and accumulation. Nothing
 downstream divides again, and the sum is the same however the rows are cut, ordered, padded or packed.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from raytune_rl.errors import ConfigError
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "sft")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "sft")
 
 
 def row_weights(
@@ -20,9 +24,9 @@ def row_weights(
 ) -> NDArray[np.float64]:
     """Weight of each row's summed token loss.
 
-    * grpo (DeepSeekMath, eq. 3): mean over rows of the mean over tokens, `1 / (n_rows * len)`.
+    * grpo (DeepSeekMath, eq. 3), sapo: mean over rows of the mean over tokens, `1 / (n_rows * len)`.
     * dr_grpo (Liu et al. 2025): `1 / (n_rows * max_completion_length)`, no length bias.
-    * dapo (Yu et al. 2025), sft: mean over all tokens of the step, `1 / total_tokens`.
+    * dapo (Yu et al. 2025), cispo, sft: mean over all tokens of the step, `1 / total_tokens`.
     * bnpo: ms-swift and TRL take the token mean of each *local micro-batch*. That mean changes with the
       micro-batch size and the number of ranks, so it has no meaning of its own; here the "batch" is the whole
       optimizer step, which makes it equal to dapo. With one micro-batch a step on one rank it is theirs
@@ -44,14 +48,72 @@ def row_weights(
     length = np.asarray(lengths, dtype=np.int64)
     used = length > 0
     safe = np.maximum(length, 1).astype(np.float64)
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "sapo"):
         weight = 1.0 / (max(len(length), 1) * safe)
     elif loss_type == "dr_grpo":
         if max_completion_length is None or max_completion_length < 1:
             raise ConfigError("loss_type 'dr_grpo' divides by max_completion_length: set it to 1 or more")
         weight = np.full(len(length), 1.0 / (max(len(length), 1) * max_completion_length))
-    elif loss_type in ("dapo", "bnpo", "sft"):
+    elif loss_type in ("dapo", "bnpo", "cispo", "sft"):
         weight = np.full(len(length), 1.0 / max(int(length.sum()), 1))
     else:
         raise ConfigError(f"loss_type '{loss_type}' is not known; choose one of {', '.join(LOSS_TYPES)}")
     return np.where(used, weight, 0.0)
+
+
+def lengths_in_loss(lengths: ArrayLike, truncated: ArrayLike, overlong_filter: bool) -> NDArray[np.int64]:
+    """Loss tokens per row after the overlong filter (DAPO, section 3.4): what was cut off teaches nothing.
+
+    Whether such a completion would have been right is unknown. Given to `row_weights`, a filtered row has
+    weight 0; it adds no tokens to the normaliser, and it still counts as a row, as in TRL and ms-swift. Its
+    reward has already counted in its group.
+
+    Args:
+        lengths: int [n_rows], tokens.
+        truncated: bool [n_rows], the completion ran into the length limit.
+        overlong_filter: whether to filter at all.
+    """
+    length = np.asarray(lengths, dtype=np.int64)
+    return np.where(np.asarray(truncated, dtype=bool), 0, length) if overlong_filter else length
+
+
+@dataclass(frozen=True)
+class PreferenceWeights:
+    """Weights of one optimizer step on preference data.
+
+    Attributes:
+        weight: float64 [n_rows], of the summed token losses: the likelihood term on desired completions.
+        row_weight: float64 [n_rows], of the row losses.
+    """
+
+    weight: NDArray[np.float64]
+    row_weight: NDArray[np.float64]
+
+
+def pair_weights(lengths: ArrayLike, likelihood: Literal["tokens", "rows"] = "tokens") -> PreferenceWeights:
+    """Weights for pairs whose chosen side is row 2k and whose rejected side is row 2k + 1.
+
+    The pairs' losses are averaged over the pairs of the step. The likelihood term (DPO's rpo_alpha and sft,
+    ORPO, CPO) is averaged over all chosen tokens of the step ("tokens": TRL and ms-swift do so for each
+    micro-batch), or over pairs of their mean over tokens ("rows": as the ORPO paper has it).
+
+    Args:
+        lengths: int [2 * n_pairs], loss tokens.
+        likelihood: how the likelihood term is averaged.
+
+    Raises:
+        ValueError: an odd number of rows.
+    """
+    length = np.asarray(lengths, dtype=np.int64)
+    if len(length) % 2:
+        raise ValueError(f"{len(length)} rows are not pairs")
+    weight = np.zeros(len(length))
+    if len(length):
+        weight[0::2] = row_weights(length[0::2], "dapo" if likelihood == "tokens" else "grpo")
+    return PreferenceWeights(weight, np.full(len(length), 2.0 / max(len(length), 1)))
+
+
+def single_weights(lengths: ArrayLike) -> PreferenceWeights:
+    """Weights for rows that stand alone (KTO): the mean over rows, and no likelihood term."""
+    count = len(np.asarray(lengths))
+    return PreferenceWeights(np.zeros(count), np.full(count, 1.0 / max(count, 1)))

@@ -21,8 +21,11 @@ def k1(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
-    """(log pi - log other)^2 / 2, per token; its gradient in expectation is that of the true KL."""
-    return 0.5 * (logprobs - other_logprobs) ** 2
+    """(log pi - log other)^2 / 2, per token; its gradient in expectation is that of the true KL.
+
+    The difference is clamped to +-20 as in `k3`: its square shall fit float32.
+    """
+    return 0.5 * (logprobs - other_logprobs).clamp(-MAX_LOG_DIFF, MAX_LOG_DIFF) ** 2
 
 
 def k3(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ the reader.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Kind = Literal["mean", "total", "max", "min"]
+Kind = Literal["mean", "total", "max", "min", "ess"]
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,16 @@ class Stat:
 
     Attributes:
         kind: How it merges: "mean" adds `value` (a sum) and `count`; "total" adds `value`; "max" and "min"
-            compare.
+            compare; "ess" adds `value` (a sum of weights), `squares` and `count`.
         value: The sum or extremum; a float, or a detached 0-dim tensor until `MetricSums.host()` fetches it.
         count: Number of terms in `value`; 0 means nothing was measured.
+        squares: The sum of the weights' squares, for "ess" only.
     """
 
     kind: Kind
     value: float | Tensor
     count: int
+    squares: float | Tensor = 0.0
 
     def merge(self, other: Stat) -> Stat:
         if self.kind != other.kind:
@@ -37,8 +39,8 @@ class Stat:
         if self.count == 0 or other.count == 0:
             return other if self.count == 0 else self
         count = self.count + other.count
-        if self.kind in ("mean", "total"):
-            return Stat(self.kind, self.value + other.value, count)
+        if self.kind in ("mean", "total", "ess"):
+            return Stat(self.kind, self.value + other.value, count, self.squares + other.squares)
         mine, theirs = float(self.value), float(other.value)
         pick = max if self.kind == "max" else min
         # Python's max(1.0, nan) depends on the order of its arguments; a NaN must win, it is the news.
@@ -49,6 +51,9 @@ class Stat:
         """The plain number: a mean is divided here, and only here. NaN when nothing was measured."""
         if self.count == 0:
             return 0.0 if self.kind == "total" else float("nan")
+        if self.kind == "ess":
+            squares = self.count * float(self.squares)
+            return float(self.value) ** 2 / squares if squares else 0.0
         return float(self.value) / self.count if self.kind == "mean" else float(self.value)
 
 
@@ -69,12 +74,19 @@ class MetricSums:
     def host(self) -> MetricSums:
         """The same values as plain floats, fetched from the device in one copy; call before sending it
         anywhere."""
-        names = [name for name, stat in self.stats.items() if isinstance(stat.value, Tensor)]
-        if not names:
+        away = [
+            (name, part, held)
+            for name, stat in self.stats.items()
+            for part, held in (("value", stat.value), ("squares", stat.squares))
+            if isinstance(held, Tensor)
+        ]
+        if not away:
             return self
-        tensors = [torch.as_tensor(self.stats[name].value).double().reshape(()) for name in names]
-        fetched = dict(zip(names, torch.stack(tensors).tolist(), strict=True))
-        return MetricSums({n: Stat(s.kind, fetched.get(n, s.value), s.count) for n, s in self.stats.items()})
+        numbers = torch.stack([held.double().reshape(()) for _, _, held in away]).tolist()
+        stats = dict(self.stats)
+        for (name, part, _), number in zip(away, numbers, strict=True):
+            stats[name] = replace(stats[name], **{part: number})
+        return MetricSums(stats)
 
     def result(self) -> dict[str, float]:
         """Plain numbers by name; a metric that measured nothing is left out rather than logged as NaN."""
@@ -105,6 +117,12 @@ def min_of(values: Tensor) -> Stat:
 def total_of(values: Tensor) -> Stat:
     """Sum of all elements, never divided: for counts."""
     return Stat("total", values.detach().double().sum(), values.numel())
+
+
+def ess_of(weights: Tensor) -> Stat:
+    """Effective sample size as a fraction, (sum w)^2 / (n sum w^2): 1 for equal weights, 0 if all are 0."""
+    held = weights.detach().double()
+    return Stat("ess", held.sum(), held.numel(), (held**2).sum())
 
 
 def row_means(values: Tensor, row_of: Tensor, n_rows: int) -> Tensor:

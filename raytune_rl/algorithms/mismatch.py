@@ -27,7 +27,7 @@ def rollout_mismatch(
     |delta|. Row means (E_s, with the row's mean log-probs): `training_ppl`, `rollout_ppl` (perplexities),
     `training_log_ppl`, `rollout_log_ppl`, `log_ppl_diff` = E[log ppl_train - log ppl_rollout],
     `log_ppl_abs_diff`, `log_ppl_diff_max`, `ppl_ratio` = E[ppl_train / ppl_rollout], `chi2_seq` = E[e^(2
-    sum_t delta)] - 1. Exponents are clamped to +-20. Tokens to which the engine gave no finite log-prob
+    mean_t delta)] - 1. Exponents are clamped to +-20. Tokens to which the engine gave no finite log-prob
     cannot be compared: they are left out and counted in `unscored_tokens`. A trainer log-prob that is not
     finite is a defect and stays visible.
 
@@ -48,7 +48,6 @@ def rollout_mismatch(
     used = counts > 0
     train_row = row_sums(train, rows, n_rows)[used] / counts[used]
     rollout_row = row_sums(rollout, rows, n_rows)[used] / counts[used]
-    delta_sum = row_sums(delta, rows, n_rows)[used].clamp(-MAX_LOG, MAX_LOG)
     log_ppl_diff = rollout_row - train_row
 
     stats: dict[str, Stat] = {
@@ -65,7 +64,7 @@ def rollout_mismatch(
         "log_ppl_abs_diff": mean_of(log_ppl_diff.abs()),
         "log_ppl_diff_max": max_of(log_ppl_diff),
         "ppl_ratio": mean_of(log_ppl_diff.clamp(-MAX_LOG, MAX_LOG).exp()),
-        "chi2_seq": mean_of((2 * delta_sum).exp() - 1),
+        "chi2_seq": mean_of((-2 * log_ppl_diff.clamp(-MAX_LOG, MAX_LOG)).exp() - 1),
         "unscored_tokens": total_of(~scored),
     }
     return MetricSums({PREFIX + name: stat for name, stat in stats.items()})

@@ -1,18 +1,24 @@
-"""GRPO's token loss: a clipped importance ratio times the advantage, plus beta times the KL to a reference.
+"""The policy gradient's token loss: a function of importance ratio and advantage, filters, and the KL.
+
+`policy_loss` is what GRPO and its kin have in common; an algorithm adds its surrogate (`clipped_surrogate`
+here, `cispo`, `sapo`) and one line of registration.
 
 Source: Shao et al. 2024 (DeepSeekMath), eq. 3; asymmetric clipping from Yu et al. 2025 (DAPO), eq. 10; the
-    upper cap
-`delta` for negative advantages from INTELLECT-2 (2025), section 3.4. Semantics as in ms-swift and TRL.
+upper cap `delta` for negative advantages from INTELLECT-2 (2025), section 3.4. Semantics as in ms-swift and
+TRL.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from raytune_rl.algorithms.kl import k3
+from raytune_rl.algorithms.correction import RolloutCorrection, correction_weights, off_policy_keep
+from raytune_rl.algorithms.kl import k2, k3
 from raytune_rl.algorithms.metrics import (
     MetricSums,
     Stat,
@@ -21,15 +27,53 @@ from raytune_rl.algorithms.metrics import (
     min_of,
     row_means,
 )
+from raytune_rl.algorithms.ratio import LEVELS, Level, importance_ratio
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
 from raytune_rl.errors import ConfigError
 
-# exp(20) = 4.9e8: far beyond any clip range, and still finite in float32 when multiplied by an advantage.
-MAX_LOG_RATIO = 20.0
+Surrogate = Callable[[Tensor, LossInputs], tuple[Tensor, MetricSums]]
+"""(ratio [N] with gradient, inputs) -> token loss [N] and metrics."""
 
 
-@dataclass(frozen=True)
-class GRPOSettings:
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings:
+    """What every policy loss can do.
+
+    Attributes:
+        beta: weight of the KL to the reference; 0 means no reference at all.
+        kl_estimator: "k3", or "k2", whose gradient is that of the true KL. k1 has none in expectation: it
+            belongs into the reward.
+        importance_sampling_level: see `ratio`.
+        correction: of the gap to the engine, or None.
+        off_policy_delta: leave out rows with a negative advantage that drifted further than this, or None.
+        entropy_filter: train on tokens whose column "entropy" is at least the row value "entropy_threshold"
+            (`entropy`).
+    """
+
+    beta: float = 0.04
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    importance_sampling_level: Level = "token"
+    correction: RolloutCorrection | None = None
+    off_policy_delta: float | None = None
+    entropy_filter: bool = False
+
+    def __post_init__(self) -> None:
+        if self.beta < 0:
+            raise ConfigError(f"beta is {self.beta}; it must not be negative")
+        if self.kl_estimator not in ("k2", "k3"):
+            raise ConfigError(
+                f"kl_estimator is '{self.kl_estimator}'; in the loss it must be k2 or k3 (the gradient of k1 "
+                "is 0 in expectation)"
+            )
+        if self.importance_sampling_level not in LEVELS:
+            raise ConfigError(
+                f"importance_sampling_level is '{self.importance_sampling_level}'; it must be one of "
+                f"{', '.join(LEVELS)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOSettings(PolicySettings):
     """Hyper-parameters of the clipped policy loss.
 
     Attributes:
@@ -37,15 +81,14 @@ class GRPOSettings:
         epsilon_high: upper clip range; None means the same as epsilon.
         delta: upper cap on the ratio of the unclipped branch (it bounds the loss where the advantage is
             negative).
-        beta: weight of the k3 KL to the reference; 0 means no reference at all.
     """
 
     epsilon: float = 0.2
     epsilon_high: float | None = None
     delta: float | None = None
-    beta: float = 0.04
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.epsilon <= 1:
             raise ConfigError(
                 f"epsilon is {self.epsilon}; the ratio is clipped at 1 - epsilon, so it must be in [0, 1]"
@@ -54,18 +97,72 @@ class GRPOSettings:
             raise ConfigError(f"epsilon_high is {self.epsilon_high}; it must not be negative")
         if self.delta is not None and self.delta <= 0:
             raise ConfigError(f"delta is {self.delta}; it caps the ratio from above, so it must be positive")
-        if self.beta < 0:
-            raise ConfigError(f"beta is {self.beta}; it must not be negative")
-
-    @property
-    def high(self) -> float:
-        """The upper clip range in effect."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
 
-def clipped_policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor | None,
+def policy_loss(inputs: LossInputs, surrogate: Surrogate) -> LossOutput:
+    """Ratio, surrogate, filters, KL, correction: what a policy loss does beside its own formula.
+
+    The order is ms-swift's: the entropy filter acts on the surrogate alone; the rollout correction weighs the
+    KL too, as both are expectations over what the engine sampled; a row that is left out loses both.
+
+    Returns:
+        Token loss, and the metrics of the surrogate, `kl`, `entropy/*` (over completions, as in ms-swift),
+        `rollout_correction/*`, `off_policy_masked` and `entropy_kept`.
+    """
+    settings: PolicySettings = inputs.settings
+    assert inputs.advantages is not None
+    logprobs, row_of, n_rows = inputs.logprobs, inputs.row_of, inputs.n_rows
+    old = inputs.columns.get("old_logprobs")
+    ratio = importance_ratio(logprobs, old, row_of, n_rows, settings.importance_sampling_level)
+    token_loss, metrics = surrogate(ratio, inputs)
+    stats: dict[str, Stat] = {}
+
+    if settings.entropy_filter:
+        keep = inputs.columns["entropy"] >= inputs.row_values["entropy_threshold"][row_of]
+        token_loss = torch.where(keep, token_loss, 0.0)
+        stats["entropy_kept"] = mean_of(keep)
+    if settings.beta > 0:
+        kl = (k2 if settings.kl_estimator == "k2" else k3)(logprobs, inputs.columns["ref_logprobs"])
+        token_loss = token_loss + settings.beta * kl
+        stats["kl"] = mean_of(kl)
+    at_start = logprobs.detach() if old is None else old
+    if settings.correction is not None:
+        weights, measured = correction_weights(
+            at_start, inputs.columns["rollout_logprobs"], row_of, n_rows, settings.correction
+        )
+        token_loss = token_loss * weights
+        metrics = metrics.merge(measured)
+    if settings.off_policy_delta is not None:
+        sampled = inputs.columns.get("rollout_logprobs", at_start)
+        stay, measured = off_policy_keep(
+            logprobs, sampled, inputs.advantages, row_of, n_rows, settings.off_policy_delta
+        )
+        token_loss = torch.where(stay, token_loss, 0.0)
+        metrics = metrics.merge(measured)
+    if inputs.entropy is not None:
+        per_row = row_means(inputs.entropy, row_of, n_rows)
+        stats["entropy/mean"] = mean_of(per_row)
+        stats["entropy/max"] = max_of(per_row)
+        stats["entropy/min"] = min_of(per_row)
+    return LossOutput(token_loss, metrics.merge(MetricSums(stats)))
+
+
+def policy_columns(settings: PolicySettings) -> tuple[str, ...]:
+    """Columns that a policy loss cannot do without."""
+    return (
+        *(("ref_logprobs",) if settings.beta > 0 else ()),
+        *(("rollout_logprobs",) if settings.correction is not None else ()),
+        *(("entropy",) if settings.entropy_filter else ()),
+    )
+
+
+def policy_rows(settings: PolicySettings) -> tuple[str, ...]:
+    """Row values that a policy loss cannot do without."""
+    return ("entropy_threshold",) if settings.entropy_filter else ()
+
+
+def clipped_surrogate(
+    ratio: Tensor,
     advantages: Tensor,
     row_of: Tensor,
     n_rows: int,
@@ -73,31 +170,25 @@ def clipped_policy_loss(
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     delta: float | None = None,
+    by_row: bool = False,
 ) -> tuple[Tensor, MetricSums]:
     """l = -min(min(rho, delta) * A, clip(rho, 1 - epsilon, 1 + epsilon_high) * A), per token.
 
-    rho = exp(logprobs - old_logprobs), its logarithm clamped to +-20 so that an extreme token gives a large
-    but finite loss (and, beyond the clamp, no gradient) instead of inf * 0. A NaN log-prob is not an extreme
-    value but a defect: it stays NaN and is seen.
-
     Args:
-        logprobs: float [N] with gradient.
-        old_logprobs: float [N] of the policy that the step started from; None means on-policy: rho is 1 and
-            the gradient that of -A * logprobs.
+        ratio: float [N] with gradient (`ratio.importance_ratio`).
         advantages: float [N], one a token (index a per-row array by `row_of`).
         row_of: int64 [N]; only the metrics look at rows.
         n_rows: rows in the micro-batch.
         epsilon, epsilon_high, delta: see `GRPOSettings`.
+        by_row: The ratio is one a row: count rows, not tokens, in the means.
 
     Returns:
-        token_loss [N], and the clip ratios: `*_mean` over all tokens of the step; `low_min` and `high_max`
-        are extremes over completions (ms-swift takes them over ranks, which depends on the number of ranks).
-        As there, a ratio counts as clipped after the cap by delta, and only on the side where the clip binds
-        for its advantage.
+        token_loss [N], and the clip ratios: `*_mean` over all tokens (or rows) of the step; `low_min` and
+        `high_max` are extremes over completions (ms-swift takes them over ranks, which depends on the number
+        of ranks). As there, a ratio counts as clipped after the cap by delta, and only on the side where the
+        clip binds for its advantage.
     """
-    old = logprobs.detach() if old_logprobs is None else old_logprobs
     high = epsilon if epsilon_high is None else epsilon_high
-    ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - epsilon, 1 + high)
     if delta is not None:
         ratio = ratio.clamp(max=delta)
@@ -105,50 +196,44 @@ def clipped_policy_loss(
 
     is_low = ((ratio < 1 - epsilon) & (advantages < 0)).double()
     is_high = ((ratio > 1 + high) & (advantages > 0)).double()
+    low_rows, high_rows = row_means(is_low, row_of, n_rows), row_means(is_high, row_of, n_rows)
     stats: dict[str, Stat] = {
-        "clip_ratio/low_mean": mean_of(is_low),
-        "clip_ratio/low_min": min_of(row_means(is_low, row_of, n_rows)),
-        "clip_ratio/high_mean": mean_of(is_high),
-        "clip_ratio/high_max": max_of(row_means(is_high, row_of, n_rows)),
-        "clip_ratio/region_mean": mean_of(is_low + is_high),
+        "clip_ratio/low_mean": mean_of(low_rows if by_row else is_low),
+        "clip_ratio/low_min": min_of(low_rows),
+        "clip_ratio/high_mean": mean_of(high_rows if by_row else is_high),
+        "clip_ratio/high_max": max_of(high_rows),
+        "clip_ratio/region_mean": mean_of(low_rows + high_rows if by_row else is_low + is_high),
     }
     return token_loss, MetricSums(stats)
 
 
 def grpo_loss(inputs: LossInputs) -> LossOutput:
-    """Clipped policy loss plus beta * k3 to the reference; metrics `clip_ratio/*`, `kl` and `entropy/*`.
-
-    `entropy/max` and `entropy/min` are over completions of their mean, and `entropy/mean` is the mean over
-    completions, as in ms-swift.
-    """
+    """`policy_loss` with the clipped surrogate; PPO's policy loss too, given its advantages and beta 0."""
     settings: GRPOSettings = inputs.settings
-    if inputs.advantages is None:
-        raise ConfigError("loss 'grpo' needs advantages")
-    token_loss, metrics = clipped_policy_loss(
-        inputs.logprobs,
-        inputs.columns.get("old_logprobs"),
-        inputs.advantages,
-        inputs.row_of,
-        inputs.n_rows,
-        epsilon=settings.epsilon,
-        epsilon_high=settings.epsilon_high,
-        delta=settings.delta,
+
+    def surrogate(ratio: Tensor, inputs: LossInputs) -> tuple[Tensor, MetricSums]:
+        assert inputs.advantages is not None
+        return clipped_surrogate(
+            ratio,
+            inputs.advantages,
+            inputs.row_of,
+            inputs.n_rows,
+            epsilon=settings.epsilon,
+            epsilon_high=settings.epsilon_high,
+            delta=settings.delta,
+            by_row=settings.importance_sampling_level != "token",
+        )
+
+    return policy_loss(inputs, surrogate)
+
+
+GRPO = register_loss(
+    Loss(
+        "grpo",
+        GRPOSettings,
+        grpo_loss,
+        policy_columns,
+        needs_advantages=True,
+        required_rows=policy_rows,
     )
-    stats: dict[str, Stat] = {}
-    if settings.beta > 0:
-        kl = k3(inputs.logprobs, inputs.columns["ref_logprobs"])
-        token_loss = token_loss + settings.beta * kl
-        stats["kl"] = mean_of(kl)
-    if inputs.entropy is not None:
-        per_row = row_means(inputs.entropy, inputs.row_of, inputs.n_rows)
-        stats["entropy/mean"] = mean_of(per_row)
-        stats["entropy/max"] = max_of(per_row)
-        stats["entropy/min"] = min_of(per_row)
-    return LossOutput(token_loss, metrics.merge(MetricSums(stats)))
-
-
-def _columns(settings: GRPOSettings) -> tuple[str, ...]:
-    return ("ref_logprobs",) if settings.beta > 0 else ()
-
-
-GRPO = register_loss(Loss("grpo", GRPOSettings, grpo_loss, _columns, needs_advantages=True))
+)

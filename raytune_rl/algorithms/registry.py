@@ -1,7 +1,9 @@
 """Losses by name, so that neither pipelines nor the policy worker know an algorithm.
 
-A loss turns log-probs of N loss tokens into N token losses. Whoever calls it multiplies by the row weights
-(`aggregation.row_weights`) and adds up; no loss divides by anything that depends on the micro-batch.
+A loss turns log-probs of N loss tokens into N token losses, or into one loss a row, or both. Whoever calls it
+multiplies by the weights that the driver has worked out for the whole step (`aggregation`) and adds up; no
+loss divides by anything that depends on the micro-batch. What a loss needs to know of the whole step (a
+threshold, a baseline) comes in as a value of each row, so it is the same wherever the row ends up.
 """
 
 from __future__ import annotations
@@ -9,27 +11,38 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from raytune_rl.algorithms.metrics import MetricSums
 from raytune_rl.errors import ConfigError
 
+Forward = Literal["logprobs", "scores", "values"]
+Rows = Literal["single", "pairs"]
+
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss may look at for one micro-batch; all tensors are flat over its N loss tokens.
+    """What a loss may look at for one micro-batch; all token tensors are flat over its N loss tokens.
+
+    A row is never cut: all its loss tokens are in one micro-batch, next to each other and in order.
 
     Attributes:
-        logprobs: float32 [N], of the policy being trained, with gradient.
-        row_of: int64 [N], row of each token inside the micro-batch.
+        logprobs: float32 [N], of the policy being trained, with gradient; empty where the forward pass gives
+            something else (`Loss.forward`).
+        row_of: int64 [N], row of each token inside the micro-batch, ascending.
         n_rows: rows in the micro-batch, including those without loss tokens.
         settings: the loss's own frozen dataclass (`Loss.settings_type`).
         columns: float32 [N] each: "old_logprobs", "ref_logprobs", "rollout_logprobs", whatever the step has.
         advantages: float32 [N], already spread over tokens, or None for losses that need none.
         entropy: float32 [N] of the policy's distribution in nats, or None when it was not computed.
         correct: bool [N], the target was the arg-max, or None.
+        row_values: float64 [n_rows] each, what the driver says of each row: "pair" (`pairs`), "label" (KTO),
+            "margin" (reward model), and quantities of the whole step, equal on every row.
+        scores: float [n_rows] with gradient, the scalar head's on each row's last token, or None.
+        values: float [N] with gradient, the critic's, or None.
     """
 
     logprobs: Tensor
@@ -40,14 +53,49 @@ class LossInputs:
     advantages: Tensor | None = None
     entropy: Tensor | None = None
     correct: Tensor | None = None
+    row_values: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """token_loss [N] with gradient, not weighted, not averaged; and detached, mergeable metrics."""
+    """The loss of a micro-batch, not weighted, not averaged.
 
-    token_loss: Tensor
+    Attributes:
+        token_loss: [N] with gradient, or None. Weighted by the scalar "weight" of its row.
+        metrics: detached and mergeable.
+        row_loss: [n_rows] with gradient, or None. Weighted by the scalar "row_weight" of its row. The loss of
+            a pair stands on its chosen row; the rejected row has 0.
+    """
+
+    token_loss: Tensor | None
     metrics: MetricSums
+    row_loss: Tensor | None = None
+
+    def total(self, token_weights: Tensor | None, row_weights: Tensor | None) -> Tensor:
+        """This micro-batch's share of the step's loss, a scalar.
+
+        Args:
+            token_weights: [N], the weight of each token's row.
+            row_weights: [n_rows].
+
+        Raises:
+            ConfigError: the loss has a part for which the step brought no weights.
+        """
+        parts = []
+        for name, loss, weights in (
+            ("weight", self.token_loss, token_weights),
+            ("row_weight", self.row_loss, row_weights),
+        ):
+            if loss is None:
+                continue
+            if weights is None:
+                raise ConfigError(f"the loss needs the row scalar '{name}', which the step does not have")
+            parts.append((weights * loss).sum())
+        if not parts:
+            raise ConfigError("a loss must return token_loss, row_loss or both")
+        return torch.stack([part.double() for part in parts]).sum().float()
 
 
 def no_columns(settings: Any) -> tuple[str, ...]:
@@ -66,6 +114,9 @@ class Loss:
         required_columns: settings -> names of the columns it cannot do without (e.g. ref_logprobs when beta >
             0).
         needs_advantages: whether `LossInputs.advantages` must be there.
+        required_rows: settings -> names of the row values it cannot do without.
+        rows: "pairs" if rows 2k and 2k + 1 of a micro-batch must be the two sides of a pair (`pairs`).
+        forward: what the model must give: token log-probs, one score a row, or one value a token.
     """
 
     name: str
@@ -73,26 +124,37 @@ class Loss:
     compute: Callable[[LossInputs], LossOutput]
     required_columns: Callable[[Any], tuple[str, ...]] = no_columns
     needs_advantages: bool = False
+    required_rows: Callable[[Any], tuple[str, ...]] = no_columns
+    rows: Rows = "single"
+    forward: Forward = "logprobs"
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """Checks that nothing is missing, then computes.
 
         Raises:
-            ConfigError: a required column or the advantages are absent, or the settings are another loss's.
+            ConfigError: something it needs is absent, or the settings are another loss's.
         """
         if not isinstance(inputs.settings, self.settings_type):
             given = type(inputs.settings).__name__
             raise ConfigError(f"loss '{self.name}' takes {self.settings_type.__name__}, got {given}")
         missing = [c for c in self.required_columns(inputs.settings) if c not in inputs.columns]
-        if missing or (self.needs_advantages and inputs.advantages is None):
-            wanted = ", ".join(missing + (["advantages"] if inputs.advantages is None else []))
-            raise ConfigError(f"loss '{self.name}' needs {wanted}; the batch has {sorted(inputs.columns)}")
+        missing += [r for r in self.required_rows(inputs.settings) if r not in inputs.row_values]
+        if self.needs_advantages and inputs.advantages is None:
+            missing.append("advantages")
+        if self.forward != "logprobs" and getattr(inputs, self.forward) is None:
+            missing.append(f"a model that gives {self.forward}")
+        if missing:
+            there = sorted({*inputs.columns, *inputs.row_values})
+            raise ConfigError(f"loss '{self.name}' needs {', '.join(missing)}; the batch has {there}")
         return self.compute(inputs)
 
 
 _LOSSES: dict[str, Loss] = {}
 # Modules that register the built-in losses; imported on first use, so that this file depends on none of them.
-_BUILT_IN = ("raytune_rl.algorithms.policy_loss", "raytune_rl.algorithms.sft")
+_BUILT_IN = tuple(
+    f"raytune_rl.algorithms.{name}"
+    for name in ("policy_loss", "cispo", "sapo", "sft", "dpo", "kto", "orpo", "cpo", "rm", "ppo")
+)
 
 
 def register_loss(loss: Loss) -> Loss:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from raytune_rl.algorithms.advantages import combine_rewards, group_advantages
+from raytune_rl.algorithms.advantages import combine_rewards, group_advantages, penalised_rewards
 from raytune_rl.errors import ConfigError
 
 NAN = float("nan")
@@ -106,3 +108,65 @@ def test_combine_rewards() -> None:
     np.testing.assert_array_equal(combine_rewards(values, [2.0, 10.0]), [22, 30, 8, NAN])
     with pytest.raises(ConfigError, match="2 reward functions"):
         combine_rewards(values, [1.0])
+
+
+def test_rloo_is_the_reward_less_the_mean_of_the_others() -> None:
+    rewards = [1.0, 4.0, 2.0, 5.0, 7.0]
+    result = group_advantages(rewards, [0, 0, 0, 1, 1], estimator="rloo")
+    want = [1 - 6 / 2, 4 - 3 / 2, 2 - 5 / 2, 5 - 7, 7 - 5]
+    np.testing.assert_allclose(result.advantages, want, rtol=1e-6)
+
+
+def test_rloo_counts_scorable_others_only() -> None:
+    result = group_advantages([1.0, NAN, 4.0, 3.0, NAN], [0, 0, 0, 1, 1], estimator="rloo")
+    np.testing.assert_allclose(result.advantages, [-3, 0, 3, 0, 0], atol=1e-6)
+    assert (result.n_single, result.n_unscorable) == (1, 2)
+
+
+def test_reinforce_plus_plus_divides_by_the_spread_of_centred_rewards() -> None:
+    rewards, groups = [0.0, 2.0, 100.0, 104.0], [0, 0, 1, 1]
+    result = group_advantages(rewards, groups, estimator="reinforce_plus_plus", eps=0.0)
+    centred = np.array([-1.0, 1.0, -2.0, 2.0])
+    np.testing.assert_allclose(result.advantages, centred / np.std(centred, ddof=1), rtol=1e-6)
+    # the spread of the rewards themselves, in which one group stands far off, is another thing
+    grpo = group_advantages(rewards, groups, "batch", eps=0.0)
+    np.testing.assert_allclose(grpo.advantages, centred / np.std(rewards, ddof=1), rtol=1e-6)
+
+
+def test_reinforce_plus_plus_leaves_unscorable_rows_out_of_the_spread() -> None:
+    with_nan = group_advantages([0.0, 2.0, NAN, 4.0, 8.0], [0, 0, 0, 1, 1], estimator="reinforce_plus_plus")
+    without = group_advantages([0.0, 2.0, 4.0, 8.0], [0, 0, 1, 1], estimator="reinforce_plus_plus")
+    np.testing.assert_allclose(with_nan.advantages[[0, 1, 3, 4]], without.advantages, rtol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus"])
+@pytest.mark.parametrize("scale", [None, "group", "batch", "none"])
+def test_every_estimator_and_scale_on_hopeless_groups(estimator: Any, scale: Any) -> None:
+    """Equal rewards, a group of one, nothing scorable: exactly 0, finite, and counted."""
+    rewards, groups = [0.1, 0.1, 0.1, 7.0, NAN, NAN], [0, 0, 0, 1, 2, 2]
+    result = group_advantages(rewards, groups, scale, estimator=estimator)
+    assert result.advantages.tolist() == [0.0] * 6
+    assert (result.n_zero_std, result.n_single, result.n_empty) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "scale"), [("grpo", "group"), ("rloo", "none"), ("reinforce_plus_plus", "batch")]
+)
+def test_default_scales(estimator: Any, scale: Any) -> None:
+    rewards, groups = [0.0, 2.0, 10.0, 14.0], [0, 0, 1, 1]
+    default = group_advantages(rewards, groups, estimator=estimator).advantages
+    np.testing.assert_array_equal(
+        default, group_advantages(rewards, groups, scale, estimator=estimator).advantages
+    )
+
+
+def test_unknown_estimator() -> None:
+    with pytest.raises(ConfigError, match="advantage_estimator"):
+        group_advantages([1.0], [0], estimator="gae")  # type: ignore[arg-type]
+
+
+def test_kl_in_the_reward() -> None:
+    got = penalised_rewards([1.0, NAN, 0.5], [2.0, 1.0, -4.0], beta=0.1)
+    np.testing.assert_allclose(got, [0.8, NAN, 0.9])
+    with pytest.raises(ValueError, match="one shape"):
+        penalised_rewards([1.0], [1.0, 2.0], 0.1)

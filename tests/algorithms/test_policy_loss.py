@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raytune_rl.algorithms.kl import k1, k2, k3
 from raytune_rl.algorithms.metrics import MetricSums
-from raytune_rl.algorithms.policy_loss import GRPOSettings, clipped_policy_loss
+from raytune_rl.algorithms.policy_loss import GRPOSettings, clipped_surrogate
 from raytune_rl.algorithms.registry import LossInputs, LossOutput, get_loss
 from raytune_rl.errors import ConfigError
 
@@ -164,7 +164,7 @@ def test_clip_ratios_count_binding_clips_only() -> None:
     rho = torch.tensor([0.5, 0.5, 1.5, 1.5, 1.0, 0.7], dtype=torch.float64)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -2.0], dtype=torch.float64)
     rows = torch.tensor([0, 0, 0, 1, 1, 1])
-    _, metrics = clipped_policy_loss(rho.log(), torch.zeros(6, dtype=torch.float64), advantages, rows, 2)
+    _, metrics = clipped_surrogate(rho, advantages, rows, 2)
     result = metrics.result()
     assert result["clip_ratio/low_mean"] == pytest.approx(2 / 6)  # tokens 1 and 5
     assert result["clip_ratio/high_mean"] == pytest.approx(1 / 6)  # token 2

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from raytune_rl.algorithms import registry
-from raytune_rl.algorithms.metrics import MetricSums, Stat, max_of, mean_of, merge_all, min_of, total_of
+from raytune_rl.algorithms.metrics import (
+    MetricSums,
+    Stat,
+    ess_of,
+    max_of,
+    mean_of,
+    merge_all,
+    min_of,
+    total_of,
+)
 from raytune_rl.algorithms.policy_loss import GRPOSettings
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, get_loss, loss_names, register_loss
 from raytune_rl.algorithms.sft import SFTSettings
@@ -90,3 +99,50 @@ def test_metrics_hold_no_graph() -> None:
     for stat in (mean_of(x * 2), max_of(x * 2), min_of(x * 2), total_of(x * 2)):
         assert isinstance(stat.value, torch.Tensor)
         assert not stat.value.requires_grad
+
+
+def test_total_adds_token_and_row_losses_each_with_its_weights() -> None:
+    token = torch.tensor([1.0, 2.0], requires_grad=True)
+    row = torch.tensor([3.0, 5.0, 7.0], dtype=torch.float64, requires_grad=True)
+    output = LossOutput(token, MetricSums(), row)
+    total = output.total(torch.tensor([0.5, 0.25]), torch.tensor([1.0, 0.0, 0.1], dtype=torch.float64))
+    assert total.item() == pytest.approx(0.5 + 0.5 + 3.0 + 0.7)
+    assert total.dtype == torch.float32, "what DeepSpeed scales and sends backward"
+    total.backward()
+    assert token.grad is not None
+    assert row.grad is not None
+    assert token.grad.tolist() == [0.5, 0.25]
+    assert row.grad.tolist() == pytest.approx([1.0, 0.0, 0.1])
+    assert LossOutput(token, MetricSums()).total(torch.ones(2), None).item() == 3.0
+    assert LossOutput(None, MetricSums(), row).total(None, torch.ones(3)).item() == 15.0
+
+
+def test_total_says_what_is_missing() -> None:
+    one = torch.ones(1)
+    for output, message in (
+        (LossOutput(one, MetricSums()), "'weight'"),
+        (LossOutput(None, MetricSums(), one), "'row_weight'"),
+        (LossOutput(None, MetricSums()), "token_loss, row_loss"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            output.total(None, None)
+
+
+def test_losses_say_how_their_rows_belong_together() -> None:
+    pairs = {name for name in loss_names() if get_loss(name).rows == "pairs"}
+    assert pairs == {"dpo", "orpo", "cpo", "rm"}
+    assert {name: get_loss(name).forward for name in ("rm", "ppo_value", "kto")} == {
+        "rm": "scores",
+        "ppo_value": "values",
+        "kto": "logprobs",
+    }
+
+
+def test_effective_sample_size_merges_exactly() -> None:
+    weights = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0], dtype=torch.float64)
+    parts = [MetricSums({"ess": ess_of(w)}) for w in (weights[:1], weights[1:1], weights[1:])]
+    want = weights.sum() ** 2 / (5 * (weights**2).sum())
+    assert merge_all(p.host() for p in parts).result()["ess"] == pytest.approx(want.item())
+    assert merge_all(parts).result()["ess"] == pytest.approx(want.item())
+    assert ess_of(torch.zeros(3)).result() == 0.0
+    assert MetricSums({"ess": ess_of(torch.zeros(0))}).result() == {}

@@ -1,0 +1,41 @@
+"""f-DPO: the log ratio seen through the divergence that ties the policy to the reference.
+
+Source: Wang et al. 2023, "Beyond reverse KL", theorem 1 and table 1: the reward is beta * f'(pi / pi_ref) up
+to a constant that cancels between the two sides of a pair.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+DIVERGENCES: tuple[Divergence, ...] = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+# Squared (ipo), e^40 still fits float32.
+MAX_EXPONENT = 40.0
+
+
+def divergence_reward(log_ratio: Tensor, kind: Divergence, alpha: float = 0.5) -> Tensor:
+    """f'(e^u) for u = log(pi / pi_ref), up to a constant. Its slope at u = 0 is 1; 1 / 2 for js_divergence.
+
+    * reverse_kl: u, plain DPO.
+    * forward_kl: 1 - e^-u.
+    * js_divergence: log 2 + u - log(1 + e^u).
+    * alpha_divergence: (e^((a - 1) u) - 1) / (a - 1) with a in (0, 1), as in TRL and ms-swift; it is forward
+      KL at a = 0 and reverse KL at a = 1 (the paper's alpha is 1 - a).
+
+    Args:
+        log_ratio: float64 [n], of whole completions.
+        kind: see above.
+        alpha: of the alpha-divergence.
+    """
+    if kind == "reverse_kl":
+        return log_ratio
+    if kind == "js_divergence":
+        return log_ratio - softplus(log_ratio) + torch.log(log_ratio.new_tensor(2.0))
+    power = -1.0 if kind == "forward_kl" else alpha - 1.0
+    return torch.expm1((power * log_ratio).clamp(max=MAX_EXPONENT)) / power

@@ -1,0 +1,151 @@
+"""PPO's own mathematics: rewards per token, generalised advantage estimation, the critic's loss.
+
+Source: Schulman et al. 2017 (PPO); Schulman et al. 2016 (GAE), eq. 16; the KL in the reward, Ziegler
+et al. 2019; value clipping as in the paper's implementation and TRL's. The policy's loss is "grpo"
+with beta 0 and these advantages, one a token; rows are weighted as in dapo: PPO takes the mean over tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raytune_rl.algorithms.metrics import MetricSums, mean_of, row_counts
+from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
+from raytune_rl.algorithms.rows import positions
+from raytune_rl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the critic's estimates come to, float64 [N] without gradient.
+
+    Attributes:
+        advantages: not whitened (`moments.whiten`, over the whole step).
+        returns: advantages plus values: what the critic is to predict.
+    """
+
+    advantages: Tensor
+    returns: Tensor
+
+
+def token_rewards(
+    scores: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    row_of: Tensor,
+    n_rows: int,
+    *,
+    kl_coef: float = 0.05,
+) -> Tensor:
+    """-kl_coef * (log pi_old - log pi_ref) at each token, plus the score at the row's last; float64 [N].
+
+    Args:
+        scores: float [n_rows], the reward of the whole completion. That of a row without tokens has no place.
+        old_logprobs, ref_logprobs: float [N].
+        row_of: int64 [N].
+        n_rows: rows.
+        kl_coef: price of a nat.
+    """
+    rewards = -kl_coef * (old_logprobs.detach().double() - ref_logprobs.double())
+    counts = row_counts(row_of, n_rows)
+    used = counts > 0
+    last = counts.cumsum(0)[used] - 1
+    return rewards.index_add(0, last, scores.detach().double()[used])
+
+
+def missing_eos(scores: Tensor, finished: Tensor, penalty: float | None) -> Tensor:
+    """Scores less a penalty for completions that never came to an end; [n_rows]."""
+    return scores if penalty is None else torch.where(finished, scores, scores - penalty)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, row_of: Tensor, n_rows: int, *, gamma: float = 1.0, lam: float = 0.95
+) -> Estimate:
+    """Generalised advantage estimation within each row; the value after the last token is 0.
+
+    A_t = sum_l (gamma * lam)^l delta_(t + l) with delta_t = r_t + gamma * V_(t + 1) - V_t.
+
+    Args:
+        rewards: float [N] (`token_rewards`).
+        values: float [N], the critic's before the step.
+        row_of: int64 [N].
+        n_rows: rows.
+        gamma: discount of rewards.
+        lam: 1: Monte Carlo, unbiased; 0: one step, least variance.
+    """
+    counts = row_counts(row_of, n_rows)
+    width = int(counts.max()) if n_rows and len(row_of) else 0
+    place = (row_of, positions(row_of, n_rows))
+    reward, value = (
+        torch.zeros(n_rows, width + 1, dtype=torch.float64, device=values.device).index_put(
+            place, column.detach().double()
+        )
+        for column in (rewards, values)
+    )
+    # Beyond the end of a row reward and value are 0, so a shorter row starts from 0 by itself.
+    delta = reward[:, :width] + gamma * value[:, 1:] - value[:, :width]
+    found = torch.zeros_like(delta)
+    running = torch.zeros(n_rows, dtype=torch.float64, device=values.device)
+    for step in range(width - 1, -1, -1):
+        running = delta[:, step] + gamma * lam * running
+        found[:, step] = running
+    advantages = found[place]
+    return Estimate(advantages, advantages + values.detach().double())
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """Hyper-parameters of the critic's loss.
+
+    Attributes:
+        cliprange_value: how far a value may move from the one before the step; beyond, it earns nothing.
+    """
+
+    cliprange_value: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.cliprange_value < 0:
+            raise ConfigError(f"cliprange_value is {self.cliprange_value}; it must not be negative")
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float = 0.2
+) -> tuple[Tensor, MetricSums]:
+    """max((V - R)^2, (clip(V, V_old +- c) - R)^2) / 2, per token, and how often the clip binds.
+
+    Args:
+        values: float [N] with gradient.
+        old_values: float [N], before the step.
+        returns: float [N].
+        cliprange_value: c.
+    """
+    clipped = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
+    plain, bounded = (values - returns) ** 2, (clipped - returns) ** 2
+    return 0.5 * torch.maximum(plain, bounded), MetricSums({"val/clipfrac_avg": mean_of(bounded > plain)})
+
+
+def value_loss(inputs: LossInputs) -> LossOutput:
+    """Token losses of the critic; columns "old_values" and "returns", weights as in dapo."""
+    settings: ValueSettings = inputs.settings
+    assert inputs.values is not None
+    token_loss, metrics = clipped_value_loss(
+        inputs.values, inputs.columns["old_values"], inputs.columns["returns"], settings.cliprange_value
+    )
+    error = (inputs.values.detach() - inputs.columns["returns"]) ** 2
+    return LossOutput(
+        token_loss, metrics.merge(MetricSums({"val/error": mean_of(error), "value": mean_of(inputs.values)}))
+    )
+
+
+PPO_VALUE = register_loss(
+    Loss(
+        "ppo_value",
+        ValueSettings,
+        value_loss,
+        lambda settings: ("old_values", "returns"),
+        forward="values",
+    )
+)

@@ -44,6 +44,20 @@ class DataOptions(Options):
         "true: a row that cannot be used stops the run with its file and line. "
         "false: it goes to a quarantine file with the reason, and is counted.",
     )
+    max_pixels: int | None = _setting(
+        None,
+        "Vision models: most pixels of an image; larger ones are scaled down. An image processor that has "
+        "such a limit keeps this one in the checkpoint. Not set: the processor's own.",
+        ge=1,
+    )
+    root_image_dir: str | None = _setting(
+        None, "Folder that relative paths of images start from. Not set: the current one."
+    )
+    inline_images: bool | None = _setting(
+        None,
+        "true: image files travel to the workers with the rows. false: their paths do, and every machine "
+        "must see the files. Not set: true on a cluster that was running before, false on one started here.",
+    )
     dataset_shuffle: bool = _setting(True, "Shuffle the training rows anew in each epoch.")
     data_seed: int = _setting(42, "Seed of the order of rows and of every draw from the data.", ge=0)
     dataset_num_proc: int = _setting(1, "Processes that encode rows.", ge=1)

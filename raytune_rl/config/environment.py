@@ -21,12 +21,25 @@ def apply(
     notices: list[str] = []
     if "policy_workers" in flags:
         notices += _policy_workers(settings, flags, environ)
-        if environ.get("MAX_PIXELS"):
-            notices.append("MAX_PIXELS does nothing yet: models with images are not built yet.")
+        notices += _media(settings, environ)
     if "use_hf" in flags and environ.get("USE_HF", "").lower() in ("1", "true") and "use_hf" not in settings:
         settings["use_hf"] = True
         notices.append(f"USE_HF={environ['USE_HF']} is read as --use_hf true.")
     return settings, notices
+
+
+def _media(settings: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    notices = []
+    for name in ("max_pixels", "root_image_dir"):
+        value = environ.get(name.upper())
+        if not value:
+            continue
+        if settings.get(name) is None:
+            settings[name] = whole_number(name.upper(), value) if name == "max_pixels" else value
+            notices.append(f"{name.upper()}={value} is read as --{name} {value}.")
+        elif str(settings[name]) != value:
+            notices.append(f"{name.upper()}={value} does nothing: --{name} {settings[name]} is given.")
+    return notices
 
 
 def visible_devices(environ: Mapping[str, str]) -> int | None:

@@ -41,7 +41,7 @@ NOT_BUILT = frozenset(
         "create_checkpoint_symlink", "ddp_timeout", "desirable_weight", "dynamic_sample",
         "f_divergence_type", "freeze_llm", "freeze_parameters", "gym_env", "importance_sampling_level",
         "init_weights", "kl_in_reward", "label_smoothing", "lazy_tokenize", "ld_alpha", "log_entropy",
-        "lora_bias", "lora_dtype", "loss_weights", "max_pixels", "max_resample_times",
+        "lora_bias", "lora_dtype", "loss_weights", "max_resample_times",
         "max_turns", "model_type", "move_model_batches", "multi_turn_scheduler", "neftune_noise_alpha",
         "overlong_filter", "predict_with_generate", "ref_adapters", "ref_model",
         "ref_model_mixup_alpha", "ref_model_sync_steps", "repetition_max_penalty", "repetition_n_grams",

@@ -8,18 +8,16 @@ from raytune_rl.config import resolved
 from raytune_rl.config.base import Options
 from raytune_rl.config.commands import RLHFConfig, SFTConfig
 
-_NO_VISION = "models with images are not built yet"
+_NO_VISION = "online RL with images is not built yet"
 _NO_LOADER = "rows are prepared before training and read from shared memory; no loader is needed"
 
 PENDING: Mapping[str, Mapping[str, str]] = {
     "sft": {
-        "freeze_vit": _NO_VISION,
-        "freeze_aligner": _NO_VISION,
         "dataloader_num_workers": _NO_LOADER,
     },
     "rlhf": {
-        "freeze_vit": _NO_VISION,
-        "freeze_aligner": _NO_VISION,
+        "max_pixels": _NO_VISION,
+        "root_image_dir": _NO_VISION,
         "vllm_limit_mm_per_prompt": _NO_VISION,
         "dataloader_num_workers": _NO_LOADER,
     },

@@ -6,8 +6,8 @@ downstream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ class MicroBatch:
 
     Attributes:
         input_ids: int64 `[B, T]`, padded on the right; packed: B is 1 and the rows follow each other.
-        position_ids: int64 `[B, T]`, starting again at 0 at each row when packed.
+        position_ids: int64 `[B, T]`, starting again at 0 at each row when packed; None leaves them to the
+            model, which knows where its pictures stand.
         attention_mask: int64 `[B, T]`, or None when packed: the model keeps rows apart by the position ids,
             for which it must be called with `use_cache=False`.
         predict_index: int64 `[N]`, index into the flat `[B * T]` hidden states of the state that predicts
@@ -32,24 +33,27 @@ class MicroBatch:
         targets: int64 `[N]`, the loss tokens.
         row_of: int64 `[N]`, the row of each loss token inside this micro-batch.
         n_rows: Number of real rows; 0 for a dummy micro-batch.
+        model_inputs: What else the model takes, by name: pixel_values and the like, in the order of the rows.
     """
 
     input_ids: torch.Tensor
-    position_ids: torch.Tensor
+    position_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
     predict_index: torch.Tensor
     targets: torch.Tensor
     row_of: torch.Tensor
     n_rows: int
+    model_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
         """The same micro-batch on another device."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {
-            name: value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
-            for name, value in values.items()
-        }
-        return MicroBatch(**moved)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            return {name: moved(one) for name, one in value.items()} if isinstance(value, Mapping) else value
+
+        return MicroBatch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
 
 def collate_rows(

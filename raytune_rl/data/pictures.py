@@ -87,11 +87,12 @@ def pictures_of(columns: Columns, row: int) -> list[Picture]:
 
 
 def count_pictures(columns: Columns) -> tuple[int, int, int]:
-    """Pictures shown by the rows, distinct ones, and bytes of the table."""
+    """Pictures shown by the rows, distinct ones, and bytes of those that are held, not named by a path."""
     numbers, data = columns.get(ROW_COLUMN), columns.get(_DATA)
     if not isinstance(numbers, Ragged) or not isinstance(data, Ragged):
         return 0, 0, 0
-    return len(numbers.values), len(data), len(data.values)
+    held = data.lengths[~np.asarray(columns[_IS_PATH])]
+    return len(numbers.values), len(data), int(held.sum())
 
 
 def _flat(picture: Picture) -> NDArray[np.uint8]:

@@ -83,6 +83,11 @@ class ReadRows:
         """Whether the rows' own objects have the column. A batch without rows has none."""
         return any(name in self._objects[source] for source, _ in self._batch.places[""])
 
+    def source(self, row: int, late: str = "") -> tuple[Columns, int]:
+        """The object that a row lies in, and its number there; `late` as in `column`."""
+        source, at = self._batch.places[late][row]
+        return self._objects[source], int(at)
+
     def column(self, name: str, row: int, late: str = "") -> NDArray:
         """One row of a ragged column, a view.
 
@@ -91,8 +96,8 @@ class ReadRows:
             row: Row of the batch.
             late: Name of the late column whose object to look in; empty for the row's own object.
         """
-        source, at = self._batch.places[late][row]
-        ragged = self._objects[source][name]
+        columns, at = self.source(row, late)
+        ragged = columns[name]
         if not isinstance(ragged, Ragged):
             raise TypeError(f"column {name!r} is not ragged")
-        return ragged[int(at)]
+        return ragged[at]

@@ -180,6 +180,16 @@ def load_processor(path: str, *, trust_remote_code: bool = False, **options: Any
         raise ModelError(f"cannot load the processor in '{path}': {first_line(error)}") from error
 
 
+def load_vision_processor(path: str, *, trust_remote_code: bool = False) -> Any | None:
+    """The processor of a vision model, or None if the directory has only a tokenizer: then it takes texts.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    processor = load_processor(path, trust_remote_code=trust_remote_code)
+    return processor if getattr(processor, "image_processor", None) is not None else None
+
+
 def is_vision_config(config: Any) -> bool:
     """Whether the model takes images."""
     return getattr(config, "vision_config", None) is not None

@@ -17,6 +17,7 @@ from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line
 from raytune_rl.models.load import is_vision_config
 from raytune_rl.models.settings import TunerSettings
+from raytune_rl.models.unwrap import hf_model
 
 # Names of the module that maps image features into the language model's space, over the families Transformers
 # has.
@@ -80,6 +81,13 @@ def apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Seque
         )
         return _report(_open_adapter(model, keep[0], trainable=True), notices)
     return _report(get_peft_model(model, _lora_config(model, settings)), notices)
+
+
+def trains_vision(model: nn.Module) -> bool:
+    """Whether something that only pictures pass through is trainable: the vision tower or the aligner."""
+    inner = hf_model(model)
+    part_of = _parts(inner)
+    return any(p.requires_grad and part_of(name) != "llm" for name, p in inner.named_parameters())
 
 
 def _lora_config(model: PreTrainedModel, settings: TunerSettings) -> LoraConfig:

@@ -6,7 +6,7 @@ and an account of every row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import ray
 from numpy.typing import NDArray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytune_rl.config import RLHFConfig, SFTConfig, resolved
+from raytune_rl.config import RLHFConfig, SFTConfig
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import ConfigError
 from raytune_rl.runtime.wait import Pending, fetch
@@ -32,6 +32,31 @@ class SourceCounts:
 
 
 @dataclass(frozen=True)
+class ImageCounts:
+    """Pictures that the rows show, how many of them are distinct, and the bytes of those whose files, not
+    paths, are in the object store."""
+
+    shown: int = 0
+    distinct: int = 0
+    stored_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class ImagePlaces:
+    """Where pictures' files are looked for, and whether their bytes travel instead of their paths."""
+
+    root: str
+    inline: bool
+
+    @classmethod
+    def of(cls, config: RLHFConfig | SFTConfig, one_machine: bool) -> ImagePlaces:
+        """On a cluster that was started here every worker sees the driver's files; elsewhere it may not."""
+        inline = config.inline_images
+        root = Path(config.root_image_dir or ".").expanduser().absolute()
+        return cls(str(root), not one_machine if inline is None else inline)
+
+
+@dataclass(frozen=True)
 class Account:
     """What became of every row of the data.
 
@@ -42,6 +67,8 @@ class Account:
         notices: Sentences for the user.
         max_positions: Longest sequence the model takes, tokens; None if it does not say.
         stop_token_ids: Tokens that end an assistant's turn in the model's chat template.
+        vision: Whether the model takes images: its rows are never packed.
+        images: The rows' pictures.
     """
 
     sources: tuple[SourceCounts, ...]
@@ -50,6 +77,8 @@ class Account:
     notices: tuple[str, ...]
     max_positions: int | None
     stop_token_ids: tuple[int, ...]
+    vision: bool = False
+    images: ImageCounts = field(default_factory=ImageCounts)
 
     @property
     def bad(self) -> int:
@@ -84,7 +113,8 @@ class TokenSet:
     """Tokenized conversations in the object store.
 
     Attributes:
-        columns: Reference to {"tokens": Ragged int32, "loss_mask": Ragged bool}.
+        columns: Reference to {"tokens": Ragged int32, "loss_mask": Ragged bool}, and the columns of
+            `data.pictures` where rows have images.
         lengths: Tokens of each row, int64 `[n]`.
         loss_lengths: Of those, the ones trained on, int64 `[n]`.
         account: What became of the rows.
@@ -105,16 +135,29 @@ class TokenSet:
 
 def prompt_sets(config: RLHFConfig, quarantine: Path) -> tuple[PromptSet, PromptSet | None]:
     """The prompts to train on, and the held-out ones if the user gave any."""
-    refs = _remotely(_encode_prompts, 8).remote(config, str(quarantine))
+    from raytune_rl.pipelines.data_task import encode_prompts_task
+
+    refs = _remotely(encode_prompts_task, 8).remote(config, str(quarantine))
     train, held_out = refs[:4], refs[4:]
     return _prompt_set(train, config), _prompt_set(held_out, config) if _has_rows(
         held_out[3], config
     ) else None
 
 
-def token_sets(config: SFTConfig, quarantine: Path) -> tuple[TokenSet, TokenSet | None]:
-    """The conversations to train on, and the held-out ones if the user gave any."""
-    refs = _remotely(_encode_sft, 4).remote(config, str(quarantine))
+def token_sets(
+    config: SFTConfig, quarantine: Path, *, one_machine: bool = False
+) -> tuple[TokenSet, TokenSet | None]:
+    """The conversations to train on, and the held-out ones if the user gave any.
+
+    Args:
+        config: What to do.
+        quarantine: File for bad rows.
+        one_machine: Whether every worker sees the driver's files.
+    """
+    from raytune_rl.pipelines.data_task import encode_sft_task
+
+    places = ImagePlaces.of(config, one_machine)
+    refs = _remotely(encode_sft_task, 4).remote(config, str(quarantine), places)
     train, held_out = refs[:2], refs[2:]
     return _token_set(train, config), _token_set(held_out, config) if _has_rows(held_out[1], config) else None
 
@@ -169,101 +212,3 @@ def _token_set(refs: list[Any], config: SFTConfig) -> TokenSet:
     columns, facts = refs
     lengths, loss_lengths, account = _wait(facts, config)
     return TokenSet(columns, lengths, loss_lengths, account)
-
-
-# -- what runs in the task ----------------------------------------------------------------------------------
-
-
-def _encode_prompts(config: RLHFConfig, quarantine: str) -> tuple[Any, ...]:
-    from raytune_rl.data.encode import encode_prompts
-
-    tokenizer, max_positions = _model_facts(config)
-
-    def encode(examples: Any, report: Any) -> tuple[Any, ...]:
-        found = encode_prompts(
-            examples,
-            tokenizer,
-            config.max_length,
-            resolved.truncation_strategy(config),  # type: ignore[arg-type]
-            strict=config.strict,
-            num_proc=config.dataset_num_proc,
-        )
-        rows = found.prompts
-        texts = tokenizer.batch_decode([rows[i].tolist() for i in range(len(rows))])
-        facts = (rows.lengths, _account(report, found, max_positions, tokenizer))
-        return {"prompt": rows}, found.extra, texts, facts
-
-    train, held_out = _load(config, "grpo", Path(quarantine))
-    return (*encode(*train), *(encode(*held_out) if held_out else (None,) * 4))
-
-
-def _encode_sft(config: SFTConfig, quarantine: str) -> tuple[Any, ...]:
-    from raytune_rl.data.encode import encode_sft
-
-    tokenizer, max_positions = _model_facts(config)
-
-    def encode(examples: Any, report: Any) -> tuple[Any, ...]:
-        found = encode_sft(
-            examples,
-            tokenizer,
-            config.max_length,
-            resolved.truncation_strategy(config),  # type: ignore[arg-type]
-            config.loss_scale,
-            strict=config.strict,
-            num_proc=config.dataset_num_proc,
-        )
-        counts = np.add.reduceat(found.loss_mask.values.astype(np.int64), found.loss_mask.offsets[:-1])
-        facts = (found.tokens.lengths, counts, _account(report, found, max_positions, tokenizer))
-        return {"tokens": found.tokens, "loss_mask": found.loss_mask}, facts
-
-    train, held_out = _load(config, "sft", Path(quarantine))
-    return (*encode(*train), *(encode(*held_out) if held_out else (None,) * 2))
-
-
-def _model_facts(config: RLHFConfig | SFTConfig) -> tuple[Any, int | None]:
-    """The tokenizer, and the longest sequence the model takes."""
-    from raytune_rl.models.load import load_config, load_tokenizer, resolve_path
-
-    assert config.model is not None
-    path = resolve_path(config.model, use_hf=config.use_hf)
-    model = load_config(path, trust_remote_code=config.trust_remote_code)
-    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
-    return load_tokenizer(path, trust_remote_code=config.trust_remote_code), positions
-
-
-def _load(config: RLHFConfig | SFTConfig, task: Any, quarantine: Path) -> tuple[Any, Any]:
-    """(examples, report) to train on, and held out or None."""
-    from raytune_rl.data.load import load_examples, split_examples
-
-    def load(specs: Any, shuffle: bool, path: Path) -> Any:
-        return load_examples(
-            specs,
-            task=task,
-            system=config.system,
-            columns=config.columns,
-            strict=config.strict,
-            shuffle=shuffle,
-            seed=config.data_seed,
-            quarantine_path=path,
-            use_hf=config.use_hf,
-        )
-
-    train = load(config.dataset, config.dataset_shuffle, quarantine)
-    if config.val_dataset:
-        held_out = load(config.val_dataset, False, quarantine.with_name("quarantine-val.jsonl"))
-        return (train.examples, train.report), (held_out.examples, held_out.report)
-    examples, rest = split_examples(train.examples, config.split_dataset_ratio, config.data_seed)
-    return (examples, train.report), (rest, train.report) if rest else None
-
-
-def _account(report: Any, encoded: Any, max_positions: int | None, tokenizer: Any) -> Account:
-    from raytune_rl.data.chat import ChatTemplate
-
-    return Account(
-        tuple(SourceCounts(s.name, s.rows, s.bad, s.taken) for s in report.sources),
-        dict(encoded.reasons),
-        None if report.quarantine_path is None else str(report.quarantine_path),
-        (*report.notices, *encoded.notices),
-        max_positions,
-        tuple(ChatTemplate.of(tokenizer).stop_token_ids()),
-    )

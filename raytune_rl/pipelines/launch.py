@@ -16,18 +16,19 @@ TOKENS_GPU, TOKENS_CPU = 16384, 2048
 TrainConfig = SFTConfig | RLHFConfig
 
 
-def model_spec(config: TrainConfig, on_gpu: bool) -> ModelSpec:
-    """What policy and reference load."""
+def model_spec(config: TrainConfig, on_gpu: bool, vision: bool = False) -> ModelSpec:
+    """What policy and reference load; `vision` says that it takes images."""
     assert config.model is not None
     return ModelSpec(
         path=config.model,
         dtype=dtype(config, on_gpu),
         attn_impl=config.attn_impl,
-        layout=layout(config, on_gpu),
+        layout=layout(config, on_gpu, vision),
         trust_remote_code=config.trust_remote_code,
         adapters=config.adapters,
         quant_bits=config.quant_bits,
         use_hf=config.use_hf,
+        max_pixels=config.max_pixels,
     )
 
 
@@ -36,8 +37,13 @@ def dtype(config: TrainConfig, on_gpu: bool) -> str:
     return config.torch_dtype or ("bfloat16" if on_gpu else "float32")
 
 
-def layout(config: TrainConfig, on_gpu: bool) -> str:
-    """Packed rows pay where a kernel knows their borders; with masks on a CPU they cost more than padding."""
+def layout(config: TrainConfig, on_gpu: bool, vision: bool = False) -> str:
+    """Packed rows pay where a kernel knows their borders; with masks on a CPU they cost more than padding.
+
+    Models that take images count positions along several axes, by which rows could not be kept apart.
+    """
+    if vision:
+        return "padded"
     if isinstance(config, SFTConfig) and config.packing:
         return "packed"
     packed = (
@@ -94,10 +100,11 @@ def policy_spec(
     temperature: float,
     dropout: float,
     publish_mode: str | None = None,
+    vision: bool = False,
 ) -> PolicySpec:
-    """What a policy rank is told."""
+    """What a policy rank is told; `vision` says that the model takes images."""
     return PolicySpec(
-        model=model_spec(config, groups.on_gpu),
+        model=model_spec(config, groups.on_gpu, vision),
         tuner=tuner(config, dropout),
         optimizer=optimizer(config, total_steps),
         loss=loss,
@@ -157,6 +164,18 @@ def sampling(config: RLHFConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
         stop_words=config.stop_words,
         stop_token_ids=stop_token_ids,
     )
+
+
+def image_notices(config: TrainConfig, on_gpu: bool, vision: bool) -> list[str]:
+    """One line for what the model's taking images, or not, changes."""
+    if vision:
+        if layout(config, on_gpu) == "packed":
+            return ["the model takes images: its rows are padded, as they cannot be packed"]
+        return []
+    names = ("freeze_vit", "freeze_aligner", "max_pixels", "root_image_dir", "inline_images")
+    given = [f"--{name}" for name in names if config.is_set(name)]
+    does = "do" if len(given) > 1 else "does"
+    return [f"{', '.join(given)} {does} nothing: the model takes no images"] if given else []
 
 
 def machine_notices(config: TrainConfig, on_gpu: bool) -> list[str]:

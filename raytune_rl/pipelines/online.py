@@ -64,6 +64,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
             *origin.notices,
             *train.account.notices,
             *launch.machine_notices(config, groups.on_gpu),
+            *launch.image_notices(config, groups.on_gpu, train.account.vision),
         ]
         plan = report.online_plan(config, groups, schedule, train, held_out, longest, origin, cluster, told)
         started = OnlineRun(config, groups, schedule, train, held_out, origin)
@@ -125,10 +126,16 @@ class OnlineRun:
             groups,
             self.schedule.total_steps,
             loss="grpo",
-            loss_settings=GRPOSettings(config.epsilon, config.epsilon_high, config.delta, config.beta),
+            loss_settings=GRPOSettings(
+                epsilon=config.epsilon,
+                epsilon_high=config.epsilon_high,
+                delta=config.delta,
+                beta=config.beta,
+            ),
             temperature=config.temperature,
             dropout=0.0,
             publish_mode=launch.publish_mode(config),
+            vision=self.prompts.account.vision,
         )
         budget = launch.max_tokens(config, groups.on_gpu)
         ranks = groups["policy"].workers
@@ -222,7 +229,7 @@ class OnlineRun:
         if self.reference is not None:
             with self.run.timer.phase("reference"):
                 budget = launch.max_tokens(self.config, self.groups.on_gpu)
-                layout = launch.layout(self.config, self.groups.on_gpu)
+                layout = launch.layout(self.config, self.groups.on_gpu, self.prompts.account.vision)
                 late["ref_logprobs"] = score_rows(self.reference, rows, lengths, budget, layout)
         if not self.schedule.batch.on_policy:
             with self.run.timer.phase("train"):

@@ -169,6 +169,13 @@ def _data_section(train: Account, rows: int, held_out: Account | None, held_out_
     lines = [(s.name, f"{s.rows:,} rows, {s.bad:,} bad, {s.taken:,} taken") for s in train.sources]
     lines.append(("train on", f"{rows:,} rows"))
     lines += [(reason, f"{count:,} rows left out") for reason, count in train.dropped.items()]
+    if train.images.shown:
+        mib = (
+            f", {train.images.stored_bytes / 2**20:,.1f} MiB"
+            if train.images.stored_bytes
+            else ", read where they lie"
+        )
+        lines.append(("images", f"{train.images.shown:,}, {train.images.distinct:,} distinct{mib}"))
     if train.quarantine:
         lines.append(("bad rows are in", train.quarantine))
     if held_out is not None:

@@ -37,7 +37,9 @@ def run(config: SFTConfig, notices: Sequence[str] = ()) -> RunResult:
         cluster = stack.enter_context(session(config.ray_address))
         groups = sft_groups(config, cluster)
         origin = find_origin(config)
-        train, held_out = token_sets(config, origin.run_dir.quarantine_jsonl)
+        train, held_out = token_sets(
+            config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here
+        )
         packs = packs_of(config, train)
         units = len(train) if packs is None else len(packs)
         schedule = sft_schedule_of(config, groups["policy"].workers, units)
@@ -46,6 +48,7 @@ def run(config: SFTConfig, notices: Sequence[str] = ()) -> RunResult:
             *origin.notices,
             *train.account.notices,
             *launch.machine_notices(config, groups.on_gpu),
+            *launch.image_notices(config, groups.on_gpu, train.account.vision),
         ]
         plan = report.sft_plan(config, groups, schedule, train, held_out, origin, cluster, told, packs)
         started = SFTRun(config, groups, schedule, train, held_out, origin, packs)
@@ -114,6 +117,7 @@ class SFTRun:
             loss_settings=SFTSettings(),
             temperature=1.0,
             dropout=config.lora_dropout,
+            vision=self.rows.account.vision,
         )
         ranks = groups["policy"].workers
         workers = WorkerGroup(

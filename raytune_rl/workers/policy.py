@@ -178,7 +178,7 @@ class PolicyWorker:
         from raytune_rl.algorithms.registry import get_loss
         from raytune_rl.models.load import enable_gradient_checkpointing, load_tokenizer
         from raytune_rl.models.scorer import TokenScorer
-        from raytune_rl.models.tuner import apply_tuner
+        from raytune_rl.models.tuner import apply_tuner, trains_vision
         from raytune_rl.models.weights import WeightExporter
         from raytune_rl.workers.engine import start_engine
 
@@ -191,7 +191,15 @@ class PolicyWorker:
         scorer = TokenScorer(tuned.model)
         scorer.verify()
         self._loss = get_loss(spec.loss)
-        self._tokenizer = load_tokenizer(loaded.path, trust_remote_code=spec.model.trust_remote_code)
+        sharded = spec.optimizer.deepspeed.get("zero_optimization", {}).get("stage") == 3
+        self._images = scoring.image_collator(
+            spec.model, loaded, always=sharded or trains_vision(tuned.model)
+        )
+        self._tokenizer = (
+            load_tokenizer(loaded.path, trust_remote_code=spec.model.trust_remote_code)
+            if self._images is None
+            else self._images.vision.processor
+        )
         self._engine, self._rate = start_engine(scorer, spec.optimizer)
         self._exporter = WeightExporter(scorer, spec.publish_mode) if spec.publish_mode else None  # type: ignore[arg-type]
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
@@ -205,8 +213,8 @@ class PolicyWorker:
 
         Args:
             batch: Rows with the scalars "weight" (of the row's summed token loss, over the whole step and all
-                ranks) and, where the loss needs it, "advantage"; late columns go to the loss under their own
-                names.
+                ranks), "row_weight" (of the row's own loss) and "advantage", where the loss needs them; other
+                scalars and late columns go to the loss under their own names.
             step: Number of the step, from 0: it alone decides learning rate and dropout, so a resumed run
                 repeats them.
         """
@@ -260,7 +268,7 @@ class PolicyWorker:
         from raytune_rl.algorithms.registry import LossInputs
 
         spec = self._spec
-        micro = scoring.micro_batch(rows, members, spec.model.layout)
+        micro = scoring.micro_batch(rows, members, spec.model.layout, self._images)
         scored = self._engine(
             **scoring.forward_inputs(micro),
             temperature=spec.score.temperature,
@@ -269,8 +277,11 @@ class PolicyWorker:
         columns = {
             name: scoring.flat_column(rows, members, "logprobs", name) for name in batch.places if name
         }
-        if rows.has("logprobs"):
+        # A rank without rows has no column either, but its loss may ask for one.
+        wanted = "rollout_logprobs" in self._loss.required_columns(spec.loss_settings)
+        if rows.has("logprobs") or (wanted and not len(batch)):
             columns["rollout_logprobs"] = scoring.flat_column(rows, members, "logprobs")
+        values = self._row_values(batch, members)
         output = self._loss(
             LossInputs(
                 logprobs=scored.logprobs,
@@ -278,13 +289,14 @@ class PolicyWorker:
                 n_rows=micro.n_rows,
                 settings=spec.loss_settings,
                 columns=columns,
-                advantages=self._per_token(batch, "advantage", members, micro.row_of),
+                advantages=values["advantage"][micro.row_of].float() if "advantage" in values else None,
                 entropy=None if scored.entropy is None else scored.entropy.detach(),
                 correct=scored.correct,
+                row_values=values,
             )
         )
-        weights = self._per_token(batch, "weight", members, micro.row_of)
-        loss = (weights * output.token_loss).sum()
+        weight = values["weight"][micro.row_of] if "weight" in values else None
+        loss = output.total(weight, values.get("row_weight"))
         metrics = output.metrics.merge(MetricSums({"loss": total_of(loss.detach())}))
         if "rollout_logprobs" in columns:
             # Before the first update of a generation both sides hold the same weights: old_logprobs if they
@@ -295,21 +307,17 @@ class PolicyWorker:
             )
         return loss, metrics, micro.input_ids.numel()
 
-    def _per_token(self, batch: RowBatch, name: str, members: tuple[int, ...], row_of: Tensor) -> Any:
-        """A row scalar spread over the micro-batch's loss tokens, float32 `[N]`; None if the batch has
-        none.
-        """
+    def _row_values(self, batch: RowBatch, members: tuple[int, ...]) -> dict[str, Tensor]:
+        """The row scalars of a micro-batch by name, float64 `[n_rows]` on this worker's device."""
         import torch
 
-        if name not in batch.scalars:
-            return None
-        values = np.asarray(batch.scalars[name][list(members)] if members else [0.0], dtype=np.float32)
-        return torch.from_numpy(values).to(row_of.device)[row_of]
+        device = scoring.device()
+        return {n: torch.from_numpy(v[list(members)]).to(device) for n, v in batch.scalars.items()}
 
     def logprobs(self, batch: RowBatch) -> tuple[int, Columns]:
         """Log-probs under the present weights; see `scoring.score`."""
         self._engine.eval()
-        return scoring.score(self._engine, batch, self._spec.model, self._spec.score)
+        return scoring.score(self._engine, batch, self._spec.model, self._spec.score, self._images)
 
     def evaluate(self, batch: RowBatch) -> MetricSums:
         """The loss and its metrics on rows, without training on them."""

@@ -19,9 +19,11 @@ class ReferenceWorker:
         from raytune_rl.models.settings import TunerSettings
         from raytune_rl.models.tuner import apply_tuner
 
-        model: Any = scoring.load(spec).model
+        loaded = scoring.load(spec)
+        model: Any = loaded.model
         if spec.adapters:
             model = apply_tuner(model, TunerSettings(lora_dropout=0.0), spec.adapters).model
+        self._images = scoring.image_collator(spec, loaded, always=False)
         self._spec = spec
         self._settings = settings
         self._scorer = TokenScorer(model).eval().requires_grad_(False)
@@ -32,4 +34,4 @@ class ReferenceWorker:
 
     def logprobs(self, batch: RowBatch) -> tuple[int, Columns]:
         """See `scoring.score`."""
-        return scoring.score(self._scorer, batch, self._spec, self._settings)
+        return scoring.score(self._scorer, batch, self._spec, self._settings, self._images)

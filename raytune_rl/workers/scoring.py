@@ -11,11 +11,13 @@ import ray
 
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.data.rows import ReadRows, RowBatch
+from raytune_rl.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
     from raytune_rl.data.collate import MicroBatch
+    from raytune_rl.data.image_batch import ImageCollator
     from raytune_rl.models.load import LoadedModel
     from raytune_rl.models.scorer import TokenScorer
 
@@ -37,6 +39,7 @@ class ModelSpec:
         adapters: Adapter directories to start from.
         quant_bits: 4 for a base quantised to NF4, or None.
         use_hf: A hub id is one of Hugging Face instead of ModelScope.
+        max_pixels: Vision models: most pixels of an image, or None for the processor's own limit.
     """
 
     path: str
@@ -47,6 +50,7 @@ class ModelSpec:
     adapters: tuple[str, ...] = ()
     quant_bits: int | None = None
     use_hf: bool = False
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,44 @@ def read_rows(batch: RowBatch, timeout_s: float) -> ReadRows:
     return ReadRows(batch, ray.get(list(batch.refs), timeout=timeout_s))
 
 
-def micro_batch(rows: ReadRows, members: Sequence[int], layout: str) -> MicroBatch:
+def image_collator(spec: ModelSpec, loaded: LoadedModel, *, always: bool) -> ImageCollator | None:
+    """What collates the rows of a vision model; None for a text model.
+
+    Args:
+        spec: Of the model.
+        loaded: The model.
+        always: Whether every micro-batch must pass through the vision tower, because that is a collective.
+
+    Raises:
+        ModelError: The processor cannot be used for training, or the layout is packed.
+    """
+    from raytune_rl.data.image_batch import ImageCollator
+    from raytune_rl.data.vision import VisionProcessor
+    from raytune_rl.models.load import is_vision_config, load_vision_processor
+
+    if not is_vision_config(loaded.model.config):
+        return None
+    if spec.layout == "packed":
+        raise ModelError(f"{type(loaded.model).__name__} takes images; its rows cannot be packed")
+    processor = load_vision_processor(loaded.path, trust_remote_code=spec.trust_remote_code)
+    if processor is None:
+        return None
+    vision = VisionProcessor.of(processor, spec.max_pixels)
+    return ImageCollator(vision, dtype=loaded.model.dtype, always=always)
+
+
+def micro_batch(
+    rows: ReadRows, members: Sequence[int], layout: str, images: ImageCollator | None = None
+) -> MicroBatch:
     """Collates the rows of one micro-batch on this worker's device."""
     from raytune_rl.data.collate import collate
+    from raytune_rl.data.pictures import pictures_of
 
     tokens = [rows.column("tokens", row) for row in members]
     masks = [rows.column("loss_mask", row) for row in members]
+    if images is not None:
+        pictures = [pictures_of(*rows.source(row)) for row in members]
+        return images.collate(tokens, masks, pictures, pad_token_id=PAD).to(device())
     return collate(tokens, masks, layout=layout, pad_token_id=PAD).to(device())  # type: ignore[arg-type]
 
 
@@ -115,11 +151,16 @@ def forward_inputs(micro: MicroBatch) -> dict[str, Any]:
         "attention_mask": micro.attention_mask,
         "predict_index": micro.predict_index,
         "targets": micro.targets,
+        **micro.model_inputs,
     }
 
 
 def score(
-    scorer: TokenScorer | Any, batch: RowBatch, spec: ModelSpec, settings: ScoreSettings
+    scorer: TokenScorer | Any,
+    batch: RowBatch,
+    spec: ModelSpec,
+    settings: ScoreSettings,
+    images: ImageCollator | None = None,
 ) -> tuple[int, Columns]:
     """Log-probs of a batch's loss tokens, without gradient.
 
@@ -132,7 +173,7 @@ def score(
     found: dict[int, np.ndarray] = {}
     with torch.no_grad():
         for members in batch.micro_batches:
-            micro = micro_batch(rows, members, spec.layout)
+            micro = micro_batch(rows, members, spec.layout, images)
             flat = scorer(**forward_inputs(micro), temperature=settings.temperature).logprobs.cpu().numpy()
             counts = np.bincount(micro.row_of.cpu().numpy(), minlength=len(members))
             pieces = np.split(flat, np.cumsum(counts)[:-1]) if members else []

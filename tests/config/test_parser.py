@@ -209,6 +209,21 @@ def test_use_hf_of_the_environment() -> None:
     assert not sft(environ={"USE_HF": "0"}).config.use_hf
 
 
+def test_image_settings_of_the_environment_give_way_to_flags() -> None:
+    found = sft(environ={"MAX_PIXELS": "1003520", "ROOT_IMAGE_DIR": "/data"})
+    assert (found.config.max_pixels, found.config.root_image_dir) == (1003520, "/data")
+    assert found.notices == (
+        "MAX_PIXELS=1003520 is read as --max_pixels 1003520.",
+        "ROOT_IMAGE_DIR=/data is read as --root_image_dir /data.",
+    )
+    both = sft("--max_pixels", "5000", environ={"MAX_PIXELS": "1003520"})
+    assert both.config.max_pixels == 5000
+    assert both.notices == ("MAX_PIXELS=1003520 does nothing: --max_pixels 5000 is given.",)
+    assert sft("--max_pixels", "5000", environ={"MAX_PIXELS": "5000"}).notices == ()
+    with pytest.raises(ConfigError, match="MAX_PIXELS: 'many' is not a whole number"):
+        sft(environ={"MAX_PIXELS": "many"})
+
+
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
@@ -218,7 +233,7 @@ def test_use_hf_of_the_environment() -> None:
         (["--vllm_mode", "server"], "--vllm_mode server is read as --colocate false"),
         (["--colocate", "false", "--sleep_level", "1"], "--sleep_level does nothing"),
         (["--beta", "0", "--reference_workers", "2"], "--reference_workers does nothing"),
-        (["--freeze_vit", "false"], "--freeze_vit does nothing: models with images are not built yet"),
+        (["--max_pixels", "9999"], "--max_pixels does nothing: online RL with images is not built yet"),
     ],
 )
 def test_what_cannot_act_is_told(argv: list[str], part: str) -> None:

@@ -105,9 +105,10 @@ def test_grpo_with_images_takes_the_last_of_two_values_and_says_so_once() -> Non
     assert sum("--vllm_max_model_len" in n for n in result.notices) == 1
 
 
-def test_a_variable_that_cannot_act_yet_is_told() -> None:
+def test_the_images_variable_is_read_as_a_flag() -> None:
     for name in ("sft-mllm-1gpu", "sft-mllm-8gpu", "rlhf-mllm-1gpu"):
         assert len([n for n in parsed(name).notices if n.startswith("MAX_PIXELS")]) == 1
+        assert parsed(name).config.max_pixels == 602112
 
 
 @pytest.mark.parametrize("name", COMMANDS)

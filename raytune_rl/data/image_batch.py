@@ -1,0 +1,146 @@
+"""Micro-batches of a vision model: rows laid out padded, and the pixels of their pictures beside them.
+
+Pixels are made here, in the worker that trains on them, because they are some twenty times larger than the
+pictures that travel. Those of the rows used last are kept.
+
+If the vision tower trains, or its weights are sharded, then running it is a collective: every rank must do it
+in every micro-batch. Where no row has a picture, a short row with a small grey one is put behind the rows. It
+has no loss tokens, so its gradient is zero, and exactly so; but it is there.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from raytune_rl.data.collate import MicroBatch, collate
+from raytune_rl.data.pictures import Picture
+from raytune_rl.data.vision import VisionProcessor
+from raytune_rl.errors import DataError
+
+CACHE_BYTES = 512 * 2**20
+Pixels = dict[str, torch.Tensor]
+
+
+class ImageCollator:
+    """Collates rows of a vision model.
+
+    Args:
+        vision: The model's processor.
+        dtype: Of the model; pixels are cast to it.
+        always: Whether every micro-batch needs a picture, see above.
+        cache_bytes: Pixels to keep.
+    """
+
+    def __init__(
+        self,
+        vision: VisionProcessor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        always: bool = False,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.vision = vision
+        self._dtype = dtype
+        self._always = always
+        self._cache = _Cache(cache_bytes)
+
+    def collate(
+        self,
+        tokens: Sequence[NDArray],
+        loss_masks: Sequence[NDArray],
+        pictures: Sequence[Sequence[Picture]],
+        *,
+        pad_token_id: int,
+    ) -> MicroBatch:
+        """`collate.collate` in the padded layout, with the model's inputs for the pictures of each row.
+
+        Position ids are left to the model: with pictures they have as many axes as it likes.
+
+        Raises:
+            ImageError: A picture's file is gone or is not the one that was tokenized.
+            DataError: A row's placeholders are not as many as the features of its pictures.
+        """
+        rows, masks = list(tokens), list(loss_masks)
+        pixels = self._pixels(pictures)
+        if self._always and not pixels:
+            sample, picture = self.vision.sample
+            rows.append(sample)
+            masks.append(np.zeros(len(sample), dtype=np.bool_))
+            pixels = self.vision.pixels([[picture]])
+        micro = collate(rows, masks, layout="padded", pad_token_id=pad_token_id)
+        types = self.vision.token_types(micro.input_ids.numpy())
+        types *= 0 if micro.attention_mask is None else micro.attention_mask.numpy()
+        _check(self.vision, pixels, int(types.sum()))
+        inputs = {
+            name: value.to(self._dtype) if value.is_floating_point() else value
+            for name, value in pixels.items()
+        }
+        if self.vision.type_name is not None:
+            inputs[self.vision.type_name] = torch.from_numpy(types)
+        return replace(micro, position_ids=None, n_rows=len(tokens), model_inputs=inputs)
+
+    def _pixels(self, pictures: Sequence[Sequence[Picture]]) -> Pixels:
+        rows = [row for row in pictures if row]
+        parts = [self._of_row(row) for row in rows]
+        if len(parts) <= 1:
+            return dict(parts[0]) if parts else {}
+        if all(_join(parts[0], part) for part in parts[1:]):
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        # Rows that the processor would pad to each other's shape (tiles, several pictures a row): let it.
+        return self.vision.pixels([[self._decode(picture) for picture in row] for row in rows])
+
+    def _of_row(self, row: Sequence[Picture]) -> Pixels:
+        key = tuple(picture.digest for picture in row)
+        found = self._cache.get(key)
+        if found is None:
+            found = self.vision.pixels([[self._decode(picture) for picture in row]])
+            self._cache.put(key, found)
+        return found
+
+    def _decode(self, picture: Picture) -> Image:
+        return self.vision.decode(picture.read(), picture.name)
+
+
+class _Cache:
+    """Least recently used first out, bounded by bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._rows: OrderedDict[tuple[int, ...], Pixels] = OrderedDict()
+
+    def get(self, key: tuple[int, ...]) -> Pixels | None:
+        if key in self._rows:
+            self._rows.move_to_end(key)
+        return self._rows.get(key)
+
+    def put(self, key: tuple[int, ...], pixels: Pixels) -> None:
+        self._rows[key] = pixels
+        self._held += _size(pixels)
+        while self._held > self._limit:
+            self._held -= _size(self._rows.popitem(last=False)[1])
+
+
+def _size(pixels: Pixels) -> int:
+    return sum(value.nbytes for value in pixels.values())
+
+
+def _join(a: Pixels, b: Pixels) -> bool:
+    """Whether two rows' inputs can be put one behind the other."""
+    return a.keys() == b.keys() and all(a[name].shape[1:] == b[name].shape[1:] for name in a)
+
+
+def _check(vision: VisionProcessor, pixels: Pixels, placeholders: int) -> None:
+    features = vision.count_features(pixels) if pixels else 0
+    if features is not None and features != placeholders:
+        raise DataError(
+            f"{placeholders} image tokens in a micro-batch whose images make {features} features; was the "
+            "data tokenized with another processor or --max_pixels?"
+        )

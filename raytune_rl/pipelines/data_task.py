@@ -1,0 +1,171 @@
+"""What runs in the data task: reading, understanding and tokenizing rows, on the driver's own machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raytune_rl.config import RLHFConfig, SFTConfig, resolved
+from raytune_rl.errors import DataError
+from raytune_rl.pipelines.data import Account, ImageCounts, ImagePlaces, SourceCounts
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What of a model its data depends on.
+
+    Attributes:
+        tokenizer: Its tokenizer.
+        max_positions: The longest sequence it takes, tokens; None if it does not say.
+        takes_images: Whether its config says so.
+        vision: Its processor, if it takes images and has one.
+    """
+
+    tokenizer: Any
+    max_positions: int | None
+    takes_images: bool
+    vision: Any = None
+
+
+def encode_prompts_task(config: RLHFConfig, quarantine: str) -> tuple[Any, ...]:
+    """Prompts to train on and held out: each {"prompt"}, extra columns, texts, and (lengths, account)."""
+    from raytune_rl.data.encode import encode_prompts
+
+    facts = model_facts(config)
+    tokenizer = facts.tokenizer
+
+    def encode(examples: Any, report: Any) -> tuple[Any, ...]:
+        for example in examples:
+            if example.has_media:
+                raise DataError(
+                    f"{example.source}:{example.line}: the row has images, but online RL with images is not "
+                    "built yet; raytune-rl sft trains on them"
+                )
+        found = encode_prompts(
+            examples,
+            tokenizer,
+            config.max_length,
+            resolved.truncation_strategy(config),  # type: ignore[arg-type]
+            strict=config.strict,
+            num_proc=config.dataset_num_proc,
+        )
+        rows = found.prompts
+        texts = tokenizer.batch_decode([rows[i].tolist() for i in range(len(rows))])
+        path = report.quarantine_path
+        return {"prompt": rows}, found.extra, texts, (rows.lengths, _account(report, found, facts, path))
+
+    train, held_out = _load(config, "grpo", Path(quarantine))
+    return (*encode(*train), *(encode(*held_out) if held_out else (None,) * 4))
+
+
+def encode_sft_task(config: SFTConfig, quarantine: str, places: ImagePlaces) -> tuple[Any, ...]:
+    """Conversations to train on and held out: each the columns, and (lengths, trained lengths, account)."""
+    from raytune_rl.data.encode import ImageSettings, encode_sft
+
+    facts = model_facts(config)
+    images = ImageSettings(facts.vision, places.root, places.inline) if facts.vision else None
+
+    def encode(examples: Any, report: Any, bad_rows: Path) -> tuple[Any, ...]:
+        found = encode_sft(
+            examples,
+            facts.tokenizer,
+            config.max_length,
+            resolved.truncation_strategy(config),  # type: ignore[arg-type]
+            config.loss_scale,
+            strict=config.strict,
+            num_proc=config.dataset_num_proc,
+            images=images,
+        )
+        path = quarantine_dropped(found.dropped, bad_rows) or report.quarantine_path
+        counts = np.add.reduceat(found.loss_mask.values.astype(np.int64), found.loss_mask.offsets[:-1])
+        columns = {"tokens": found.tokens, "loss_mask": found.loss_mask, **found.images}
+        return columns, (found.tokens.lengths, counts, _account(report, found, facts, path))
+
+    train, held_out = _load(config, "sft", Path(quarantine))
+    train_path, held_out_path = _quarantines(config, Path(quarantine))
+    made = encode(train[0], train[1], train_path)
+    return (*made, *(encode(held_out[0], held_out[1], held_out_path) if held_out else (None,) * 2))
+
+
+def model_facts(config: RLHFConfig | SFTConfig) -> ModelFacts:
+    """Reads a model's config and tokenizer, and of a vision model the processor."""
+    from raytune_rl.data.vision import VisionProcessor
+    from raytune_rl.models import load
+
+    assert config.model is not None
+    trust = config.trust_remote_code
+    path = load.resolve_path(config.model, use_hf=config.use_hf)
+    model = load.load_config(path, trust_remote_code=trust)
+    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
+    takes_images = load.is_vision_config(model)
+    processor = load.load_vision_processor(path, trust_remote_code=trust) if takes_images else None
+    if processor is None:
+        return ModelFacts(load.load_tokenizer(path, trust_remote_code=trust), positions, takes_images)
+    vision = VisionProcessor.of(processor, config.max_pixels)
+    return ModelFacts(processor.tokenizer, positions, takes_images, vision)
+
+
+def quarantine_dropped(dropped: Any, path: Path) -> Path | None:
+    """Adds rows that could not be encoded to the quarantine file; the file if there are any."""
+    lines = [
+        {"source": drop.source, "line": drop.line, "reason": f"{drop.reason}: {drop.detail}".rstrip(": ")}
+        for drop in dropped
+        if drop.unusable
+    ]
+    if not lines:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return path
+
+
+def _quarantines(config: RLHFConfig | SFTConfig, quarantine: Path) -> tuple[Path, Path]:
+    """For the rows to train on and for the held-out ones, which may come from the same data."""
+    return quarantine, quarantine.with_name("quarantine-val.jsonl") if config.val_dataset else quarantine
+
+
+def _load(config: RLHFConfig | SFTConfig, task: Any, quarantine: Path) -> tuple[Any, Any]:
+    """(examples, report) to train on, and held out or None."""
+    from raytune_rl.data.load import load_examples, split_examples
+
+    def load(specs: Any, shuffle: bool, path: Path) -> Any:
+        return load_examples(
+            specs,
+            task=task,
+            system=config.system,
+            columns=config.columns,
+            strict=config.strict,
+            shuffle=shuffle,
+            seed=config.data_seed,
+            quarantine_path=path,
+            use_hf=config.use_hf,
+        )
+
+    train = load(config.dataset, config.dataset_shuffle, quarantine)
+    if config.val_dataset:
+        held_out = load(config.val_dataset, False, _quarantines(config, quarantine)[1])
+        return (train.examples, train.report), (held_out.examples, held_out.report)
+    examples, rest = split_examples(train.examples, config.split_dataset_ratio, config.data_seed)
+    return (examples, train.report), (rest, train.report) if rest else None
+
+
+def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | None) -> Account:
+    from raytune_rl.data.chat import ChatTemplate
+    from raytune_rl.data.pictures import count_pictures
+
+    chat = ChatTemplate.of(facts.tokenizer) if facts.vision is None else facts.vision.chat
+    return Account(
+        tuple(SourceCounts(s.name, s.rows, s.bad, s.taken) for s in report.sources),
+        dict(encoded.reasons),
+        None if quarantine is None else str(quarantine),
+        (*report.notices, *encoded.notices),
+        facts.max_positions,
+        tuple(chat.stop_token_ids()),
+        facts.takes_images,
+        ImageCounts(*count_pictures(encoded.images)),
+    )

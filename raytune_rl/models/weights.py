@@ -70,14 +70,14 @@ class WeightExporter:
             raise ModelError(
                 "weights cannot be exported as 'full': the model has an adapter; use merged or adapter"
             )
-        self._groups: list[tuple[tuple[TensorSpec, ...], tuple[Source, ...]]] = []
+        self._groups: list[_Group] = []
         if mode == "adapter":
             self.index = tuple(
                 TensorSpec(n, tuple(t.shape), t.dtype) for n, t in self._adapter_state().items()
             )
         else:
             self._groups = _plan(self._hf, self._sources())
-            self.index = tuple(spec for specs, _ in self._groups for spec in specs)
+            self.index = tuple(spec for group in self._groups for spec in group.specs)
 
     def tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Current values, detached and in the order of `index`.
@@ -98,11 +98,13 @@ class WeightExporter:
         if self.mode == "adapter":
             yield from ((n, t.detach()) for n, t in self._adapter_state().items() if n in wanted)
             return
-        for specs, sources in self._groups:
-            if wanted.isdisjoint(spec.name for spec in specs):
+        for group in self._groups:
+            if wanted.isdisjoint(spec.name for spec in group.specs):
                 continue
-            made = revert_weight_conversion(self._hf, {source.name: source.make() for source in sources})
-            yield from ((spec.name, made[spec.name]) for spec in specs if spec.name in wanted)
+            made = {source.name: source.make() for source in group.sources}
+            if group.converts:
+                made = revert_weight_conversion(self._hf, made)
+            yield from ((spec.name, made[spec.name]) for spec in group.specs if spec.name in wanted)
 
     def _sources(self) -> list[Source]:
         found = list(plain_sources(self._hf) if self._peft is None else merged_sources(self._peft))
@@ -147,26 +149,38 @@ def save_model(model: nn.Module, directory: str | Path, tokenizer: Any = None) -
         tokenizer.save_pretrained(str(target))
 
 
-def _plan(hf: Any, sources: list[Source]) -> list[tuple[tuple[TensorSpec, ...], tuple[Source, ...]]]:
+@dataclass(frozen=True)
+class _Group:
+    """Sources that turn into checkpoint tensors together; `converts` is False where they already are them."""
+
+    specs: tuple[TensorSpec, ...]
+    sources: tuple[Source, ...]
+    converts: bool
+
+
+def _plan(hf: Any, sources: list[Source]) -> list[_Group]:
     """Groups of sources that turn into checkpoint tensors on their own, as small as the conversion allows.
 
     Found by running the conversion on tensors without data: tensor by tensor, else layer by layer, else all
     at once.
     """
-    whole = _convert_shapes(hf, sources)
+    whole = _group(hf, sources)
     single = [[source] for source in sources]
     by_layer: dict[str, list[Source]] = {}
     for source in sources:
         layer = re.match(r".*?\.layers\.\d+\.", source.name)
         by_layer.setdefault(layer.group(0) if layer else "", []).append(source)
-    for groups in (single, list(by_layer.values())):
-        specs = [_convert_shapes(hf, group) for group in groups]
-        if sum(map(len, specs)) == len(whole) and {s for part in specs for s in part} == set(whole):
-            return [(part, tuple(group)) for part, group in zip(specs, groups, strict=True)]
-    return [(whole, tuple(sources))]
+    for cut in (single, list(by_layer.values())):
+        groups = [_group(hf, part) for part in cut]
+        specs = [spec for group in groups for spec in group.specs]
+        if len(specs) == len(whole.specs) and set(specs) == set(whole.specs):
+            return groups
+    return [whole]
 
 
-def _convert_shapes(hf: Any, sources: list[Source]) -> tuple[TensorSpec, ...]:
+def _group(hf: Any, sources: list[Source]) -> _Group:
     empty = {s.name: torch.empty(s.shape, dtype=s.dtype, device="meta") for s in sources}
-    converted = revert_weight_conversion(hf, empty)
-    return tuple(TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in converted.items())
+    converted = revert_weight_conversion(hf, dict(empty))
+    specs = tuple(TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in converted.items())
+    same = converted.keys() == empty.keys() and all(converted[name] is empty[name] for name in empty)
+    return _Group(specs, tuple(sources), converts=not same)

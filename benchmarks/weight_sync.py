@@ -3,7 +3,8 @@
 For each size: a publisher actor returns its buckets as `PolicyWorker.publish` does, the store gets to know
 them, and a reader actor maps them and copies every tensor into memory of its own, as an engine does when it
 loads. Everything is measured in one run; the first publication touches fresh pages of shared memory ("cold"),
-later ones find them ("warm").
+later ones find them ("warm"), if the object store had time to free what the version before last held: between
+publications the program waits, as a training step would make it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from raytune_rl.runtime.weights import (
 
 TENSORS = 48
 STORE = "benchmark-weights"
+PAUSE_S = 1.5
 
 
 class Publisher:
@@ -97,6 +99,7 @@ def measure(megabytes: int, rounds: int) -> dict[str, float]:
         load.append(ray.get(reader.load.remote(version)))
         memcpy.append(ray.get(publisher.memcpy.remote()))
         del buckets, manifest
+        time.sleep(PAUSE_S)
     for actor in (publisher, reader, store):
         ray.kill(actor)
     # Two versions stay in the store, so the first that finds its pages touched is the third or later.

@@ -33,6 +33,7 @@ class MicroBatch:
         targets: int64 `[N]`, the loss tokens.
         row_of: int64 `[N]`, the row of each loss token inside this micro-batch.
         n_rows: Number of real rows; 0 for a dummy micro-batch.
+        row_ends: int64 `[n_rows]`, index of each real row's last token, flat as in `predict_index`.
         model_inputs: What else the model takes, by name: pixel_values and the like, in the order of the rows.
     """
 
@@ -43,6 +44,7 @@ class MicroBatch:
     targets: torch.Tensor
     row_of: torch.Tensor
     n_rows: int
+    row_ends: torch.Tensor
     model_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
@@ -103,14 +105,14 @@ def _check(tokens: Sequence[NDArray], loss_masks: Sequence[NDArray]) -> None:
 def _assemble(
     tokens: Sequence[NDArray], loss_masks: Sequence[NDArray], layout: Layout, pad: int, *, n_rows: int
 ) -> MicroBatch:
-    lengths = [len(row) for row in tokens]
+    lengths = np.asarray([len(row) for row in tokens])
     if layout == "packed":
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        starts = np.cumsum(lengths) - lengths
         input_ids = np.concatenate(tokens).astype(np.int64)[None, :]
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])[None, :]
         attention = None
     else:
-        width = max(lengths)
+        width = int(lengths.max())
         starts = np.arange(len(tokens)) * width
         input_ids = np.full((len(tokens), width), pad, dtype=np.int64)
         attention = np.zeros_like(input_ids)
@@ -130,4 +132,5 @@ def _assemble(
         targets=torch.from_numpy(targets.astype(np.int64)),
         row_of=torch.from_numpy(row_of.astype(np.int64)),
         n_rows=n_rows,
+        row_ends=torch.from_numpy((starts + lengths - 1)[:n_rows].astype(np.int64)),
     )

@@ -84,7 +84,8 @@ class ImageCollator:
         }
         if self.vision.type_name is not None:
             inputs[self.vision.type_name] = torch.from_numpy(types)
-        return replace(micro, position_ids=None, n_rows=len(tokens), model_inputs=inputs)
+        ends = micro.row_ends[: len(tokens)]
+        return replace(micro, position_ids=None, n_rows=len(tokens), row_ends=ends, model_inputs=inputs)
 
     def _pixels(self, pictures: Sequence[Sequence[Picture]]) -> Pixels:
         rows = [row for row in pictures if row]

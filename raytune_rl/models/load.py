@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.utils import is_flash_attn_2_available
 
@@ -79,6 +81,7 @@ def load_model(
     trust_remote_code: bool = False,
     device: str | torch.device = "cpu",
     quantization: Quantization | None = None,
+    scalar: bool = False,
     use_hf: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -94,6 +97,9 @@ def load_model(
         trust_remote_code: run Python code that comes with the model.
         device: where the weights go.
         quantization: load in 4 or 8 bits.
+        scalar: load it with a head of one output (reward model, critic) in place of the one over the
+            vocabulary. What was saved so keeps its head; another model gets a new one, from torch's random
+            state.
         use_hf, revision, token: see `resolve_path`.
 
     Raises:
@@ -103,6 +109,8 @@ def load_model(
     config = load_config(local, trust_remote_code=trust_remote_code)
     where = torch.device(device)
     notices: list[str] = []
+    if scalar:
+        _make_scalar(config, local, trust_remote_code)
     chosen = _choose_dtype(config, dtype, where, notices)
     options: dict[str, Any] = {"dtype": chosen, "trust_remote_code": trust_remote_code, "config": config}
     attention = _choose_attention(attn_impl, where, chosen, notices)
@@ -112,10 +120,12 @@ def load_model(
         options["quantization_config"] = _bitsandbytes(quantization, chosen)
         options["device_map"] = {"": str(where)}
     try:
-        model, info = _auto_class(config).from_pretrained(local, output_loading_info=True, **options)
+        model, info = _auto_class(config, scalar).from_pretrained(local, output_loading_info=True, **options)
     except _LOAD_ERRORS as error:
         raise ModelError(f"cannot load the model in '{local}': {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
+    if scalar:
+        missing = _without_heads(missing, info, notices)
     if missing:
         raise ModelError(
             f"'{local}' lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}); "
@@ -215,9 +225,35 @@ def _mend_generation_config(model: Any, notices: list[str]) -> None:
         )
 
 
-def _auto_class(config: Any) -> Any:
+def _make_scalar(config: Any, path: str, trust_remote_code: bool) -> None:
+    """One label, and a padding token, by which Transformers finds the ends of rows."""
+    if "ForSequenceClassification" in "".join(config.architectures or ()) and config.num_labels != 1:
+        raise ModelError(f"'{path}' is a classifier of {config.num_labels} labels; one score is wanted")
+    config.num_labels = 1
+    text = config.get_text_config()
+    if text.pad_token_id is None:
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        text.pad_token_id = (
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
+
+
+def _without_heads(missing: list[str], info: Any, notices: list[str]) -> list[str]:
+    """The weights that are missing beside the scalar head; the head over the vocabulary is not missed."""
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith("lm_head.")]
+    if "score.weight" in missing:
+        notices.append("the head that gives the score or value is new: its weights are random")
+    return [name for name in missing if not name.startswith("score.")]
+
+
+def _auto_class(config: Any, scalar: bool = False) -> Any:
     kind = config.model_type
     remote = getattr(config, "auto_map", None) or {}
+    if scalar:
+        known = kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        if known or "AutoModelForSequenceClassification" in remote:
+            return AutoModelForSequenceClassification
+        raise ModelError(f"Transformers knows no sequence classification for model type '{kind}'")
     if is_vision_config(config) and (
         kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or "AutoModelForImageTextToText" in remote
     ):

@@ -17,7 +17,7 @@ from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line
 from raytune_rl.models.load import is_vision_config
 from raytune_rl.models.settings import TunerSettings
-from raytune_rl.models.unwrap import hf_model
+from raytune_rl.models.unwrap import hf_model, scalar_head
 
 # Names of the module that maps image features into the language model's space, over the families Transformers
 # has.
@@ -94,8 +94,10 @@ def _lora_config(model: PreTrainedModel, settings: TunerSettings) -> LoraConfig:
     init = {"true": True, "false": False}.get(settings.init_weights.lower(), settings.init_weights)
     targets = _targets(model, settings)
     _refuse_tied(model, targets, settings.modules_to_save)
+    scalar = scalar_head(model) is not None
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        # With SEQ_CLS PEFT trains the head in full and saves it with the adapter.
+        task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -135,13 +137,13 @@ def _targets(model: PreTrainedModel, settings: TunerSettings) -> list[str]:
 
 
 def _all_of(model: PreTrainedModel, kind: type[nn.Module], settings: TunerSettings) -> list[str]:
-    head = model.get_output_embeddings()
+    heads = (scalar_head(model), model.get_output_embeddings())
     part_of = _parts(model)
     frozen = _frozen(settings)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, kind) and module is not head and part_of(name) not in frozen
+        if isinstance(module, kind) and module not in heads and part_of(name) not in frozen
     ]
 
 

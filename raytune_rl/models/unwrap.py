@@ -41,3 +41,9 @@ def hf_model(model: nn.Module) -> Any:
     `tuned_model`."""
     inner = tuned_model(model)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def scalar_head(model: Any) -> Any | None:
+    """The head of one output of a PreTrainedModel (reward model, critic), or None if it has none."""
+    head = getattr(model, "score", None)
+    return head if isinstance(head, nn.Module) and model.config.num_labels == 1 else None

@@ -2,8 +2,9 @@
 
 A rank is told by the controller which rows to train on, in which micro-batches and with which weights; it
 reads them, runs forward and backward, and steps. It knows no algorithm: the loss comes from the registry by
-name. Nothing here
-divides by a count: the row weights already hold the global normaliser (`algorithms.aggregation`).
+name, and with it the head of the model: over the vocabulary for a policy, of one output for a reward model or
+a critic. Nothing here divides by a count: the row weights already hold the global normaliser
+(`algorithms.aggregation`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raytune_rl.algorithms.metrics import MetricSums
+    from raytune_rl.data.collate import MicroBatch
     from raytune_rl.models.settings import TunerSettings
 
 
@@ -64,7 +66,8 @@ class PolicySpec:
         model: What to load.
         tuner: What of it is trained.
         optimizer: How.
-        loss: Name in the registry of losses.
+        loss: Name in the registry of losses. What it looks at (`Loss.forward`) decides the model's head:
+            log-probs, one score a row (reward model), or one value a token (critic).
         loss_settings: That loss's own settings.
         score: How log-probs are taken.
         seed: Of adapter initialisation and dropout.
@@ -177,20 +180,18 @@ class PolicyWorker:
 
         from raytune_rl.algorithms.registry import get_loss
         from raytune_rl.models.load import enable_gradient_checkpointing, load_tokenizer
-        from raytune_rl.models.scorer import TokenScorer
         from raytune_rl.models.tuner import apply_tuner, trains_vision
         from raytune_rl.models.weights import WeightExporter
         from raytune_rl.workers.engine import start_engine
 
         spec = self._spec
         torch.manual_seed(spec.seed)
-        loaded = scoring.load(spec.model)
+        self._loss = get_loss(spec.loss)
+        loaded = scoring.load(spec.model, self._loss.forward)
         tuned = apply_tuner(loaded.model, spec.tuner, spec.model.adapters)
         if spec.gradient_checkpointing:
             enable_gradient_checkpointing(tuned.model)
-        scorer = TokenScorer(tuned.model)
-        scorer.verify()
-        self._loss = get_loss(spec.loss)
+        scorer = scoring.scorer_of(tuned.model, self._loss.forward)
         sharded = spec.optimizer.deepspeed.get("zero_optimization", {}).get("stage") == 3
         self._images = scoring.image_collator(
             spec.model, loaded, always=sharded or trains_vision(tuned.model)
@@ -214,7 +215,8 @@ class PolicyWorker:
         Args:
             batch: Rows with the scalars "weight" (of the row's summed token loss, over the whole step and all
                 ranks), "row_weight" (of the row's own loss) and "advantage", where the loss needs them; other
-                scalars and late columns go to the loss under their own names.
+                scalars and late columns go to the loss under their own names. A late column "advantages" has
+                one a token.
             step: Number of the step, from 0: it alone decides learning rate and dropout, so a resumed run
                 repeats them.
         """
@@ -269,30 +271,26 @@ class PolicyWorker:
 
         spec = self._spec
         micro = scoring.micro_batch(rows, members, spec.model.layout, self._images)
-        scored = self._engine(
-            **scoring.forward_inputs(micro),
-            temperature=spec.score.temperature,
-            with_entropy=spec.with_entropy,
-        )
-        columns = {
-            name: scoring.flat_column(rows, members, "logprobs", name) for name in batch.places if name
-        }
+        outputs = self._forward(micro)
+        columns = {name: scoring.late_column(rows, members, name) for name in batch.places if name}
         # A rank without rows has no column either, but its loss may ask for one.
         wanted = "rollout_logprobs" in self._loss.required_columns(spec.loss_settings)
-        if rows.has("logprobs") or (wanted and not len(batch)):
+        sampled = rows.has("logprobs") and self._loss.forward == "logprobs"
+        if sampled or (wanted and not len(batch)):
             columns["rollout_logprobs"] = scoring.flat_column(rows, members, "logprobs")
         values = self._row_values(batch, members)
+        advantages = columns.pop("advantages", None)
+        if advantages is None and "advantage" in values:
+            advantages = values["advantage"][micro.row_of].float()
         output = self._loss(
             LossInputs(
-                logprobs=scored.logprobs,
                 row_of=micro.row_of,
                 n_rows=micro.n_rows,
                 settings=spec.loss_settings,
                 columns=columns,
-                advantages=values["advantage"][micro.row_of].float() if "advantage" in values else None,
-                entropy=None if scored.entropy is None else scored.entropy.detach(),
-                correct=scored.correct,
+                advantages=advantages,
                 row_values=values,
+                **outputs,
             )
         )
         weight = values["weight"][micro.row_of] if "weight" in values else None
@@ -301,11 +299,26 @@ class PolicyWorker:
         if "rollout_logprobs" in columns:
             # Before the first update of a generation both sides hold the same weights: old_logprobs if they
             # were computed, else the log-probs of this very pass.
-            train = columns.get("old_logprobs", scored.logprobs.detach())
+            train = columns.get("old_logprobs", outputs["logprobs"].detach())
             metrics = metrics.merge(
                 rollout_mismatch(train, columns["rollout_logprobs"], micro.row_of, micro.n_rows)
             )
         return loss, metrics, micro.input_ids.numel()
+
+    def _forward(self, micro: MicroBatch) -> dict[str, Any]:
+        """What the model gives, under the names that `LossInputs` has for it."""
+        import torch
+
+        forward, spec = self._loss.forward, self._spec
+        inputs = scoring.forward_inputs(micro, forward)
+        if forward != "logprobs":
+            return {"logprobs": torch.empty(0, device=scoring.device()), forward: self._engine(**inputs)}
+        scored = self._engine(**inputs, temperature=spec.score.temperature, with_entropy=spec.with_entropy)
+        return {
+            "logprobs": scored.logprobs,
+            "entropy": None if scored.entropy is None else scored.entropy.detach(),
+            "correct": scored.correct,
+        }
 
     def _row_values(self, batch: RowBatch, members: tuple[int, ...]) -> dict[str, Tensor]:
         """The row scalars of a micro-batch by name, float64 `[n_rows]` on this worker's device."""

@@ -1,4 +1,6 @@
-"""What policy and reference have in common: a model built from a spec, and log-probs of rows by reference."""
+"""What policy, critic and reference have in common: a model built from a spec, and what it gives for rows by
+reference.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ from raytune_rl.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+    from raytune_rl.algorithms.registry import Forward
     from raytune_rl.data.collate import MicroBatch
     from raytune_rl.data.image_batch import ImageCollator
     from raytune_rl.models.load import LoadedModel
+    from raytune_rl.models.scalar import ScalarScorer
     from raytune_rl.models.scorer import TokenScorer
 
 
@@ -73,8 +77,8 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load(spec: ModelSpec) -> LoadedModel:
-    """Loads the base model of a spec onto this worker's device."""
+def load(spec: ModelSpec, forward: Forward = "logprobs") -> LoadedModel:
+    """Loads the base model of a spec onto this worker's device, with the head that `forward` needs."""
     from raytune_rl.models.load import Quantization, load_model
 
     return load_model(
@@ -84,8 +88,22 @@ def load(spec: ModelSpec) -> LoadedModel:
         trust_remote_code=spec.trust_remote_code,
         device=device(),
         quantization=Quantization(bits=spec.quant_bits) if spec.quant_bits else None,
+        scalar=forward != "logprobs",
         use_hf=spec.use_hf,
     )
+
+
+def scorer_of(model: Any, forward: Forward) -> TokenScorer | ScalarScorer:
+    """The module to train or to ask, checked against the model's own forward."""
+    from raytune_rl.models.scalar import ScalarScorer
+    from raytune_rl.models.scorer import TokenScorer
+
+    if forward == "logprobs":
+        scorer: TokenScorer | ScalarScorer = TokenScorer(model)
+    else:
+        scorer = ScalarScorer(model, skips_padding=forward == "scores")
+    scorer.verify()
+    return scorer
 
 
 def read_rows(batch: RowBatch, timeout_s: float) -> ReadRows:
@@ -143,14 +161,27 @@ def flat_column(rows: ReadRows, members: Sequence[int], name: str, late: str = "
     return torch.from_numpy(flat).to(device())
 
 
-def forward_inputs(micro: MicroBatch) -> dict[str, Any]:
-    """The arguments of `TokenScorer.forward`."""
+def late_column(rows: ReadRows, members: Sequence[int], name: str) -> torch.Tensor:
+    """`flat_column` of what was computed later: in its object it has its own name, or it is "logprobs"."""
+    own = bool(members) and name in rows.source(members[0], name)[0]
+    return flat_column(rows, members, name if own else "logprobs", name)
+
+
+def forward_inputs(micro: MicroBatch, forward: Forward = "logprobs") -> dict[str, Any]:
+    """The arguments of `TokenScorer.forward` ("logprobs"), or those of `ScalarScorer.forward`.
+
+    A critic's value of a loss token stands on the state that predicts it: it knows what came before only.
+    """
+    wanted = {
+        "logprobs": {"predict_index": micro.predict_index, "targets": micro.targets},
+        "values": {"state_index": micro.predict_index},
+        "scores": {"state_index": micro.row_ends},
+    }
     return {
         "input_ids": micro.input_ids,
         "position_ids": micro.position_ids,
         "attention_mask": micro.attention_mask,
-        "predict_index": micro.predict_index,
-        "targets": micro.targets,
+        **wanted[forward],
         **micro.model_inputs,
     }
 

@@ -1,0 +1,109 @@
+"""The module that training wraps where a model gives numbers instead of tokens: reward model and critic.
+
+Both are a backbone and a head of one output, in the layout of Transformers' sequence classification with one
+label. A reward model reads the head at the end of each row, a critic before each loss token; that is all the
+difference there is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytune_rl.errors import ModelError
+from raytune_rl.models.unwrap import hf_model, scalar_head
+
+
+class ScalarScorer(nn.Module):
+    """Wraps a model from `load_model(scalar=True)`, or a PeftModel of one.
+
+    Attributes:
+        model: the model as given; its tuner layers are active inside the backbone.
+        skips_padding: whether an index that points at a padding token of the model's config means the last
+            token before it that is none, which is where Transformers reads a row's score.
+    """
+
+    def __init__(self, model: nn.Module, *, skips_padding: bool = False) -> None:
+        """Looks up backbone and head.
+
+        Args:
+            model: see above.
+            skips_padding: see above.
+
+        Raises:
+            ModelError: there is no head of one output.
+        """
+        super().__init__()
+        self.model = model
+        self.skips_padding = skips_padding
+        inner = hf_model(model)
+        if inner.base_model is inner or scalar_head(inner) is None:
+            raise ModelError(f"{type(inner).__name__} has no head of one output over a backbone")
+        self._pad: int | None = inner.config.get_text_config().pad_token_id
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        state_index: Tensor,
+        **model_inputs: Any,
+    ) -> Tensor:
+        """The head's output at some tokens.
+
+        Args:
+            input_ids, position_ids, attention_mask: as `TokenScorer.forward` takes them.
+            state_index: int64 [N], index into the flattened [B * T] of the states to read.
+            **model_inputs: passed to the backbone.
+
+        Returns:
+            float32 [N]. N = 0 (a dummy micro-batch) gives an empty tensor that is still connected to every
+            parameter.
+        """
+        inner = hf_model(self.model)
+        output = inner.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            **model_inputs,
+        )
+        if self.skips_padding:
+            state_index = self._before_padding(input_ids.reshape(-1), state_index)
+        states = output.last_hidden_state
+        hidden = states.reshape(-1, states.shape[-1])[state_index]
+        return inner.score(hidden).float().squeeze(-1)
+
+    def _before_padding(self, flat_ids: Tensor, index: Tensor) -> Tensor:
+        while self._pad is not None and bool((at_pad := flat_ids[index] == self._pad).any()):
+            index = (index - at_pad.long()).clamp(min=0)
+            if not bool(index.any()):
+                break
+        return index
+
+    @torch.no_grad()
+    def verify(self, tokens: int = 8, tolerance: float = 1e-3) -> None:
+        """Compares the score of a short text with the model's own forward; run once after loading.
+
+        Raises:
+            ModelError: they differ by more than `tolerance` (times 64 below float32).
+        """
+        inner = hf_model(self.model)
+        weight = inner.get_input_embeddings().weight
+        was_training = self.training
+        self.eval()
+        pad = -1 if self._pad is None else self._pad
+        known = torch.arange(tokens + 1, device=weight.device)
+        ids = known[known != pad][None, :tokens] % weight.shape[0]
+        positions, mask = torch.arange(tokens, device=weight.device)[None], torch.ones_like(ids)
+        mine = self(ids, positions, mask, positions[0, -1:])
+        theirs = inner(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        self.train(was_training)
+        gap = (mine - theirs.float().reshape(-1)).abs().max().item()
+        if not gap <= tolerance * (1 if weight.dtype == torch.float32 else 64):
+            raise ModelError(
+                f"the score of {type(inner).__name__} through its backbone and head differs from its own by "
+                f"{gap:.3g}; please report it"
+            )

@@ -1,0 +1,143 @@
+"""The policy worker with a scalar head on real DeepSpeed: critics of one and two ranks, a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from raytune_rl.algorithms.aggregation import pair_weights, row_weights
+from raytune_rl.algorithms.pairs import PAIR, pair_numbers
+from raytune_rl.algorithms.ppo import ValueSettings
+from raytune_rl.algorithms.rm import RMSettings
+from raytune_rl.config import deepspeed
+from raytune_rl.data.ragged import Columns, Ragged
+from raytune_rl.data.rows import RowPointer
+from raytune_rl.models.settings import TunerSettings
+from raytune_rl.pipelines.policy_group import PolicyGroup, rank_batch
+from raytune_rl.runtime.cluster import reserve
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.placement import GroupSpec
+from raytune_rl.workers.policy import OptimizerSpec, PolicySpec, PolicyWorker, policy_env
+from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
+from tests.cluster.conftest import Tiny
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+ROWS = 10
+
+
+def spec(tiny: Tiny, loss: str, settings: Any, tuner: Any) -> PolicySpec:
+    return PolicySpec(
+        model=ModelSpec(str(tiny.untied), "float32", None, "padded"),
+        tuner=TunerSettings(tuner_type=tuner, lora_dropout=0.0),
+        optimizer=OptimizerSpec(1e-2, "constant", 0, 10, (0.9, 0.95), 1e-8, 0.0, 1.0, deepspeed.load(None)),
+        loss=loss,
+        loss_settings=settings,
+        score=ScoreSettings(1.0, 60.0),
+        seed=1,
+        gradient_checkpointing=False,
+    )
+
+
+class World:
+    """A started group with a scalar head."""
+
+    def __init__(self, given: PolicySpec, size: int, max_tokens: int, slots: Any) -> None:
+        self.group = WorkerGroup(
+            GroupSpec("critic", size, cpus=0.5),
+            slots,
+            PolicyWorker,
+            lambda rank: {"spec": given, "rank": rank, "world_size": size},
+            policy_env(1, on_gpu=False),
+            120.0,
+        )
+        self.policy = PolicyGroup(self.group, given, max_tokens, 240.0)
+
+
+@pytest.fixture(scope="module")
+def worlds(cluster: None, tiny: Tiny) -> Iterator[dict[str, World]]:
+    critic = spec(tiny, "ppo_value", ValueSettings(), "full")
+    model = spec(tiny, "rm", RMSettings(), "lora")
+    sizes = {"one": 1, "two": 2, "rm": 1}
+    with reserve([GroupSpec(name, size, cpus=0.5) for name, size in sizes.items()], 60.0) as slots:
+        made = {
+            "one": World(critic, 1, 10_000, slots["one"]),
+            "two": World(critic, 2, 64, slots["two"]),
+            "rm": World(model, 1, 10_000, slots["rm"]),
+        }
+        for world in made.values():
+            assert any("random" in notice for notice in world.policy.ready().notices)
+        yield made
+        for world in made.values():
+            world.group.shutdown()
+
+
+def rows() -> tuple[Columns, list[int]]:
+    rng = np.random.default_rng(7)
+    prompts, completions = rng.integers(4, 12, ROWS), rng.integers(1, 30, ROWS)
+    sizes = list(zip(prompts.tolist(), completions.tolist(), strict=True))
+    columns: Columns = {
+        "tokens": Ragged.from_rows([rng.integers(20, 300, p + c) for p, c in sizes], np.int32),
+        "loss_mask": Ragged.from_rows([np.arange(p + c) >= p for p, c in sizes], np.bool_),
+        "logprobs": Ragged.from_rows([-rng.uniform(4, 7, c) for _, c in sizes], np.float32),
+        "old_values": Ragged.from_rows([0.3 * rng.normal(size=c) for _, c in sizes], np.float32),
+        "returns": Ragged.from_rows([rng.normal(size=c) for _, c in sizes], np.float32),
+    }
+    return columns, completions.tolist()
+
+
+def test_a_critics_step_does_not_depend_on_the_number_of_ranks(worlds: dict[str, World]) -> None:
+    columns, lengths = rows()
+    ref = ray.put(columns)
+    pointers = [RowPointer(ref, i) for i in range(ROWS)]
+    late = {"old_values": pointers, "returns": pointers}
+    tokens = columns["tokens"].lengths.tolist()  # type: ignore[union-attr]
+    found = {}
+    for name in ("one", "two"):
+        weights = {"weight": row_weights(lengths, "dapo")}
+        steps = [worlds[name].policy.train(pointers, tokens, weights, late, step).metrics for step in (0, 1)]
+        found[name] = steps
+    for one, two in zip(found["one"], found["two"], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        assert one["value"] == pytest.approx(two["value"], abs=1e-5)
+        assert "rollout_correction/logp_abs_diff_max" not in one, "a critic has no log-probs to compare"
+    assert found["one"][0]["loss"] != found["one"][1]["loss"]
+
+
+def test_a_reward_model_learns_and_transformers_gives_its_scores(
+    worlds: dict[str, World], tiny: Tiny, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from raytune_rl.data.microbatch import plan_micro_batches
+
+    columns, lengths = rows()
+    ref = ray.put(columns)
+    pointers = [RowPointer(ref, i) for i in range(ROWS)]
+    tokens = columns["tokens"].lengths.tolist()  # type: ignore[union-attr]
+    weights = pair_weights(lengths)
+    scalars = {"row_weight": weights.row_weight, PAIR: pair_numbers(ROWS // 2)}
+    policy = worlds["rm"].policy
+    steps = [policy.train(pointers, tokens, scalars, {}, step).metrics for step in range(4)]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    schedule = plan_micro_batches(tokens, world_size=1, max_tokens=10_000, layout="padded")
+    batch = rank_batch(schedule, 0, pointers, scalars, {})[0]
+    mine = worlds["rm"].group.map("evaluate", [batch])[0].result()
+    policy.save(tmp_path, only_model=True)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny.untied, num_labels=1)
+    model = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    with torch.no_grad():
+        scores = [
+            float(model(input_ids=torch.from_numpy(columns["tokens"][i].astype(np.int64))[None]).logits)  # type: ignore[index,union-attr]
+            for i in range(ROWS)
+        ]
+    assert mine["rewards/chosen"] == pytest.approx(np.mean(scores[0::2]), abs=1e-5)
+    assert mine["rewards/rejected"] == pytest.approx(np.mean(scores[1::2]), abs=1e-5)
+    assert mine["rewards/max"] == pytest.approx(max(scores), abs=1e-5)

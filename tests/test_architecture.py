@@ -37,7 +37,7 @@ FORBIDDEN = {
     # Controllers move references; whoever imports torch here is about to touch a tensor.
     "pipelines": {"torch", "vllm", "deepspeed"},
 }
-ROLES = {"policy", "rollout", "reference", "critic", "reward"}
+ROLES = {"policy", "rollout", "reference", "reward", "reward_model"}
 
 
 def sources() -> Iterator[tuple[str, Path]]:

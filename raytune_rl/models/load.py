@@ -30,6 +30,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line, resolve_path
+from raytune_rl.models.scalar import beside_the_head, give_single_label
 
 DTYPES = {
     "float32": torch.float32,
@@ -66,11 +67,13 @@ class LoadedModel:
         model: on its device, in eval mode.
         path: the local directory it came from.
         notices: lines for the user about choices made for them.
+        new_head: whether the head of a scalar model is random, as the directory has none.
     """
 
     model: PreTrainedModel
     path: str
     notices: tuple[str, ...]
+    new_head: bool = False
 
 
 def load_model(
@@ -110,7 +113,7 @@ def load_model(
     where = torch.device(device)
     notices: list[str] = []
     if scalar:
-        _make_scalar(config, local, trust_remote_code)
+        give_single_label(config, local, lambda: load_tokenizer(local, trust_remote_code=trust_remote_code))
     chosen = _choose_dtype(config, dtype, where, notices)
     options: dict[str, Any] = {"dtype": chosen, "trust_remote_code": trust_remote_code, "config": config}
     attention = _choose_attention(attn_impl, where, chosen, notices)
@@ -123,23 +126,27 @@ def load_model(
         model, info = _auto_class(config, scalar).from_pretrained(local, output_loading_info=True, **options)
     except _LOAD_ERRORS as error:
         raise ModelError(f"cannot load the model in '{local}': {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    new_head = scalar and "score.weight" in missing
     if scalar:
-        missing = _without_heads(missing, info, notices)
+        missing, unexpected = beside_the_head(missing, unexpected)
+    if new_head:
+        notices.append("the head that gives the score or value is new: its weights are random")
     if missing:
         raise ModelError(
             f"'{local}' lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}); "
             "Transformers would fill them with random numbers. Is it a whole checkpoint of a language model?"
         )
-    if info["unexpected_keys"]:
-        extra = sorted(info["unexpected_keys"])
-        notices.append(f"{len(extra)} weights in '{local}' are not used by the model (first: {extra[0]})")
+    if unexpected:
+        notices.append(
+            f"{len(unexpected)} weights in '{local}' are not used by the model (first: {unexpected[0]})"
+        )
     if quantization is None:
         model = model.to(where)
     elif quantization.bits == 4 and where.type == "cpu":
         _refuse_ragged_blocks(model)
     _mend_generation_config(model, notices)
-    return LoadedModel(model.eval(), local, tuple(notices))
+    return LoadedModel(model.eval(), local, tuple(notices), new_head)
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
@@ -223,27 +230,6 @@ def _mend_generation_config(model: Any, notices: list[str]) -> None:
         notices.append(
             "the model's generation_config has sampling settings but do_sample off; it is set, to be savable"
         )
-
-
-def _make_scalar(config: Any, path: str, trust_remote_code: bool) -> None:
-    """One label, and a padding token, by which Transformers finds the ends of rows."""
-    if "ForSequenceClassification" in "".join(config.architectures or ()) and config.num_labels != 1:
-        raise ModelError(f"'{path}' is a classifier of {config.num_labels} labels; one score is wanted")
-    config.num_labels = 1
-    text = config.get_text_config()
-    if text.pad_token_id is None:
-        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        text.pad_token_id = (
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
-
-
-def _without_heads(missing: list[str], info: Any, notices: list[str]) -> list[str]:
-    """The weights that are missing beside the scalar head; the head over the vocabulary is not missed."""
-    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith("lm_head.")]
-    if "score.weight" in missing:
-        notices.append("the head that gives the score or value is new: its weights are random")
-    return [name for name in missing if not name.startswith("score.")]
 
 
 def _auto_class(config: Any, scalar: bool = False) -> Any:

@@ -7,6 +7,7 @@ difference there is.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,3 +108,32 @@ class ScalarScorer(nn.Module):
                 f"the score of {type(inner).__name__} through its backbone and head differs from its own by "
                 f"{gap:.3g}; please report it"
             )
+
+
+def give_single_label(config: Any, path: str, tokenizer: Callable[[], Any]) -> None:
+    """Prepares a model's config: one label, and a padding token, by which Transformers finds rows' ends.
+
+    Args:
+        config: of the model, changed here.
+        path: where it came from, for the error.
+        tokenizer: gives the model's tokenizer, whose padding (or end) token serves where the config has none.
+
+    Raises:
+        ModelError: it is a classifier of several labels.
+    """
+    if "ForSequenceClassification" in "".join(config.architectures or ()) and config.num_labels != 1:
+        raise ModelError(f"'{path}' is a classifier of {config.num_labels} labels; one score is wanted")
+    config.num_labels = 1
+    text = config.get_text_config()
+    if text.pad_token_id is None:
+        found = tokenizer()
+        text.pad_token_id = found.eos_token_id if found.pad_token_id is None else found.pad_token_id
+
+
+def beside_the_head(missing: Sequence[str], unexpected: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Weights that a checkpoint lacks beside the scalar head, and has too many beside that over the
+    vocabulary."""
+    return (
+        [name for name in missing if not name.startswith("score.")],
+        [name for name in unexpected if not name.startswith("lm_head.")],
+    )

@@ -82,8 +82,8 @@ def estimate(
         rewards: Of the whole step, if rewards are to be whitened.
 
     Returns:
-        The facts, and {"advantages", "returns"} as Ragged float32 in the order of the rows; 0 in rows without
-        a score.
+        The facts, and {"advantages", "returns"} as Ragged float32 in the order of the rows. Rows without a
+        score teach nothing: their advantages are 0 and their returns the values as they are.
     """
     from raytune_rl.algorithms.metrics import MetricSums, mean_of, row_sums
     from raytune_rl.algorithms.moments import Moments, whiten
@@ -113,8 +113,10 @@ def estimate(
         Moments.of((found.returns - values)[scored]),
         metrics.host(),
     )
-    columns = {"advantages": found.advantages, "returns": found.returns}
-    return facts, {name: share.ragged(column.where(scored, 0.0)) for name, column in columns.items()}
+    return facts, {
+        "advantages": share.ragged(found.advantages.where(scored, 0.0)),
+        "returns": share.ragged(found.returns.where(scored, values)),
+    }
 
 
 def whitened(rows: ReadRows, scores: NDArray[np.float64], advantages: Moments) -> Columns:

@@ -99,8 +99,11 @@ def test_a_row_without_a_score_teaches_nothing_and_counts_nowhere() -> None:
     whole, metrics = run([range(len(LENGTHS))], False)
     without, same = run([KNOWN, [2]], False)
     unscored = rows_of(LENGTHS).numpy() == 2
+    assert (whole["advantages"][unscored] == 0).all()
+    assert (whole["white"][unscored] == 0).all()
+    values = columns()["values"]["values"].values  # type: ignore[union-attr]
+    np.testing.assert_array_equal(whole["returns"][unscored], values[unscored])
     for name in ("advantages", "returns", "white"):
-        assert (whole[name][unscored] == 0).all()
         assert (known(whole[name]) != 0).all()
         np.testing.assert_allclose(known(without[name]), known(whole[name]), rtol=2e-7, atol=1e-7)
     assert metrics["objective/scores"] == pytest.approx(np.nanmean(SCORES))
@@ -117,5 +120,5 @@ def test_without_a_price_of_kl_there_is_no_reference() -> None:
     facts, found = estimate(share(held, range(6)), SCORES, free)
     ends = np.cumsum(LENGTHS) - 1
     returns = found["returns"].values  # type: ignore[union-attr]
-    np.testing.assert_allclose(returns[ends], np.nan_to_num(SCORES), atol=1e-6)
+    np.testing.assert_allclose(returns[ends][KNOWN], SCORES[KNOWN], atol=1e-6)
     assert facts.metrics.result()["objective/kl"] == 0

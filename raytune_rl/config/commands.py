@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 
 from pydantic import model_validator
 
+from raytune_rl.config import deepspeed as presets
 from raytune_rl.config.batching import check_eval_batch, grpo_batch_of
 from raytune_rl.config.cluster import OnlineGroupsOptions, PolicyGroupOptions
 from raytune_rl.config.data import DataOptions
@@ -26,6 +27,11 @@ class _TrainConfig(PolicyGroupOptions, TrainingOptions, DataOptions, TunerOption
             raise ConfigError("--model is required: the model to train, a local folder or a hub id.")
         if not self.dataset:
             raise ConfigError("--dataset is required: the training data, files, folders or hub ids.")
+        if self.quant_bits is not None and presets.stage(self.deepspeed) == 3:
+            raise ConfigError(
+                "--deepspeed with ZeRO stage 3 cuts every weight up, which weights quantised with "
+                "--quant_bits do not allow: use zero2, or leave out --quant_method and --quant_bits."
+            )
         return self
 
 

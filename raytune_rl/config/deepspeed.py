@@ -101,6 +101,11 @@ def load(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
     return _json_object(path.read_text(encoding="utf-8"), f"--deepspeed {value}")
 
 
+def stage(value: str | Mapping[str, Any] | None) -> int:
+    """The ZeRO stage that a value of `--deepspeed` comes to; errors as in `load`."""
+    return int(load(value).get("zero_optimization", {}).get("stage", 0))
+
+
 def fill_auto(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """Replaces `"auto"`, and what is missing, by the run's own values.
 

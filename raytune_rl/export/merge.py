@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from raytune_rl.models.load import load_config, load_model
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import WeightExporter
+from raytune_rl.tracking.files import follow_umask
 from raytune_rl.tracking.run_dir import package_versions
 
 REPORT = "export.json"
@@ -89,9 +89,7 @@ def merge(config: ExportConfig, say: Callable[[str], None]) -> Merged:
         exporter = WeightExporter(peft, "merged")
         write_configs(model, directory)
         for name in write_weights(exporter.index, exporter.tensors(), directory):
-            shutil.copymode(
-                directory / "config.json", directory / name
-            )  # safetensors lets only the owner read
+            follow_umask(directory / name)
         del peft, model, exporter
         gc.collect()  # PEFT's wrappers hold each other; two models need not be in memory at once
         parity = _verify(directory, dtype, expected, effect, probe, config.trust_remote_code)

@@ -144,7 +144,7 @@ def load_model(
     if quantization is None:
         model = model.to(where)
     elif quantization.bits == 4 and where.type == "cpu":
-        _refuse_ragged_blocks(model)
+        _prepare_4bit_on_cpu(model)
     _mend_generation_config(model, notices)
     return LoadedModel(model.eval(), local, tuple(notices), new_head)
 
@@ -289,15 +289,21 @@ def _choose_attention(
     return asked
 
 
-def _refuse_ragged_blocks(model: Any) -> None:
-    """bitsandbytes 0.50's CPU kernel unpacks a row wrongly if 64-value blocks straddle rows; the GPU's does
-    not."""
+def _prepare_4bit_on_cpu(model: Any) -> None:
+    """Keeps bitsandbytes 0.50's CPU kernels to what is right.
+
+    The kernel unpacks a row wrongly if 64-value blocks straddle rows; the GPU's does not. And where the CPU
+    has AVX512-BF16, the first pass without gradient repacks the weights for a kernel that has no backward.
+    """
     for name, module in model.named_modules():
-        if type(module).__name__ == "Linear4bit" and module.in_features % 64:
+        if type(module).__name__ != "Linear4bit":
+            continue
+        if module.in_features % 64:
             raise ModelError(
                 f"4-bit loading on a CPU needs layer widths that are multiples of 64; '{name}' has "
                 f"{module.in_features} inputs and would get wrong weights. Use a GPU, or load it unquantised"
             )
+        module.support_avx512bf16_for_cpu = False
 
 
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:

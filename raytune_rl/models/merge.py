@@ -7,7 +7,7 @@ PEFT's own merge writes into the base weights and has to be undone after every p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,23 +28,41 @@ _QUANTIZED = ("Params4bit", "Int8Params")
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor that can be made on demand; `key` tells parameters apart that share storage by tying."""
+    """A tensor that can be made on demand.
+
+    Attributes:
+        name: In the model.
+        shape, dtype: Of the tensor.
+        parts: What it is made from; the first tells apart what shares storage by tying. Under ZeRO-3
+            they must be gathered while it is made.
+        make: Makes it.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    key: int
+    parts: tuple[Tensor, ...]
     make: Callable[[], Tensor]
 
 
 def plain_sources(model: nn.Module) -> Iterator[Source]:
-    """Every parameter under its own name; tied ones appear under each of their names."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield _parameter(name, parameter)
+    """Every parameter and persistent buffer under its own name; tied ones appear under each of theirs."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        for inner, tensor in own_tensors(module):
+            yield _tensor(prefix + inner, tensor)
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint keeps of a module, its children not counted: parameters and persistent buffers."""
+    yield from module.named_parameters(recurse=False)
+    passing = module._non_persistent_buffers_set
+    yield from ((n, b) for n, b in module.named_buffers(recurse=False) if n not in passing)
 
 
 def merged_sources(peft: PeftModel) -> Iterator[Source]:
-    """Every parameter of the base model under its name there, adapters merged in, quantised ones made dense.
+    """Every parameter and persistent buffer of the base model under its name there, adapters merged in,
+    quantised ones made dense.
 
     Raises:
         ModelError: more than one adapter is active, or one is of a kind that has no merged form here.
@@ -64,11 +82,11 @@ def merged_sources(peft: PeftModel) -> Iterator[Source]:
                 raise ModelError(
                     f"'{name}' is wrapped in {type(module).__name__}, which cannot be merged for export"
                 )
-            for inner, parameter in module.modules_to_save[adapter].named_parameters():
-                yield _parameter(prefix + inner, parameter)
+            for source in plain_sources(module.modules_to_save[adapter]):
+                yield replace(source, name=prefix + source.name)
         else:
-            for inner, parameter in module.named_parameters(recurse=False):
-                yield _own_parameter(prefix + inner, module, parameter)
+            for inner, tensor in own_tensors(module):
+                yield _own_tensor(prefix + inner, module, tensor)
 
 
 def merged_weight(layer: Any, adapter: str) -> Tensor:
@@ -126,15 +144,26 @@ def _layer(prefix: str, layer: Any, adapter: str) -> Iterator[Source]:
         raise ModelError(f"'{prefix[:-1]}' is merged already; unmerge the model before exporting it")
     base = layer.get_base_layer()
     has_adapter = adapter in layer.scaling
-    for name, parameter in base.named_parameters(recurse=False):
+    for name, tensor in own_tensors(base):
         if name == "weight" and has_adapter:
-            dense = _dense_spec(base, parameter)
-            yield Source(prefix + name, *dense, id(parameter), partial(merged_weight, layer, adapter))
+            dense = _dense_spec(base, tensor)
+            parts = (tensor, *_adapter_parts(layer, adapter))
+            yield Source(prefix + name, *dense, parts, partial(merged_weight, layer, adapter))
         elif name == "bias" and has_adapter and layer.lora_bias[adapter]:
-            make = partial(_merged_bias, layer, adapter, parameter)
-            yield Source(prefix + name, tuple(parameter.shape), parameter.dtype, id(parameter), make)
+            parts = (tensor, layer.lora_B[adapter].bias)
+            make = partial(_merged_bias, layer, adapter, tensor)
+            yield Source(prefix + name, tuple(tensor.shape), tensor.dtype, parts, make)
         else:
-            yield _own_parameter(prefix + name, base, parameter)
+            yield _own_tensor(prefix + name, base, tensor)
+
+
+def _adapter_parts(layer: Any, adapter: str) -> Iterator[Tensor]:
+    """The parameters of one adapter of a layer, whatever kind it is."""
+    for name in layer.adapter_layer_names:
+        held = getattr(layer, name, {})
+        if adapter in held:
+            part = held[adapter]
+            yield from part.parameters() if isinstance(part, nn.Module) else (part,)
 
 
 def _merged_bias(layer: Any, adapter: str, bias: Tensor) -> Tensor:
@@ -142,17 +171,17 @@ def _merged_bias(layer: Any, adapter: str, bias: Tensor) -> Tensor:
     return (bias.detach().float() + extra).to(bias.dtype)
 
 
-def _parameter(name: str, parameter: Tensor) -> Source:
-    return Source(name, tuple(parameter.shape), parameter.dtype, id(parameter), parameter.detach)
+def _tensor(name: str, tensor: Tensor) -> Source:
+    return Source(name, tuple(tensor.shape), tensor.dtype, (tensor,), tensor.detach)
 
 
-def _own_parameter(name: str, module: nn.Module, parameter: Tensor) -> Source:
-    if type(parameter).__name__ not in _QUANTIZED:
-        return _parameter(name, parameter)
+def _own_tensor(name: str, module: nn.Module, tensor: Tensor) -> Source:
+    if type(tensor).__name__ not in _QUANTIZED:
+        return _tensor(name, tensor)
     return Source(
         name,
-        *_dense_spec(module, parameter),
-        id(parameter),
+        *_dense_spec(module, tensor),
+        (tensor,),
         lambda: dequantize_module_weight(module).detach(),
     )
 

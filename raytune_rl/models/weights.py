@@ -7,7 +7,8 @@ and `from_pretrained` know the checkpoint's. The reverse mapping is Transformers
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +19,18 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from raytune_rl.errors import ModelError
-from raytune_rl.models.merge import Source, merged_sources, plain_sources
+from raytune_rl.models.merge import Source, merged_sources, own_tensors, plain_sources
 from raytune_rl.models.unwrap import hf_model, peft_model, tuned_model
+from raytune_rl.tracking.files import follow_umask
 
 Mode = Literal["full", "merged", "adapter"]
+Gather = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
+"""Makes parameters whole inside a `with`, where a sharded engine (ZeRO-3) has cut them up: a collective."""
+
+
+def whole(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """The `Gather` of an engine that keeps every parameter whole."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class WeightExporter:
 
         Args:
             model: a PreTrainedModel or PeftModel, or a wrapper of one (TokenScorer, DDP, a DeepSpeed engine
-                below ZeRO-3).
+                below ZeRO-3). For ZeRO-3: before the engine is started, while its parameters are whole.
             mode: "full": the parameters as they are. "merged": base plus adapter, the model itself left
                 untouched. "adapter": what adapter_model.safetensors holds, under the names it has there.
 
@@ -79,11 +88,15 @@ class WeightExporter:
             self._groups = _plan(self._hf, self._sources())
             self.index = tuple(spec for group in self._groups for spec in group.specs)
 
-    def tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, names: Collection[str] | None = None, gather: Gather = whole
+    ) -> Iterator[tuple[str, Tensor]]:
         """Current values, detached and in the order of `index`.
 
         Args:
             names: only these; None means all.
+            gather: where parameters are sharded: then every rank must go through all of `tensors`, whatever
+                names it asks for.
 
         Yields:
             (name, tensor). A tensor may share memory with the model: copy it before the next optimizer step.
@@ -96,15 +109,21 @@ class WeightExporter:
         if unknown:
             raise ModelError(f"no weight is named '{sorted(unknown)[0]}'")
         if self.mode == "adapter":
-            yield from ((n, t.detach()) for n, t in self._adapter_state().items() if n in wanted)
+            assert self._peft is not None
+            with gather([p for p in self._peft.parameters() if p.requires_grad]):
+                yield from ((n, t.detach()) for n, t in self._adapter_state().items() if n in wanted)
             return
         for group in self._groups:
-            if wanted.isdisjoint(spec.name for spec in group.specs):
+            unwanted = wanted.isdisjoint(spec.name for spec in group.specs)
+            if unwanted and gather is whole:
                 continue
-            made = {source.name: source.make() for source in group.sources}
-            if group.converts:
-                made = revert_weight_conversion(self._hf, made)
-            yield from ((spec.name, made[spec.name]) for spec in group.specs if spec.name in wanted)
+            with gather([part for source in group.sources for part in source.parts]):
+                if unwanted:
+                    continue
+                made = {source.name: source.make() for source in group.sources}
+                if group.converts:
+                    made = revert_weight_conversion(self._hf, made)
+                yield from ((spec.name, made[spec.name]) for spec in group.specs if spec.name in wanted)
 
     def _sources(self) -> list[Source]:
         found = list(plain_sources(self._hf) if self._peft is None else merged_sources(self._peft))
@@ -113,7 +132,7 @@ class WeightExporter:
         found.sort(key=lambda source: source.name in copies)
         unique: dict[int, Source] = {}
         for source in found:
-            unique.setdefault(source.key, source)
+            unique.setdefault(id(source.parts[0]), source)
         return list(unique.values())
 
     def _adapter_state(self) -> dict[str, Tensor]:
@@ -127,7 +146,14 @@ def export_tensors(model: nn.Module, mode: Mode) -> Iterator[tuple[str, Tensor]]
     yield from WeightExporter(model, mode).tensors()
 
 
-def save_model(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None:
+def save_model(
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer: Any = None,
+    *,
+    gather: Gather = whole,
+    writes: bool = True,
+) -> None:
     """Writes what `transformers` (or PEFT, for an adapter) loads directly: safetensors, config, tokenizer.
 
     The caller makes it whole-or-absent by writing into a temporary directory and renaming it.
@@ -136,17 +162,44 @@ def save_model(model: nn.Module, directory: str | Path, tokenizer: Any = None) -
         model: as in `WeightExporter`.
         directory: created if missing.
         tokenizer: tokenizer or processor to put beside the weights.
+        gather: where parameters are sharded: then every rank must call this.
+        writes: whether this process writes; of several ranks only one does.
     """
     inner = tuned_model(model)
+    state = None if gather is whole else _gathered_state(inner, gather, writes)
+    if not writes:
+        return
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     if isinstance(inner, PeftModel):
         # "auto" would look the base model up on the hub to see whether its vocabulary grew; ours never does.
-        inner.save_pretrained(str(target), safe_serialization=True, save_embedding_layers=False)
+        inner.save_pretrained(
+            str(target), safe_serialization=True, save_embedding_layers=False, state_dict=state
+        )
     else:
-        inner.save_pretrained(str(target))
+        inner.save_pretrained(str(target), state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(target))
+    for file in target.glob("*.safetensors"):
+        follow_umask(file)
+
+
+def _gathered_state(inner: Any, gather: Gather, keep: bool) -> dict[str, Tensor]:
+    """State dict of a sharded model on the CPU, module by module; of a PeftModel only what was trained."""
+    adapter_only = isinstance(inner, PeftModel)
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, module in inner.named_modules():
+        tensors = {
+            (f"{name}." if name else "") + key: tensor
+            for key, tensor in own_tensors(module)
+            if id(tensor) not in seen and (tensor.requires_grad or not adapter_only)
+        }
+        seen |= {id(tensor) for tensor in tensors.values()}
+        with gather(list(tensors.values())):
+            if keep:
+                state |= {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+    return state
 
 
 @dataclass(frozen=True)

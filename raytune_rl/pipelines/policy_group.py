@@ -116,16 +116,18 @@ class PolicyGroup:
         )
 
     def publish(self, version: int) -> Manifest:
-        """The present weights as objects in the store: one call a rank, one object a bucket."""
+        """The present weights as objects in the store: one call a rank, one object a bucket.
+
+        Ranks without a bucket take part too: they may hold a share of the others'.
+        """
         pending = [
             self._group.submit(
                 rank, "publish", what=f"publishing weights {version}", returns=1 + len(buckets)
             )
             for rank, buckets in enumerate(self._index)
-            if buckets
         ]
         acknowledge(pending)
-        refs = [ref for p in pending for ref in p.ref[1:]]
+        refs = [ref for p in pending if isinstance(p.ref, list) for ref in p.ref[1:]]
         adapter = self._spec.publish_mode == "adapter"
         config = fetch(self._group.submit(0, "adapter_config")) if adapter else None
         return Manifest(

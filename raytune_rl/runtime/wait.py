@@ -96,7 +96,7 @@ def acknowledge(pending: Sequence[Pending]) -> list[Any]:
 
     The first is the call's small word that it is done; the others are arrays that stay in the object store.
     """
-    return fetch_all([replace(p, ref=p.ref[0]) for p in pending])
+    return fetch_all([replace(p, ref=_first_ref(p)) for p in pending])
 
 
 def as_completed(pending: Sequence[Pending]) -> Iterator[Pending]:

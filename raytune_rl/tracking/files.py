@@ -44,6 +44,13 @@ def write_atomic(path: Path, text: str) -> None:
     fsync_path(path.parent)
 
 
+def follow_umask(file: Path) -> None:
+    """Gives a file the permissions of any new one: safetensors lets only its owner read it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+
+
 def plain(value: Any) -> Any:
     """Numpy scalars, paths, enums, sets and tuples as what JSON knows; non-finite floats become null."""
     if isinstance(value, Enum):

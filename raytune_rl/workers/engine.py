@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,24 @@ def start_engine(module: torch.nn.Module, spec: OptimizerSpec) -> tuple[Any, Rat
     config = fill_auto(spec.deepspeed, _known(spec, trainable))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return engine, learning_rate(spec)
+
+
+def is_sharded(engine: Any) -> bool:
+    """Whether no rank holds a whole parameter between two forward passes (ZeRO-3)."""
+    return bool(engine.zero_optimization_stage() == 3)
+
+
+@contextmanager
+def gathered(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Makes sharded parameters whole inside: a collective, for which every rank must name the same ones.
+
+    Parameters that are whole already, and buffers, may be among them.
+    """
+    import deepspeed
+
+    cut = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    with deepspeed.zero.GatheredParameters(cut, enabled=bool(cut)):
+        yield
 
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

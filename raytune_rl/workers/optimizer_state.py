@@ -3,7 +3,8 @@
 ZeRO-1 and ZeRO-2 lay each parameter group out flat, pad it, and cut it into one equal partition a rank. So
 the partitions
 of all ranks, one after the other, are the whole group, whatever the number of ranks was: to restore, the
-pieces are read as one array and cut anew. Without ZeRO every rank holds everything. Nothing is pickled.
+pieces are read as one array and cut anew. ZeRO-3 does the same with each parameter by itself. Without ZeRO
+every rank holds everything. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raytune_rl.errors import CheckpointError
+from raytune_rl.tracking.files import follow_umask
 
 INDEX = "optimizer.json"
 MASTER = "master"
@@ -33,6 +35,7 @@ def save(engine: Any, directory: Path, rank: int, world_size: int) -> None:
         tensors |= {f"{number}.{name}": value for name, value in state.items()}
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(copies, directory / _file(rank))
+    follow_umask(directory / _file(rank))
     if rank == 0:
         index = {
             "world_size": world_size,
@@ -66,28 +69,34 @@ def load(engine: Any, directory: Path, rank: int, world_size: int) -> None:
         raise CheckpointError(
             f"{directory} was saved under ZeRO stage {index['stage']} and cannot be read under {stage}"
         )
-    if stage == 3 and index["world_size"] != world_size:
-        raise CheckpointError(
-            f"{directory} was saved by {index['world_size']} ranks under ZeRO-3, which can only be resumed "
-            "with as many"
-        )
     shards = [directory / _file(r) for r in range(index["world_size"])]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise CheckpointError(f"{directory} lacks {', '.join(missing)}")
-    partitioned = stage in (1, 2)
+    partitioned = stage > 0
+    if stage == 3:
+        engine.optimizer.checkpoint_event_prologue()  # small parameters, which it keeps whole, are cut up too
     for number, (partition, state) in enumerate(_partitions(engine, create=True)):
         targets = {MASTER: partition.data, **state}
         for name, target in targets.items():
             key = f"{number}.{name}"
-            source = shards if partitioned else [shards[rank if stage == 3 else 0]]
+            source = shards if partitioned else shards[:1]
             if target.ndim == 0:
                 target.copy_(_read(shards[0], key))
             else:
                 offset = rank * target.numel() if partitioned else 0
                 _fill(target.view(-1), source, key, offset)
-    if stage in (1, 2):
+    if stage == 3:
+        _renew_sharded(engine.optimizer)
+    elif stage:
         engine.optimizer.update_lp_params()
+
+
+def _renew_sharded(optimizer: Any) -> None:
+    """Copies ZeRO-3's master weights into the parameters that the model computes with."""
+    for number in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(number)
+    optimizer.checkpoint_event_epilogue()
 
 
 def _fill(target: Tensor, shards: list[Path], key: str, offset: int) -> None:
@@ -119,14 +128,33 @@ def _partitions(engine: Any, create: bool = False) -> Iterator[tuple[Tensor, dic
     make.
     """
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if engine.zero_optimization_stage() == 3:
+        yield from _sharded_partitions(engine.optimizer, create)
+        return
     for group in inner.param_groups:
         for partition in group["params"]:
-            state = inner.state[partition]
-            if create and not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(partition)
-                state["exp_avg_sq"] = torch.zeros_like(partition)
-            yield partition, state
+            yield partition, _state(inner, partition, create)
+
+
+def _sharded_partitions(optimizer: Any, create: bool) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Of each parameter the piece of it that ZeRO-3 keeps here: a view of a buffer of many."""
+    for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        state = _state(optimizer.optimizer, flat, create)
+        offset = 0
+        for parameter in parameters:
+            size = parameter.partition_numel()
+            pieces = {n: v.narrow(0, offset, size) if v.ndim else v for n, v in state.items()}
+            yield flat.detach().narrow(0, offset, size), pieces
+            offset += size
+
+
+def _state(optimizer: torch.optim.Optimizer, tensor: Tensor, create: bool) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = optimizer.state[tensor]
+    if create and not state:
+        state["step"] = torch.zeros(())
+        state["exp_avg"] = torch.zeros_like(tensor)
+        state["exp_avg_sq"] = torch.zeros_like(tensor)
+    return state
 
 
 def _group_numels(engine: Any) -> list[int]:

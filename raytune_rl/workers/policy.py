@@ -26,7 +26,6 @@ from raytune_rl.workers import scoring
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from raytune_rl.algorithms.metrics import MetricSums
@@ -181,8 +180,8 @@ class PolicyWorker:
         from raytune_rl.algorithms.registry import get_loss
         from raytune_rl.models.load import enable_gradient_checkpointing, load_tokenizer
         from raytune_rl.models.tuner import apply_tuner, trains_vision
-        from raytune_rl.models.weights import WeightExporter
-        from raytune_rl.workers.engine import start_engine
+        from raytune_rl.models.weights import WeightExporter, whole
+        from raytune_rl.workers.engine import gathered, is_sharded, start_engine
 
         spec = self._spec
         torch.manual_seed(spec.seed)
@@ -201,8 +200,10 @@ class PolicyWorker:
             if self._images is None
             else self._images.vision.processor
         )
-        self._engine, self._rate = start_engine(scorer, spec.optimizer)
+        # Planned before the engine cuts the parameters up.
         self._exporter = WeightExporter(scorer, spec.publish_mode) if spec.publish_mode else None  # type: ignore[arg-type]
+        self._engine, self._rate = start_engine(scorer, spec.optimizer)
+        self._gather = gathered if is_sharded(self._engine) else whole
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         return PolicyFacts(tuned.trainable, tuned.total, dtype, loaded.notices + tuned.notices)
 
@@ -373,17 +374,15 @@ class PolicyWorker:
         """The present weights: how many buckets, then each bucket of `weight_index` as a list of flat uint8
         arrays.
         """
-        return len(self._share), *(self._bucket(entries) for entries in self._share)
-
-    def _bucket(self, entries: list[TensorEntry]) -> list[NDArray[np.uint8]]:
         assert self._exporter is not None
         arrays = {}
-        for name, tensor in self._exporter.tensors({entry.name for entry in entries}):
+        mine = {entry.name for bucket in self._share for entry in bucket}
+        for name, tensor in self._exporter.tensors(mine, self._gather):
             arrays[name] = (entry_of(name, tensor), to_bytes(tensor))
-        wrong = [e for e in entries if arrays[e.name][0] != e]
+        wrong = [e for bucket in self._share for e in bucket if arrays[e.name][0] != e]
         if wrong:
             raise RuntimeError(f"weight {wrong[0].name} changed its shape or type since the index was made")
-        return [arrays[entry.name][1] for entry in entries]
+        return len(self._share), *([arrays[entry.name][1] for entry in bucket] for bucket in self._share)
 
     def adapter_config(self) -> str:
         """The adapter's PEFT configuration as JSON text, as in adapter_config.json."""
@@ -400,11 +399,10 @@ class PolicyWorker:
     # ------------------------------------------------------------------------------------------
 
     def save_model(self, directory: str) -> None:
-        """Rank 0 writes what Transformers or PEFT loads; the other ranks have nothing to do."""
+        """Rank 0 writes what Transformers or PEFT loads; the others give their shares of sharded weights."""
         from raytune_rl.models.weights import save_model
 
-        if self._rank == 0:
-            save_model(self._engine, directory, self._tokenizer)
+        save_model(self._engine, directory, self._tokenizer, gather=self._gather, writes=self._rank == 0)
 
     def save_optimizer(self, directory: str) -> None:
         """Every rank writes its part of the optimizer's state."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_rl.config import deepspeed
+from raytune_rl.config import SFTConfig, deepspeed
 from raytune_rl.errors import ConfigError
 
 
@@ -82,3 +82,12 @@ def test_auto_is_filled_and_what_stays_auto_is_left_out() -> None:
 def test_a_configuration_that_contradicts_the_flags_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"gradient_clipping to 0.5.*say 1.0"):
         deepspeed.fill_auto({"gradient_clipping": 0.5}, {"gradient_clipping": 1.0})
+
+
+def test_a_quantised_base_and_zero3_are_refused_together() -> None:
+    quantised = {"model": "m", "dataset": "d", "quant_method": "bnb", "quant_bits": 4}
+    with pytest.raises(ConfigError, match=r"--deepspeed with ZeRO stage 3 .* use zero2"):
+        SFTConfig(**quantised, deepspeed="zero3_offload")
+    assert deepspeed.stage(SFTConfig(**quantised, deepspeed="zero2").deepspeed) == 2
+    assert deepspeed.stage(None) == 2
+    assert deepspeed.stage({}) == 0

@@ -45,6 +45,23 @@ def test_full_is_what_save_pretrained_writes(qwen2: Callable[..., Any], tied: bo
     assert not any(t.requires_grad for t in got.values())
 
 
+def test_persistent_buffers_are_weights_too(qwen2: Callable[..., Any], tmp_path: Path) -> None:
+    """Routers of some models balance their experts by a buffer; rotary frequencies are not stored."""
+    model = qwen2(tied=False)
+    model.model.layers[0].mlp.gate_proj.register_buffer("balance", torch.tensor([1.0, 2.0]))
+    model.model.layers[1].register_buffer("balance", torch.tensor([3.0]))
+    model.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert {name for name in written if "balance" in name} == {
+        "model.layers.0.mlp.gate_proj.balance",
+        "model.layers.1.balance",
+    }
+    assert dict(export_tensors(model, "full")).keys() == written.keys()
+    merged = dict(export_tensors(adapted(model, target_modules=["gate_proj"]), "merged"))
+    assert merged.keys() == written.keys()
+    assert torch.equal(merged["model.layers.0.mlp.gate_proj.balance"], torch.tensor([1.0, 2.0]))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,0 +1,108 @@
+"""A policy world whose ranks can become another run's: one start of DeepSpeed for many small trainings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from raytune_rl.algorithms.aggregation import row_weights
+from raytune_rl.algorithms.sft import SFTSettings
+from raytune_rl.config import SFTConfig
+from raytune_rl.data.rows import RowPointer
+from raytune_rl.pipelines import launch
+from raytune_rl.pipelines.data import ImagePlaces
+from raytune_rl.pipelines.data_task import encode_sft_task
+from raytune_rl.pipelines.policy_group import PolicyGroup
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.placement import GroupSpec
+from raytune_rl.workers.policy import PolicySpec, PolicyWorker, policy_env
+from raytune_rl.workers.scoring import ScoreSettings
+
+
+class Chameleon(PolicyWorker):
+    """A policy worker that can start over with another model, tuner and engine."""
+
+    def become(self, spec: PolicySpec) -> tuple[str, ...]:
+        """Builds what `spec` says in the world that is joined already; returns the notices."""
+        self._spec = spec
+        return self._build().notices
+
+    def logits(self, directory: str) -> np.ndarray:
+        """Logits of the probe that exports are checked with, float32 [tokens, vocabulary]."""
+        from raytune_rl.export.parity import logits, make_probe
+        from raytune_rl.models.unwrap import hf_model, tuned_model
+
+        self._engine.eval()
+        probe = make_probe(hf_model(self._engine).config, Path(directory), trust_remote_code=False)
+        return logits(tuned_model(self._engine), probe).numpy()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenized rows of a run, in the object store."""
+
+    pointers: list[RowPointer]
+    lengths: list[int]
+    weights: np.ndarray
+
+
+def rows_of(config: SFTConfig, directory: Path) -> Rows:
+    """The rows of `config.dataset`, as the data task makes them."""
+    columns, facts, *_ = encode_sft_task(config, str(directory / "quarantine.jsonl"), ImagePlaces(".", False))
+    ref = ray.put(columns)
+    lengths, loss_lengths, _ = facts
+    pointers = [RowPointer(ref, row) for row in range(len(lengths))]
+    return Rows(pointers, lengths.tolist(), row_weights(loss_lengths, "sft"))
+
+
+def spec_of(config: SFTConfig, *, vision: bool = False, publish_mode: str | None = None) -> PolicySpec:
+    """What `launch.policy_spec` tells the ranks on a machine without a GPU."""
+    return PolicySpec(
+        model=launch.model_spec(config, on_gpu=False, vision=vision),
+        tuner=launch.tuner(config, config.lora_dropout),
+        optimizer=launch.optimizer(config, total_steps=10),
+        loss="sft",
+        loss_settings=SFTSettings(),
+        score=ScoreSettings(1.0, 60.0),
+        seed=config.seed,
+        gradient_checkpointing=bool(config.gradient_checkpointing),
+        publish_mode=publish_mode,
+    )
+
+
+class World:
+    """Ranks that are one run after another."""
+
+    def __init__(self, size: int, slots: Any, first: PolicySpec) -> None:
+        self.group = WorkerGroup(
+            GroupSpec("policy", size, cpus=0.5),
+            slots,
+            Chameleon,
+            lambda rank: {"spec": first, "rank": rank, "world_size": size},
+            policy_env(1, on_gpu=False),
+            120.0,
+        )
+        self.policy = PolicyGroup(self.group, first, 512, 240.0)
+
+    def become(self, spec: PolicySpec) -> tuple[str, ...]:
+        """Every rank starts over; returns rank 0's notices."""
+        notices = self.group.call("become", spec)[0]
+        self.policy._spec = spec
+        self.policy._index = self.group.call("weight_index") if spec.publish_mode else []
+        return tuple(notices)
+
+    def train(self, rows: Rows, steps: range) -> list[float]:
+        """Trains on all rows in each step; the losses."""
+        scalars = {"weight": rows.weights}
+        return [
+            self.policy.train(rows.pointers, rows.lengths, scalars, {}, step).metrics["loss"]
+            for step in steps
+        ]
+
+    def logits(self, directory: Path) -> np.ndarray:
+        """Rank 0's logits of the probe text that the tokenizer in `directory` makes."""
+        return self.group.call("logits", str(directory))[0]

@@ -1,0 +1,211 @@
+"""Every tuner on texts and on pictures, and every way to shard: trained, saved, and loaded by others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raytune_rl.config import SFTConfig, deepspeed
+from raytune_rl.errors import ConfigError
+from raytune_rl.export.parity import logits, make_probe
+from raytune_rl.runtime.cluster import reserve
+from raytune_rl.runtime.placement import GroupSpec
+from raytune_rl.runtime.weights import read
+from raytune_rl.tiny.shapes import write_shapes
+from raytune_rl.tiny.vision import make_tiny_vision_model
+from tests.cluster.cells import Rows, World, rows_of, spec_of
+from tests.cluster.conftest import Tiny
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+TUNERS: dict[str, dict[str, Any]] = {
+    "full": {"train_type": "full"},
+    "lora": {},
+    "qlora": {"quant_method": "bnb", "quant_bits": 4},
+    "dora": {"use_dora": True},
+}
+
+
+@pytest.fixture(scope="module")
+def places(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """By kind, the model and its data."""
+    root = tmp_path_factory.mktemp("vision")
+    return {
+        "text": (tiny.tied, tiny.data.sft),
+        "vision": (make_tiny_vision_model(root / "model"), write_shapes(root / "data", train=8).sft),
+    }
+
+
+@pytest.fixture(scope="module")
+def worlds(cluster: None, places: dict[str, tuple[Path, Path]]) -> Iterator[dict[int, World]]:
+    """A world of one rank and one of two."""
+    model, data = places["text"]
+    first = spec_of(SFTConfig(model=str(model), dataset=str(data)))
+    with reserve([GroupSpec("one", 1, cpus=0.5), GroupSpec("two", 2, cpus=0.5)], 60.0) as slots:
+        made = {1: World(1, slots["one"], first), 2: World(2, slots["two"], first)}
+        for world in made.values():
+            world.policy.ready()
+        yield made
+        for world in made.values():
+            world.group.shutdown()
+
+
+def loaded(kind: str, tuner: str, base: Path, checkpoint: Path) -> Any:
+    """The checkpoint as a user loads it, with Transformers and PEFT alone."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+
+    auto = AutoModelForImageTextToText if kind == "vision" else AutoModelForCausalLM
+    if tuner == "full":
+        return auto.from_pretrained(checkpoint).eval()
+    options: dict[str, Any] = {}
+    if tuner == "qlora":
+        options["device_map"] = {"": "cpu"}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+        )
+    model = auto.from_pretrained(base, **options)
+    for module in model.modules():  # else bitsandbytes computes in bfloat16 on CPUs that have it
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return PeftModel.from_pretrained(model, checkpoint).eval()
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.parametrize("kind", ["text", "vision"])
+def test_what_is_trained_is_what_others_load(
+    worlds: dict[int, World],
+    places: dict[str, tuple[Path, Path]],
+    tmp_path: Path,
+    kind: str,
+    tuner: str,
+) -> None:
+    model, data = places[kind]
+    config = SFTConfig(
+        model=str(model),
+        dataset=f"{data}#8",
+        **TUNERS[tuner],
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+    )
+    world = worlds[1]
+    world.become(spec_of(config, vision=kind == "vision"))
+    before = world.logits(model)
+    losses = world.train(rows_of(config, tmp_path), range(4))
+    assert losses[-1] < losses[0] - 0.1, losses
+    mine = world.logits(model)
+    assert np.abs(mine - before).max() > 0.05, "training moves the logits"
+
+    checkpoint = tmp_path / "checkpoint"
+    world.policy.save(checkpoint, only_model=True)
+    again = loaded(kind, tuner, model, checkpoint)
+    probe = make_probe(again.config, checkpoint, trust_remote_code=False)
+    assert probe.image == (kind == "vision")
+    theirs = logits(again, probe).numpy()
+    np.testing.assert_allclose(theirs, mine, rtol=0, atol=2e-5)
+    modes = {oct(file.stat().st_mode & 0o777) for file in checkpoint.iterdir() if file.is_file()}
+    assert len(modes) == 1, "weights are as readable as what lies beside them"
+
+
+def test_a_quantised_model_is_not_trained_in_full(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match="--train_type full cannot train a model quantised"):
+        SFTConfig(model=str(tiny.tied), dataset=str(tiny.data.sft), train_type="full", **TUNERS["qlora"])
+
+
+@pytest.fixture(scope="module")
+def straight(
+    worlds: dict[int, World], tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Rows, list[float]]:
+    """Five steps of one rank without ZeRO, on rows that do not divide evenly."""
+    config = sft(tiny, "zero0")
+    rows = rows_of(config, tmp_path_factory.mktemp("rows"))
+    worlds[1].become(spec_of(config))
+    return rows, worlds[1].train(rows, range(5))
+
+
+def sft(tiny: Tiny, variant: str, **settings: Any) -> SFTConfig:
+    given: dict[str, Any] = {
+        "model": str(tiny.tied),
+        "dataset": f"{tiny.data.sft}#11",
+        "train_type": "full",
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "deepspeed": variant,
+    }
+    return SFTConfig(**{**given, **settings})
+
+
+@pytest.mark.parametrize("variant", [*deepspeed.PRESETS, "a JSON file"])
+def test_every_way_to_shard_gives_one_loss_curve_and_one_checkpoint(
+    worlds: dict[int, World],
+    straight: tuple[Rows, list[float]],
+    tiny: Tiny,
+    tmp_path: Path,
+    variant: str,
+) -> None:
+    rows, expected = straight
+    if variant == "a JSON file":
+        settings = deepspeed.load("zero3")
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        file = tmp_path / "zero3.json"
+        file.write_text(json.dumps(settings))
+        variant = str(file)
+    config = sft(tiny, variant, gradient_checkpointing="3" in variant)
+    spec = spec_of(config, publish_mode="full")
+    world = worlds[2]
+    world.become(spec)
+    assert world.train(rows, range(3)) == pytest.approx(expected[:3], abs=2e-5)
+
+    checkpoint = tmp_path / "checkpoint"
+    world.policy.save(checkpoint, only_model=False)
+    mine = world.logits(tiny.tied)
+    again = loaded("text", "full", tiny.tied, checkpoint)
+    probe = make_probe(again.config, checkpoint, trust_remote_code=False)
+    np.testing.assert_allclose(logits(again, probe).numpy(), mine, rtol=0, atol=2e-5)
+    published = dict(read(world.policy.publish(0), 30.0))
+    stored = {n: t for n, t in again.state_dict().items() if n != "lm_head.weight"}
+    assert published.keys() == stored.keys()
+    assert all(torch.equal(published[name], stored[name]) for name in stored)
+
+    rest = world.train(rows, range(3, 5))
+    assert rest == pytest.approx(expected[3:], abs=2e-5)
+    world.become(spec)
+    world.policy.load(checkpoint)
+    assert world.train(rows, range(3, 5)) == rest, "it goes on as if nothing had been"
+    if variant in ("zero2", "zero3"):
+        worlds[1].become(spec_of(config))
+        worlds[1].policy.load(checkpoint)
+        assert worlds[1].train(rows, range(3, 5)) == pytest.approx(rest, abs=2e-5)
+
+
+@pytest.mark.parametrize("wire", ["merged", "adapter"])
+def test_a_sharded_adapter_is_published_and_saved(
+    worlds: dict[int, World], straight: tuple[Rows, list[float]], tiny: Tiny, tmp_path: Path, wire: str
+) -> None:
+    config = sft(tiny, "zero3", train_type="lora", learning_rate=1e-2)
+    world = worlds[2]
+    world.become(spec_of(config, publish_mode=wire))
+    world.train(straight[0], range(2))
+    world.policy.save(tmp_path, only_model=False)
+    model = loaded("text", "lora", tiny.tied, tmp_path)
+    probe = make_probe(model.config, tmp_path, trust_remote_code=False)
+    np.testing.assert_allclose(logits(model, probe).numpy(), world.logits(tiny.tied), rtol=0, atol=2e-5)
+
+    published = dict(read(world.policy.publish(0), 30.0))
+    if wire == "adapter":
+        from safetensors.torch import load_file
+
+        want = load_file(tmp_path / "adapter_model.safetensors")
+    else:
+        want = {n: t for n, t in model.merge_and_unload().state_dict().items() if n != "lm_head.weight"}
+    assert published.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(published[name], tensor, rtol=0, atol=1e-6, msg=name)

@@ -76,7 +76,7 @@ def _dispatch(name: str, parsed: Parsed[Any]) -> object:
     if name == "export":
         return _runner("raytune_rl.export")(parsed.config)
     module = {"sft": "raytune_rl.pipelines.sft", "rlhf": "raytune_rl.pipelines.online"}[name]
-    return _runner(module)(parsed.config, notices=parsed.notices)
+    return _runner(module)(parsed.config)
 
 
 def _runner(module: str) -> Callable[..., object]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,19 @@ from raytune_rl.tracking.run_dir import RunDir
 from raytune_rl.tracking.timer import StepTimer
 
 TrainConfig = SFTConfig | RLHFConfig
+WAITING = Console(stderr=True)
 STOPPING = b"Stopping: the present step is finished and saved first. Press Ctrl-C again to stop at once.\n"
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Says what a run is doing while it has no display yet: a spinner on a terminal, a line in a log."""
+    if WAITING.is_terminal:
+        with WAITING.status(f"{what} ..."):
+            yield
+    else:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+        yield
 
 
 @dataclass(frozen=True)

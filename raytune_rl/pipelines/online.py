@@ -22,7 +22,7 @@ from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
 from raytune_rl.data.sampler import BatchPlan
 from raytune_rl.pipelines import launch, report
 from raytune_rl.pipelines.data import PromptSet, check_lengths, prompt_sets
-from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin
+from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
 from raytune_rl.pipelines.policy_group import PolicyGroup, score_rows
 from raytune_rl.pipelines.resources import Groups, online_groups
 from raytune_rl.pipelines.rollouts import RewardGroup, RolloutGroup, Scored, Trajectory, read_texts
@@ -44,16 +44,18 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
 
     Args:
         config: What to do.
-        notices: Sentences that were already told to the user; kept with the plan.
+        notices: Sentences for the user, shown with the plan.
 
     Raises:
         RaytuneError: By name, whatever went wrong.
     """
     with ExitStack() as stack:
-        cluster = stack.enter_context(session(config.ray_address))
+        with stage("connecting to Ray"):
+            cluster = stack.enter_context(session(config.ray_address))
         groups = online_groups(config, cluster)
         origin = find_origin(config)
-        train, held_out = prompt_sets(config, origin.run_dir.quarantine_jsonl)
+        with stage("reading and tokenizing the data"):
+            train, held_out = prompt_sets(config, origin.run_dir.quarantine_jsonl)
         schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)
         limit = check_lengths(
@@ -70,7 +72,8 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         started = OnlineRun(config, groups, schedule, train, held_out, origin)
         started.run.say(plan.render())
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
-        started.start(slots, limit, stack)
+        with stage("starting the actors"):
+            started.start(slots, limit, stack)
         with started.run.watched():
             started.train()
             result = started.run.finish()

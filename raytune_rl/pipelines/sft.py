@@ -15,7 +15,7 @@ from raytune_rl.data.sampler import BatchPlan
 from raytune_rl.errors import ConfigError
 from raytune_rl.pipelines import launch, report
 from raytune_rl.pipelines.data import TokenSet, token_sets
-from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin
+from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
 from raytune_rl.pipelines.policy_group import PolicyGroup
 from raytune_rl.pipelines.resources import Groups, sft_groups
 from raytune_rl.runtime.cluster import reserve, session
@@ -28,18 +28,20 @@ def run(config: SFTConfig, notices: Sequence[str] = ()) -> RunResult:
 
     Args:
         config: What to do.
-        notices: Sentences that were already told to the user; kept with the plan.
+        notices: Sentences for the user, shown with the plan.
 
     Raises:
         RaytuneError: By name, whatever went wrong.
     """
     with ExitStack() as stack:
-        cluster = stack.enter_context(session(config.ray_address))
+        with stage("connecting to Ray"):
+            cluster = stack.enter_context(session(config.ray_address))
         groups = sft_groups(config, cluster)
         origin = find_origin(config)
-        train, held_out = token_sets(
-            config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here
-        )
+        with stage("reading and tokenizing the data"):
+            train, held_out = token_sets(
+                config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here
+            )
         packs = packs_of(config, train)
         units = len(train) if packs is None else len(packs)
         schedule = sft_schedule_of(config, groups["policy"].workers, units)
@@ -54,7 +56,8 @@ def run(config: SFTConfig, notices: Sequence[str] = ()) -> RunResult:
         started = SFTRun(config, groups, schedule, train, held_out, origin, packs)
         started.run.say(plan.render())
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
-        started.start(slots, stack)
+        with stage("starting the actors"):
+            started.start(slots, stack)
         with started.run.watched():
             started.train()
             result = started.run.finish()

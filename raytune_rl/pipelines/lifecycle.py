@@ -30,6 +30,7 @@ from raytune_rl.tracking.checkpoints import (
     step_of,
     supersede_after,
 )
+from raytune_rl.tracking.html_report import write_report
 from raytune_rl.tracking.logger import RunLogger
 from raytune_rl.tracking.plots import write_plots
 from raytune_rl.tracking.progress import ProgressDisplay
@@ -260,6 +261,7 @@ class Run:
         status = "interrupted" if self.step < self.total_steps else "finished"
         self.logger.close({"global_step": self.step, "status": status, **self._record.as_dict()})
         write_plots(self.dir)
+        self.write_report(status)
         last, best = self._record.last_model_checkpoint, self._record.best_model_checkpoint
         return RunResult(
             run_dir=self.dir.path,
@@ -272,6 +274,14 @@ class Run:
             before=self.before,
             after=self.after,
         )
+
+    def write_report(self, status: str) -> None:
+        """report.html, with what one wants to know first on top."""
+        held_out = [metrics.get(self._best_by) for metrics in (self.before, self.after)]
+        facts = {"status": status, "steps": f"{self.step} of {self.total_steps}", "model": self.config.model}
+        if held_out[1] is not None:
+            facts[self._best_by] = " to ".join(f"{value:.4g}" for value in held_out if value is not None)
+        write_report(self.dir, facts)
 
     @property
     def seconds(self) -> float:

@@ -101,6 +101,7 @@ class RunSummary:
         result += [(label, change.text()) for label, change in self.changes.items()]
         out = [
             ("output", str(self.output_dir)),
+            ("report", str(Path(self.output_dir) / "report.html")),
             ("last checkpoint", str(self.last_checkpoint or "none was saved")),
         ]
         if self.best_checkpoint is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raytune_rl.config import ExportConfig as ExportConfig
+    from raytune_rl.config import PreferenceConfig as PreferenceConfig
     from raytune_rl.config import RLHFConfig as RLHFConfig
     from raytune_rl.config import SFTConfig as SFTConfig
     from raytune_rl.config.parser import parse as parse
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "ExportConfig": ("raytune_rl.config", "ExportConfig"),
+    "PreferenceConfig": ("raytune_rl.config", "PreferenceConfig"),
     "RLHFConfig": ("raytune_rl.config", "RLHFConfig"),
     "SFTConfig": ("raytune_rl.config", "SFTConfig"),
     "parse": ("raytune_rl.config.parser", "parse"),
     "ConfigError": ("raytune_rl.errors", "ConfigError"),
     "RaytuneError": ("raytune_rl.errors", "RaytuneError"),
     "run_sft": ("raytune_rl.pipelines.sft", "run"),
+    "run_preference": ("raytune_rl.pipelines.preference", "run"),
     "run_rlhf": ("raytune_rl.pipelines.online", "run"),
     "run_export": ("raytune_rl.export", "run"),
 }

@@ -10,16 +10,22 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from raytune_rl.config import ExportConfig, RLHFConfig, SFTConfig
+from raytune_rl.config import ExportConfig, PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.base import Options
 from raytune_rl.config.explain import did_you_mean
-from raytune_rl.config.parser import Parsed, parse
+from raytune_rl.config.parser import Parsed, parse, rlhf_class
 from raytune_rl.errors import ConfigError, RaytuneError
 
 _COMMANDS: dict[str, tuple[type[Options], str]] = {
     "sft": (SFTConfig, "supervised fine-tuning"),
-    "rlhf": (RLHFConfig, "reinforcement learning: GRPO"),
+    "rlhf": (RLHFConfig, "GRPO; and from preferences in the data DPO, KTO, ORPO, CPO, SimPO"),
     "export": (ExportConfig, "merge a LoRA adapter, push a model to a hub"),
+}
+
+_PIPELINES: dict[type[Options], str] = {
+    SFTConfig: "raytune_rl.pipelines.sft",
+    PreferenceConfig: "raytune_rl.pipelines.preference",
+    RLHFConfig: "raytune_rl.pipelines.online",
 }
 
 _USAGE = (
@@ -63,7 +69,7 @@ def _run(argv: list[str]) -> int:
             f"Unknown command {name!r}.{did_you_mean(name, _COMMANDS)} Commands: {', '.join(_COMMANDS)}."
         )
     try:
-        parsed = parse(rest, _COMMANDS[name][0])
+        parsed = parse(rest, rlhf_class(rest) if name == "rlhf" else _COMMANDS[name][0])
     except SystemExit:
         return 0
     for notice in parsed.notices:
@@ -75,8 +81,7 @@ def _run(argv: list[str]) -> int:
 def _dispatch(name: str, parsed: Parsed[Any]) -> object:
     if name == "export":
         return _runner("raytune_rl.export")(parsed.config)
-    module = {"sft": "raytune_rl.pipelines.sft", "rlhf": "raytune_rl.pipelines.online"}[name]
-    return _runner(module)(parsed.config)
+    return _runner(_PIPELINES[type(parsed.config)])(parsed.config)
 
 
 def _runner(module: str) -> Callable[..., object]:

@@ -1,6 +1,6 @@
 """What the user asked for: typed, validated, printable. Imports neither torch nor ray."""
 
-from raytune_rl.config.commands import RLHFConfig, SFTConfig
+from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.export import ExportConfig
 
-__all__ = ["ExportConfig", "RLHFConfig", "SFTConfig"]
+__all__ = ["ExportConfig", "PreferenceConfig", "RLHFConfig", "SFTConfig"]

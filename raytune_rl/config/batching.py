@@ -21,7 +21,7 @@ from raytune_rl.config import offers
 from raytune_rl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from raytune_rl.config.commands import RLHFConfig, SFTConfig
+    from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 
 SFT_ROWS_PER_STEP = 16
 """What SFT accumulates up to when the user does not say."""
@@ -84,7 +84,8 @@ class GRPOSchedule:
 
 @dataclass(frozen=True)
 class SFTSchedule:
-    """A whole SFT run. The last step of an epoch may hold fewer rows; none is dropped or repeated.
+    """A whole run over prepared rows, packs or pairs. The last step of an epoch may hold fewer rows; none is
+    dropped or repeated.
 
     Attributes:
         world_size: Policy workers.
@@ -233,8 +234,8 @@ def grpo_schedule_of(config: RLHFConfig, world_size: int, n_prompts: int) -> GRP
     return grpo_schedule(batch, n_prompts, config.num_train_epochs, config.max_steps)
 
 
-def sft_schedule_of(config: SFTConfig, world_size: int, n_rows: int) -> SFTSchedule:
-    """`sft_schedule` with a config's numbers."""
+def sft_schedule_of(config: SFTConfig | PreferenceConfig, world_size: int, n_rows: int) -> SFTSchedule:
+    """`sft_schedule` with a config's numbers. Of preferences the rows are pairs."""
     return sft_schedule(
         world_size=world_size,
         per_device_train_batch_size=config.per_device_train_batch_size,

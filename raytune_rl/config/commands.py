@@ -11,6 +11,7 @@ from raytune_rl.config.batching import check_eval_batch, grpo_batch_of
 from raytune_rl.config.cluster import OnlineGroupsOptions, PolicyGroupOptions
 from raytune_rl.config.data import DataOptions
 from raytune_rl.config.model import ModelOptions
+from raytune_rl.config.preference import PreferenceOptions
 from raytune_rl.config.rewards import RewardOptions
 from raytune_rl.config.rl import RLOptions
 from raytune_rl.config.rollout import RolloutOptions
@@ -39,6 +40,12 @@ class SFTConfig(SupervisedOptions, _TrainConfig):
     """`raytune-rl sft`: supervised fine-tuning."""
 
     COMMAND: ClassVar[str] = "sft"
+
+
+class PreferenceConfig(PreferenceOptions, _TrainConfig):
+    """`raytune-rl rlhf --rlhf_type dpo`, and kto, orpo, cpo, simpo: training on preferences in the data."""
+
+    COMMAND: ClassVar[str] = "rlhf --rlhf_type dpo"
 
 
 class RLHFConfig(OnlineGroupsOptions, RewardOptions, RLOptions, RolloutOptions, _TrainConfig):

@@ -34,7 +34,7 @@ def help_text(config_class: type[Options]) -> str:
     """All flags of a command, grouped, each with its default."""
     parser = argparse.ArgumentParser(
         prog=f"raytune-rl {config_class.COMMAND}",
-        usage=f"raytune-rl {config_class.COMMAND} [config.yaml] [--flag value ...]",
+        usage=f"raytune-rl {config_class.COMMAND.split()[0]} [config.yaml] [--flag value ...]",
         description=(config_class.__doc__ or "").replace("`", ""),
         epilog=_EPILOG,
         add_help=False,

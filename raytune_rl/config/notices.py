@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping
 
 from raytune_rl.config import resolved
 from raytune_rl.config.base import Options
-from raytune_rl.config.commands import RLHFConfig, SFTConfig
+from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
+from raytune_rl.config.preference import unread
 
 _NO_VISION = "online RL with images is not built yet"
 _NO_LOADER = "rows are prepared before training and read from shared memory; no loader is needed"
 
 PENDING: Mapping[str, Mapping[str, str]] = {
     "sft": {
+        "dataloader_num_workers": _NO_LOADER,
+    },
+    "rlhf --rlhf_type dpo": {
         "dataloader_num_workers": _NO_LOADER,
     },
     "rlhf": {
@@ -32,14 +36,16 @@ def notices_for(config: Options) -> tuple[str, ...]:
         for name, why in PENDING.get(config.COMMAND, {}).items()
         if getattr(config, name) != type(config).model_fields[name].default
     ]
-    if isinstance(config, (SFTConfig, RLHFConfig)):
+    if isinstance(config, (SFTConfig, PreferenceConfig, RLHFConfig)):
         notices += _training(config)
+    if isinstance(config, PreferenceConfig):
+        notices += _preference(config)
     if isinstance(config, RLHFConfig):
         notices += _online(config)
     return tuple(notices)
 
 
-def _training(config: SFTConfig | RLHFConfig) -> Iterable[str]:
+def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str]:
     if not resolved.has_validation(config):
         names = ("eval_steps", "per_device_eval_batch_size", "num_generations_eval")
         why = "there is no validation data (--val_dataset or --split_dataset_ratio)"
@@ -49,6 +55,13 @@ def _training(config: SFTConfig | RLHFConfig) -> Iterable[str]:
         yield from _idle(config, lora, "--train_type full trains every weight, without LoRA")
     if config.max_steps > 0:
         yield from _idle(config, ("num_train_epochs",), "--max_steps goes first")
+
+
+def _preference(config: PreferenceConfig) -> Iterable[str]:
+    yield from _idle(config, unread(config.rlhf_type), f"no part of --rlhf_type {config.rlhf_type}")
+    if not config.own_reference:
+        names = ("reference_workers", "gpus_per_reference_worker", "cpus_per_reference_worker")
+        yield from _idle(config, names, "there is no reference model of its own (--ref_model)")
 
 
 def _online(config: RLHFConfig) -> Iterable[str]:

@@ -18,12 +18,13 @@ from raytune_rl.config import environment, legacy
 from raytune_rl.config import file as config_file
 from raytune_rl.config.base import Options
 from raytune_rl.config.commandline import Written, split, values_of
-from raytune_rl.config.commands import RLHFConfig, SFTConfig
+from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.explain import did_you_mean
 from raytune_rl.config.export import ExportConfig
 from raytune_rl.config.flags import Flag, flags_of
 from raytune_rl.config.help import help_text
 from raytune_rl.config.notices import notices_for
+from raytune_rl.config.preference import READS
 from raytune_rl.errors import ConfigError
 
 Config = TypeVar("Config", bound=Options)
@@ -49,7 +50,7 @@ def parse(
 
     Args:
         argv: The words after the command's name: optionally a config file first, then flags.
-        config_class: `SFTConfig`, `RLHFConfig` or `ExportConfig`.
+        config_class: `SFTConfig`, `RLHFConfig`, `PreferenceConfig` or `ExportConfig`.
         defaults: Settings that file and flags may override, for a program that has its own.
         environ: The environment, `os.environ` unless given; `ENV` of the config file is written to it.
 
@@ -87,6 +88,20 @@ def parse(
         raise _located(error, set(from_file) - set(from_flags), path) from None
     notices += notices_for(config)
     return Parsed(config, tuple(notices), None if path is None else Path(path))
+
+
+def rlhf_class(argv: Sequence[str]) -> type[Options]:
+    """The config class of an `rlhf` command line: what learns from preferences in the data has flags of its
+    own.
+
+    Raises:
+        ConfigError: The command line or its config file cannot be read.
+    """
+    path, written = split([word for word in argv if word != "-h"])
+    named = [flag.words[-1] for flag in written if flag.name == "rlhf_type" and flag.words]
+    if not named and path is not None:
+        named = [str(config_file.read(path).settings.get("rlhf_type"))]
+    return PreferenceConfig if named and named[-1] in READS else RLHFConfig
 
 
 def _last_of_each(
@@ -147,7 +162,7 @@ def _unknown(name: str, flags: Mapping[str, Flag], config_class: type[Options]) 
         )
     if name in legacy.NOT_BUILT:
         return f"--{name} is a flag of ms-swift that is not built yet."
-    commands = (SFTConfig, RLHFConfig, ExportConfig)
+    commands = (SFTConfig, RLHFConfig, PreferenceConfig, ExportConfig)
     elsewhere = [c.COMMAND for c in commands if name in flags_of(c) or legacy.known(name, flags_of(c))]
     if elsewhere:
         return f"--{name} is no flag of raytune-rl {config_class.COMMAND}, but of {' and '.join(elsewhere)}."

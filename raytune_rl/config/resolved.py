@@ -6,9 +6,9 @@ The config keeps what the user asked for; these say what it comes to. Nothing he
 from __future__ import annotations
 
 from raytune_rl.config.batching import sft_accumulation
-from raytune_rl.config.commands import RLHFConfig, SFTConfig
+from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 
-TrainConfig = SFTConfig | RLHFConfig
+TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
 
 def learning_rate(config: TrainConfig) -> float:
@@ -19,7 +19,7 @@ def learning_rate(config: TrainConfig) -> float:
 
 
 def gradient_accumulation_steps(config: TrainConfig, world_size: int) -> int:
-    """1 in GRPO, as many as make 16 rows a step in SFT, unless given."""
+    """1 in GRPO, as many as make 16 rows (or pairs) a step otherwise, unless given."""
     if config.gradient_accumulation_steps is not None:
         return config.gradient_accumulation_steps
     if isinstance(config, RLHFConfig):
@@ -41,7 +41,7 @@ def eval_steps(config: TrainConfig) -> int:
 
 
 def truncation_strategy(config: TrainConfig) -> str:
-    """`left` in online RL and `delete` in SFT, unless given."""
+    """`left` in online RL and `delete` otherwise, unless given."""
     if config.truncation_strategy is not None:
         return config.truncation_strategy
     return "left" if isinstance(config, RLHFConfig) else "delete"

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from raytune_rl.config.base import Options, setting
+from raytune_rl.config.preference import READS
 from raytune_rl.errors import ConfigError
 
 _setting = partial(setting, "RL algorithm")
@@ -20,7 +21,9 @@ class RLOptions(Options):
     """GRPO's constants (Shao et al. 2024, DeepSeekMath; DAPO, Yu et al. 2025; Dr. GRPO, Liu et al. 2025)."""
 
     rlhf_type: Literal["grpo", "dapo", "ppo", "dpo", "kto", "orpo", "cpo", "simpo", "rm", "gkd"] = _setting(
-        "grpo", "Algorithm. At this stage grpo runs; the others are refused."
+        "grpo",
+        "Algorithm. Of those that sample, grpo runs at this stage; dpo, kto, orpo, cpo and simpo learn from "
+        "preferences in the data and have flags of their own: raytune-rl rlhf --rlhf_type dpo --help.",
     )
     beta: float = _setting(
         0.04, "Weight of the KL term that ties the policy to the reference; 0: no reference model.", ge=0
@@ -52,6 +55,11 @@ class RLOptions(Options):
 
     @model_validator(mode="after")
     def _check_rl(self) -> Self:
+        if self.rlhf_type in READS:
+            raise ConfigError(
+                f"--rlhf_type {self.rlhf_type} learns from preferences in the data: its settings are a "
+                "PreferenceConfig, not an RLHFConfig."
+            )
         if self.rlhf_type not in BUILT:
             raise ConfigError(
                 f"--rlhf_type {self.rlhf_type} is not built yet; what runs today: {', '.join(BUILT)}."

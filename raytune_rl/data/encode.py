@@ -139,8 +139,8 @@ def encode_prompts(
             "truncation_strategy 'right' would cut off the question's end and the generation prompt; "
             "use 'left' or 'delete'"
         )
-    job = _job(tokenizer, max_length, truncation_strategy, None, images)
-    rows, index, dropped = _run(job, examples, strict, num_proc, progress)
+    job = make_job(tokenizer, max_length, truncation_strategy, None, images)
+    rows, index, dropped = run_job(job, examples, strict, num_proc, progress)
     kept = [examples[i] for i in index]
     names = dict.fromkeys(name for example in kept for name in example.extra)
     return EncodedPrompts(
@@ -148,7 +148,7 @@ def encode_prompts(
         extra={name: [example.extra.get(name) for example in kept] for name in names},
         index=index,
         dropped=dropped,
-        notices=_notices(job),
+        notices=notices_of(job),
         images=picture_columns(row.pictures for row in rows),
     )
 
@@ -187,19 +187,19 @@ def encode_sft(
     """
     if loss_scale not in ("default", "last_round", "all"):
         raise ConfigError(f"loss_scale is {loss_scale!r}; it is default, last_round or all")
-    job = _job(tokenizer, max_length, truncation_strategy, loss_scale, images)
-    rows, index, dropped = _run(job, examples, strict, num_proc, progress)
+    job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, images)
+    rows, index, dropped = run_job(job, examples, strict, num_proc, progress)
     return EncodedSFT(
         tokens=Ragged.from_rows([row.tokens for row in rows], np.int32),
         loss_mask=Ragged.from_rows([row.mask for row in rows], np.bool_),
         index=index,
         dropped=dropped,
-        notices=_notices(job),
+        notices=notices_of(job),
         images=picture_columns(row.pictures for row in rows),
     )
 
 
-def _job(
+def make_job(
     tokenizer: Any,
     max_length: int | None,
     truncation: Truncation,
@@ -212,7 +212,7 @@ def _job(
     return Job(vision.chat, max_length, truncation, loss_scale, vision, images.root, images.inline)
 
 
-def _run(
+def run_job(
     job: Job,
     examples: Sequence[Example],
     strict: bool,
@@ -256,5 +256,5 @@ def _own_bytes(pictures: tuple[Picture, ...], example: Example) -> tuple[Picture
     )
 
 
-def _notices(job: Job) -> tuple[str, ...]:
+def notices_of(job: Job) -> tuple[str, ...]:
     return () if job.chat.notice is None else (job.chat.notice,)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from raytune_rl.errors import DataError
 
-Task = Literal["sft", "grpo", "ppo"]
+Task = Literal["sft", "grpo", "ppo", "pairs", "labels"]
 
 #: Tasks that need the prompt only: a last assistant message is taken off, the policy writes its own.
 PROMPT_TASKS: frozenset[str] = frozenset({"grpo", "ppo"})
@@ -96,6 +96,8 @@ class Example:
         images, videos, audios: References in the order of their tags.
         extra: The row's other columns under their own names; rewards receive them.
         tools: JSON schemas of the tools the assistant may call.
+        rejected: For the task "pairs": the conversation with the rejected answer instead of the chosen one.
+        label: For the task "labels": whether the answer is desirable.
         source, line: Where the row came from, as in `Row`.
     """
 
@@ -105,6 +107,8 @@ class Example:
     audios: tuple[MediaRef, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] = ()
+    rejected: tuple[Message, ...] = ()
+    label: bool | None = None
     source: str = ""
     line: int = 0
 

@@ -10,6 +10,7 @@ from raytune_rl.data.columns import ColumnMap, columns_of
 from raytune_rl.data.dialects import Conversation, FormatError, parse_text
 from raytune_rl.data.example import PROMPT_TASKS, Example, MediaRef, Message, Row, RowError, Task
 from raytune_rl.data.media_tags import TAGS, media_refs, place_tags
+from raytune_rl.data.preference_rows import read_label, rejected_turns, with_chosen
 from raytune_rl.data.row_formats import Parts, format_of
 
 #: Parts that are no text of their own: without a value their columns say nothing about a row.
@@ -25,6 +26,7 @@ class Converter:
         """`system` is used where a row has none of its own; `columns` maps source names to target names."""
         self.notices: Counter[str] = Counter()
         self.seen_columns: set[str] = set()
+        self._task = task
         self._prompt_only = task in PROMPT_TASKS
         self._system = system
         self._columns = ColumnMap(columns or {})
@@ -50,6 +52,9 @@ class Converter:
         renames = self._columns.plain_renames(row.fields)
         explicit = self._columns.explicit_parts(row.fields)
         fields = {renames.get(name, name): value for name, value in row.fields.items()}
+        if self._task == "pairs":
+            fields, response = with_chosen(fields)
+            explicit |= {} if response is None or "response" in explicit else {"response": response}
         parts = Parts(fields, explicit, self._prompt_only)
         parsed = format_of(parts).parse(parts)
         used = {*parsed.used, *(name for kind in (*TAGS, "tools") if (name := parts.column(kind)))}
@@ -60,12 +65,22 @@ class Converter:
             if added:
                 self.notices[f"rows had {kind} but no {TAGS[kind]} tag; tags were put first"] += 1
         self.notices.update(parsed.notices)
+        rejected: tuple[Message, ...] = ()
+        label = None
+        if self._task == "pairs":
+            rejected, column = rejected_turns(fields, parsed.conversation, messages)
+            used.add(column)
+        elif self._task == "labels":
+            label, column = read_label(fields)
+            used.add(column)
         extra = {name: value for name, value in fields.items() if _survives(name, value, used)}
         return Example(
             messages=tuple(messages),
             **media,
             extra=extra,
             tools=_tools(parts),
+            rejected=rejected,
+            label=label,
             source=row.source,
             line=row.line,
         )

@@ -2,13 +2,14 @@
 
 Invariants: every row exactly once; every rank runs the same number of micro-batches, because each one is a
 collective (an empty micro-batch is a dummy that must still be run); a micro-batch stays within the token
-budget unless it is one row that is longer than the budget. Micro-batches at the same position cost about the
-same on every rank, because ranks wait for each other there, and whole ranks are balanced by cost.
+budget unless it is one unit that is longer than the budget. A unit is a row, or neighbouring rows that must
+stay together, such as the sides of a pair. Micro-batches at the same position cost about the same on every
+rank, because ranks wait for each other there, and whole ranks are balanced by cost.
 
-The scheme: find how many micro-batches the budget forces, round up to a multiple of the world size, then
-lower the budget as far as that number of micro-batches allows. So the work is spread evenly instead of
-leaving a small rest. Padded micro-batches are runs of the rows sorted by length (least padding); packed ones
-are best-fit decreasing bins.
+The scheme: find how many micro-batches the budget forces, round up to a multiple of the world size, and
+spread the work over that number. Packed micro-batches are best-fit decreasing bins under the lowest budget
+that this number allows, so that no small rest is left over. Padded ones are runs of the units sorted by
+length: either runs made in the same way, or those with the least padding, whichever ends sooner.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from raytune_rl.errors import ConfigError
 
 Layout = Literal["padded", "packed"]
 MicroBatchRows = tuple[int, ...]
+
+LEAST_PADDING_UP_TO = 2**26
+"""Micro-batches times the square of the units: beyond it the search for the least padding would take longer
+than it saves; and the more units there are, the more alike are neighbours.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ def plan_micro_batches(
     layout: Layout,
     max_rows: int | None = None,
     quadratic: float = 0.0,
+    together: int = 1,
 ) -> Schedule:
     """Plans one optimizer step; deterministic.
 
@@ -72,39 +79,58 @@ def plan_micro_batches(
         quadratic: Weight `b` of the cost `sum(L + b * L**2)` by which ranks are balanced; 0 balances tokens.
             With hidden size h, attention over L tokens costs about `L / (6 h)` of the rest, so `1 / (6 * h)`
             is natural.
+        together: Rows of a unit: rows k * together up to (k + 1) * together stay in one micro-batch, next to
+            each other and in order.
 
     Raises:
-        ConfigError: A budget, a row limit or a world size below 1, or an unknown layout.
-        ValueError: A row without tokens.
+        ConfigError: A budget, a row limit or a world size below 1, an unknown layout, or a row limit below a
+            unit.
+        ValueError: A row without tokens, or rows that are no whole number of units.
     """
-    sizes = np.asarray(lengths, dtype=np.int64)
-    _check(sizes, world_size, max_tokens, layout, max_rows)
-    if len(sizes) == 0:
+    rows = np.asarray(lengths, dtype=np.int64)
+    _check(rows, world_size, max_tokens, layout, max_rows, together)
+    if len(rows) == 0:
         return Schedule(((),) * world_size, ((),) * world_size)
-    limit = len(sizes) if max_rows is None else max_rows
+    units = rows.reshape(-1, together)
+    sizes, cost = (
+        together * of_rows.max(axis=1) if layout == "padded" else of_rows.sum(axis=1)
+        for of_rows in (units, _row_costs(units, quadratic))
+    )
+    limit = len(units) if max_rows is None else max_rows // together
     pack = _sorted_runs if layout == "padded" else best_fit
-    # Longest first; equal lengths keep the order of the rows.
-    descending = [int(row) for row in np.argsort(-sizes, kind="stable")]
+    # Longest first; equal lengths keep the order of the units.
+    descending = [int(unit) for unit in np.argsort(-sizes, kind="stable")]
 
     def bins_within(budget: int) -> list[list[int]]:
         return pack(descending, sizes, budget, limit)
 
     bins = bins_within(max_tokens)
     wanted = -(-len(bins) // world_size) * world_size
-    bins = _evened(bins, bins_within, wanted, max_tokens)
-    cost = _row_costs(sizes, quadratic)
-    bins = _split_to(bins, wanted, cost, layout)
-    return _deal(bins, world_size, sizes, cost, layout)
+    evened = _split_to(_evened(bins, bins_within, wanted, max_tokens), wanted, cost, layout)
+    plans = [_deal(evened, world_size, sizes, cost, layout, together)]
+    if layout == "padded" and wanted * len(units) ** 2 <= LEAST_PADDING_UP_TO:
+        runs = _least_padding(descending, sizes, cost, max_tokens, limit, wanted)
+        plans.append(_deal(_split_to(runs, wanted, cost, layout), world_size, sizes, cost, layout, together))
+    return min(plans, key=lambda plan: plan[0])[1]
 
 
 def _check(
-    sizes: NDArray[np.int64], world_size: int, max_tokens: int, layout: str, max_rows: int | None
+    sizes: NDArray[np.int64],
+    world_size: int,
+    max_tokens: int,
+    layout: str,
+    max_rows: int | None,
+    together: int,
 ) -> None:
     if layout not in ("padded", "packed"):
         raise ConfigError(f"layout is {layout!r}; it is 'padded' or 'packed'")
     for name, value in (("world_size", world_size), ("max_tokens", max_tokens), ("max_rows", max_rows)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; a micro-batch needs at least 1")
+    if max_rows is not None and max_rows < together:
+        raise ConfigError(f"max_rows is {max_rows}, but {together} rows must stay together")
+    if len(sizes) % together:
+        raise ValueError(f"{len(sizes)} rows are no whole number of units of {together}")
     if len(sizes) and sizes.min() < 1:
         raise ValueError(
             f"row {int(sizes.argmin())} has {int(sizes.min())} tokens; every row needs at least one"
@@ -122,6 +148,37 @@ def _sorted_runs(descending: list[int], sizes: NDArray[np.int64], budget: int, l
         bins[-1].append(row)
         room -= 1
     return bins
+
+
+def _least_padding(
+    descending: list[int],
+    sizes: NDArray[np.int64],
+    cost: NDArray[np.float64],
+    budget: int,
+    limit: int,
+    wanted: int,
+) -> list[list[int]]:
+    """The `wanted` or fewer runs of the sorted units that cost least together (dynamic programme)."""
+    count = len(descending)
+    room = np.minimum(np.maximum(budget // sizes[descending], 1), limit)
+    taken = np.arange(count + 1)[None, :] - np.arange(count)[:, None]  # units of a run from i up to j
+    allowed = (taken > 0) & (taken <= room[:, None])
+    run_cost = np.where(allowed, cost[descending][:, None] * taken, np.inf)
+    best = np.full(count + 1, np.inf)
+    best[0] = 0.0
+    begins: list[NDArray[np.int64]] = []
+    for _ in range(wanted):
+        reached = best[:-1, None] + run_cost
+        begins.append(reached.argmin(axis=0))
+        best = np.append(0.0, reached.min(axis=0)[1:])
+    runs: list[list[int]] = []
+    end = count
+    for begin in reversed(begins):
+        if end:
+            start = int(begin[end])
+            runs.append(descending[start:end])
+            end = start
+    return runs
 
 
 def best_fit(descending: list[int], sizes: NDArray[np.int64], budget: int, limit: int) -> list[list[int]]:
@@ -157,8 +214,8 @@ def _evened(
     return bins
 
 
-def _row_costs(sizes: NDArray[np.int64], quadratic: float) -> NDArray[np.float64]:
-    tokens = sizes.astype(np.float64)
+def _row_costs(lengths: NDArray[np.int64], quadratic: float) -> NDArray[np.float64]:
+    tokens = lengths.astype(np.float64)
     return tokens + quadratic * tokens**2
 
 
@@ -192,28 +249,34 @@ def _deal(
     sizes: NDArray[np.int64],
     cost: NDArray[np.float64],
     layout: Layout,
-) -> Schedule:
+    together: int,
+) -> tuple[float, Schedule]:
     """Deals bins of like cost to the ranks in rounds; in each round the least loaded rank takes the
-    costliest."""
+    costliest.
 
-    def tokens_of(rows: list[int]) -> int:
-        if not rows:
+    Returns:
+        How long it takes, as the cost of the costliest bin of each round, and the plan.
+    """
+
+    def tokens_of(units: list[int]) -> int:
+        if not units:
             return 0
-        return int(sizes[rows].max()) * len(rows) if layout == "padded" else int(sizes[rows].sum())
+        return int(sizes[units].max()) * len(units) if layout == "padded" else int(sizes[units].sum())
 
-    def cost_of(rows: list[int]) -> float:
-        if not rows:
+    def cost_of(units: list[int]) -> float:
+        if not units:
             return 0.0
-        return float(cost[rows].max()) * len(rows) if layout == "padded" else float(cost[rows].sum())
+        return float(cost[units].max()) * len(units) if layout == "padded" else float(cost[units].sum())
 
-    costliest_first = sorted(bins, key=lambda rows: (-cost_of(rows), min(rows, default=len(sizes))))
+    costliest_first = sorted(bins, key=lambda units: (-cost_of(units), min(units, default=len(sizes))))
     load = [0.0] * world_size
     ranks: list[list[MicroBatchRows]] = [[] for _ in range(world_size)]
     tokens: list[list[int]] = [[] for _ in range(world_size)]
     for start in range(0, len(costliest_first), world_size):
         by_load = sorted(range(world_size), key=lambda rank: (load[rank], rank))
-        for rank, rows in zip(by_load, costliest_first[start : start + world_size], strict=True):
-            load[rank] += cost_of(rows)
-            ranks[rank].append(tuple(sorted(rows)))
-            tokens[rank].append(tokens_of(rows))
-    return Schedule(tuple(map(tuple, ranks)), tuple(map(tuple, tokens)))
+        for rank, units in zip(by_load, costliest_first[start : start + world_size], strict=True):
+            load[rank] += cost_of(units)
+            ranks[rank].append(tuple(u * together + k for u in sorted(units) for k in range(together)))
+            tokens[rank].append(tokens_of(units))
+    duration = sum(cost_of(units) for units in costliest_first[::world_size])
+    return duration, Schedule(tuple(map(tuple, ranks)), tuple(map(tuple, tokens)))

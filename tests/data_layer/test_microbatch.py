@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import numpy as np
@@ -141,3 +142,57 @@ def test_impossible_requests_are_config_errors(wrong):
 def test_an_empty_row_is_refused():
     with pytest.raises(ValueError, match="row 1 has 0 tokens"):
         plan_micro_batches([3, 0], world_size=1, max_tokens=10, layout="packed")
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_pairs_stay_together_and_in_order(layout):
+    rng = random.Random(4)
+    for _ in range(100):
+        lengths = [max(1, int(rng.lognormvariate(4, 1))) for _ in range(2 * rng.randint(1, 60))]
+        world_size, max_tokens = rng.randint(1, 5), rng.randint(1, 2000)
+        plan = plan_micro_batches(
+            lengths, world_size=world_size, max_tokens=max_tokens, layout=layout, together=2
+        )
+        micros = [micro for rank in plan.ranks for micro in rank]
+        assert sorted(row for micro in micros for row in micro) == list(range(len(lengths)))
+        assert len({len(rank) for rank in plan.ranks}) == 1
+        for micro, cost in zip(micros, [c for costs in plan.tokens for c in costs], strict=True):
+            assert all(row % 2 == 0 for row in micro[0::2])
+            assert [row + 1 for row in micro[0::2]] == list(micro[1::2])
+            assert cost == TOKENS[layout](micro, lengths)
+            assert cost <= max_tokens or len(micro) == 2
+
+
+def test_pairs_have_two_rows():
+    with pytest.raises(ValueError, match="3 rows are no whole number of units of 2"):
+        plan_micro_batches([1, 2, 3], world_size=1, max_tokens=10, layout="padded", together=2)
+    with pytest.raises(ConfigError, match="2 rows must stay together"):
+        plan_micro_batches([1, 2], world_size=1, max_tokens=10, layout="padded", together=2, max_rows=1)
+
+
+def test_padded_runs_have_the_least_padding():
+    """Against all ways of cutting the sorted rows into as many runs."""
+    rng = random.Random(5)
+    for _ in range(40):
+        lengths = sorted((max(1, int(rng.lognormvariate(3, 1.2))) for _ in range(9)), reverse=True)
+        budget = lengths[0] * rng.randint(2, 4)
+        plan = plan_micro_batches(lengths, world_size=1, max_tokens=budget, layout="padded")
+        cuts = (
+            [0, *inner, 9]
+            for count in range(plan.n_micro_batches)
+            for inner in itertools.combinations(range(1, 9), count)
+        )
+        runs = ([lengths[a:b] for a, b in itertools.pairwise(cut)] for cut in cuts)
+        costs = [[len(run) * run[0] for run in parts] for parts in runs]
+        within = [sum(parts) for parts in costs if max(parts) <= budget]
+        assert sum(plan.rank_tokens) == min(within)
+
+
+def test_a_long_tail_is_not_padded_to():
+    rng = random.Random(6)
+    lengths = [max(1, int(rng.lognormvariate(5, 1))) for _ in range(128)]
+    for world_size in (1, 2):
+        plan = plan_micro_batches(
+            lengths, world_size=world_size, max_tokens=2 * max(lengths), layout="padded"
+        )
+        assert sum(plan.rank_tokens) < 1.35 * sum(lengths)

@@ -1,0 +1,137 @@
+"""What a row says about preference: a rejected answer beside the chosen one, or a label.
+
+A pair is a conversation that ends with the chosen answer, in any format of `row_formats`, and one of
+
+    rejected_response, rejected   the rejected answer: text, or turns without a user's
+    rejected_messages, rejected   the whole conversation with it; its prompt must be the chosen one's
+
+Also known is the shape of TRL: `chosen` and `rejected`, whole conversations or answers to `prompt`. A
+labelled row is a conversation and `label`. Everything after the last user turn is the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raytune_rl.data.columns import columns_of
+from raytune_rl.data.dialects import Conversation, FormatError, parse_conversation
+from raytune_rl.data.example import Message
+
+REJECTED = ("rejected_response", "rejected_messages", "rejected")
+OTHER_MEDIA = ("rejected_images", "rejected_videos", "rejected_audios")
+
+
+def with_chosen(fields: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """A row of TRL's shape with its `chosen` column where the formats look for it.
+
+    Returns:
+        The columns, with `messages` in place of `chosen` and `prompt` where these are turns, and the name of
+        the column that is the response where they are text.
+
+    Raises:
+        FormatError: `chosen` is neither text nor turns, or an answer without a prompt.
+    """
+    column = _named(("chosen",), fields)
+    if column is None or columns_of("messages", fields):
+        return fields, None
+    answer, asked = fields[column], _named(("prompt",), fields)
+    prompt = None if asked is None else fields[asked]
+    if isinstance(answer, str) and not isinstance(prompt, list | tuple):
+        return fields, column
+    turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    if any(turn.role == "user" for turn in parse_conversation(turns, column).messages):
+        before: Sequence[Any] = ()
+    elif prompt is None:
+        raise FormatError(f"{column!r} is an answer, but there is no 'prompt' column")
+    else:
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    rest = {name: value for name, value in fields.items() if name not in (column, asked)}
+    return {**rest, "messages": [*before, *turns]}, None
+
+
+def rejected_turns(
+    fields: dict[str, Any], conversation: Conversation, messages: Sequence[Message]
+) -> tuple[tuple[Message, ...], str]:
+    """The conversation with the rejected answer, and the column that it came from.
+
+    Args:
+        fields: The row's columns.
+        conversation: What the row's format made of it.
+        messages: The same as it will be trained on, with its system prompt and tags in place.
+
+    Raises:
+        FormatError: There is no rejected answer, it is the chosen one, or it answers another prompt.
+    """
+    column = _named(REJECTED, fields)
+    if column is None:
+        raise FormatError(
+            f"there is no rejected answer: none of the columns {', '.join(map(repr, fields))} is "
+            f"{' or '.join(REJECTED)}"
+        )
+    if other := _named(OTHER_MEDIA, fields):
+        raise FormatError(f"{other!r}: both answers must be about the same pictures")
+    value = fields[column]
+    if isinstance(value, str):
+        answer: tuple[Message, ...] = (Message("assistant", value),)
+    else:
+        parsed = parse_conversation(value, column)
+        answer = _answer(parsed.messages)
+        if any(message.role == "user" for message in parsed.messages):
+            _check_prompt(conversation.messages, parsed.messages, column)
+        elif any(parsed.media.values()):
+            raise FormatError(f"{column!r} holds media; only the prompt may")
+    if not answer or answer[-1].role != "assistant" or not (answer[-1].content or answer[-1].tool_calls):
+        raise FormatError(f"{column!r} does not end with an answer of the assistant")
+    chosen = _answer(messages)
+    if _said(answer) == _said(chosen):
+        raise FormatError("the rejected answer is the same as the chosen one")
+    return (*messages[: len(messages) - len(chosen)], *answer), column
+
+
+def read_label(fields: dict[str, Any]) -> tuple[bool, str]:
+    """Whether the row's answer is desirable, and the column that says so.
+
+    Raises:
+        FormatError: No column does, or its value is neither true nor false.
+    """
+    column = _named(("label",), fields)
+    if column is None:
+        raise FormatError(
+            f"there is no 'label' column among {', '.join(map(repr, fields))}: true for a desirable answer, "
+            "false for an undesirable one"
+        )
+    value = fields[column]
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    label = known.get(str(value).strip().lower())
+    if label is None:
+        raise FormatError(f"{column!r} is {value!r}; it must be true or false")
+    return label, column
+
+
+def _named(names: Sequence[str], fields: dict[str, Any]) -> str | None:
+    """The only column with one of these names and a value; None if there is none."""
+    found = [name for name, value in fields.items() if name.lower() in names and value is not None]
+    if len(found) > 1:
+        raise FormatError(f"{' and '.join(map(repr, found))} say the same thing; keep one of them")
+    return found[0] if found else None
+
+
+def _answer(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """What follows the last user turn."""
+    last = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+    return tuple(messages[last + 1 :])
+
+
+def _said(messages: Sequence[Message]) -> list[Any]:
+    return [(message.role, message.content, message.tool_calls) for message in messages]
+
+
+def _check_prompt(chosen: Sequence[Message], rejected: Sequence[Message], column: str) -> None:
+    """Compared without system prompts, which a column of their own may give."""
+    sides = []
+    for messages in (chosen, rejected):
+        prompt = messages[: len(messages) - len(_answer(messages))]
+        sides.append(_said([message for message in prompt if message.role != "system"]))
+    if sides[0] != sides[1]:
+        raise FormatError(f"{column!r} has another prompt than the chosen answer: they cannot be compared")

@@ -89,6 +89,11 @@ class DPOSettings:
             raise ConfigError(f"rpo_alpha is {self.rpo_alpha}; it must not be negative")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ConfigError(f"ld_alpha is {self.ld_alpha}; it must be in [0, 1]")
+        if self.ld_alpha is not None and (self.bco_shift or {"aot", "aot_unpaired"} & set(kinds)):
+            raise ConfigError(
+                f"ld_alpha {self.ld_alpha} weighs tokens, but aot, aot_unpaired and bco_shift compare whole "
+                "completions over the step: leave out one of the two"
+            )
         if self.discopop_tau <= 0:
             raise ConfigError(f"discopop_tau is {self.discopop_tau}; it divides, so it must be positive")
 

@@ -72,6 +72,7 @@ class EncodedSFT:
         tokens: Ragged int32 `[n]`.
         loss_mask: Ragged bool with the offsets of `tokens`; at least one True a row, never at its index 0.
         index, dropped, notices, images: As in `EncodedPrompts`.
+        values: What the data says of each row, by name, float64 `[n]`: "label", "margin".
     """
 
     tokens: Ragged
@@ -80,6 +81,7 @@ class EncodedSFT:
     dropped: tuple[Dropped, ...] = ()
     notices: tuple[str, ...] = ()
     images: Columns = field(default_factory=dict)
+    values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     @property
     def reasons(self) -> Counter[str]:

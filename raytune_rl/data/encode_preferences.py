@@ -3,13 +3,13 @@
 Of a pair row 2k is the chosen side and row 2k + 1 the rejected one. Of a labelled row k, row 2k is the row
 itself and row 2k + 1 its prompt with an answer to another prompt, which KTO measures the policy's distance
 from the reference on. Such a row is put together from tokens that are there already: nothing is tokenized
-twice.
+twice. In what is returned, `index` and `dropped` are of the examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,17 +23,6 @@ from raytune_rl.data.ragged import Ragged
 from raytune_rl.errors import DataError
 
 
-@dataclass(frozen=True)
-class EncodedPreferences(EncodedSFT):
-    """Rows as above; `index` and `dropped` are of the examples, two rows each.
-
-    Attributes:
-        values: Row value name -> float64 `[rows]`, such as "label" and "margin".
-    """
-
-    values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-
-
 def encode_pairs(
     examples: Sequence[Example],
     tokenizer: Any,
@@ -44,7 +33,7 @@ def encode_pairs(
     strict: bool = True,
     num_proc: int = 1,
     images: ImageSettings | None = None,
-) -> EncodedPreferences:
+) -> EncodedSFT:
     """Tokenizes both sides of every pair and marks their answers.
 
     Args:
@@ -97,7 +86,7 @@ def encode_labelled(
     strict: bool = True,
     num_proc: int = 1,
     images: ImageSettings | None = None,
-) -> EncodedPreferences:
+) -> EncodedSFT:
     """Tokenizes labelled rows; arguments and errors as in `encode_sft`.
 
     Raises:
@@ -185,8 +174,8 @@ def _encoded(
     dropped: Sequence[Dropped],
     notices: tuple[str, ...],
     values: dict[str, NDArray[np.float64]],
-) -> EncodedPreferences:
-    return EncodedPreferences(
+) -> EncodedSFT:
+    return EncodedSFT(
         tokens=Ragged.from_rows([row.tokens for row in rows], np.int32),
         loss_mask=Ragged.from_rows([row.mask for row in rows], np.bool_),
         index=np.array(index, dtype=np.int64),

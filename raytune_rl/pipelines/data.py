@@ -6,6 +6,7 @@ and an account of every row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ import ray
 from numpy.typing import NDArray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytune_rl.config import RLHFConfig, SFTConfig
+from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
+from raytune_rl.data.example import Task
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import ConfigError
 from raytune_rl.runtime.wait import Pending, fetch
+
+TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class ImagePlaces:
     inline: bool
 
     @classmethod
-    def of(cls, config: RLHFConfig | SFTConfig, one_machine: bool) -> ImagePlaces:
+    def of(cls, config: TrainConfig, one_machine: bool) -> ImagePlaces:
         """On a cluster that was started here every worker sees the driver's files; elsewhere it may not."""
         inline = config.inline_images
         root = Path(config.root_image_dir or ".").expanduser().absolute()
@@ -118,12 +122,14 @@ class TokenSet:
         lengths: Tokens of each row, int64 `[n]`.
         loss_lengths: Of those, the ones trained on, int64 `[n]`.
         account: What became of the rows.
+        values: By name, what the data says of each row, float64 `[n]`, such as "label".
     """
 
     columns: Any
     lengths: NDArray[np.int64]
     loss_lengths: NDArray[np.int64]
     account: Account
+    values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -145,19 +151,21 @@ def prompt_sets(config: RLHFConfig, quarantine: Path) -> tuple[PromptSet, Prompt
 
 
 def token_sets(
-    config: SFTConfig, quarantine: Path, *, one_machine: bool = False
+    config: SFTConfig | PreferenceConfig, task: Task, quarantine: Path, *, one_machine: bool = False
 ) -> tuple[TokenSet, TokenSet | None]:
-    """The conversations to train on, and the held-out ones if the user gave any.
+    """The rows to train on, and the held-out ones if the user gave any.
 
     Args:
         config: What to do.
+        task: What the rows are for: "sft", or "pairs" and "labels", which make two rows of each unit (see
+            `data.encode_preferences`).
         quarantine: File for bad rows.
         one_machine: Whether every worker sees the driver's files.
     """
-    from raytune_rl.pipelines.data_task import encode_sft_task
+    from raytune_rl.pipelines.data_task import encode_rows_task
 
     places = ImagePlaces.of(config, one_machine)
-    refs = _remotely(encode_sft_task, 4).remote(config, str(quarantine), places)
+    refs = _remotely(encode_rows_task, 4).remote(config, task, str(quarantine), places)
     train, held_out = refs[:2], refs[2:]
     return _token_set(train, config), _token_set(held_out, config) if _has_rows(held_out[1], config) else None
 
@@ -194,11 +202,11 @@ def _remotely(function: Any, returns: int) -> Any:
     )
 
 
-def _wait(ref: Any, config: RLHFConfig | SFTConfig) -> Any:
+def _wait(ref: Any, config: TrainConfig) -> Any:
     return fetch(Pending(ref, "the data task", "reading and tokenizing the data", config.step_timeout))
 
 
-def _has_rows(ref: Any, config: RLHFConfig | SFTConfig) -> bool:
+def _has_rows(ref: Any, config: TrainConfig) -> bool:
     return _wait(ref, config) is not None
 
 
@@ -208,7 +216,7 @@ def _prompt_set(refs: list[Any], config: RLHFConfig) -> PromptSet:
     return PromptSet(columns, extra, texts, lengths, account)
 
 
-def _token_set(refs: list[Any], config: SFTConfig) -> TokenSet:
+def _token_set(refs: list[Any], config: TrainConfig) -> TokenSet:
     columns, facts = refs
-    lengths, loss_lengths, account = _wait(facts, config)
-    return TokenSet(columns, lengths, loss_lengths, account)
+    lengths, loss_lengths, account, values = _wait(facts, config)
+    return TokenSet(columns, lengths, loss_lengths, account, values)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from raytune_rl.config import RLHFConfig, SFTConfig, resolved
+from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
+from raytune_rl.data.example import Task
 from raytune_rl.errors import DataError
-from raytune_rl.pipelines.data import Account, ImageCounts, ImagePlaces, SourceCounts
+from raytune_rl.pipelines.data import Account, ImageCounts, ImagePlaces, SourceCounts, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,23 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str) -> tuple[Any, ...]:
     return (*encode(*train), *(encode(*held_out) if held_out else (None,) * 4))
 
 
-def encode_sft_task(config: SFTConfig, quarantine: str, places: ImagePlaces) -> tuple[Any, ...]:
-    """Conversations to train on and held out: each the columns, and (lengths, trained lengths, account)."""
+def encode_rows_task(
+    config: SFTConfig | PreferenceConfig, task: Task, quarantine: str, places: ImagePlaces
+) -> tuple[Any, ...]:
+    """Rows to train on and held out: each the columns, and (lengths, trained lengths, account, values)."""
     from raytune_rl.data.encode import ImageSettings, encode_sft
+    from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 
     facts = model_facts(config)
     images = ImageSettings(facts.vision, places.root, places.inline) if facts.vision else None
+    encoders: dict[str, Any] = {"sft": encode_sft, "pairs": encode_pairs, "labels": encode_labelled}
 
     def encode(examples: Any, report: Any, bad_rows: Path) -> tuple[Any, ...]:
-        found = encode_sft(
+        found = encoders[task](
             examples,
             facts.tokenizer,
             config.max_length,
-            resolved.truncation_strategy(config),  # type: ignore[arg-type]
+            resolved.truncation_strategy(config),
             config.loss_scale,
             strict=config.strict,
             num_proc=config.dataset_num_proc,
@@ -83,15 +88,15 @@ def encode_sft_task(config: SFTConfig, quarantine: str, places: ImagePlaces) -> 
         path = quarantine_dropped(found.dropped, bad_rows) or report.quarantine_path
         counts = np.add.reduceat(found.loss_mask.values.astype(np.int64), found.loss_mask.offsets[:-1])
         columns = {"tokens": found.tokens, "loss_mask": found.loss_mask, **found.images}
-        return columns, (found.tokens.lengths, counts, _account(report, found, facts, path))
+        return columns, (found.tokens.lengths, counts, _account(report, found, facts, path), found.values)
 
-    train, held_out = _load(config, "sft", Path(quarantine))
+    train, held_out = _load(config, task, Path(quarantine))
     train_path, held_out_path = _quarantines(config, Path(quarantine))
     made = encode(train[0], train[1], train_path)
     return (*made, *(encode(held_out[0], held_out[1], held_out_path) if held_out else (None,) * 2))
 
 
-def model_facts(config: RLHFConfig | SFTConfig) -> ModelFacts:
+def model_facts(config: TrainConfig) -> ModelFacts:
     """Reads a model's config and tokenizer, and of a vision model the processor."""
     from raytune_rl.data.vision import VisionProcessor
     from raytune_rl.models import load
@@ -124,12 +129,12 @@ def quarantine_dropped(dropped: Any, path: Path) -> Path | None:
     return path
 
 
-def _quarantines(config: RLHFConfig | SFTConfig, quarantine: Path) -> tuple[Path, Path]:
+def _quarantines(config: TrainConfig, quarantine: Path) -> tuple[Path, Path]:
     """For the rows to train on and for the held-out ones, which may come from the same data."""
     return quarantine, quarantine.with_name("quarantine-val.jsonl") if config.val_dataset else quarantine
 
 
-def _load(config: RLHFConfig | SFTConfig, task: Any, quarantine: Path) -> tuple[Any, Any]:
+def _load(config: TrainConfig, task: Task, quarantine: Path) -> tuple[Any, Any]:
     """(examples, report) to train on, and held out or None."""
     from raytune_rl.data.load import load_examples, split_examples
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from raytune_rl.config import RLHFConfig, SFTConfig, deepspeed, resolved
+from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.pipelines.resources import Groups
 from raytune_rl.workers.policy import OptimizerSpec, PolicySpec
@@ -13,7 +14,7 @@ from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
 CPU_CACHE_BYTES = 256 * 2**20
 TOKENS_GPU, TOKENS_CPU = 16384, 2048
-TrainConfig = SFTConfig | RLHFConfig
+TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
 
 def model_spec(config: TrainConfig, on_gpu: bool, vision: bool = False) -> ModelSpec:
@@ -30,6 +31,16 @@ def model_spec(config: TrainConfig, on_gpu: bool, vision: bool = False) -> Model
         use_hf=config.use_hf,
         max_pixels=config.max_pixels,
     )
+
+
+def reference_spec(
+    config: PreferenceConfig, groups: Groups, vision: bool = False
+) -> tuple[ModelSpec, ScoreSettings]:
+    """What a reference worker is told that holds another model than the one training starts from."""
+    path = config.ref_model or config.model
+    assert path is not None
+    spec = replace(model_spec(config, groups.on_gpu, vision), path=path, adapters=config.ref_adapters)
+    return spec, ScoreSettings(1.0, config.step_timeout)
 
 
 def dtype(config: TrainConfig, on_gpu: bool) -> str:

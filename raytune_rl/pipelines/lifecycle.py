@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from raytune_rl.config import RLHFConfig, SFTConfig
+from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.errors import CheckpointError
 from raytune_rl.pipelines.policy_group import PolicyGroup
 from raytune_rl.tracking.best import CheckpointRecord
@@ -37,7 +37,9 @@ from raytune_rl.tracking.progress import ProgressDisplay
 from raytune_rl.tracking.run_dir import RunDir
 from raytune_rl.tracking.timer import StepTimer
 
-TrainConfig = SFTConfig | RLHFConfig
+TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
+SHOWN = ("eval_reward", "eval_loss", "eval_token_acc", "eval_rewards/accuracies", "eval_rewards/margins")
+"""Held-out metrics that are printed."""
 WAITING = Console(stderr=True)
 STOPPING = b"Stopping: the present step is finished and saved first. Press Ctrl-C again to stop at once.\n"
 
@@ -232,9 +234,7 @@ class Run:
             self.before = dict(metrics)
         self.after = dict(metrics)
         self.logger.log(self.step, metrics)
-        shown = ", ".join(
-            f"{k} {v:.4g}" for k, v in metrics.items() if k in ("eval_reward", "eval_loss", "eval_token_acc")
-        )
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in SHOWN)
         self.say(f"step {self.step}/{self.total_steps} | held out: {shown}")
 
     def save(self, policy: PolicyGroup, state: Mapping[str, Any]) -> Path:

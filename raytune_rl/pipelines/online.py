@@ -233,10 +233,10 @@ class OnlineRun:
             with self.run.timer.phase("reference"):
                 budget = launch.max_tokens(self.config, self.groups.on_gpu)
                 layout = launch.layout(self.config, self.groups.on_gpu, self.prompts.account.vision)
-                late["ref_logprobs"] = score_rows(self.reference, rows, lengths, budget, layout)
+                late["ref_logprobs"] = score_rows(self.reference, rows, lengths, budget, layout).columns
         if not self.schedule.batch.on_policy:
             with self.run.timer.phase("train"):
-                late["old_logprobs"] = self.policy.logprobs(rows, lengths)
+                late["old_logprobs"] = self.policy.logprobs(rows, lengths).columns
         return late
 
     def optimizer_steps(self, size: int) -> list[slice]:

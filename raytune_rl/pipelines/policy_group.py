@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from raytune_rl.algorithms.metrics import MetricSums, merge_all
+from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.data.microbatch import Schedule, plan_micro_batches
 from raytune_rl.data.rows import RowBatch, RowPointer, make_batch
 from raytune_rl.runtime.group import WorkerGroup
@@ -35,6 +36,19 @@ class StepReport:
     memory_gib: float
 
 
+@dataclass(frozen=True)
+class RowLogprobs:
+    """Log-probs of rows under one model.
+
+    Attributes:
+        columns: Where each row's {"logprobs"} lies.
+        sums: Sum over each row's loss tokens, float64 `[n]`.
+    """
+
+    columns: list[RowPointer]
+    sums: NDArray[np.float64]
+
+
 class PolicyGroup:
     """N ranks that act as one.
 
@@ -49,6 +63,7 @@ class PolicyGroup:
         self._group = group
         self._spec = spec
         self._max_tokens = max_tokens
+        self._together = 2 if get_loss(spec.loss).rows == "pairs" else 1
         self._index: list[tuple[tuple[TensorEntry, ...], ...]] = []
         host, port = fetch(group.submit(0, "open_store", start_timeout_s, timeout_s=start_timeout_s))
         self._joining = [
@@ -89,7 +104,7 @@ class PolicyGroup:
         Args:
             rows: Where each row of the step lies.
             lengths: Tokens of each row.
-            scalars: By name, one number a row; "weight" carries the global normaliser.
+            scalars: By name, one number a row; "weight" and "row_weight" carry the global normaliser.
             late: By name, where each row of a column that was computed later lies.
             step: Number of the step, from 0.
         """
@@ -104,13 +119,19 @@ class PolicyGroup:
         metrics |= {"grad_norm": results[0].grad_norm, "learning_rate": results[0].learning_rate}
         return StepReport(metrics, sum(r.tokens for r in results), max(r.memory_gib for r in results))
 
-    def evaluate(self, rows: Sequence[RowPointer], lengths: Sequence[int], weights: ArrayLike) -> MetricSums:
-        """The loss on rows without training on them."""
-        batches = self._batches(rows, lengths, {"weight": weights}, {})
+    def evaluate(
+        self,
+        rows: Sequence[RowPointer],
+        lengths: Sequence[int],
+        scalars: Mapping[str, ArrayLike],
+        late: Mapping[str, Sequence[RowPointer]],
+    ) -> MetricSums:
+        """The loss on rows without training on them; arguments as in `train`."""
+        batches = self._batches(rows, lengths, scalars, late)
         return merge_all(self._group.map("evaluate", batches, what="evaluating"))
 
-    def logprobs(self, rows: Sequence[RowPointer], lengths: Sequence[int]) -> list[RowPointer]:
-        """Log-probs of every row under the present weights: where each row's column lies."""
+    def logprobs(self, rows: Sequence[RowPointer], lengths: Sequence[int]) -> RowLogprobs:
+        """Log-probs of every row under the present weights."""
         return score_rows(
             self._group, rows, lengths, self._max_tokens, self._spec.model.layout, collective=True
         )
@@ -164,6 +185,7 @@ class PolicyGroup:
             world_size=self.world_size,
             max_tokens=self._max_tokens,
             layout=self._spec.model.layout,  # type: ignore[arg-type]
+            together=self._together,
         )
         return [rank_batch(schedule, rank, rows, scalars, late)[0] for rank in range(self.world_size)]
 
@@ -195,7 +217,7 @@ def score_rows(
     layout: str,
     *,
     collective: bool = False,
-) -> list[RowPointer]:
+) -> RowLogprobs:
     """Log-probs of rows by any group that can score, the work balanced by tokens.
 
     Args:
@@ -205,19 +227,20 @@ def score_rows(
         max_tokens: Token budget of a micro-batch.
         layout: "padded" or "packed".
         collective: Every worker must take part even without rows (a sharded model).
-
-    Returns:
-        Where each row's {"logprobs"} lies, in the order of `rows`.
     """
     schedule = plan_micro_batches(lengths, world_size=len(group), max_tokens=max_tokens, layout=layout)  # type: ignore[arg-type]
     found: dict[int, RowPointer] = {}
     pending: list[Pending] = []
+    shares: list[list[int]] = []
     for rank in range(len(group)):
         batch, mine = rank_batch(schedule, rank, rows, {}, {})
         if not mine and not collective:
             continue
         asked = group.submit(rank, "logprobs", batch, what=f"log-probs of {len(mine)} rows", returns=2)
         pending.append(asked)
+        shares.append(mine)
         found |= {row: RowPointer(asked.ref[1], number) for number, row in enumerate(mine)}
-    acknowledge(pending)
-    return [found[row] for row in range(len(rows))]
+    sums = np.empty(len(rows))
+    for mine, answered in zip(shares, acknowledge(pending), strict=True):
+        sums[mine] = answered
+    return RowLogprobs([found[row] for row in range(len(rows))], sums)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.algorithms.advantages import AdvantageResult
-from raytune_rl.config import RLHFConfig, SFTConfig
+from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.batching import GRPOSchedule, SFTSchedule
 from raytune_rl.data.packing import Packs
 from raytune_rl.pipelines import launch
@@ -25,11 +25,12 @@ from raytune_rl.tracking.summary import Change, PromptCounts, RunSummary
 
 if TYPE_CHECKING:
     from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult
+    from raytune_rl.pipelines.objective import Objective
     from raytune_rl.pipelines.online import OnlineRun
     from raytune_rl.pipelines.policy_group import StepReport
     from raytune_rl.runtime.cluster import ClusterInfo
 
-TrainConfig = SFTConfig | RLHFConfig
+TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
 
 # -- before
@@ -92,8 +93,9 @@ def online_plan(
     )
 
 
-def sft_plan(
-    config: SFTConfig,
+def offline_plan(
+    config: SFTConfig | PreferenceConfig,
+    objective: Objective,
     groups: Groups,
     schedule: SFTSchedule,
     train: TokenSet,
@@ -103,28 +105,49 @@ def sft_plan(
     notices: Sequence[str],
     packs: Packs | None = None,
 ) -> RunPlan:
-    """The plan of a supervised run."""
-    tokens, trained = int(train.lengths.sum()), int(train.loss_lengths.sum())
-    unit = "rows" if packs is None else f"packs of up to {packs.capacity:,} tokens"
+    """The plan of a run over rows that are there beforehand."""
+    shape = objective.shape
+    mine = shape.rows_of(np.arange(len(train) // shape.rows), shape.trained)
+    tokens, trained = int(train.lengths[mine].sum()), int(train.loss_lengths[mine].sum())
+    unit = shape.unit if packs is None else f"packs of up to {packs.capacity:,} tokens"
     rows = [
         ("each step", f"{schedule.rows_per_step} {unit}"),
         ("optimizer steps", f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch)"),
         *([] if packs is None else [("packing", f"{len(train):,} rows in {len(packs):,} packs")]),
         ("tokens an epoch", f"{tokens:,}, of which {trained:,} are trained on"),
+        *([("labels", _labels(train.values["label"][mine]))] if "label" in train.values else []),
     ]
+    if objective.needs_reference:
+        rows.append(("reference", _reference(config)))
+    inside = {"policy": _trainer(config, groups), "reference": "until its log-probs are known"}
     return RunPlan(
-        f"SFT on {config.model}, {config.train_type}",
-        _group_plans(groups, {"policy": _trainer(config, groups)}),
+        f"{objective.title} on {config.model}, {config.train_type}",
+        _group_plans(groups, inside),
         [
             _cluster_section(cluster),
             _data_section(
-                train.account, len(train), held_out.account if held_out else None, len(held_out or ())
+                train.account,
+                len(train) // shape.rows,
+                held_out.account if held_out else None,
+                len(held_out or ()) // shape.rows,
+                shape.unit,
             ),
             Section("Training", rows),
             _output_section(config, origin),
         ],
         notices,
     )
+
+
+def _labels(labels: NDArray[np.float64]) -> str:
+    desirable = int(labels.sum())
+    return f"{desirable:,} desirable, {len(labels) - desirable:,} undesirable"
+
+
+def _reference(config: TrainConfig) -> str:
+    own = (config.ref_model, *config.ref_adapters) if isinstance(config, PreferenceConfig) else ()
+    named = " with ".join(name for name in own if name)
+    return f"{named or 'the model before its first step'}; its log-probs are taken once"
 
 
 def _trainer(config: TrainConfig, groups: Groups) -> str:
@@ -165,10 +188,12 @@ def _cluster_section(cluster: ClusterInfo) -> Section:
     )
 
 
-def _data_section(train: Account, rows: int, held_out: Account | None, held_out_rows: int) -> Section:
+def _data_section(
+    train: Account, rows: int, held_out: Account | None, held_out_rows: int, unit: str = "rows"
+) -> Section:
     lines = [(s.name, f"{s.rows:,} rows, {s.bad:,} bad, {s.taken:,} taken") for s in train.sources]
-    lines.append(("train on", f"{rows:,} rows"))
-    lines += [(reason, f"{count:,} rows left out") for reason, count in train.dropped.items()]
+    lines.append(("train on", f"{rows:,} {unit}"))
+    lines += [(reason, f"{count:,} {unit} left out") for reason, count in train.dropped.items()]
     if train.images.shown:
         mib = (
             f", {train.images.stored_bytes / 2**20:,.1f} MiB"
@@ -179,7 +204,7 @@ def _data_section(train: Account, rows: int, held_out: Account | None, held_out_
     if train.quarantine:
         lines.append(("bad rows are in", train.quarantine))
     if held_out is not None:
-        lines.append(("held out", f"{held_out_rows:,} rows"))
+        lines.append(("held out", f"{held_out_rows:,} {unit}"))
     return Section("Data", lines)
 
 
@@ -229,6 +254,13 @@ def step_metrics(run: Run, step: StepReport, steps_per_epoch: int) -> dict[str, 
         "num_tokens": float(step.tokens),
         "tokens_per_second": step.tokens / max(run.timer.so_far(), 1e-9),
     }
+
+
+def with_margin(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Adds the lead of desirable rows over undesirable ones, where rows are no pairs that have one each."""
+    sides = [metrics.get(f"rewards/{side}") for side in ("chosen", "rejected")]
+    lead = {} if None in sides else {"rewards/margins": float(sides[0]) - float(sides[1])}  # type: ignore[arg-type]
+    return {**lead, **metrics}
 
 
 def _rewards(scored: Scored, rewards: NDArray[np.float64]) -> dict[str, float]:
@@ -326,13 +358,22 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
     )
 
 
-def sft_summary(config: SFTConfig, run: Run, account: Account, result: RunResult) -> RunSummary:
-    """The end of a supervised run in one screen."""
+def offline_summary(
+    config: SFTConfig | PreferenceConfig,
+    objective: Objective,
+    run: Run,
+    account: Account,
+    result: RunResult,
+) -> RunSummary:
+    """The end of a run over rows in one screen."""
     changes = {"loss (training)": Change(run.first_metrics.get("loss"), run.last_metrics.get("loss"))}
-    if result.before:
-        changes["loss (held out)"] = Change(result.before.get("eval_loss"), result.after.get("eval_loss"))
+    for name in ("loss", "rewards/margins", "rewards/accuracies"):
+        if f"eval_{name}" in result.before:
+            changes[f"{name} (held out)"] = Change(
+                result.before[f"eval_{name}"], result.after.get(f"eval_{name}")
+            )
     return RunSummary(
-        title=f"SFT on {config.model}, {config.train_type}",
+        title=f"{objective.title} on {config.model}, {config.train_type}",
         status=result.status,
         steps=result.steps,
         total_steps=result.total_steps,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from raytune_rl.config import RLHFConfig, SFTConfig, resolved
+from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.errors import ConfigError, PlacementError
 from raytune_rl.runtime.cluster import ClusterInfo
 from raytune_rl.runtime.placement import GroupSpec, find_homeless, make_layout
@@ -51,16 +51,20 @@ class Groups:
         return any(spec.name == name for spec in self.specs)
 
 
-def sft_groups(config: SFTConfig, cluster: ClusterInfo) -> Groups:
-    """The one group of supervised fine-tuning."""
+def offline_groups(config: SFTConfig | PreferenceConfig, cluster: ClusterInfo) -> Groups:
+    """The policy; beside it a reference, where that is another model than the one training starts from."""
     on_gpu = _on_gpu(config, cluster)
-    gpus = _or(config.gpus_per_policy_worker, 1.0 if on_gpu else 0.0)
-    workers = _or(config.policy_workers, _room(cluster, gpus) if on_gpu else 1)
-    spec = GroupSpec(
-        "policy", workers, config.cpus_per_policy_worker or 0.0, gpus, None, _reserved_for("policy", cluster)
-    )
-    threads = {"policy": _threads(cluster, workers, on_gpu)}
-    return Groups(_with_cpus([spec], cluster), threads, on_gpu, colocated=False)
+    apart = config if isinstance(config, PreferenceConfig) and config.own_reference else None
+    beside = _or(apart.gpus_per_reference_worker, SERVED_WITH if on_gpu else 0.0) if apart else 0.0
+    gpus = _or(config.gpus_per_policy_worker, 1.0 - beside if on_gpu else 0.0)
+    workers = _or(config.policy_workers, _room(cluster, gpus + beside) if on_gpu else 1)
+    cpus = config.cpus_per_policy_worker or 0.0
+    specs = [GroupSpec("policy", workers, cpus, gpus, None, _reserved_for("policy", cluster))]
+    if apart:
+        count, cpus = _or(apart.reference_workers, workers), apart.cpus_per_reference_worker or 0.0
+        specs.append(GroupSpec("reference", count, cpus, beside, "policy" if on_gpu else None, {}))
+    threads = {spec.name: _threads(cluster, spec.workers, on_gpu) for spec in specs}
+    return Groups(_with_cpus(specs, cluster), threads, on_gpu, colocated=on_gpu and apart is not None)
 
 
 def online_groups(config: RLHFConfig, cluster: ClusterInfo) -> Groups:
@@ -205,7 +209,7 @@ def _roles_apart(cluster: ClusterInfo) -> bool:
     return {"policy"} in declared and {"rollout"} in declared
 
 
-def _on_gpu(config: SFTConfig | RLHFConfig, cluster: ClusterInfo) -> bool:
+def _on_gpu(config: SFTConfig | PreferenceConfig | RLHFConfig, cluster: ClusterInfo) -> bool:
     """A cluster whose GPUs are all taken is no reason to train on its CPUs unasked: that ends in a
     PlacementError.
     """

@@ -328,7 +328,7 @@ class PolicyWorker:
         device = scoring.device()
         return {n: torch.from_numpy(v[list(members)]).to(device) for n, v in batch.scalars.items()}
 
-    def logprobs(self, batch: RowBatch) -> tuple[int, Columns]:
+    def logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """Log-probs under the present weights; see `scoring.score`."""
         self._engine.eval()
         return scoring.score(self._engine, batch, self._spec.model, self._spec.score, self._images)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raytune_rl.data.ragged import Columns
 from raytune_rl.data.rows import RowBatch
 from raytune_rl.workers import scoring
@@ -32,6 +35,6 @@ class ReferenceWorker:
         """Proves that the model is loaded."""
         return {"pid": os.getpid()}
 
-    def logprobs(self, batch: RowBatch) -> tuple[int, Columns]:
+    def logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """See `scoring.score`."""
         return scoring.score(self._scorer, batch, self._spec, self._settings, self._images)

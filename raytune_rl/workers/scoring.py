@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.data.rows import ReadRows, RowBatch
@@ -192,11 +193,11 @@ def score(
     spec: ModelSpec,
     settings: ScoreSettings,
     images: ImageCollator | None = None,
-) -> tuple[int, Columns]:
+) -> tuple[NDArray[np.float64], Columns]:
     """Log-probs of a batch's loss tokens, without gradient.
 
     Returns:
-        The number of rows, and {"logprobs": Ragged float32} with the rows in the batch's order.
+        Their sum over each row, float64 `[n]`, and {"logprobs": Ragged float32}; rows in the batch's order.
     """
     import torch
 
@@ -209,4 +210,6 @@ def score(
             counts = np.bincount(micro.row_of.cpu().numpy(), minlength=len(members))
             pieces = np.split(flat, np.cumsum(counts)[:-1]) if members else []
             found.update(zip(members, pieces, strict=True))
-    return len(batch), {"logprobs": Ragged.from_rows([found[row] for row in range(len(batch))], np.float32)}
+    ordered = [found[row] for row in range(len(batch))]
+    sums = np.array([row.sum(dtype=np.float64) for row in ordered], dtype=np.float64)
+    return sums, {"logprobs": Ragged.from_rows(ordered, np.float32)}

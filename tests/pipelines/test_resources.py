@@ -8,7 +8,7 @@ import pytest
 
 from raytune_rl.config import RLHFConfig, SFTConfig
 from raytune_rl.errors import ConfigError, PlacementError
-from raytune_rl.pipelines.resources import Groups, online_groups, sft_groups
+from raytune_rl.pipelines.resources import Groups, offline_groups, online_groups
 from raytune_rl.runtime.cluster import ClusterInfo
 from raytune_rl.runtime.placement import check_fits, make_layout
 
@@ -25,7 +25,7 @@ def online(where: ClusterInfo, **settings: Any) -> Groups:
 
 
 def sft(where: ClusterInfo, **settings: Any) -> Groups:
-    return sft_groups(SFTConfig(**TRAIN, **settings), where)
+    return offline_groups(SFTConfig(**TRAIN, **settings), where)
 
 
 def counts(groups: Groups) -> dict[str, int]:

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from raytune_rl.data.encode import EncodedSFT, ImageSettings, encode_prompts, encode_sft
+from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 from raytune_rl.data.example import Example, Message, RowError
 from raytune_rl.data.pictures import count_pictures, pictures_of
 from raytune_rl.data.vision import VisionProcessor
@@ -205,3 +206,30 @@ def test_videos_are_refused_by_name(vision: VisionProcessor) -> None:
     film = Example((Message("user", "<video>What?"), BOT), videos=("a.mp4",), source="x", line=2)
     with pytest.raises(RowError, match=r"x:2: the row has videos or audios; only images"):
         encode(vision, film)
+
+
+def test_both_sides_of_a_pair_show_the_pictures(vision: VisionProcessor, pictures: list[str]) -> None:
+    wrong = Message("assistant", "A green circle, perhaps.")
+    pair = Example((USER, BOT), images=(pictures[2],), rejected=(USER, wrong), source="data.jsonl", line=1)
+    tokenizer, settings = vision.processor.tokenizer, ImageSettings(vision)
+    found = encode_pairs([pair], tokenizer, images=settings)
+    assert trained(vision, found) == ["A red square.<|im_end|>"]
+    assert trained(vision, found, 1) == ["A green circle, perhaps.<|im_end|>"]
+    pads = [(found.tokens[i] == vision.processor.image_token_id).sum() for i in (0, 1)]
+    assert pads == [8, 8]
+    assert [[p.path for p in pictures_of(found.images, i)] for i in (0, 1)] == [[pictures[2]]] * 2
+    with pytest.raises(DataError, match="might cut into an image"):
+        encode_pairs([pair], tokenizer, int(found.tokens.lengths.max()) - 1, "left", images=settings)
+
+
+def test_a_labelled_row_keeps_its_pictures_with_another_answer(
+    vision: VisionProcessor, pictures: list[str]
+) -> None:
+    examples = [
+        Example((USER, BOT), images=(pictures[0],), label=True, source="data.jsonl", line=1),
+        Example((TEXT, Message("assistant", "Fine.")), label=False, source="data.jsonl", line=2),
+    ]
+    found = encode_labelled(examples, vision.processor.tokenizer, images=ImageSettings(vision))
+    assert [len(pictures_of(found.images, i)) for i in range(4)] == [1, 1, 0, 0]
+    assert trained(vision, found, 1) == ["Fine.<|im_end|>"]
+    assert trained(vision, found, 3) == ["A red square.<|im_end|>"]

@@ -1,0 +1,335 @@
+"""Training on rows that are there beforehand: SFT, and the algorithms that learn from preferences.
+
+The same house with only the policy group lit; what is learned is an `Objective`. A loss that compares the
+policy with a reference gets log-probs that were taken once, before the first step: the reference does not
+change. Unless the user names another, it is the very model that training starts from, so the policy itself
+takes them and no second copy is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.config import PreferenceConfig, SFTConfig, resolved
+from raytune_rl.config.batching import SFTSchedule, sft_schedule_of
+from raytune_rl.data.packing import PackBatches, Packs
+from raytune_rl.data.rows import RowPointer
+from raytune_rl.data.sampler import BatchPlan
+from raytune_rl.errors import ConfigError
+from raytune_rl.pipelines import launch, report
+from raytune_rl.pipelines.data import TokenSet, token_sets
+from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
+from raytune_rl.pipelines.objective import Objective
+from raytune_rl.pipelines.policy_group import PolicyGroup, RowLogprobs, score_rows
+from raytune_rl.pipelines.resources import Groups, offline_groups
+from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
+from raytune_rl.runtime.cluster import reserve, session
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.workers.policy import PolicyWorker, policy_env
+from raytune_rl.workers.reference import ReferenceWorker
+
+OfflineConfig = SFTConfig | PreferenceConfig
+
+SCORED_AT_A_TIME = 2048
+"""Rows of one call for a reference's log-probs, per worker: each call has a deadline."""
+
+Units = NDArray[np.int64]
+Batch = tuple[
+    list[RowPointer], list[int], Mapping[str, NDArray[np.float64]], Mapping[str, Sequence[RowPointer]]
+]
+"""Where a batch's rows lie, their lengths, scalars and late columns."""
+Score = Callable[[Sequence[RowPointer], Sequence[int]], RowLogprobs]
+
+
+def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()) -> RunResult:
+    """Trains a model on a Ray cluster, joined or started here.
+
+    Args:
+        config: What to do.
+        objective: What it learns.
+        notices: Sentences for the user, shown with the plan.
+
+    Raises:
+        RaytuneError: By name, whatever went wrong.
+    """
+    with ExitStack() as stack:
+        with stage("connecting to Ray"):
+            cluster = stack.enter_context(session(config.ray_address))
+        groups = offline_groups(config, cluster)
+        origin = find_origin(config)
+        with stage("reading and tokenizing the data"):
+            train, held_out = token_sets(
+                config,
+                objective.shape.task,
+                origin.run_dir.quarantine_jsonl,
+                one_machine=cluster.started_here,
+            )
+        packs = packs_of(config, train)
+        units = len(train) // objective.shape.rows if packs is None else len(packs)
+        schedule = sft_schedule_of(config, groups["policy"].workers, units)
+        told = [
+            *notices,
+            *origin.notices,
+            *train.account.notices,
+            *launch.machine_notices(config, groups.on_gpu),
+            *launch.image_notices(config, groups.on_gpu, train.account.vision),
+        ]
+        plan = report.offline_plan(
+            config, objective, groups, schedule, train, held_out, origin, cluster, told, packs
+        )
+        started = OfflineRun(config, objective, groups, schedule, train, held_out, origin, packs)
+        started.run.say(plan.render())
+        slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
+        with stage("starting the actors"):
+            started.start(slots, stack)
+        if objective.needs_reference:
+            with stage("taking log-probs under the reference"):
+                started.score_by_reference(slots)
+        started.restore()
+        with started.run.watched():
+            started.train()
+            result = started.run.finish()
+        report.offline_summary(config, objective, started.run, train.account, result).show(
+            started.run.console
+        )
+        return result
+
+
+def packs_of(config: OfflineConfig, rows: TokenSet) -> Packs | None:
+    """The packs of `--packing true`, as long as the longest row may be; None without it.
+
+    Raises:
+        ConfigError: Neither the user nor the model says how long a row may be.
+    """
+    if not (isinstance(config, SFTConfig) and config.packing):
+        return None
+    capacity = config.max_length or rows.account.max_positions
+    if capacity is None:
+        raise ConfigError(
+            "--packing true fills packs of --max_length tokens, and the model does not say what it can hold: "
+            "give --max_length."
+        )
+    return Packs(rows.lengths, capacity, config.data_seed, config.dataset_shuffle)
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """Rows, and what the reference says of them.
+
+    Attributes:
+        rows: The rows.
+        columns: Row -> where its reference log-probs lie; of the rows that are needed.
+        sums: The same summed over each row, float64 `[n]`, NaN where not needed.
+    """
+
+    rows: TokenSet
+    columns: Mapping[int, RowPointer]
+    sums: NDArray[np.float64]
+
+    @classmethod
+    def without_reference(cls, rows: TokenSet) -> ScoredSet:
+        """For a loss that needs none."""
+        return cls(rows, {}, np.full(len(rows), np.nan))
+
+    @classmethod
+    def by(cls, score: Score, rows: TokenSet, needed: Sequence[int], at_a_time: int) -> ScoredSet:
+        """Takes the log-probs of the rows that are needed."""
+        columns: dict[int, RowPointer] = {}
+        sums = np.full(len(rows), np.nan)
+        for start in range(0, len(needed), at_a_time):
+            part = list(needed[start : start + at_a_time])
+            scored = score([rows.pointer(row) for row in part], rows.lengths[part].tolist())
+            columns |= dict(zip(part, scored.columns, strict=True))
+            sums[part] = scored.sums
+        return cls(rows, columns, sums)
+
+
+class OfflineRun:
+    """The policy group and the loop over the data."""
+
+    def __init__(
+        self,
+        config: OfflineConfig,
+        objective: Objective,
+        groups: Groups,
+        schedule: SFTSchedule,
+        train: TokenSet,
+        held_out: TokenSet | None,
+        origin: Origin,
+        packs: Packs | None = None,
+    ) -> None:
+        self.config = config
+        self.objective = objective
+        self.groups = groups
+        self.schedule = schedule
+        self.rows = ScoredSet.without_reference(train)
+        self.held_out = None if held_out is None else ScoredSet.without_reference(held_out)
+        self.origin = origin
+        self.run = Run(config, origin, schedule.total_steps, best_by="eval_loss", greater_is_better=False)
+        units, size = len(train) // objective.shape.rows, schedule.rows_per_step
+        self.order = (
+            BatchPlan(units, size, config.data_seed, config.dataset_shuffle, drop_last=False)
+            if packs is None
+            else PackBatches(packs, size)
+        )
+
+    # -- starting
+    # ---------------------------------------------------------------------------------------------
+
+    def start(self, slots: Mapping[str, Any], stack: ExitStack) -> None:
+        """Starts the ranks and waits for them."""
+        config, groups, objective = self.config, self.groups, self.objective
+        spec = launch.policy_spec(
+            config,
+            groups,
+            self.schedule.total_steps,
+            loss=objective.loss.name,
+            loss_settings=objective.settings,
+            temperature=1.0,
+            dropout=config.lora_dropout,
+            vision=self.rows.rows.account.vision,
+        )
+        ranks = groups["policy"].workers
+        workers = WorkerGroup(
+            groups["policy"],
+            slots["policy"],
+            PolicyWorker,
+            lambda rank: {"spec": spec, "rank": rank, "world_size": ranks},
+            policy_env(groups.threads["policy"], groups.on_gpu),
+            config.step_timeout,
+        )
+        stack.callback(workers.shutdown)
+        self.policy = PolicyGroup(
+            workers, spec, launch.max_tokens(config, groups.on_gpu), config.start_timeout
+        )
+        for notice in self.policy.ready().notices:
+            self.run.say(f"Note: {notice}")
+
+    def restore(self) -> None:
+        """Loads the checkpoint that the run goes on from. From here on the policy is not the reference."""
+        if self.origin.checkpoint is not None:
+            self.policy.load(self.origin.checkpoint)
+
+    def score_by_reference(self, slots: Mapping[str, Any]) -> None:
+        """Log-probs of all rows of the run under the reference: the policy, which has not moved yet, or a
+        group of its own, which ends with it."""
+        if "reference" not in self.groups:
+            self._score(self.policy.logprobs, self.policy.world_size)
+            return
+        config, groups = self.config, self.groups
+        assert isinstance(config, PreferenceConfig)
+        spec, settings = launch.reference_spec(config, groups, self.rows.rows.account.vision)
+        group = WorkerGroup(
+            groups["reference"],
+            slots["reference"],
+            ReferenceWorker,
+            lambda _: {"spec": spec, "settings": settings},
+            policy_env(groups.threads["reference"], groups.on_gpu),
+            config.step_timeout,
+        )
+        budget = launch.max_tokens(config, groups.on_gpu)
+        try:
+            group.call("ping", what="starting", timeout_s=config.start_timeout)
+            self._score(
+                lambda rows, lengths: score_rows(group, rows, lengths, budget, spec.layout), len(group)
+            )
+        finally:
+            group.shutdown()
+
+    def _score(self, score: Score, workers: int) -> None:
+        """The rows that the run will see, those of steps already done included, so that a resumed run takes
+        the same numbers."""
+        shape, at_a_time = self.objective.shape, SCORED_AT_A_TIME * workers
+
+        def needed(units: Units) -> list[int]:
+            which = {*shape.trained, *(shape.scored if self.asks_policy else ())}
+            return shape.rows_of(units, tuple(sorted(which))).tolist()
+
+        steps = min(self.schedule.total_steps, self.schedule.steps_per_epoch)
+        seen = np.unique(np.concatenate([self.order.batch(step) for step in range(steps)]))
+        self.rows = ScoredSet.by(score, self.rows.rows, needed(seen), at_a_time)
+        if self.held_out is not None:
+            every = self.units_of(self.held_out.rows)
+            self.held_out = ScoredSet.by(score, self.held_out.rows, needed(every), at_a_time)
+
+    # -- the loop
+    # ---------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """One batch, one optimizer step, until the schedule ends."""
+        run, config = self.run, self.config
+        if run.step == 0:
+            self.evaluate()
+        run.timer.finish()
+        while run.step < self.schedule.total_steps and not run.stop_requested:
+            self.train_step(self.order.batch(run.step))
+            last = run.step >= self.schedule.total_steps or run.stop_requested
+            with run.timer.paused():
+                if last or run.step % resolved.eval_steps(config) == 0:
+                    self.evaluate()
+                if last or run.step % config.save_steps == 0:
+                    run.save(self.policy, {})
+
+    def train_step(self, units: Units) -> None:
+        """The loss is a mean over the whole batch, wherever its rows lie."""
+        run = self.run
+        with run.timer.phase("train"):
+            step = self.policy.train(*self.batch(self.rows, units), run.step)
+        metrics = report.with_margin(step.metrics)
+        run.record({**metrics, **report.step_metrics(run, step, self.schedule.steps_per_epoch)})
+
+    def evaluate(self) -> None:
+        """The loss and its metrics on the held-out rows, all of them as one batch."""
+        data = self.held_out
+        if data is None:
+            return
+        measured = self.policy.evaluate(*self.batch(data, self.units_of(data.rows))).result()
+        metrics = report.with_margin(measured)
+        self.run.record_evaluation({f"eval_{name}": value for name, value in metrics.items()})
+
+    def batch(self, data: ScoredSet, units: Units) -> Batch:
+        """A batch as the policy takes it."""
+        rows = self.trained(units)
+        late = {"ref_logprobs": [data.columns[row] for row in rows]} if self.objective.needs_reference else {}
+        pointers, lengths = [data.rows.pointer(row) for row in rows], data.rows.lengths[rows].tolist()
+        return pointers, lengths, self.scalars(data, units), late
+
+    def scalars(self, data: ScoredSet, units: Units) -> dict[str, NDArray[np.float64]]:
+        """What the loss is told of each row of a batch: weights, and what it must know of the whole."""
+        objective, rows = self.objective, self.trained(units)
+        told = dict(objective.shape.weights(data.rows.loss_lengths[rows]))
+        told |= {name: values[rows] for name, values in data.rows.values.items()}
+        told |= {name: FROM_ORDER[name](len(rows)) for name in objective.row_values if name in FROM_ORDER}
+        if self.asks_policy:
+            sums = self.sums(data, units)
+            told |= {
+                name: FROM_POLICY[name](sums, objective.settings, len(rows)) for name in self.asks_policy
+            }
+        return told
+
+    def sums(self, data: ScoredSet, units: Units) -> Sums:
+        """Where policy and reference stand on a batch."""
+        rows = self.objective.shape.rows_of(units, self.objective.shape.scored).tolist()
+        asked = self.policy.logprobs(
+            [data.rows.pointer(row) for row in rows], data.rows.lengths[rows].tolist()
+        )
+        return Sums(asked.sums, data.sums[rows])
+
+    @property
+    def asks_policy(self) -> list[str]:
+        """The row values for which the policy must be asked first."""
+        return [name for name in self.objective.row_values if name in FROM_POLICY]
+
+    def trained(self, units: Units) -> list[int]:
+        """The row numbers of a batch."""
+        return self.objective.shape.rows_of(units, self.objective.shape.trained).tolist()
+
+    def units_of(self, rows: TokenSet) -> Units:
+        """All units of a set."""
+        return np.arange(len(rows) // self.objective.shape.rows, dtype=np.int64)

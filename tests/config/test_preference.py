@@ -1,0 +1,89 @@
+"""Flags of the algorithms that learn from preferences in the data."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_rl.config import PreferenceConfig, RLHFConfig
+from raytune_rl.config.flags import flags_of
+from raytune_rl.config.parser import Parsed, parse, rlhf_class
+from raytune_rl.config.preference import READS, loss_settings
+from raytune_rl.errors import ConfigError
+
+GIVEN: dict[str, Any] = {"model": "m", "dataset": ["d"]}
+
+
+def told(**more: Any) -> dict[str, Any]:
+    return loss_settings(PreferenceConfig(**GIVEN, **more))
+
+
+def parsed(*argv: str) -> Parsed[PreferenceConfig]:
+    return parse(["--model", "m", "--dataset", "d", *argv], PreferenceConfig, environ={})
+
+
+def test_every_flag_is_explained_and_grouped() -> None:
+    for flag in flags_of(PreferenceConfig).values():
+        assert flag.help.endswith("."), flag.name
+        assert flag.group != "Other", flag.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta"), [("dpo", 0.1), ("kto", 0.1), ("orpo", 0.1), ("cpo", 0.1), ("simpo", 2.0)]
+)
+def test_beta_depends_on_the_algorithm(kind: str, beta: float) -> None:
+    assert told(rlhf_type=kind)["beta"] == beta
+    assert told(rlhf_type=kind, beta=0.5)["beta"] == 0.5
+
+
+def test_simpo_is_a_loss_type_of_cpo() -> None:
+    assert told(rlhf_type="simpo", cpo_alpha=0)["loss_type"] == "simpo"
+    assert told(rlhf_type="cpo", loss_type="hinge")["loss_type"] == "hinge"
+
+
+def test_only_dpo_adds_losses_up() -> None:
+    mixed = told(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1])
+    assert mixed["loss_type"] == ("sigmoid", "bco_pair", "sft")
+    assert mixed["loss_weights"] == (0.8, 0.2, 1.0)
+    with pytest.raises(ConfigError, match="cpo takes one"):
+        PreferenceConfig(**GIVEN, rlhf_type="cpo", loss_type=["hinge", "ipo"])
+    with pytest.raises(ConfigError, match="--loss_weights weighs the values of --loss_type"):
+        PreferenceConfig(**GIVEN, loss_weights=[1.0])
+
+
+def test_the_command_line_chooses_the_class(tmp_path: Path) -> None:
+    assert rlhf_class([]) is RLHFConfig
+    assert rlhf_class(["-h"]) is RLHFConfig
+    assert rlhf_class(["--rlhf_type", "grpo"]) is RLHFConfig
+    for kind in READS:
+        assert rlhf_class(["--rlhf-type", "grpo", "--beta", "1", f"--rlhf_type={kind}"]) is PreferenceConfig
+    file = tmp_path / "run.yaml"
+    file.write_text("rlhf_type: kto\n")
+    assert rlhf_class([str(file)]) is PreferenceConfig
+    assert rlhf_class([str(file), "--rlhf_type", "grpo"]) is RLHFConfig
+
+
+def test_flags_of_another_algorithm_are_told() -> None:
+    notices = parsed("--rlhf_type", "dpo", "--simpo_gamma", "2", "--desirable_weight", "2").notices
+    assert notices == ("--desirable_weight, --simpo_gamma do nothing: no part of --rlhf_type dpo.",)
+    notices = parsed("--rlhf_type", "orpo", "--ref_model", "r", "--reference_workers", "2").notices
+    assert "--ref_model does nothing: no part of --rlhf_type orpo." in notices
+    assert any("--reference_workers does nothing" in notice for notice in notices)
+
+
+def test_flags_of_sampling_are_refused_and_named() -> None:
+    with pytest.raises(ConfigError) as wrong:
+        parsed("--num_generations", "4")
+    assert "no flag of raytune-rl rlhf --rlhf_type dpo, but of rlhf" in str(wrong.value)
+
+
+def test_adapters_train_without_dropout_unless_told() -> None:
+    assert PreferenceConfig(**GIVEN).lora_dropout == 0.0
+    assert PreferenceConfig(**GIVEN, lora_dropout=0.1).lora_dropout == 0.1
+
+
+def test_a_reference_of_its_own() -> None:
+    assert not PreferenceConfig(**GIVEN).own_reference
+    assert PreferenceConfig(**GIVEN, ref_model="r").own_reference
+    assert PreferenceConfig(**GIVEN, ref_adapters=["a"]).own_reference
+    assert not PreferenceConfig(**GIVEN, rlhf_type="cpo", ref_model="r").own_reference

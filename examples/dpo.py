@@ -1,4 +1,4 @@
-"""Learning from preferences through the Python API: DPO, or with --rlhf_type kto, orpo, cpo, simpo.
+"""Learning from preferences through the Python API: DPO, or with --rlhf_type kto, orpo, cpo, simpo, rm.
 
 Without arguments it trains a tiny model on sums with a right and a wrong answer, offline:
 

@@ -18,7 +18,7 @@ from raytune_rl.errors import ConfigError, RaytuneError
 
 _COMMANDS: dict[str, tuple[type[Options], str]] = {
     "sft": (SFTConfig, "supervised fine-tuning"),
-    "rlhf": (RLHFConfig, "GRPO; and from preferences in the data DPO, KTO, ORPO, CPO, SimPO"),
+    "rlhf": (RLHFConfig, "GRPO; from preferences in the data DPO, KTO, ORPO, CPO, SimPO, RM"),
     "export": (ExportConfig, "merge a LoRA adapter, push a model to a hub"),
 }
 

@@ -43,7 +43,7 @@ class SFTConfig(SupervisedOptions, _TrainConfig):
 
 
 class PreferenceConfig(PreferenceOptions, _TrainConfig):
-    """`raytune-rl rlhf --rlhf_type dpo`, and kto, orpo, cpo, simpo: training on preferences in the data."""
+    """`raytune-rl rlhf --rlhf_type dpo`, and kto, orpo, cpo, simpo, rm: preferences in the data."""
 
     COMMAND: ClassVar[str] = "rlhf --rlhf_type dpo"
 

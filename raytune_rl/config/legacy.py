@@ -35,7 +35,7 @@ EXTERNAL_SERVER = ("vllm_server_host", "vllm_server_port", "vllm_server_base_url
 NOT_BUILT = frozenset(
     {
         "advantage_estimator", "aligner_lr", "async_generate", "cached_dataset",
-        "center_rewards_coefficient", "chord_mu", "chord_phi", "completion_length_limit_scope",
+        "chord_mu", "chord_phi", "completion_length_limit_scope",
         "cosine_max_len", "cosine_max_len_value_correct", "cosine_max_len_value_wrong",
         "cosine_min_len_value_correct", "cosine_min_len_value_wrong",
         "create_checkpoint_symlink", "ddp_timeout", "dynamic_sample",

@@ -25,6 +25,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "orpo": ("beta",),
     "cpo": ("loss_type", "beta", "cpo_alpha", "simpo_gamma", "label_smoothing"),
     "simpo": ("beta", "cpo_alpha", "simpo_gamma", "label_smoothing"),
+    "rm": ("center_rewards_coefficient",),
 }  # fmt: skip
 """Which of the flags below each value of `rlhf_type` reads: the names of its loss's settings."""
 
@@ -38,8 +39,10 @@ WITH_REFERENCE = ("dpo", "kto")
 class PreferenceOptions(Options):
     """Constants of DPO and its relatives, with ms-swift's names and defaults."""
 
-    rlhf_type: Literal["dpo", "kto", "orpo", "cpo", "simpo"] = _setting(
-        "dpo", "Algorithm: each learns from rows that hold a better and a worse answer, kto from single ones."
+    rlhf_type: Literal["dpo", "kto", "orpo", "cpo", "simpo", "rm"] = _setting(
+        "dpo",
+        "Algorithm: each learns from rows that hold a better and a worse answer, kto from single ones. rm "
+        "trains a reward model.",
     )
     beta: float | None = _setting(
         None,
@@ -82,6 +85,11 @@ class PreferenceOptions(Options):
         1.0, "cpo, simpo: weight of the likelihood of the chosen answer; 0 is SimPO as published.", ge=0
     )
     simpo_gamma: float = _setting(1.0, "simpo: margin by which the chosen answer shall lead.", ge=0)
+    center_rewards_coefficient: float | None = _setting(
+        None,
+        "rm: weight of the square of a pair's summed scores, which keeps scores near 0. Not set: 0.",
+        ge=0,
+    )
 
     ref_model: str | None = _setting(
         None, "dpo, kto: the reference model. Not set: the model as it is before the first step."
@@ -138,7 +146,8 @@ def loss_settings(config: PreferenceOptions) -> dict[str, Any]:
         value = getattr(config, name)
         if value is not None and value != ():
             told[name] = value
-    told.setdefault("beta", BETA.get(config.rlhf_type, 0.1))
+    if "beta" in READS[config.rlhf_type]:
+        told.setdefault("beta", BETA.get(config.rlhf_type, 0.1))
     if config.rlhf_type == "simpo":
         told["loss_type"] = "simpo"
     elif "loss_type" in told and config.rlhf_type != "dpo":

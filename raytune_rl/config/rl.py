@@ -22,8 +22,8 @@ class RLOptions(Options):
 
     rlhf_type: Literal["grpo", "dapo", "ppo", "dpo", "kto", "orpo", "cpo", "simpo", "rm", "gkd"] = _setting(
         "grpo",
-        "Algorithm. Of those that sample, grpo runs at this stage; dpo, kto, orpo, cpo and simpo learn from "
-        "preferences in the data and have flags of their own: raytune-rl rlhf --rlhf_type dpo --help.",
+        "Algorithm. Of those that sample, grpo runs at this stage; dpo, kto, orpo, cpo, simpo and rm learn "
+        "from preferences in the data and have flags of their own: raytune-rl rlhf --rlhf_type dpo --help.",
     )
     beta: float = _setting(
         0.04, "Weight of the KL term that ties the policy to the reference; 0: no reference model.", ge=0

@@ -95,6 +95,7 @@ PREFERENCES: Mapping[str, tuple[str, str, Shape]] = {
     "orpo": ("ORPO", "orpo", PAIRS),
     "cpo": ("CPO", "cpo", PAIRS),
     "simpo": ("SimPO", "cpo", PAIRS),
+    "rm": ("Reward model", "rm", PAIRS),
 }
 """rlhf_type -> title, loss and shape of the data."""
 

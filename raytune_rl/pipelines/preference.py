@@ -1,4 +1,4 @@
-"""Learning from preferences in the data: DPO, KTO, ORPO, CPO, SimPO."""
+"""Learning from preferences in the data: DPO, KTO, ORPO, CPO, SimPO, reward models."""
 
 from __future__ import annotations
 

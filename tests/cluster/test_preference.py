@@ -112,9 +112,10 @@ def test_dpo_learns_the_same_on_one_rank_and_on_two_and_resumes_exactly(toy: Toy
             },
         ),
         ("kto", {"train_type": "lora", "learning_rate": 1e-2, "policy_workers": 2}),
-        ("orpo", {}),
-        ("cpo", {}),
+        ("orpo", {"beta": 1}),
+        ("cpo", {"cpo_alpha": 0.1}),
         ("simpo", {"cpo_alpha": 0}),
+        ("rm", {"center_rewards_coefficient": 0.01}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

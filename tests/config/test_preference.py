@@ -28,12 +28,16 @@ def test_every_flag_is_explained_and_grouped() -> None:
         assert flag.group != "Other", flag.name
 
 
-@pytest.mark.parametrize(
-    ("kind", "beta"), [("dpo", 0.1), ("kto", 0.1), ("orpo", 0.1), ("cpo", 0.1), ("simpo", 2.0)]
-)
-def test_beta_depends_on_the_algorithm(kind: str, beta: float) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in READS if kind != "rm"])
+def test_beta_depends_on_the_algorithm(kind: str) -> None:
+    beta = 2.0 if kind == "simpo" else 0.1
     assert told(rlhf_type=kind)["beta"] == beta
     assert told(rlhf_type=kind, beta=0.5)["beta"] == 0.5
+
+
+def test_a_reward_model_has_no_beta() -> None:
+    assert told(rlhf_type="rm") == {}
+    assert told(rlhf_type="rm", center_rewards_coefficient=0.01) == {"center_rewards_coefficient": 0.01}
 
 
 def test_simpo_is_a_loss_type_of_cpo() -> None:

@@ -26,6 +26,7 @@ from raytune_rl.workers import scoring
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from raytune_rl.algorithms.metrics import MetricSums

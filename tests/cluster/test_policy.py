@@ -185,7 +185,7 @@ def test_loss_and_norm_are_those_of_the_whole_step(worlds: dict[int, World], tmp
     assert first[1]["loss"] == pytest.approx(first[2]["loss"], abs=1e-6)
     assert first[1]["grad_norm"] == pytest.approx(first[2]["grad_norm"], rel=1e-5)
     assert first[1]["kl"] == pytest.approx(first[2]["kl"], rel=1e-5)
-    # Adam divides by the gradient's size: where that is near 0, its rounding is up to a few percent of a step.
+    # Adam divides by the gradient's size: where that is near 0, its rounding is a few percent of a step.
     assert_same(worlds[1].weights(), worlds[2].weights(), 5e-4)
 
     worlds[2].policy.save(tmp_path / "two", only_model=False)

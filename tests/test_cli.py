@@ -45,7 +45,8 @@ class Pipelines:
 @pytest.fixture
 def pipelines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipelines]:
     stand_in = Pipelines()
-    for name in ("raytune_rl.pipelines.sft", "raytune_rl.pipelines.online", "raytune_rl.export"):
+    parts = ("pipelines.sft", "pipelines.online", "pipelines.preference", "export")
+    for name in (f"raytune_rl.{part}" for part in parts):
         monkeypatch.setitem(sys.modules, name, stand_in.module(name))
     return stand_in
 
@@ -114,6 +115,17 @@ def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["rlhf", "--help"]) == 0
     assert "--num_generations" in capsys.readouterr().out
+    assert cli.main(["rlhf", "--rlhf_type", "simpo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--simpo_gamma" in shown
+    assert "--num_generations" not in shown
+
+
+def test_preferences_have_a_pipeline_of_their_own(pipelines: Pipelines) -> None:
+    assert cli.main(["rlhf", "--model", "m", "--dataset", "d", "--rlhf_type", "kto", "--beta", "0.3"]) == 0
+    ((name, (config,), _),) = pipelines.calls
+    assert name == "raytune_rl.pipelines.preference"
+    assert (config.rlhf_type, config.beta) == ("kto", 0.3)
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raytune_rl.config import RLHFConfig, SFTConfig
+from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.errors import ConfigError, PlacementError
 from raytune_rl.pipelines.resources import Groups, offline_groups, online_groups
 from raytune_rl.runtime.cluster import ClusterInfo
@@ -220,3 +220,24 @@ def test_supervised_training_takes_every_gpu() -> None:
     assert counts(sft(LAPTOP)) == {"policy": 1}
     assert sft(LAPTOP).threads == {"policy": 2}
     assert sft(LAPTOP, policy_workers=2).threads == {"policy": 1}
+
+
+def preference(where: ClusterInfo, **settings: Any) -> Groups:
+    return offline_groups(PreferenceConfig(**TRAIN, **settings), where)
+
+
+def test_a_reference_of_its_own_sits_beside_the_policy() -> None:
+    where = cluster({"CPU": 32.0, "GPU": 4.0}, {"CPU": 32.0, "GPU": 4.0})
+    assert counts(preference(where)) == {"policy": 8}
+    assert gpus(preference(where)) == {"policy": 1.0}
+    found = preference(where, ref_model="r")
+    assert counts(found) == {"policy": 8, "reference": 8}
+    assert gpus(found) == {"policy": 0.7, "reference": 0.3}
+    assert found["reference"].colocate_with == "policy"
+    assert_fits(found, where)
+    few = preference(where, ref_model="r", policy_workers=4, reference_workers=2)
+    assert counts(few) == {"policy": 4, "reference": 2}
+    assert counts(preference(where, rlhf_type="orpo", ref_model="r")) == {"policy": 8}
+    on_cpu = preference(cluster({"CPU": 2.0}), ref_adapters=["a"])
+    assert counts(on_cpu) == {"policy": 1, "reference": 1}
+    assert_fits(on_cpu, cluster({"CPU": 2.0}))

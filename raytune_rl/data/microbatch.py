@@ -7,9 +7,10 @@ stay together, such as the sides of a pair. Micro-batches at the same position c
 rank, because ranks wait for each other there, and whole ranks are balanced by cost.
 
 The scheme: find how many micro-batches the budget forces, round up to a multiple of the world size, and
-spread the work over that number. Packed micro-batches are best-fit decreasing bins under the lowest budget
-that this number allows, so that no small rest is left over. Padded ones are runs of the units sorted by
-length: either runs made in the same way, or those with the least padding, whichever ends sooner.
+spread the work over that number: packed micro-batches are best-fit decreasing bins, padded ones runs of the
+units sorted by length, under the lowest budget that this number allows, so that no small rest is left over.
+Padded ones are also cut into the runs with the least padding, as many or a few more of them; the plan that
+ends soonest is taken, when each micro-batch is charged a fixed cost.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ from raytune_rl.errors import ConfigError
 Layout = Literal["padded", "packed"]
 MicroBatchRows = tuple[int, ...]
 
+FIXED_COST = 0.05
+"""What a micro-batch costs however small it is (kernel launches, gradients reduced), as a share of the
+budget. Rather too much, so that padding is only saved where there is plenty.
+"""
+MORE_RUNS = 8
+"""Micro-batches of a rank beyond what the budget forces, to save padding."""
 LEAST_PADDING_UP_TO = 2**26
 """Micro-batches times the square of the units: beyond it the search for the least padding would take longer
 than it saves; and the more units there are, the more alike are neighbours.
@@ -107,11 +114,16 @@ def plan_micro_batches(
     bins = bins_within(max_tokens)
     wanted = -(-len(bins) // world_size) * world_size
     evened = _split_to(_evened(bins, bins_within, wanted, max_tokens), wanted, cost, layout)
-    plans = [_deal(evened, world_size, sizes, cost, layout, together)]
-    if layout == "padded" and wanted * len(units) ** 2 <= LEAST_PADDING_UP_TO:
-        runs = _least_padding(descending, sizes, cost, max_tokens, limit, wanted)
-        plans.append(_deal(_split_to(runs, wanted, cost, layout), world_size, sizes, cost, layout, together))
-    return min(plans, key=lambda plan: plan[0])[1]
+    plans = [evened]
+    if layout == "padded":
+        most = max(wanted, min(wanted + MORE_RUNS * world_size, len(units)))
+        counts = range(wanted, most + 1, world_size)
+        if most * len(units) ** 2 <= LEAST_PADDING_UP_TO:
+            runs = _least_padding(descending, sizes, cost, max_tokens, limit, counts)
+            plans += [_split_to(r, count, cost, layout) for r, count in zip(runs, counts, strict=True)]
+    dealt = [_deal(plan, world_size, sizes, cost, layout, together) for plan in plans]
+    fixed = FIXED_COST * max_tokens
+    return min(dealt, key=lambda plan: plan[0] + fixed * plan[1].n_micro_batches)[1]
 
 
 def _check(
@@ -156,23 +168,29 @@ def _least_padding(
     cost: NDArray[np.float64],
     budget: int,
     limit: int,
-    wanted: int,
-) -> list[list[int]]:
-    """The `wanted` or fewer runs of the sorted units that cost least together (dynamic programme)."""
-    count = len(descending)
+    counts: Sequence[int],
+) -> list[list[list[int]]]:
+    """For each of the counts, in ascending order, the runs of the sorted units that cost least together, so
+    many or fewer (dynamic programme)."""
+    n_units = len(descending)
     room = np.minimum(np.maximum(budget // sizes[descending], 1), limit)
-    taken = np.arange(count + 1)[None, :] - np.arange(count)[:, None]  # units of a run from i up to j
+    taken = np.arange(n_units + 1)[None, :] - np.arange(n_units)[:, None]  # units of a run from i up to j
     allowed = (taken > 0) & (taken <= room[:, None])
     run_cost = np.where(allowed, cost[descending][:, None] * taken, np.inf)
-    best = np.full(count + 1, np.inf)
+    best = np.full(n_units + 1, np.inf)
     best[0] = 0.0
     begins: list[NDArray[np.int64]] = []
-    for _ in range(wanted):
+    for _ in range(counts[-1]):
         reached = best[:-1, None] + run_cost
         begins.append(reached.argmin(axis=0))
         best = np.append(0.0, reached.min(axis=0)[1:])
+    return [_traced(descending, begins[:count]) for count in counts]
+
+
+def _traced(descending: list[int], begins: list[NDArray[np.int64]]) -> list[list[int]]:
+    """The runs, from where the last of them begins, and the one before it, and so on."""
     runs: list[list[int]] = []
-    end = count
+    end = len(descending)
     for begin in reversed(begins):
         if end:
             start = int(begin[end])

@@ -9,7 +9,6 @@ from raytune_rl.config.base import Options
 from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.preference import unread
 
-_NO_VISION = "online RL with images is not built yet"
 _NO_LOADER = "rows are prepared before training and read from shared memory; no loader is needed"
 
 PENDING: Mapping[str, Mapping[str, str]] = {
@@ -20,9 +19,6 @@ PENDING: Mapping[str, Mapping[str, str]] = {
         "dataloader_num_workers": _NO_LOADER,
     },
     "rlhf": {
-        "max_pixels": _NO_VISION,
-        "root_image_dir": _NO_VISION,
-        "vllm_limit_mm_per_prompt": _NO_VISION,
         "dataloader_num_workers": _NO_LOADER,
     },
 }

@@ -49,6 +49,8 @@ class EncodedPrompts:
         dropped: The examples that are not among the rows.
         notices: Sentences for the user.
         images: Columns of the rows' pictures (see `data.pictures`); empty when there are none.
+        given: The prompts with each picture's placeholders as one, as vLLM takes them beside the pictures;
+            None when there are none.
     """
 
     prompts: Ragged
@@ -57,6 +59,7 @@ class EncodedPrompts:
     dropped: tuple[Dropped, ...] = ()
     notices: tuple[str, ...] = ()
     images: Columns = field(default_factory=dict)
+    given: Ragged | None = None
 
     @property
     def reasons(self) -> Counter[str]:
@@ -145,6 +148,7 @@ def encode_prompts(
     rows, index, dropped = run_job(job, examples, strict, num_proc, progress)
     kept = [examples[i] for i in index]
     names = dict.fromkeys(name for example in kept for name in example.extra)
+    given = [row.tokens if row.given is None else row.given for row in rows]
     return EncodedPrompts(
         prompts=Ragged.from_rows([row.tokens for row in rows], np.int32),
         extra={name: [example.extra.get(name) for example in kept] for name in names},
@@ -152,6 +156,7 @@ def encode_prompts(
         dropped=dropped,
         notices=notices_of(job),
         images=picture_columns(row.pictures for row in rows),
+        given=Ragged.from_rows(given, np.int32) if any(row.pictures for row in rows) else None,
     )
 
 

@@ -54,11 +54,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row's int32 tokens, the bool mask of those that are trained on, and its pictures in their order."""
+    """A row's int32 tokens, the bool mask of those that are trained on, its pictures in their order, and of a
+    prompt with pictures the tokens before their placeholders were expanded."""
 
     tokens: NDArray[np.int32]
     mask: NDArray[np.bool_]
     pictures: tuple[Picture, ...] = ()
+    given: NDArray[np.int32] | None = None
 
 
 _MERGED = (
@@ -139,7 +141,12 @@ def _with_images(
         if job.truncation in ("left", "right") and (expanded.inside & cut).any():
             return Failure(f"truncation to max_length {job.max_length} would cut into an image", "never")
     row = _truncated(job, expanded.tokens, mask)
-    return row if isinstance(row, Failure) else replace(row, pictures=tuple(pictures))
+    if isinstance(row, Failure):
+        return row
+    # What truncation took from the left stands before the first picture, so it is the same in both.
+    removed = len(expanded.tokens) - len(row.tokens)
+    given = expanded.given[removed:] if job.loss_scale is None else None
+    return replace(row, pictures=tuple(pictures), given=given)
 
 
 def _tokenize(job: Job, texts: list[str], spans: list[list[tuple[int, int]]]) -> list[EncodedRow | Failure]:

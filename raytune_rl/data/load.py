@@ -14,6 +14,7 @@ import numpy as np
 
 from raytune_rl.data.example import BadRow, Example, Row, RowError, Task
 from raytune_rl.data.formats import Converter
+from raytune_rl.data.registered import asked, question_of
 from raytune_rl.data.sources import parse_spec, read_rows, sample
 from raytune_rl.errors import ConfigError, DataError
 
@@ -119,6 +120,7 @@ def load_examples(
     try:
         for number, text in enumerate(specs):
             spec = parse_spec(text, use_hf=use_hf)
+            question = question_of(spec, columns or {}, notices.append)
             good: list[Example] = []
             rows = 0
             for row in read_rows(spec, announce=notices.append):
@@ -126,7 +128,7 @@ def load_examples(
                 if not shuffle and spec.sample is not None and len(good) == spec.sample:
                     break
                 rows += 1
-                example = _convert(convert, row, strict, quarantine)
+                example = _convert(convert, asked(row, question), strict, quarantine)
                 if example is not None:
                     good.append(example)
             if not good:

@@ -86,13 +86,14 @@ def pictures_of(columns: Columns, row: int) -> list[Picture]:
     return [_picture(columns, int(number)) for number in numbers[row]]
 
 
-def count_pictures(columns: Columns) -> tuple[int, int, int]:
-    """Pictures shown by the rows, distinct ones, and bytes of those that are held, not named by a path."""
+def count_pictures(columns: Columns) -> tuple[int, int, int, int]:
+    """Pictures shown by the rows, distinct ones, bytes of those that are held, not named by a path, and the
+    most that one row shows."""
     numbers, data = columns.get(ROW_COLUMN), columns.get(_DATA)
     if not isinstance(numbers, Ragged) or not isinstance(data, Ragged):
-        return 0, 0, 0
+        return 0, 0, 0, 0
     held = data.lengths[~np.asarray(columns[_IS_PATH])]
-    return len(numbers.values), len(data), int(held.sum())
+    return len(numbers.values), len(data), int(held.sum()), int(numbers.lengths.max())
 
 
 def _flat(picture: Picture) -> NDArray[np.uint8]:

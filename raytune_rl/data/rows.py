@@ -83,6 +83,10 @@ class ReadRows:
         """Whether the rows' own objects have the column. A batch without rows has none."""
         return any(name in self._objects[source] for source, _ in self._batch.places[""])
 
+    def has_late(self, name: str) -> bool:
+        """Whether the batch says where each row's late column `name` lies."""
+        return name in self._batch.places
+
     def source(self, row: int, late: str = "") -> tuple[Columns, int]:
         """The object that a row lies in, and its number there; `late` as in `column`."""
         source, at = self._batch.places[late][row]

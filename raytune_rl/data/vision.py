@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _OF_TEXT = {"input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets"}
 # One number a token saying which are placeholders, under the names that families have for it.
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+# Where a processor lists the tokens that stand for features, in the order of their types.
+_PLACEHOLDERS = ("image_token_ids", "video_token_ids", "audio_token_ids")
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class ExpandedText:
 
     Attributes:
         tokens: int32 `[n]`.
+        given: int32, the text's tokens before its placeholders were expanded.
         places: int64 `[n, 2]`, where each token begins and ends in the expanded text.
         gains: For each picture, (end of its placeholder in the given text, characters that it grew by).
         inside: bool `[n]`, the tokens that were written for pictures.
     """
 
     tokens: NDArray[np.int32]
+    given: NDArray[np.int32]
     places: NDArray[np.int64]
     gains: tuple[tuple[int, int], ...]
     inside: NDArray[np.bool_]
@@ -134,7 +138,8 @@ class VisionProcessor:
             (one["span"][1], (one["new_span"][1] - one["new_span"][0]) - (one["span"][1] - one["span"][0]))
             for one in replaced
         )
-        return ExpandedText(tokens, places, gains, inside)
+        given = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ExpandedText(tokens, np.asarray(given, dtype=np.int32), places, gains, inside)
 
     def pixels(self, rows: Sequence[Sequence[Image.Image]]) -> dict[str, torch.Tensor]:
         """The model's inputs for the pictures of some rows, each with at least one: pixel_values and what
@@ -143,9 +148,17 @@ class VisionProcessor:
         return {name: value for name, value in output.items() if name not in {*_OF_TEXT, *_TOKEN_TYPES}}
 
     def token_types(self, tokens: NDArray) -> NDArray[np.int64]:
-        """1 for image placeholders, 0 for text; the shape of `tokens`."""
-        flat = np.asarray(self.processor.create_mm_token_type_ids([tokens.reshape(-1).tolist()])[0])
-        return flat.reshape(tokens.shape).astype(np.int64)
+        """1 for image placeholders, 2 for video, 3 for audio, 0 for text; int64 in the shape of `tokens`."""
+        types = np.zeros(tokens.shape, dtype=np.int64)
+        for number, name in enumerate(_PLACEHOLDERS, 1):
+            types[np.isin(tokens, self._ids(name))] = number
+        return types
+
+    @cached_property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """All tokens that stand for features of images, videos or audio. A completion must have none: there
+        would be nothing to put in its place."""
+        return tuple(sorted({token for name in _PLACEHOLDERS for token in self._ids(name)}))
 
     @cached_property
     def type_name(self) -> str | None:
@@ -165,6 +178,9 @@ class VisionProcessor:
         if grid is None or merge is None:
             return None
         return int(np.asarray(grid).prod(-1).sum()) // merge**2
+
+    def _ids(self, name: str) -> list[int]:
+        return [token for token in getattr(self.processor, name, None) or () if token is not None]
 
     def _call(self, text: str, images: Sequence[Image.Image]) -> Mapping[str, Any]:
         try:

@@ -57,6 +57,7 @@ class TokenScorer(nn.Module):
         targets: Tensor,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        banned: tuple[int, ...] = (),
         **model_inputs: Any,
     ) -> TokenLogprobs:
         """Log-probs of the loss tokens.
@@ -70,6 +71,7 @@ class TokenScorer(nn.Module):
             targets: int64 [N].
             temperature: the sampling temperature.
             with_entropy: also return entropies.
+            banned: tokens that sampling never gives.
             **model_inputs: passed to the backbone (pixel_values, image_grid_thw, ...).
 
         Returns:
@@ -95,6 +97,7 @@ class TokenScorer(nn.Module):
             with_entropy,
             self.softcap,
             self.logit_scale,
+            banned,
         )
 
     @torch.no_grad()

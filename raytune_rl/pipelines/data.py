@@ -6,7 +6,8 @@ and an account of every row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """Pictures that the rows show, how many of them are distinct, and the bytes of those whose files, not
-    paths, are in the object store."""
+    """Pictures that the rows show, how many of them are distinct, the bytes of those whose files, not paths,
+    are in the object store, and the most pictures of one row."""
 
     shown: int = 0
     distinct: int = 0
     stored_bytes: int = 0
+    most: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Account:
         stop_token_ids: Tokens that end an assistant's turn in the model's chat template.
         vision: Whether the model takes images: its rows are never packed.
         images: The rows' pictures.
+        placeholder_ids: Tokens that stand for features of pictures: no completion may have them.
     """
 
     sources: tuple[SourceCounts, ...]
@@ -83,6 +86,7 @@ class Account:
     stop_token_ids: tuple[int, ...]
     vision: bool = False
     images: ImageCounts = field(default_factory=ImageCounts)
+    placeholder_ids: tuple[int, ...] = ()
 
     @property
     def bad(self) -> int:
@@ -95,7 +99,8 @@ class PromptSet:
     """Prompts in the object store.
 
     Attributes:
-        columns: Reference to {"prompt": Ragged int32}.
+        columns: Reference to {"prompt": Ragged int32}; where rows have images also "given", the prompts as
+            the engine takes them beside the images, and the columns of `data.pictures`.
         extra: Reference to the data set's other columns, one entry a prompt, for the rewards.
         texts: Reference to the prompts as text, for the completion log.
         lengths: Tokens of each prompt, int64 `[n]`.
@@ -110,6 +115,10 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def pictures(self, row: int) -> RowPointer | None:
+        """Where the pictures of a prompt lie; None if no prompt has any."""
+        return RowPointer(self.columns, row) if self.account.images.shown else None
 
 
 @dataclass(frozen=True)
@@ -139,11 +148,14 @@ class TokenSet:
         return RowPointer(self.columns, row)
 
 
-def prompt_sets(config: RLHFConfig, quarantine: Path) -> tuple[PromptSet, PromptSet | None]:
-    """The prompts to train on, and the held-out ones if the user gave any."""
+def prompt_sets(
+    config: RLHFConfig, quarantine: Path, *, one_machine: bool = False
+) -> tuple[PromptSet, PromptSet | None]:
+    """The prompts to train on, and the held-out ones if the user gave any; arguments as in `token_sets`."""
     from raytune_rl.pipelines.data_task import encode_prompts_task
 
-    refs = _remotely(encode_prompts_task, 8).remote(config, str(quarantine))
+    places = ImagePlaces.of(config, one_machine)
+    refs = _remotely(encode_prompts_task, 8, config, str(quarantine), places)
     train, held_out = refs[:4], refs[4:]
     return _prompt_set(train, config), _prompt_set(held_out, config) if _has_rows(
         held_out[3], config
@@ -165,7 +177,7 @@ def token_sets(
     from raytune_rl.pipelines.data_task import encode_rows_task
 
     places = ImagePlaces.of(config, one_machine)
-    refs = _remotely(encode_rows_task, 4).remote(config, task, str(quarantine), places)
+    refs = _remotely(encode_rows_task, 4, config, task, str(quarantine), places)
     train, held_out = refs[:2], refs[2:]
     return _token_set(train, config), _token_set(held_out, config) if _has_rows(held_out[1], config) else None
 
@@ -194,12 +206,18 @@ def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_p
     return limit or needed
 
 
-def _remotely(function: Any, returns: int) -> Any:
-    """A task on the driver's own node, where the user's paths mean what the user thinks."""
+def _remotely(function: Callable[..., tuple[Any, ...]], returns: int, *arguments: Any) -> list[Any]:
+    """Runs a task on the driver's own node and in its folder, where the user's paths mean what he thinks."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(function).options(
+    task = ray.remote(_in_folder).options(
         num_cpus=0, num_returns=returns, scheduling_strategy=here, max_retries=0
     )
+    return task.remote(str(Path.cwd()), function, *arguments)
+
+
+def _in_folder(folder: str, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
+    with contextlib.chdir(folder):
+        return function(*arguments)
 
 
 def _wait(ref: Any, config: TrainConfig) -> Any:

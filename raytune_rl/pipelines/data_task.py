@@ -11,7 +11,6 @@ import numpy as np
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.data.example import Task
-from raytune_rl.errors import DataError
 from raytune_rl.pipelines.data import Account, ImageCounts, ImagePlaces, SourceCounts, TrainConfig
 
 
@@ -32,20 +31,15 @@ class ModelFacts:
     vision: Any = None
 
 
-def encode_prompts_task(config: RLHFConfig, quarantine: str) -> tuple[Any, ...]:
-    """Prompts to train on and held out: each {"prompt"}, extra columns, texts, and (lengths, account)."""
-    from raytune_rl.data.encode import encode_prompts
+def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces) -> tuple[Any, ...]:
+    """Prompts to train on and held out: each the columns, extra columns, texts, and (lengths, account)."""
+    from raytune_rl.data.encode import ImageSettings, encode_prompts
 
     facts = model_facts(config)
     tokenizer = facts.tokenizer
+    images = ImageSettings(facts.vision, places.root, places.inline) if facts.vision else None
 
-    def encode(examples: Any, report: Any) -> tuple[Any, ...]:
-        for example in examples:
-            if example.has_media:
-                raise DataError(
-                    f"{example.source}:{example.line}: the row has images, but online RL with images is not "
-                    "built yet; raytune-rl sft trains on them"
-                )
+    def encode(examples: Any, report: Any, bad_rows: Path) -> tuple[Any, ...]:
         found = encode_prompts(
             examples,
             tokenizer,
@@ -53,14 +47,21 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str) -> tuple[Any, ...]:
             resolved.truncation_strategy(config),  # type: ignore[arg-type]
             strict=config.strict,
             num_proc=config.dataset_num_proc,
+            images=images,
         )
-        rows = found.prompts
-        texts = tokenizer.batch_decode([rows[i].tolist() for i in range(len(rows))])
-        path = report.quarantine_path
-        return {"prompt": rows}, found.extra, texts, (rows.lengths, _account(report, found, facts, path))
+        path = quarantine_dropped(found.dropped, bad_rows) or report.quarantine_path
+        columns = {"prompt": found.prompts, **found.images}
+        if found.given is not None:
+            columns["given"] = found.given
+        shown = found.prompts if found.given is None else found.given  # one placeholder a picture is readable
+        texts = tokenizer.batch_decode([shown[i].tolist() for i in range(len(shown))])
+        account = _account(report, found, facts, path)
+        return columns, found.extra, texts, (found.prompts.lengths, account)
 
     train, held_out = _load(config, "grpo", Path(quarantine))
-    return (*encode(*train), *(encode(*held_out) if held_out else (None,) * 4))
+    train_path, held_out_path = _quarantines(config, Path(quarantine))
+    made = encode(train[0], train[1], train_path)
+    return (*made, *(encode(held_out[0], held_out[1], held_out_path) if held_out else (None,) * 4))
 
 
 def encode_rows_task(
@@ -173,4 +174,5 @@ def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | No
         tuple(chat.stop_token_ids()),
         facts.takes_images,
         ImageCounts(*count_pictures(encoded.images)),
+        () if facts.vision is None else facts.vision.placeholder_ids,
     )

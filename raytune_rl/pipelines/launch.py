@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
+from raytune_rl.errors import ConfigError
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.pipelines.resources import Groups
 from raytune_rl.workers.policy import OptimizerSpec, PolicySpec
@@ -112,15 +113,18 @@ def policy_spec(
     dropout: float,
     publish_mode: str | None = None,
     vision: bool = False,
+    banned: tuple[int, ...] = (),
 ) -> PolicySpec:
-    """What a policy rank is told; `vision` says that the model takes images."""
+    """What a policy rank is told; `vision` says that the model takes images, `banned` are the tokens that
+    sampling never gives.
+    """
     return PolicySpec(
         model=model_spec(config, groups.on_gpu, vision),
         tuner=tuner(config, dropout),
         optimizer=optimizer(config, total_steps),
         loss=loss,
         loss_settings=loss_settings,
-        score=ScoreSettings(temperature, config.step_timeout),
+        score=ScoreSettings(temperature, config.step_timeout, banned),
         seed=config.seed,
         gradient_checkpointing=groups.on_gpu
         if config.gradient_checkpointing is None
@@ -129,20 +133,55 @@ def policy_spec(
     )
 
 
-def publish_mode(config: RLHFConfig) -> str:
-    """How weights travel: whole, or for LoRA the adapter alone wherever vLLM can serve it as it is."""
+def publish_mode(config: RLHFConfig, vision: bool = False) -> str:
+    """How weights travel: whole, or for LoRA the adapter alone wherever vLLM can serve it as it is.
+
+    Raises:
+        ConfigError: `--vllm_enable_lora true` for adapters in the vision tower, which vLLM would not apply.
+    """
     if config.train_type == "full":
         return "full"
-    plain = not (config.use_dora or config.modules_to_save)
+    tower = vision and not (config.freeze_vit and config.freeze_aligner)
+    if tower and config.vllm_enable_lora:
+        raise ConfigError(
+            "--vllm_enable_lora true: vLLM applies adapters to the language model only, but --freeze_vit or "
+            "--freeze_aligner false trains others; leave it out, and the merged weights travel."
+        )
+    plain = not (config.use_dora or config.modules_to_save or tower)
     wanted = plain if config.vllm_enable_lora is None else config.vllm_enable_lora
     return "adapter" if wanted else "merged"
 
 
-def engine_spec(config: RLHFConfig, groups: Groups, max_model_len: int, store: str, rank: int) -> EngineSpec:
-    """What a rollout worker is told."""
+def media_limits(config: RLHFConfig, vision: bool, most_images: int) -> dict[str, int] | None:
+    """Most items of each kind in one prompt of a vision model: what the user says, else what the data has.
+
+    Raises:
+        ConfigError: The data has a prompt with more images than the user allows.
+    """
+    if not vision:
+        return None
+    limits = {"image": max(most_images, 1), "video": 0, "audio": 0, **config.vllm_limit_mm_per_prompt}
+    if limits["image"] < most_images:
+        raise ConfigError(
+            f"--vllm_limit_mm_per_prompt allows {limits['image']} images, but a prompt has {most_images}. "
+            "Raise it, or leave it out."
+        )
+    return limits
+
+
+def engine_spec(
+    config: RLHFConfig,
+    groups: Groups,
+    max_model_len: int,
+    store: str,
+    rank: int,
+    media: dict[str, int] | None = None,
+) -> EngineSpec:
+    """What a rollout worker is told; `media` are the limits of a vision model."""
     assert config.model is not None
     on_gpu = groups.on_gpu
     eager = not on_gpu if config.vllm_enforce_eager is None else config.vllm_enforce_eager
+    adapter = publish_mode(config, media is not None) == "adapter"
     return EngineSpec(
         model=config.model,
         dtype=dtype(config, on_gpu),
@@ -155,16 +194,20 @@ def engine_spec(config: RLHFConfig, groups: Groups, max_model_len: int, store: s
         max_num_seqs=config.vllm_max_num_seqs,
         enforce_eager=eager,
         enable_prefix_caching=config.vllm_enable_prefix_caching,
-        lora_rank=(config.vllm_max_lora_rank or config.lora_rank) if publish_mode(config) == "adapter" else 0,
+        lora_rank=(config.vllm_max_lora_rank or config.lora_rank) if adapter else 0,
         trust_remote_code=config.trust_remote_code,
         seed=config.seed + rank,
         use_hf=config.use_hf,
         sleep_level=config.sleep_level if on_gpu and groups.colocated else 0,
+        media_limits=media,
+        max_pixels=config.max_pixels,
     )
 
 
-def sampling(config: RLHFConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """How completions are drawn; the chat template says which tokens end a turn."""
+def sampling(config: RLHFConfig, stop_token_ids: tuple[int, ...], banned: tuple[int, ...] = ()) -> Sampling:
+    """How completions are drawn; the chat template says which tokens end a turn, the processor which none may
+    have.
+    """
     return Sampling(
         temperature=config.temperature,
         max_tokens=config.max_completion_length,
@@ -174,6 +217,7 @@ def sampling(config: RLHFConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
         repetition_penalty=config.repetition_penalty,
         stop_words=config.stop_words,
         stop_token_ids=stop_token_ids,
+        banned=banned,
     )
 
 
@@ -184,7 +228,8 @@ def image_notices(config: TrainConfig, on_gpu: bool, vision: bool) -> list[str]:
             return ["the model takes images: its rows are padded, as they cannot be packed"]
         return []
     names = ("freeze_vit", "freeze_aligner", "max_pixels", "root_image_dir", "inline_images")
-    given = [f"--{name}" for name in names if config.is_set(name)]
+    online = ("vllm_limit_mm_per_prompt",) if isinstance(config, RLHFConfig) else ()
+    given = [f"--{name}" for name in (*names, *online) if config.is_set(name)]
     does = "do" if len(given) > 1 else "does"
     return [f"{', '.join(given)} {does} nothing: the model takes no images"] if given else []
 

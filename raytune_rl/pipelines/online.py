@@ -25,7 +25,14 @@ from raytune_rl.pipelines.data import PromptSet, check_lengths, prompt_sets
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
 from raytune_rl.pipelines.policy_group import PolicyGroup, score_rows
 from raytune_rl.pipelines.resources import Groups, online_groups
-from raytune_rl.pipelines.rollouts import RewardGroup, RolloutGroup, Scored, Trajectory, read_texts
+from raytune_rl.pipelines.rollouts import (
+    RewardGroup,
+    RolloutGroup,
+    Scored,
+    Trajectory,
+    picture_places,
+    read_texts,
+)
 from raytune_rl.pipelines.turns import Turns
 from raytune_rl.rewards.types import TrainerState
 from raytune_rl.runtime.cluster import reserve, session
@@ -55,7 +62,9 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         groups = online_groups(config, cluster)
         origin = find_origin(config)
         with stage("reading and tokenizing the data"):
-            train, held_out = prompt_sets(config, origin.run_dir.quarantine_jsonl)
+            train, held_out = prompt_sets(
+                config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here
+            )
         schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)
         limit = check_lengths(
@@ -99,6 +108,8 @@ class OnlineRun:
         self.prompts = train
         self.held_out = held_out
         self.origin = origin
+        most = max(s.account.images.most for s in (train, held_out) if s is not None)
+        self.media = launch.media_limits(config, train.account.vision, most)
         self.run = Run(config, origin, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
         self.order = BatchPlan(
             len(train), schedule.batch.prompts_per_generation, config.data_seed, config.dataset_shuffle
@@ -114,7 +125,7 @@ class OnlineRun:
 
     def start(self, slots: Mapping[str, Any], max_model_len: int, stack: ExitStack) -> None:
         """Starts all actors at once and waits for them; the policy's weights become the first version."""
-        config, groups = self.config, self.groups
+        config, groups, account = self.config, self.groups, self.prompts.account
         store_name = f"weights-{ray.get_runtime_context().get_job_id()}-{self.origin.run_dir.path.name}"
         self.store = start_store(store_name)
         stack.callback(ray.kill, self.store)
@@ -137,8 +148,9 @@ class OnlineRun:
             ),
             temperature=config.temperature,
             dropout=0.0,
-            publish_mode=launch.publish_mode(config),
-            vision=self.prompts.account.vision,
+            publish_mode=launch.publish_mode(config, account.vision),
+            vision=account.vision,
+            banned=account.placeholder_ids,
         )
         budget = launch.max_tokens(config, groups.on_gpu)
         ranks = groups["policy"].workers
@@ -151,7 +163,9 @@ class OnlineRun:
         rollout = group(
             "rollout",
             RolloutWorker,
-            lambda rank: {"spec": launch.engine_spec(config, groups, max_model_len, store_name, rank)},
+            lambda rank: {
+                "spec": launch.engine_spec(config, groups, max_model_len, store_name, rank, self.media)
+            },
             rollout_env(groups.threads["rollout"], config.vllm_tensor_parallel_size, groups.on_gpu),
         )
         rewards = group(
@@ -180,7 +194,9 @@ class OnlineRun:
         for notice in facts.notices:
             self.run.say(f"Note: {notice}")
         self.rollout = RolloutGroup(
-            rollout, launch.sampling(config, self.prompts.account.stop_token_ids), config.seed
+            rollout,
+            launch.sampling(config, account.stop_token_ids, account.placeholder_ids),
+            config.seed,
         )
         self.rewards = RewardGroup(rewards)
         self.turns = Turns(config, groups, self.policy, self.rollout)
@@ -224,19 +240,21 @@ class OnlineRun:
                 self.after_generation(generation, last)
 
     def late_columns(self, batch: Sequence[Trajectory]) -> dict[str, list[Any]]:
-        """Log-probs that the loss needs beside the policy's own: the reference's, and the old policy's if it
-        will move.
+        """What lies beside the trajectories: the pictures of their prompts, and the log-probs that the loss
+        needs beside the policy's own (the reference's, and the old policy's if it will move).
         """
         rows, lengths = [t.data for t in batch], [t.length for t in batch]
-        late = {}
+        pictures = picture_places(batch)
+        late: dict[str, list[Any]] = {**pictures}
         if self.reference is not None:
             with self.run.timer.phase("reference"):
                 budget = launch.max_tokens(self.config, self.groups.on_gpu)
                 layout = launch.layout(self.config, self.groups.on_gpu, self.prompts.account.vision)
-                late["ref_logprobs"] = score_rows(self.reference, rows, lengths, budget, layout).columns
+                scored = score_rows(self.reference, rows, lengths, budget, layout, late=pictures)
+                late["ref_logprobs"] = scored.columns
         if not self.schedule.batch.on_policy:
             with self.run.timer.phase("train"):
-                late["old_logprobs"] = self.policy.logprobs(rows, lengths).columns
+                late["old_logprobs"] = self.policy.logprobs(rows, lengths, pictures).columns
         return late
 
     def optimizer_steps(self, size: int) -> list[slice]:

@@ -130,10 +130,16 @@ class PolicyGroup:
         batches = self._batches(rows, lengths, scalars, late)
         return merge_all(self._group.map("evaluate", batches, what="evaluating"))
 
-    def logprobs(self, rows: Sequence[RowPointer], lengths: Sequence[int]) -> RowLogprobs:
-        """Log-probs of every row under the present weights."""
+    def logprobs(
+        self,
+        rows: Sequence[RowPointer],
+        lengths: Sequence[int],
+        late: Mapping[str, Sequence[RowPointer]] | None = None,
+    ) -> RowLogprobs:
+        """Log-probs of every row under the present weights; `late` as in `score_rows`."""
+        layout = self._spec.model.layout
         return score_rows(
-            self._group, rows, lengths, self._max_tokens, self._spec.model.layout, collective=True
+            self._group, rows, lengths, self._max_tokens, layout, late=late or {}, collective=True
         )
 
     def publish(self, version: int) -> Manifest:
@@ -216,6 +222,7 @@ def score_rows(
     max_tokens: int,
     layout: str,
     *,
+    late: Mapping[str, Sequence[RowPointer]] | None = None,
     collective: bool = False,
 ) -> RowLogprobs:
     """Log-probs of rows by any group that can score, the work balanced by tokens.
@@ -226,6 +233,7 @@ def score_rows(
         lengths: Tokens of each.
         max_tokens: Token budget of a micro-batch.
         layout: "padded" or "packed".
+        late: By name, where each row of a column that lies in another object is: "images", of online RL.
         collective: Every worker must take part even without rows (a sharded model).
     """
     schedule = plan_micro_batches(lengths, world_size=len(group), max_tokens=max_tokens, layout=layout)  # type: ignore[arg-type]
@@ -233,7 +241,7 @@ def score_rows(
     pending: list[Pending] = []
     shares: list[list[int]] = []
     for rank in range(len(group)):
-        batch, mine = rank_batch(schedule, rank, rows, {}, {})
+        batch, mine = rank_batch(schedule, rank, rows, {}, late or {})
         if not mine and not collective:
             continue
         asked = group.submit(rank, "logprobs", batch, what=f"log-probs of {len(mine)} rows", returns=2)

@@ -58,7 +58,7 @@ def online_plan(
         longest,
         config.max_completion_length,
     )
-    arrive = "as an adapter" if launch.publish_mode(config) == "adapter" else "whole"
+    arrive = "as an adapter" if launch.publish_mode(config, train.account.vision) == "adapter" else "whole"
     inside = {
         "policy": _trainer(config, groups),
         "rollout": f"vLLM, weights arrive {arrive}",

@@ -12,6 +12,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from raytune_rl.data.pictures import ROW_COLUMN
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import RaytuneError
 from raytune_rl.pipelines.data import PromptSet
@@ -34,6 +35,7 @@ class Trajectory:
         prompt_tokens, completion_tokens: Lengths.
         finish_reason: "stop" or "length".
         version: Weight version that sampled it.
+        pictures: Where its prompt's pictures lie; None if no prompt of the run has any.
     """
 
     prompt: int
@@ -45,6 +47,7 @@ class Trajectory:
     completion_tokens: int
     finish_reason: str
     version: int
+    pictures: RowPointer | None = None
 
     @property
     def length(self) -> int:
@@ -129,7 +132,9 @@ class RolloutGroup:
         found: dict[tuple[int, int], Trajectory] = {}
         for answer, metas in zip(pending, acknowledge(pending), strict=True):
             for meta in metas:
-                found[meta.prompt_id, meta.sample] = _trajectory(meta, answer, int(rows[meta.prompt_id]))
+                prompt = int(rows[meta.prompt_id])
+                made = _trajectory(meta, answer, prompt, prompts.pictures(prompt))
+                found[meta.prompt_id, meta.sample] = made
         wanted = [(g, s) for g in range(len(rows)) for s in range(completions)]
         lost = [key for key in wanted if key not in found]
         if lost or len(found) != len(wanted):
@@ -149,7 +154,9 @@ class RolloutGroup:
         self._group.call("wake")
 
 
-def _trajectory(meta: CompletionMeta, answer: Pending, prompt: int) -> Trajectory:
+def _trajectory(
+    meta: CompletionMeta, answer: Pending, prompt: int, pictures: RowPointer | None
+) -> Trajectory:
     return Trajectory(
         prompt=prompt,
         group=meta.prompt_id,
@@ -160,7 +167,14 @@ def _trajectory(meta: CompletionMeta, answer: Pending, prompt: int) -> Trajector
         completion_tokens=meta.completion_tokens,
         finish_reason=meta.finish_reason,
         version=meta.version,
+        pictures=pictures,
     )
+
+
+def picture_places(trajectories: Sequence[Trajectory]) -> dict[str, list[RowPointer]]:
+    """The late column by which policy and reference find the pictures; empty where there are none."""
+    places = [t.pictures for t in trajectories if t.pictures is not None]
+    return {ROW_COLUMN: places} if places else {}
 
 
 class RewardGroup:

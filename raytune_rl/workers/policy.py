@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raytune_rl.data.pictures import ROW_COLUMN
 from raytune_rl.data.ragged import Columns
 from raytune_rl.data.rows import ReadRows, RowBatch
 from raytune_rl.runtime.weights import TensorEntry, entry_of, plan_buckets, to_bytes
@@ -274,7 +275,8 @@ class PolicyWorker:
         spec = self._spec
         micro = scoring.micro_batch(rows, members, spec.model.layout, self._images)
         outputs = self._forward(micro)
-        columns = {name: scoring.late_column(rows, members, name) for name in batch.places if name}
+        late = [name for name in batch.places if name not in ("", ROW_COLUMN)]
+        columns = {name: scoring.late_column(rows, members, name) for name in late}
         # A rank without rows has no column either, but its loss may ask for one.
         wanted = "rollout_logprobs" in self._loss.required_columns(spec.loss_settings)
         sampled = rows.has("logprobs") and self._loss.forward == "logprobs"
@@ -315,7 +317,12 @@ class PolicyWorker:
         inputs = scoring.forward_inputs(micro, forward)
         if forward != "logprobs":
             return {"logprobs": torch.empty(0, device=scoring.device()), forward: self._engine(**inputs)}
-        scored = self._engine(**inputs, temperature=spec.score.temperature, with_entropy=spec.with_entropy)
+        scored = self._engine(
+            **inputs,
+            temperature=spec.score.temperature,
+            with_entropy=spec.with_entropy,
+            banned=spec.score.banned,
+        )
         return {
             "logprobs": scored.logprobs,
             "entropy": None if scored.entropy is None else scored.entropy.detach(),

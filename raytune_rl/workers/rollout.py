@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from raytune_rl.data.pictures import Picture, pictures_of
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.errors import StaleWeightsError
 
@@ -40,6 +42,9 @@ class EngineSpec:
         use_hf: A hub id is one of Hugging Face instead of ModelScope.
         sleep_level: What to drop between generations on a GPU: 0 nothing, 1 weights to the CPU, 2 weights
             discarded.
+        media_limits: Vision models: most items of each kind ("image", ...) in one prompt; None for a model
+            without vision.
+        max_pixels: Vision models: most pixels of an image, or None for the processor's own limit.
     """
 
     model: str
@@ -58,11 +63,13 @@ class EngineSpec:
     seed: int = 0
     use_hf: bool = False
     sleep_level: int = 0
+    media_limits: Mapping[str, int] | None = None
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Names and meaning are vLLM's."""
+    """How tokens are drawn. Names and meaning are vLLM's; `banned` tokens are never drawn."""
 
     temperature: float
     max_tokens: int
@@ -72,6 +79,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop_words: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    banned: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,21 @@ class PromptRequest:
     prompt_id: int
     row: int
     seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EnginePrompt:
+    """One prompt.
+
+    Attributes:
+        tokens: int32, as the policy trains on it.
+        given: int32, as vLLM takes it: with one placeholder for each picture. The same without pictures.
+        pictures: In their order.
+    """
+
+    tokens: NDArray[np.int32]
+    given: NDArray[np.int32]
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,7 +180,7 @@ class RolloutWorker:
 
     def generate(
         self,
-        prompts: Mapping[str, Ragged],
+        prompts: Columns,
         requests: Sequence[PromptRequest],
         sampling: Sampling,
         version: int,
@@ -165,7 +188,8 @@ class RolloutWorker:
         """Completes prompts.
 
         Args:
-            prompts: Columns with "prompt", Ragged int32 token ids.
+            prompts: Columns with "prompt", Ragged int32 token ids; for prompts with images also "given" and
+                the columns of `data.pictures`.
             requests: Which prompts, and the seeds of their completions.
             sampling: How to draw.
             version: The weight version to sample with.
@@ -182,8 +206,10 @@ class RolloutWorker:
                 f"asked to sample with weight version {version}, but version {self._engine.version} is loaded"
             )
         asked = [(r, sample, seed) for r in requests for sample, seed in enumerate(r.seeds)]
-        ids = [prompts["prompt"][r.row] for r, _, _ in asked]
-        sampled = self._engine.sample(ids, [seed for _, _, seed in asked], sampling)
+        read = {r.row: read_prompt(prompts, r.row) for r in requests}
+        ids = [read[r.row].tokens for r, _, _ in asked]
+        inputs = [read[r.row] for r, _, _ in asked]
+        sampled = self._engine.sample(inputs, [seed for _, _, seed in asked], sampling)
         metas = [
             CompletionMeta(r.prompt_id, sample, row, len(ids[row]), len(s.tokens), s.finish_reason, version)
             for row, ((r, sample, _), s) in enumerate(zip(asked, sampled, strict=True))
@@ -200,3 +226,9 @@ class RolloutWorker:
             "versions": Ragged.from_rows([np.full(len(s.tokens), version) for s in sampled], np.int32),
         }
         return metas, columns, [s.text for s in sampled]
+
+
+def read_prompt(prompts: Columns, row: int) -> EnginePrompt:
+    """One prompt of the columns that `RolloutWorker.generate` takes."""
+    tokens, given = prompts["prompt"], prompts.get("given", prompts["prompt"])
+    return EnginePrompt(tokens[row], given[row], tuple(pictures_of(prompts, row)))

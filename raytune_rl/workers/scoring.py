@@ -65,10 +65,12 @@ class ScoreSettings:
     Attributes:
         temperature: Divides the logits.
         timeout_s: Deadline for reading rows from the object store, seconds.
+        banned: Tokens that sampling never gives; the distribution is over the others.
     """
 
     temperature: float
     timeout_s: float
+    banned: tuple[int, ...] = ()
 
 
 def device() -> torch.device:
@@ -143,12 +145,13 @@ def micro_batch(
 ) -> MicroBatch:
     """Collates the rows of one micro-batch on this worker's device."""
     from raytune_rl.data.collate import collate
-    from raytune_rl.data.pictures import pictures_of
+    from raytune_rl.data.pictures import ROW_COLUMN, pictures_of
 
     tokens = [rows.column("tokens", row) for row in members]
     masks = [rows.column("loss_mask", row) for row in members]
     if images is not None:
-        pictures = [pictures_of(*rows.source(row)) for row in members]
+        late = ROW_COLUMN if rows.has_late(ROW_COLUMN) else ""
+        pictures = [pictures_of(*rows.source(row, late)) for row in members]
         return images.collate(tokens, masks, pictures, pad_token_id=PAD).to(device())
     return collate(tokens, masks, layout=layout, pad_token_id=PAD).to(device())  # type: ignore[arg-type]
 
@@ -206,7 +209,8 @@ def score(
     with torch.no_grad():
         for members in batch.micro_batches:
             micro = micro_batch(rows, members, spec.layout, images)
-            flat = scorer(**forward_inputs(micro), temperature=settings.temperature).logprobs.cpu().numpy()
+            scored = scorer(**forward_inputs(micro), temperature=settings.temperature, banned=settings.banned)
+            flat = scored.logprobs.cpu().numpy()
             counts = np.bincount(micro.row_of.cpu().numpy(), minlength=len(members))
             pieces = np.split(flat, np.cumsum(counts)[:-1]) if members else []
             found.update(zip(members, pieces, strict=True))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from PIL.Image import Image
 from safetensors.torch import save_file
 from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
@@ -31,11 +32,15 @@ from raytune_rl.errors import StaleWeightsError
 from raytune_rl.models.load import resolve_path
 from raytune_rl.runtime.weights import Manifest, find_manifest, read
 from raytune_rl.workers import vllm_plugin
-from raytune_rl.workers.rollout import EngineSpec, Sampling
+from raytune_rl.workers.rollout import EnginePrompt, EngineSpec, Sampling
+from raytune_rl.workers.vllm_images import EngineImages, check_prompt
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
 
 PREFILL_TOKENS = 4096
 """Prompt tokens of one engine step on a CPU; a longer prompt has a step of its own."""
+
+NEVER = -100.0
+"""The lowest bias on a logit that vLLM takes."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,14 @@ class VllmEngine:
         vllm_plugin.register()
         os.environ[ADDRESS_VARIABLE] = ray.get_runtime_context().gcs_address
         self._spec = spec
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**engine_args(spec)))
+        args = engine_args(spec)
+        self._images = EngineImages.of(args["model"], spec)
+        if self._images is not None:
+            args |= {
+                "limit_mm_per_prompt": dict(spec.media_limits or {}),
+                "mm_processor_kwargs": self._images.processor_settings,
+            }
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
         self._engine.collective_rpc(
             "init_weight_transfer_engine",
             kwargs={"init_info": {"store": spec.store, "timeout_s": spec.pull_timeout_s}},
@@ -88,6 +100,8 @@ class VllmEngine:
                 "update_weights", kwargs={"update_info": {"version": manifest.version}}
             )
             self._engine.collective_rpc("finish_weight_update")
+        if self._images is not None:
+            self._engine.reset_encoder_cache()  # features of pictures under the old weights
         if not self._engine.reset_prefix_cache():
             raise StaleWeightsError(
                 "vLLM kept key-value blocks of the old weights: requests were still running"
@@ -104,22 +118,31 @@ class VllmEngine:
         """Allocates weights and cache again."""
         self._engine.wake_up()
 
-    def sample(self, prompts: Sequence[NDArray], seeds: Sequence[int], sampling: Sampling) -> list[Sampled]:
-        """Completes each prompt once, with its own seed. Order of answers is that of the prompts."""
+    def sample(
+        self, prompts: Sequence[EnginePrompt], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Sampled]:
+        """Completes each prompt once, with its own seed. Order of answers is that of the prompts.
+
+        Raises:
+            ImageError: A picture's file is gone or is not the one that was tokenized.
+            DataError: vLLM makes other tokens of a prompt with pictures than the policy.
+        """
         position: dict[str, int] = {}
+        decoded: dict[int, Image] = {}
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             name = str(next(self._numbers))
             position[name] = index
-            self._engine.add_request(
-                name,
-                {"prompt_token_ids": prompt.tolist()},
-                self._params(sampling, seed, len(prompt)),
-                lora_request=self._adapter,
-            )
+            request: Any = {"prompt_token_ids": prompt.given.tolist()}
+            if prompt.pictures:
+                assert self._images is not None
+                request = self._images.request(prompt, decoded)
+            params = self._params(sampling, seed, len(prompt.tokens))
+            self._engine.add_request(name, request, params, lora_request=self._adapter)
         answers: dict[int, Sampled] = {}
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 if output.finished:
+                    check_prompt(prompts[position[output.request_id]], output.prompt_token_ids)
                     answers[position[output.request_id]] = to_sampled(output.outputs[0])
         texts = self._decode([answers[i].tokens for i in range(len(prompts))], sampling)
         return [
@@ -137,6 +160,7 @@ class VllmEngine:
             max_tokens=min(sampling.max_tokens, self._spec.max_model_len - prompt_tokens),
             stop=list(sampling.stop_words) or None,
             stop_token_ids=list(sampling.stop_token_ids) or None,
+            logit_bias=dict.fromkeys(sampling.banned, NEVER) or None,
             include_stop_str_in_output=True,
             seed=seed,
             logprobs=0,

@@ -192,3 +192,32 @@ def test_refuses_impossible_settings(temperature: float, chunk: int) -> None:
     hidden, head, targets, _, _ = case()
     with pytest.raises(ConfigError):
         token_logprobs(hidden, head, targets, temperature, chunk)
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_banned_tokens_have_no_part_in_the_distribution(
+    chunk: int, plain: bool, softcap: float | None
+) -> None:
+    """As sampled: the softmax runs over the other tokens only, in values and in gradients."""
+    hidden, head, targets, w_logp, w_ent = case()
+    banned = (7, 30, 96)
+    others = torch.tensor([token for token in range(VOCAB) if token not in banned])
+    targets = others[targets % len(others)]
+    logits = head(hidden)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    kept = torch.log_softmax(logits[:, others] / 0.8, -1)
+    want_logp = kept.gather(-1, torch.searchsorted(others, targets)[:, None])[:, 0]
+    want_ent = -(kept.exp() * kept).sum(-1)
+    leaves = [hidden, head.weight]
+    want = torch.autograd.grad((want_logp * w_logp + want_ent * w_ent).sum(), leaves)
+
+    module: nn.Module = head if plain else Wrapped(head)
+    got = token_logprobs(hidden, module, targets, 0.8, chunk, True, softcap, banned=banned)
+    assert got.entropy is not None
+    torch.testing.assert_close(got.logprobs, want_logp, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(got.entropy, want_ent, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad((got.logprobs * w_logp + got.entropy * w_ent).sum(), leaves)
+    for mine, theirs in zip(found, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

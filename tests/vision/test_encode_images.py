@@ -202,6 +202,30 @@ def test_prompts_end_where_the_answer_begins(vision: VisionProcessor, pictures: 
     assert count_pictures(prompts.images)[:2] == (2, 1), "one picture however many prompts show it"
 
 
+def test_a_prompt_is_also_kept_with_one_placeholder_a_picture(
+    vision: VisionProcessor, pictures: list[str]
+) -> None:
+    """So vLLM takes it; it expands placeholders by itself. Truncation takes the same tokens from both."""
+    tokenizer, pad = vision.processor.tokenizer, vision.processor.image_token_id
+    long = Message("user", "Look at this, please: <image> and <image>. What?")
+    examples = [row(long, images=(pictures[0], pictures[1])), row(Message("user", "How are you?"))]
+
+    def encode_all(limit: int | None = None) -> Any:
+        settings = ImageSettings(vision)
+        return encode_prompts(examples, tokenizer, limit, "left", images=settings)
+
+    whole = encode_all()
+    assert whole.given.lengths[0] == whole.prompts.lengths[0] - (whole.prompts[0] == pad).sum() + 2
+    assert (whole.given[0] == pad).sum() == 2
+    assert whole.given[1].tolist() == whole.prompts[1].tolist()
+    cut = encode_all(int(whole.prompts.lengths[0]) - 3)
+    assert cut.given[0].tolist() == whole.given[0][3:].tolist()
+    assert cut.prompts[0].tolist() == whole.prompts[0][3:].tolist()
+    texts = encode_prompts(examples[1:], tokenizer, images=ImageSettings(vision))
+    assert texts.given is None
+    assert vision.placeholder_ids == (pad, tokenizer.convert_tokens_to_ids("<|video_pad|>"))
+
+
 def test_videos_are_refused_by_name(vision: VisionProcessor) -> None:
     film = Example((Message("user", "<video>What?"), BOT), videos=("a.mp4",), source="x", line=2)
     with pytest.raises(RowError, match=r"x:2: the row has videos or audios; only images"):

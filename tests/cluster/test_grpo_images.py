@@ -1,0 +1,90 @@
+"""GRPO on a vision model: engine, policy and reference see the same pictures, and agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from raytune_rl.config import RLHFConfig
+from raytune_rl.errors import ConfigError
+from raytune_rl.pipelines import online
+from raytune_rl.tiny.shapes import write_shapes
+from raytune_rl.tiny.vision import make_tiny_vision_model
+from tests.cluster.test_online import GAP, PLUGIN, steps
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+
+def mixed_rows(directory: Path) -> Path:
+    """Prompts with one picture and no tag, with two and their tags, and with none."""
+    shapes = [json.loads(line) for line in write_shapes(directory, train=16).rl.read_text().splitlines()]
+    lines = []
+    for number, row in enumerate(shapes):
+        if number % 4 == 1:
+            both = [row["image"], shapes[number - 1]["image"]]
+            row = {"images": both, "problem": "<image>Is <image> alike?", "solution": row["solution"]}
+        elif number % 4 == 2:
+            row = {"problem": "How are you?", "solution": "well"}
+        lines.append(json.dumps(row))
+    path = directory / "mixed.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def config(root: Path, **settings: object) -> RLHFConfig:
+    (root / "plugin.py").write_text(PLUGIN)
+    small = {
+        "model": str(make_tiny_vision_model(root / "model")),
+        "dataset": f"{mixed_rows(root / 'data')}#4",
+        "dataset_shuffle": False,
+        "reward_funcs": ["digits"],
+        "external_plugins": [str(root / "plugin.py")],
+        "train_type": "full",
+        "freeze_vit": False,
+        "freeze_aligner": False,
+        "max_pixels": 28 * 28 * 3,
+        "policy_workers": 2,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 16,
+        "learning_rate": 3e-3,
+        "warmup_ratio": 0.0,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "log_completions": True,
+        "output_dir": str(root / "out"),
+    }
+    return RLHFConfig(**{**small, **settings})  # type: ignore[arg-type]
+
+
+def test_mixed_prompts_are_sampled_and_trained_on_alike(cluster: None, tmp_path: Path) -> None:
+    """Two ranks, and the tower trains. A prompt that vLLM read otherwise than the policy would end the run;
+    another picture, features kept from older weights (each step shows the same pictures) or a sampled
+    placeholder would show in the gap."""
+    result = online.run(config(tmp_path))
+    told = steps(result)
+    print({step: (line[GAP], line["grad_norm"]) for step, line in told.items()})
+    assert len(told) == 4
+    assert max(line[GAP] for line in told.values()) < 1e-4
+    assert max(line["grad_norm"] for line in told.values()) > 0
+    assert told[4]["kl"] > 0
+
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    after = load_file(result.last_checkpoint / "model.safetensors")
+    tower = [name for name in before if "visual" in name]
+    moved = [name for name in tower if not np.array_equal(before[name], after[name])]
+    assert len(moved) == len(tower) > 10
+
+    prompts = {json.loads(line)["prompt"] for line in (result.run_dir / "completions.jsonl").open()}
+    assert {prompt.count("<|image_pad|>") for prompt in prompts} == {0, 1, 2}
+
+
+def test_a_prompt_with_more_images_than_allowed_stops_before_anything_starts(
+    cluster: None, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"allows 1 images, but a prompt has 2"):
+        online.run(config(tmp_path, vllm_limit_mm_per_prompt={"image": 1}))

@@ -1,0 +1,45 @@
+"""What a vision model changes in what the groups are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raytune_rl.config import RLHFConfig
+from raytune_rl.errors import ConfigError
+from raytune_rl.pipelines import launch
+
+GIVEN: dict[str, Any] = {"model": "m", "dataset": "d", "reward_funcs": "accuracy"}
+
+
+def config(**settings: Any) -> RLHFConfig:
+    return RLHFConfig(**GIVEN, **settings)
+
+
+def test_the_engine_makes_room_for_the_images_that_the_data_has() -> None:
+    assert launch.media_limits(config(), vision=False, most_images=0) is None
+    assert launch.media_limits(config(), True, 3) == {"image": 3, "video": 0, "audio": 0}
+    assert launch.media_limits(config(), True, 0) == {"image": 1, "video": 0, "audio": 0}
+    limited = config(vllm_limit_mm_per_prompt={"image": 5})
+    assert launch.media_limits(limited, True, 2) == {"image": 5, "video": 0, "audio": 0}
+    with pytest.raises(ConfigError, match="allows 5 images, but a prompt has 6"):
+        launch.media_limits(limited, True, 6)
+
+
+def test_adapters_in_the_tower_arrive_merged() -> None:
+    """vLLM applies adapters to the language model only."""
+    assert launch.publish_mode(config(), vision=True) == "adapter"
+    assert launch.publish_mode(config(freeze_vit=False), vision=True) == "merged"
+    assert launch.publish_mode(config(freeze_aligner=False), vision=True) == "merged"
+    assert launch.publish_mode(config(freeze_vit=False), vision=False) == "adapter"
+    with pytest.raises(ConfigError, match="--vllm_enable_lora true: vLLM applies adapters to the language"):
+        launch.publish_mode(config(freeze_vit=False, vllm_enable_lora=True), vision=True)
+
+
+def test_flags_for_images_are_told_to_do_nothing_for_a_text_model() -> None:
+    given = config(max_pixels=5000, vllm_limit_mm_per_prompt={"image": 1})
+    assert launch.image_notices(given, on_gpu=False, vision=False) == [
+        "--max_pixels, --vllm_limit_mm_per_prompt do nothing: the model takes no images"
+    ]
+    assert launch.image_notices(given, on_gpu=False, vision=True) == []

@@ -8,9 +8,8 @@ takes them and no second copy is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,13 @@ from raytune_rl.data.packing import PackBatches, Packs
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.data.sampler import BatchPlan
 from raytune_rl.errors import ConfigError
-from raytune_rl.pipelines import launch, report
+from raytune_rl.pipelines import launch, offline_report, report
 from raytune_rl.pipelines.data import TokenSet, token_sets
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
 from raytune_rl.pipelines.objective import Objective
-from raytune_rl.pipelines.policy_group import PolicyGroup, RowLogprobs, score_rows
+from raytune_rl.pipelines.policy_group import PolicyGroup, score_rows
 from raytune_rl.pipelines.resources import Groups, offline_groups
+from raytune_rl.pipelines.scored import Score, ScoredSet
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.group import WorkerGroup
@@ -36,15 +36,11 @@ from raytune_rl.workers.reference import ReferenceWorker
 
 OfflineConfig = SFTConfig | PreferenceConfig
 
-SCORED_AT_A_TIME = 2048
-"""Rows of one call for a reference's log-probs, per worker: each call has a deadline."""
-
 Units = NDArray[np.int64]
 Batch = tuple[
     list[RowPointer], list[int], Mapping[str, NDArray[np.float64]], Mapping[str, Sequence[RowPointer]]
 ]
 """Where a batch's rows lie, their lengths, scalars and late columns."""
-Score = Callable[[Sequence[RowPointer], Sequence[int]], RowLogprobs]
 
 
 def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()) -> RunResult:
@@ -80,7 +76,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
             *launch.machine_notices(config, groups.on_gpu),
             *launch.image_notices(config, groups.on_gpu, train.account.vision),
         ]
-        plan = report.offline_plan(
+        plan = offline_report.plan_of(
             config, objective, groups, schedule, train, held_out, origin, cluster, told, packs
         )
         started = OfflineRun(config, objective, groups, schedule, train, held_out, origin, packs)
@@ -95,7 +91,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         with started.run.watched():
             started.train()
             result = started.run.finish()
-        report.offline_summary(config, objective, started.run, train.account, result).show(
+        offline_report.summary_of(config, objective, started.run, train.account, result).show(
             started.run.console
         )
         return result
@@ -116,38 +112,6 @@ def packs_of(config: OfflineConfig, rows: TokenSet) -> Packs | None:
             "give --max_length."
         )
     return Packs(rows.lengths, capacity, config.data_seed, config.dataset_shuffle)
-
-
-@dataclass(frozen=True)
-class ScoredSet:
-    """Rows, and what the reference says of them.
-
-    Attributes:
-        rows: The rows.
-        columns: Row -> where its reference log-probs lie; of the rows that are needed.
-        sums: The same summed over each row, float64 `[n]`, NaN where not needed.
-    """
-
-    rows: TokenSet
-    columns: Mapping[int, RowPointer]
-    sums: NDArray[np.float64]
-
-    @classmethod
-    def without_reference(cls, rows: TokenSet) -> ScoredSet:
-        """For a loss that needs none."""
-        return cls(rows, {}, np.full(len(rows), np.nan))
-
-    @classmethod
-    def by(cls, score: Score, rows: TokenSet, needed: Sequence[int], at_a_time: int) -> ScoredSet:
-        """Takes the log-probs of the rows that are needed."""
-        columns: dict[int, RowPointer] = {}
-        sums = np.full(len(rows), np.nan)
-        for start in range(0, len(needed), at_a_time):
-            part = list(needed[start : start + at_a_time])
-            scored = score([rows.pointer(row) for row in part], rows.lengths[part].tolist())
-            columns |= dict(zip(part, scored.columns, strict=True))
-            sums[part] = scored.sums
-        return cls(rows, columns, sums)
 
 
 class OfflineRun:
@@ -245,7 +209,7 @@ class OfflineRun:
     def _score(self, score: Score, workers: int) -> None:
         """The rows that the run will see, those of steps already done included, so that a resumed run takes
         the same numbers."""
-        shape, at_a_time = self.objective.shape, SCORED_AT_A_TIME * workers
+        shape = self.objective.shape
 
         def needed(units: Units) -> list[int]:
             which = {*shape.trained, *(shape.scored if self.asks_policy else ())}
@@ -253,10 +217,10 @@ class OfflineRun:
 
         steps = min(self.schedule.total_steps, self.schedule.steps_per_epoch)
         seen = np.unique(np.concatenate([self.order.batch(step) for step in range(steps)]))
-        self.rows = ScoredSet.by(score, self.rows.rows, needed(seen), at_a_time)
+        self.rows = ScoredSet.by(score, self.rows.rows, needed(seen), workers)
         if self.held_out is not None:
             every = self.units_of(self.held_out.rows)
-            self.held_out = ScoredSet.by(score, self.held_out.rows, needed(every), at_a_time)
+            self.held_out = ScoredSet.by(score, self.held_out.rows, needed(every), workers)
 
     # -- the loop
     # ---------------------------------------------------------------------------------------------
@@ -281,7 +245,7 @@ class OfflineRun:
         run = self.run
         with run.timer.phase("train"):
             step = self.policy.train(*self.batch(self.rows, units), run.step)
-        metrics = report.with_margin(step.metrics)
+        metrics = offline_report.with_margin(step.metrics)
         run.record({**metrics, **report.step_metrics(run, step, self.schedule.steps_per_epoch)})
 
     def evaluate(self) -> None:
@@ -290,7 +254,7 @@ class OfflineRun:
         if data is None:
             return
         measured = self.policy.evaluate(*self.batch(data, self.units_of(data.rows))).result()
-        metrics = report.with_margin(measured)
+        metrics = offline_report.with_margin(measured)
         self.run.record_evaluation({f"eval_{name}": value for name, value in metrics.items()})
 
     def batch(self, data: ScoredSet, units: Units) -> Batch:

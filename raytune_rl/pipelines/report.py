@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from raytune_rl.algorithms.advantages import AdvantageResult
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
-from raytune_rl.config.batching import GRPOSchedule, SFTSchedule
-from raytune_rl.data.packing import Packs
+from raytune_rl.config.batching import GRPOSchedule
 from raytune_rl.pipelines import launch
-from raytune_rl.pipelines.data import Account, PromptSet, TokenSet
+from raytune_rl.pipelines.data import Account, PromptSet
 from raytune_rl.pipelines.resources import Groups
 from raytune_rl.pipelines.rollouts import Scored, Trajectory
 from raytune_rl.tracking.completions import CompletionRow
@@ -25,7 +24,6 @@ from raytune_rl.tracking.summary import Change, PromptCounts, RunSummary
 
 if TYPE_CHECKING:
     from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult
-    from raytune_rl.pipelines.objective import Objective
     from raytune_rl.pipelines.online import OnlineRun
     from raytune_rl.pipelines.policy_group import StepReport
     from raytune_rl.runtime.cluster import ClusterInfo
@@ -60,7 +58,7 @@ def online_plan(
     )
     arrive = "as an adapter" if launch.publish_mode(config, train.account.vision) == "adapter" else "whole"
     inside = {
-        "policy": _trainer(config, groups),
+        "policy": trainer(config, groups),
         "rollout": f"vLLM, weights arrive {arrive}",
         "reference": "frozen start model, for the KL term",
         "reward": " + ".join(config.reward_funcs),
@@ -80,77 +78,20 @@ def online_plan(
         )
     return RunPlan(
         f"GRPO on {config.model}, {config.train_type}",
-        _group_plans(groups, inside),
+        group_plans(groups, inside),
         [
-            _cluster_section(cluster),
-            _data_section(
+            cluster_section(cluster),
+            data_section(
                 train.account, len(train), held_out.account if held_out else None, len(held_out or ())
             ),
             generation.section(),
-            _output_section(config, origin),
+            output_section(config, origin),
         ],
         [*notices, *extra],
     )
 
 
-def offline_plan(
-    config: SFTConfig | PreferenceConfig,
-    objective: Objective,
-    groups: Groups,
-    schedule: SFTSchedule,
-    train: TokenSet,
-    held_out: TokenSet | None,
-    origin: Origin,
-    cluster: ClusterInfo,
-    notices: Sequence[str],
-    packs: Packs | None = None,
-) -> RunPlan:
-    """The plan of a run over rows that are there beforehand."""
-    shape = objective.shape
-    mine = shape.rows_of(np.arange(len(train) // shape.rows), shape.trained)
-    tokens, trained = int(train.lengths[mine].sum()), int(train.loss_lengths[mine].sum())
-    unit = shape.unit if packs is None else f"packs of up to {packs.capacity:,} tokens"
-    rows = [
-        ("each step", f"{schedule.rows_per_step} {unit}"),
-        ("optimizer steps", f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch)"),
-        *([] if packs is None else [("packing", f"{len(train):,} rows in {len(packs):,} packs")]),
-        ("tokens an epoch", f"{tokens:,}, of which {trained:,} are trained on"),
-        *([("labels", _labels(train.values["label"][mine]))] if "label" in train.values else []),
-    ]
-    if objective.needs_reference:
-        rows.append(("reference", _reference(config)))
-    inside = {"policy": _trainer(config, groups), "reference": "until its log-probs are known"}
-    return RunPlan(
-        f"{objective.title} on {config.model}, {config.train_type}",
-        _group_plans(groups, inside),
-        [
-            _cluster_section(cluster),
-            _data_section(
-                train.account,
-                len(train) // shape.rows,
-                held_out.account if held_out else None,
-                len(held_out or ()) // shape.rows,
-                shape.unit,
-            ),
-            Section("Training", rows),
-            _output_section(config, origin),
-        ],
-        notices,
-    )
-
-
-def _labels(labels: NDArray[np.float64]) -> str:
-    desirable = int(labels.sum())
-    return f"{desirable:,} desirable, {len(labels) - desirable:,} undesirable"
-
-
-def _reference(config: TrainConfig) -> str:
-    own = (config.ref_model, *config.ref_adapters) if isinstance(config, PreferenceConfig) else ()
-    named = " with ".join(name for name in own if name)
-    return f"{named or 'the model before its first step'}; its log-probs are taken once"
-
-
-def _trainer(config: TrainConfig, groups: Groups) -> str:
+def trainer(config: TrainConfig, groups: Groups) -> str:
     zero = (
         config.deepspeed
         if isinstance(config.deepspeed, str)
@@ -161,7 +102,7 @@ def _trainer(config: TrainConfig, groups: Groups) -> str:
     return f"DeepSpeed {zero}, {launch.dtype(config, groups.on_gpu)}, {config.train_type}"
 
 
-def _group_plans(groups: Groups, inside: Mapping[str, str]) -> list[GroupPlan]:
+def group_plans(groups: Groups, inside: Mapping[str, str]) -> list[GroupPlan]:
     return [
         GroupPlan(
             spec.name,
@@ -175,7 +116,7 @@ def _group_plans(groups: Groups, inside: Mapping[str, str]) -> list[GroupPlan]:
     ]
 
 
-def _cluster_section(cluster: ClusterInfo) -> Section:
+def cluster_section(cluster: ClusterInfo) -> Section:
     where = "started here" if cluster.started_here else f"joined at {cluster.address}"
     resources = f"{len(cluster.nodes)} node(s), {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs free"
     return Section(
@@ -188,7 +129,7 @@ def _cluster_section(cluster: ClusterInfo) -> Section:
     )
 
 
-def _data_section(
+def data_section(
     train: Account, rows: int, held_out: Account | None, held_out_rows: int, unit: str = "rows"
 ) -> Section:
     lines = [(s.name, f"{s.rows:,} rows, {s.bad:,} bad, {s.taken:,} taken") for s in train.sources]
@@ -208,7 +149,7 @@ def _data_section(
     return Section("Data", lines)
 
 
-def _output_section(config: TrainConfig, origin: Origin) -> Section:
+def output_section(config: TrainConfig, origin: Origin) -> Section:
     rows = [
         ("folder", str(origin.run_dir.path)),
         ("checkpoint every", f"{config.save_steps:,} steps and at the end"),
@@ -254,13 +195,6 @@ def step_metrics(run: Run, step: StepReport, steps_per_epoch: int) -> dict[str, 
         "num_tokens": float(step.tokens),
         "tokens_per_second": step.tokens / max(run.timer.so_far(), 1e-9),
     }
-
-
-def with_margin(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Adds the lead of desirable rows over undesirable ones, where rows are no pairs that have one each."""
-    sides = [metrics.get(f"rewards/{side}") for side in ("chosen", "rejected")]
-    lead = {} if None in sides else {"rewards/margins": float(sides[0]) - float(sides[1])}  # type: ignore[arg-type]
-    return {**lead, **metrics}
 
 
 def _rewards(scored: Scored, rewards: NDArray[np.float64]) -> dict[str, float]:
@@ -351,36 +285,6 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
         reward_failures=dict(online.reward_failures),
         weight_versions=online.version + 1,
         max_logp_gap=online.max_gap,
-        non_finite=dict(run.logger.non_finite),
-        last_checkpoint=result.last_checkpoint,
-        best_checkpoint=result.best_checkpoint,
-        next_commands=next_commands(config, result),
-    )
-
-
-def offline_summary(
-    config: SFTConfig | PreferenceConfig,
-    objective: Objective,
-    run: Run,
-    account: Account,
-    result: RunResult,
-) -> RunSummary:
-    """The end of a run over rows in one screen."""
-    changes = {"loss (training)": Change(run.first_metrics.get("loss"), run.last_metrics.get("loss"))}
-    for name in ("loss", "rewards/margins", "rewards/accuracies"):
-        if f"eval_{name}" in result.before:
-            changes[f"{name} (held out)"] = Change(
-                result.before[f"eval_{name}"], result.after.get(f"eval_{name}")
-            )
-    return RunSummary(
-        title=f"{objective.title} on {config.model}, {config.train_type}",
-        status=result.status,
-        steps=result.steps,
-        total_steps=result.total_steps,
-        seconds=run.seconds,
-        output_dir=result.run_dir,
-        changes=changes,
-        quarantined=account.bad,
         non_finite=dict(run.logger.non_finite),
         last_checkpoint=result.last_checkpoint,
         best_checkpoint=result.best_checkpoint,

@@ -16,12 +16,11 @@ from raytune_rl import PreferenceConfig, run_preference
 from raytune_rl.errors import DataError
 from raytune_rl.pipelines.lifecycle import RunResult
 from raytune_rl.tiny.preferences import PreferenceFiles, write_preferences
+from raytune_rl.tiny.shapes import write_shapes
+from raytune_rl.tiny.vision import make_tiny_vision_model
 from tests.cluster.conftest import Tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
-
-
-MIXED = {"loss_type": ["aot", "aot_unpaired", "bco_pair"], "loss_weights": [1, 0.5, 0.5], "bco_shift": True}
 
 
 @dataclass(frozen=True)
@@ -133,6 +132,32 @@ def test_kto_with_a_reference_of_its_own(toy: Toy) -> None:
     assert abs(result.before["eval_rewards/chosen"]) > 1e-3
     assert after > before + 0.05
     assert result.after["eval_loss"] < result.before["eval_loss"]
+
+
+def test_pairs_about_pictures_under_losses_that_look_at_the_whole_step(toy: Toy, tmp_path: Path) -> None:
+    """Some pairs have no picture; two ranks, so that one may meet none."""
+    shapes = write_shapes(tmp_path / "shapes", train=40, held_out=8)
+    wrong = {"rejected_response": "There is nothing to be seen on this picture."}
+    pairs = [{**json.loads(line), **wrong} for line in shapes.sft.read_text().splitlines()]
+    pairs += [{"query": "Is it red?", "response": f"It is number {n}.", **wrong} for n in range(8)]
+    dataset = tmp_path / "pairs.jsonl"
+    dataset.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    result = toy.run(
+        "dpo",
+        model=make_tiny_vision_model(tmp_path / "model"),
+        dataset=dataset,
+        val_dataset=(),
+        split_dataset_ratio=0.2,
+        policy_workers=2,
+        per_device_train_batch_size=8,
+        loss_type=["aot", "aot_unpaired", "bco_pair"],
+        loss_weights=[1, 0.5, 0.5],
+        bco_shift=True,
+    )
+    before, after = result.before, result.after
+    assert before["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert after["eval_rewards/margins"] > 0.05
+    assert after["eval_loss"] < before["eval_loss"]
 
 
 def test_bad_rows_are_named(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

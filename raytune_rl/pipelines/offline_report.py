@@ -1,0 +1,128 @@
+"""What a run over rows that are there beforehand tells: its plan, its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.config import PreferenceConfig, SFTConfig
+from raytune_rl.config.batching import SFTSchedule
+from raytune_rl.data.packing import Packs
+from raytune_rl.pipelines.data import Account, TokenSet
+from raytune_rl.pipelines.report import (
+    cluster_section,
+    data_section,
+    group_plans,
+    next_commands,
+    output_section,
+    trainer,
+)
+from raytune_rl.pipelines.resources import Groups
+from raytune_rl.tracking.plan import RunPlan, Section
+from raytune_rl.tracking.summary import Change, RunSummary
+
+if TYPE_CHECKING:
+    from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult
+    from raytune_rl.pipelines.objective import Objective
+    from raytune_rl.runtime.cluster import ClusterInfo
+
+OfflineConfig = SFTConfig | PreferenceConfig
+
+
+def plan_of(
+    config: OfflineConfig,
+    objective: Objective,
+    groups: Groups,
+    schedule: SFTSchedule,
+    train: TokenSet,
+    held_out: TokenSet | None,
+    origin: Origin,
+    cluster: ClusterInfo,
+    notices: Sequence[str],
+    packs: Packs | None = None,
+) -> RunPlan:
+    """The plan of a run over rows that are there beforehand."""
+    shape = objective.shape
+    mine = shape.rows_of(np.arange(len(train) // shape.rows), shape.trained)
+    tokens, trained = int(train.lengths[mine].sum()), int(train.loss_lengths[mine].sum())
+    unit = shape.unit if packs is None else f"packs of up to {packs.capacity:,} tokens"
+    rows = [
+        ("each step", f"{schedule.rows_per_step} {unit}"),
+        ("optimizer steps", f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch)"),
+        *([] if packs is None else [("packing", f"{len(train):,} rows in {len(packs):,} packs")]),
+        ("tokens an epoch", f"{tokens:,}, of which {trained:,} are trained on"),
+        *([("labels", _labels(train.values["label"][mine]))] if "label" in train.values else []),
+    ]
+    if objective.needs_reference:
+        rows.append(("reference", _reference(config)))
+    inside = {"policy": trainer(config, groups), "reference": "until its log-probs are known"}
+    return RunPlan(
+        f"{objective.title} on {config.model}, {config.train_type}",
+        group_plans(groups, inside),
+        [
+            cluster_section(cluster),
+            data_section(
+                train.account,
+                len(train) // shape.rows,
+                held_out.account if held_out else None,
+                len(held_out or ()) // shape.rows,
+                shape.unit,
+            ),
+            Section("Training", rows),
+            output_section(config, origin),
+        ],
+        notices,
+    )
+
+
+def _labels(labels: NDArray[np.float64]) -> str:
+    desirable = int(labels.sum())
+    return f"{desirable:,} desirable, {len(labels) - desirable:,} undesirable"
+
+
+def _reference(config: OfflineConfig) -> str:
+    named = "the model before its first step"
+    if isinstance(config, PreferenceConfig) and config.own_reference:
+        named = " with ".join((str(config.ref_model or config.model), *config.ref_adapters))
+    return f"{named}; its log-probs are taken once"
+
+
+def with_margin(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Adds the lead of desirable rows over undesirable ones, where rows are no pairs that have one each."""
+    chosen, rejected = metrics.get("rewards/chosen"), metrics.get("rewards/rejected")
+    if chosen is None or rejected is None:
+        return dict(metrics)
+    return {"rewards/margins": chosen - rejected, **metrics}
+
+
+def summary_of(
+    config: OfflineConfig,
+    objective: Objective,
+    run: Run,
+    account: Account,
+    result: RunResult,
+) -> RunSummary:
+    """The end of a run over rows in one screen."""
+    changes = {"loss (training)": Change(run.first_metrics.get("loss"), run.last_metrics.get("loss"))}
+    for name in ("loss", "rewards/margins", "rewards/accuracies"):
+        if f"eval_{name}" in result.before:
+            changes[f"{name} (held out)"] = Change(
+                result.before[f"eval_{name}"], result.after.get(f"eval_{name}")
+            )
+    return RunSummary(
+        title=f"{objective.title} on {config.model}, {config.train_type}",
+        status=result.status,
+        steps=result.steps,
+        total_steps=result.total_steps,
+        seconds=run.seconds,
+        output_dir=result.run_dir,
+        changes=changes,
+        quarantined=account.bad,
+        non_finite=dict(run.logger.non_finite),
+        last_checkpoint=result.last_checkpoint,
+        best_checkpoint=result.best_checkpoint,
+        next_commands=next_commands(config, result),
+    )

@@ -1,0 +1,58 @@
+"""Rows with what the reference says of them, taken once: the reference does not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.data.rows import RowPointer
+from raytune_rl.pipelines.data import TokenSet
+from raytune_rl.pipelines.policy_group import RowLogprobs
+
+ROWS_OF_A_CALL = 2048
+"""Rows that one worker scores in one call: each call has a deadline."""
+
+Score = Callable[[Sequence[RowPointer], Sequence[int]], RowLogprobs]
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """Rows, and what the reference says of them.
+
+    Attributes:
+        rows: The rows.
+        columns: Row -> where its reference log-probs lie; of the rows that are needed.
+        sums: The same summed over each row, float64 `[n]`, NaN where not needed.
+    """
+
+    rows: TokenSet
+    columns: Mapping[int, RowPointer]
+    sums: NDArray[np.float64]
+
+    @classmethod
+    def without_reference(cls, rows: TokenSet) -> ScoredSet:
+        """For a loss that needs none."""
+        return cls(rows, {}, np.full(len(rows), np.nan))
+
+    @classmethod
+    def by(cls, score: Score, rows: TokenSet, needed: Sequence[int], workers: int) -> ScoredSet:
+        """Takes the log-probs of the rows that are needed, a part of them at a time.
+
+        Args:
+            score: Gives log-probs of rows, from where they lie and their lengths.
+            rows: All rows.
+            needed: Numbers of those to score.
+            workers: How many share the work.
+        """
+        at_a_time = ROWS_OF_A_CALL * workers
+        columns: dict[int, RowPointer] = {}
+        sums = np.full(len(rows), np.nan)
+        for start in range(0, len(needed), at_a_time):
+            part = list(needed[start : start + at_a_time])
+            scored = score([rows.pointer(row) for row in part], rows.lengths[part].tolist())
+            columns |= dict(zip(part, scored.columns, strict=True))
+            sums[part] = scored.sums
+        return cls(rows, columns, sums)

@@ -102,14 +102,6 @@ def test_dpo_learns_the_same_on_one_rank_and_on_two_and_resumes_exactly(toy: Toy
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        (
-            "dpo",
-            {
-                "loss_type": ["aot", "aot_unpaired", "bco_pair"],
-                "bco_shift": True,
-                "loss_weights": [1, 0.5, 0.5],
-            },
-        ),
         ("orpo", {"beta": 1}),
         ("cpo", {"cpo_alpha": 0.1}),
         ("simpo", {"cpo_alpha": 0}),

@@ -35,7 +35,7 @@ from raytune_rl.algorithms.aggregation import row_weights
 from raytune_rl.config import RLHFConfig
 from raytune_rl.data.microbatch import plan_micro_batches
 from raytune_rl.data.rows import RowPointer
-from raytune_rl.pipelines import launch, online
+from raytune_rl.pipelines import launch, online, online_groups
 from raytune_rl.pipelines.rollouts import Trajectory, sample_seed
 from raytune_rl.tiny.arithmetic import write_dataset
 from raytune_rl.tiny.model import make_tiny_model
@@ -133,7 +133,7 @@ class MeasuredRun(online.OnlineRun):
             PromptRequest(
                 g, int(row), tuple(sample_seed(self.config.seed, generation, int(row), s) for s in seeds)
             )
-            for g, row in enumerate(self.order.batch(generation).tolist())
+            for g, row in enumerate(dict.fromkeys(t.prompt for t in self.last[0]))
         ]
         call = self.engine.submit(0, "alone", self.prompts.columns, requests, self.rollout._sampling)
         seconds, tokens = ray.get(call.ref)
@@ -190,7 +190,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, list[Measur
     MeasuredRun.options = options
     with (
         mock.patch.object(online, "OnlineRun", MeasuredRun),
-        mock.patch.object(online, "RolloutWorker", ForcedRolloutWorker),
+        mock.patch.object(online_groups, "RolloutWorker", ForcedRolloutWorker),
     ):
         online.run(config)
     return MeasuredRun.measured

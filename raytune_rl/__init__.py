@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raytune_rl.config import ExportConfig as ExportConfig
     from raytune_rl.config import PreferenceConfig as PreferenceConfig
+    from raytune_rl.config import RewardCheckConfig as RewardCheckConfig
     from raytune_rl.config import RLHFConfig as RLHFConfig
     from raytune_rl.config import SFTConfig as SFTConfig
     from raytune_rl.config.parser import parse as parse
@@ -25,6 +26,7 @@ _WHERE = {
     "ExportConfig": ("raytune_rl.config", "ExportConfig"),
     "PreferenceConfig": ("raytune_rl.config", "PreferenceConfig"),
     "RLHFConfig": ("raytune_rl.config", "RLHFConfig"),
+    "RewardCheckConfig": ("raytune_rl.config", "RewardCheckConfig"),
     "SFTConfig": ("raytune_rl.config", "SFTConfig"),
     "parse": ("raytune_rl.config.parser", "parse"),
     "ConfigError": ("raytune_rl.errors", "ConfigError"),
@@ -32,6 +34,7 @@ _WHERE = {
     "run_sft": ("raytune_rl.pipelines.sft", "run"),
     "run_preference": ("raytune_rl.pipelines.preference", "run"),
     "run_rlhf": ("raytune_rl.pipelines.online", "run"),
+    "run_reward_check": ("raytune_rl.pipelines.reward_check", "run"),
     "run_export": ("raytune_rl.export", "run"),
 }
 

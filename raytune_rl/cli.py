@@ -10,7 +10,13 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from raytune_rl.config import ExportConfig, PreferenceConfig, RLHFConfig, SFTConfig
+from raytune_rl.config import (
+    ExportConfig,
+    PreferenceConfig,
+    RewardCheckConfig,
+    RLHFConfig,
+    SFTConfig,
+)
 from raytune_rl.config.base import Options
 from raytune_rl.config.explain import did_you_mean
 from raytune_rl.config.parser import Parsed, parse, rlhf_class
@@ -19,6 +25,7 @@ from raytune_rl.errors import ConfigError, RaytuneError
 _COMMANDS: dict[str, tuple[type[Options], str]] = {
     "sft": (SFTConfig, "supervised fine-tuning"),
     "rlhf": (RLHFConfig, "GRPO; from preferences in the data DPO, KTO, ORPO, CPO, SimPO, RM"),
+    "reward-check": (RewardCheckConfig, "try reward functions on a data set, without a model"),
     "export": (ExportConfig, "merge a LoRA adapter, push a model to a hub"),
 }
 
@@ -26,11 +33,12 @@ _PIPELINES: dict[type[Options], str] = {
     SFTConfig: "raytune_rl.pipelines.sft",
     PreferenceConfig: "raytune_rl.pipelines.preference",
     RLHFConfig: "raytune_rl.pipelines.online",
+    RewardCheckConfig: "raytune_rl.pipelines.reward_check",
 }
 
 _USAGE = (
     "usage: raytune-rl COMMAND [config.yaml] [--flag value ...]\n\ncommands:\n"
-    + "".join(f"  {name:<8}{what}\n" for name, (_, what) in _COMMANDS.items())
+    + "".join(f"  {name:<14}{what}\n" for name, (_, what) in _COMMANDS.items())
     + "\nraytune-rl COMMAND --help explains a command's flags; raytune-rl --version tells the version.\n"
 )
 

@@ -117,6 +117,8 @@ class Loss:
         required_rows: settings -> names of the row values it cannot do without.
         rows: "pairs" if rows 2k and 2k + 1 of a micro-batch must be the two sides of a pair (`pairs`).
         forward: what the model must give: token log-probs, one score a row, or one value a token.
+        normaliser: for a loss that --loss_type names: how its token losses add up, a loss type of
+            `aggregation.row_weights`.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Loss:
     required_rows: Callable[[Any], tuple[str, ...]] = no_columns
     rows: Rows = "single"
     forward: Forward = "logprobs"
+    normaliser: str = "grpo"
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """Checks that nothing is missing, then computes.
@@ -158,15 +161,22 @@ _BUILT_IN = tuple(
 
 
 def register_loss(loss: Loss) -> Loss:
-    """Makes a loss available by name.
+    """Makes a loss available by name. A plugin file that is loaded again replaces its own.
 
     Raises:
         ConfigError: the name is taken.
     """
-    if loss.name in _LOSSES:
+    known = _LOSSES.get(loss.name)
+    if known is not None and not _loaded_again(known, loss):
         raise ConfigError(f"a loss named '{loss.name}' is already registered")
     _LOSSES[loss.name] = loss
     return loss
+
+
+def _loaded_again(old: Loss, new: Loss) -> bool:
+    """Whether the functions come from one file that was executed twice."""
+    one, other = (getattr(loss.compute, "__globals__", {}) for loss in (old, new))
+    return old.compute.__module__ == new.compute.__module__ and one is not other
 
 
 def get_loss(name: str) -> Loss:

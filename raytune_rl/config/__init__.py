@@ -2,5 +2,6 @@
 
 from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.export import ExportConfig
+from raytune_rl.config.reward_check import RewardCheckConfig
 
-__all__ = ["ExportConfig", "PreferenceConfig", "RLHFConfig", "SFTConfig"]
+__all__ = ["ExportConfig", "PreferenceConfig", "RLHFConfig", "RewardCheckConfig", "SFTConfig"]

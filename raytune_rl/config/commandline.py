@@ -69,7 +69,8 @@ def value_of(flag: Flag, words: tuple[str, ...]) -> Any:
         )
     word = words[0]
     # So that a command line can take back what a config file sets.
-    return None if flag.optional and flag.values != "text" and word.lower() in ("none", "null") else word
+    unset = flag.optional and flag.values != "text" and word not in flag.choices
+    return None if unset and word.lower() in ("none", "null") else word
 
 
 def values_of(settings: Mapping[str, tuple[str, ...]], flags: Mapping[str, Flag]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from pydantic import model_validator
 from raytune_rl.config import deepspeed as presets
 from raytune_rl.config.batching import check_eval_batch, grpo_batch_of
 from raytune_rl.config.cluster import OnlineGroupsOptions, PolicyGroupOptions
+from raytune_rl.config.corrections import CorrectionOptions
 from raytune_rl.config.data import DataOptions
 from raytune_rl.config.model import ModelOptions
 from raytune_rl.config.preference import PreferenceOptions
 from raytune_rl.config.rewards import RewardOptions
-from raytune_rl.config.rl import RLOptions
+from raytune_rl.config.rl import RLOptions, check_loss_type
 from raytune_rl.config.rollout import RolloutOptions
 from raytune_rl.config.sft import SupervisedOptions
 from raytune_rl.config.training import TrainingOptions
@@ -48,7 +49,9 @@ class PreferenceConfig(PreferenceOptions, _TrainConfig):
     COMMAND: ClassVar[str] = "rlhf --rlhf_type dpo"
 
 
-class RLHFConfig(OnlineGroupsOptions, RewardOptions, RLOptions, RolloutOptions, _TrainConfig):
+class RLHFConfig(
+    OnlineGroupsOptions, RewardOptions, CorrectionOptions, RLOptions, RolloutOptions, _TrainConfig
+):
     """`raytune-rl rlhf`: reinforcement learning."""
 
     COMMAND: ClassVar[str] = "rlhf"
@@ -63,6 +66,7 @@ class RLHFConfig(OnlineGroupsOptions, RewardOptions, RLOptions, RolloutOptions, 
             )
         if not self.reward_funcs:
             raise ConfigError("--reward_funcs is required: name at least one, such as accuracy.")
+        check_loss_type(self.loss_type, self.external_plugins)
         if self.truncation_strategy == "right":
             raise ConfigError("--truncation_strategy right would cut off the question: use left or delete.")
         limit, prompt, completion = self.vllm_max_model_len, self.max_length, self.max_completion_length

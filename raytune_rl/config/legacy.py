@@ -26,7 +26,7 @@ RENAMED = {
 }
 """Old name to the name here."""
 
-REMOVED = ("vllm_device", "num_infer_workers", "gc_collect_after_offload")
+REMOVED = ("vllm_device", "num_infer_workers", "gc_collect_after_offload", "log_rollout_offpolicy_metrics")
 """Names without a setting of their own, read by `translate`."""
 
 EXTERNAL_SERVER = ("vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_server_group_port")
@@ -34,23 +34,14 @@ EXTERNAL_SERVER = ("vllm_server_host", "vllm_server_port", "vllm_server_base_url
 # fmt: off
 NOT_BUILT = frozenset(
     {
-        "advantage_estimator", "aligner_lr", "async_generate", "cached_dataset",
-        "chord_mu", "chord_phi", "completion_length_limit_scope",
-        "cosine_max_len", "cosine_max_len_value_correct", "cosine_max_len_value_wrong",
-        "cosine_min_len_value_correct", "cosine_min_len_value_wrong",
-        "create_checkpoint_symlink", "ddp_timeout", "dynamic_sample",
-        "freeze_llm", "freeze_parameters", "gym_env", "importance_sampling_level",
-        "init_weights", "kl_in_reward", "lazy_tokenize", "log_entropy",
-        "lora_bias", "lora_dtype", "max_resample_times",
-        "max_turns", "model_type", "move_model_batches", "multi_turn_scheduler", "neftune_noise_alpha",
-        "overlong_filter", "predict_with_generate",
-        "ref_model_mixup_alpha", "ref_model_sync_steps", "repetition_max_penalty", "repetition_n_grams",
-        "reward_model", "reward_model_plugin", "rollout_importance_sampling_mode",
-        "rollout_importance_sampling_threshold", "sequence_parallel_size",
-        "shuffle_buffer_size", "soft_cache_length", "soft_max_length", "streaming",
-        "sync_ref_model", "target_regex", "tau_neg", "tau_pos", "teacher_model", "template",
-        "top_entropy_quantile", "use_gym_env", "use_liger_kernel",
-        "vit_gradient_checkpointing", "vit_lr",
+        "aligner_lr", "async_generate", "cached_dataset", "chord_mu", "chord_phi",
+        "completion_length_limit_scope", "create_checkpoint_symlink", "ddp_timeout", "freeze_llm",
+        "freeze_parameters", "gym_env", "init_weights", "lazy_tokenize", "lora_bias", "lora_dtype",
+        "max_turns", "model_type", "move_model_batches", "multi_turn_scheduler",
+        "neftune_noise_alpha", "predict_with_generate", "ref_model_mixup_alpha",
+        "ref_model_sync_steps", "reward_model", "reward_model_plugin", "sequence_parallel_size",
+        "shuffle_buffer_size", "streaming", "sync_ref_model", "target_regex", "teacher_model",
+        "template", "use_gym_env", "use_liger_kernel", "vit_gradient_checkpointing", "vit_lr",
     }
 )
 # fmt: on
@@ -83,6 +74,11 @@ def translate(settings: dict[str, Any], environ: Mapping[str, str]) -> tuple[dic
         notices.append(
             "--gc_collect_after_offload does nothing: collecting by hand clashed with vLLM's allocator, and "
             "ms-swift has removed it too."
+        )
+    if "log_rollout_offpolicy_metrics" in settings:
+        del settings["log_rollout_offpolicy_metrics"]
+        notices.append(
+            "--log_rollout_offpolicy_metrics does nothing: rollout_correction/* is measured on every step."
         )
     scale = settings.get("scale_rewards")
     if str(scale).lower() in ("true", "false"):

@@ -8,6 +8,8 @@ from raytune_rl.config import resolved
 from raytune_rl.config.base import Options
 from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.preference import unread
+from raytune_rl.config.recipes import RECIPES, recipe_in_words
+from raytune_rl.config.rl import LOSS_TYPES
 
 _NO_LOADER = "rows are prepared before training and read from shared memory; no loader is needed"
 
@@ -23,6 +25,16 @@ PENDING: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Per command, settings that are taken but cannot act yet, and why. Remove a line when its setting acts."""
+
+
+_REWARD_FLAGS = {
+    "cosine": (
+        "cosine_min_len_value_correct", "cosine_max_len_value_correct", "cosine_min_len_value_wrong",
+        "cosine_max_len_value_wrong", "cosine_max_len",
+    ),
+    "repetition": ("repetition_n_grams", "repetition_max_penalty"),
+    "soft_overlong": ("soft_max_length", "soft_cache_length"),
+}  # fmt: skip
 
 
 def notices_for(config: Options) -> tuple[str, ...]:
@@ -43,7 +55,7 @@ def notices_for(config: Options) -> tuple[str, ...]:
 
 def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str]:
     if not resolved.has_validation(config):
-        names = ("eval_steps", "per_device_eval_batch_size", "num_generations_eval")
+        names = ("eval_steps", "per_device_eval_batch_size", "num_generations_eval", "eval_temperature")
         why = "there is no validation data (--val_dataset or --split_dataset_ratio)"
         yield from _idle(config, names, why)
     if config.train_type == "full":
@@ -71,9 +83,61 @@ def _online(config: RLHFConfig) -> Iterable[str]:
         names = ("sleep_level", "offload_model", "offload_optimizer")
         used = tuple(name for name in names if getattr(config, name))
         yield from _idle(config, used, "rollout workers have GPUs of their own")
+    cut = [
+        f"--{name} {getattr(config, name):g}"
+        for name, neutral in (("top_p", 1), ("top_k", -1), ("min_p", 0), ("repetition_penalty", 1))
+        if getattr(config, name) != neutral
+    ]
+    if cut:
+        yield (
+            f"{', '.join(cut)}: completions are sampled from a changed distribution, but the loss takes the "
+            "log-probs of the whole one; rollout_correction/* shows the difference."
+        )
+    if config.eval_temperature == 0 and resolved.num_generations_eval(config) > 1:
+        yield (
+            f"--eval_temperature 0: the {resolved.num_generations_eval(config)} completions of a held-out "
+            "prompt will all be the same; --num_generations_eval 1 saves their time."
+        )
+    if config.rlhf_type in RECIPES:
+        yield (
+            f"--rlhf_type {config.rlhf_type} is grpo with {recipe_in_words(config.rlhf_type)}, where you did "
+            "not say otherwise; the reward soft_overlong belongs to it too, but is your choice."
+        )
     if config.beta == 0:
-        names = ("reference_workers", "gpus_per_reference_worker", "cpus_per_reference_worker")
-        yield from _idle(config, names, "with --beta 0 there is no reference model")
+        without = (
+            "reference_workers", "gpus_per_reference_worker", "cpus_per_reference_worker",
+            "kl_in_reward", "kl_estimator",
+        )  # fmt: skip
+        yield from _idle(config, without, "with --beta 0 there is no reference model")
+    yield from _loss(config)
+    if not config.external_plugins:  # whose rewards may read any of these
+        for name, flags in _REWARD_FLAGS.items():
+            if name not in config.reward_funcs:
+                yield from _idle(config, flags, f"they belong to --reward_funcs {name}")
+
+
+def _loss(config: RLHFConfig) -> Iterable[str]:
+    """Constants of another loss than the one chosen."""
+    if config.loss_type in LOSS_TYPES:
+        if config.loss_type in ("cispo", "sapo"):
+            unused = (
+                ("epsilon", "delta") if config.loss_type == "cispo" else ("epsilon", "epsilon_high", "delta")
+            )
+            recipe = RECIPES.get(config.rlhf_type, {})
+            yield from _idle(
+                config,
+                [n for n in unused if n not in recipe],
+                f"--loss_type {config.loss_type} does not clip",
+            )
+        if config.loss_type != "sapo":
+            yield from _idle(config, ("tau_pos", "tau_neg"), "they belong to --loss_type sapo")
+        if config.loss_args:
+            yield f"--loss_args does nothing: --loss_type {config.loss_type} has flags of its own."
+    if config.rollout_importance_sampling_mode is None:
+        names = ("rollout_importance_sampling_threshold", "rollout_importance_sampling_min")
+        yield from _idle(config, names, "--rollout_importance_sampling_mode is not given")
+    if not config.dynamic_sample:
+        yield from _idle(config, ("max_resample_times",), "it belongs to --dynamic_sample true")
 
 
 def _idle(config: Options, names: Iterable[str], why: str) -> Iterable[str]:

@@ -25,6 +25,7 @@ from raytune_rl.config.flags import Flag, flags_of
 from raytune_rl.config.help import help_text
 from raytune_rl.config.notices import notices_for
 from raytune_rl.config.preference import READS
+from raytune_rl.config.reward_check import RewardCheckConfig
 from raytune_rl.errors import ConfigError
 
 Config = TypeVar("Config", bound=Options)
@@ -162,7 +163,7 @@ def _unknown(name: str, flags: Mapping[str, Flag], config_class: type[Options]) 
         )
     if name in legacy.NOT_BUILT:
         return f"--{name} is a flag of ms-swift that is not built yet."
-    commands = (SFTConfig, RLHFConfig, PreferenceConfig, ExportConfig)
+    commands = (SFTConfig, RLHFConfig, PreferenceConfig, RewardCheckConfig, ExportConfig)
     elsewhere = [c.COMMAND for c in commands if name in flags_of(c) or legacy.known(name, flags_of(c))]
     if elsewhere:
         return f"--{name} is no flag of raytune-rl {config_class.COMMAND}, but of {' and '.join(elsewhere)}."

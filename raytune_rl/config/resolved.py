@@ -5,6 +5,8 @@ The config keeps what the user asked for; these say what it comes to. Nothing he
 
 from __future__ import annotations
 
+from typing import Literal
+
 from raytune_rl.config.batching import sft_accumulation
 from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 
@@ -57,9 +59,26 @@ def epsilon_high(config: RLHFConfig) -> float:
     return config.epsilon if config.epsilon_high is None else config.epsilon_high
 
 
+def kl_in_reward(config: RLHFConfig) -> bool:
+    """As the estimator's paper has it, unless given; without a KL there is none anywhere."""
+    if config.beta == 0:
+        return False
+    return config.advantage_estimator != "grpo" if config.kl_in_reward is None else config.kl_in_reward
+
+
+def kl_estimator(config: RLHFConfig) -> Literal["k1", "k2", "k3"]:
+    """k1 in the reward, k3 in the loss, unless given."""
+    return config.kl_estimator or ("k1" if kl_in_reward(config) else "k3")
+
+
 def num_generations_eval(config: RLHFConfig) -> int:
     """As `num_generations`, unless given."""
     return config.num_generations if config.num_generations_eval is None else config.num_generations_eval
+
+
+def eval_temperature(config: RLHFConfig) -> float:
+    """As in training, unless given; 0 is greedy."""
+    return config.temperature if config.eval_temperature is None else config.eval_temperature
 
 
 def reward_weights(config: RLHFConfig) -> tuple[float, ...]:

@@ -17,14 +17,38 @@ class RewardOptions(Options):
     """Reward functions and their weights."""
 
     reward_funcs: tuple[str, ...] = _setting(
-        (), "Reward functions by name: accuracy, format, or one that a plugin registers."
+        (),
+        "Reward functions by name: accuracy, format, cosine, repetition, soft_overlong, or one that a plugin "
+        "registers.",
     )
     reward_weights: tuple[float, ...] = _setting((), "One weight per reward function. Not set: 1 each.")
-    external_plugins: tuple[str, ...] = _setting((), "Python files to load first, which register rewards.")
+    external_plugins: tuple[str, ...] = _setting(
+        (), "Python files to load first, which register rewards or losses."
+    )
     reward_timeout: float = _setting(
         30.0,
         "Seconds that one reward function may take for one completion; over it the sample is a failure.",
         gt=0,
+    )
+    cosine_min_len_value_correct: float = _setting(1.0, "cosine: of a right answer of 0 tokens.")
+    cosine_max_len_value_correct: float = _setting(0.5, "cosine: of a right answer of --cosine_max_len.")
+    cosine_min_len_value_wrong: float = _setting(-0.5, "cosine: of a wrong answer of 0 tokens.")
+    cosine_max_len_value_wrong: float = _setting(0.0, "cosine: of a wrong answer of --cosine_max_len.")
+    cosine_max_len: int | None = _setting(
+        None, "cosine: tokens over which the value changes. Not set: --max_completion_length.", ge=1
+    )
+    repetition_n_grams: int = _setting(
+        3,
+        "repetition: words in a row that count as one. In scripts without blanks (Chinese, Japanese, Thai) a "
+        "word is a character.",
+        ge=1,
+    )
+    repetition_max_penalty: float = _setting(-1.0, "repetition: of nothing but repetition.", le=0)
+    soft_max_length: int | None = _setting(
+        None, "soft_overlong: tokens at which the penalty is -1. Not set: --max_completion_length.", ge=2
+    )
+    soft_cache_length: int | None = _setting(
+        None, "soft_overlong: tokens before that limit in which the penalty grows from 0; required.", ge=1
     )
 
     @model_validator(mode="after")
@@ -33,5 +57,10 @@ class RewardOptions(Options):
             raise ConfigError(
                 f"--reward_weights has {len(self.reward_weights)} values but --reward_funcs names "
                 f"{len(self.reward_funcs)}: give one weight per function."
+            )
+        if "soft_overlong" in self.reward_funcs and self.soft_cache_length is None:
+            raise ConfigError(
+                "--reward_funcs soft_overlong needs --soft_cache_length: the tokens before the length limit "
+                "in which the penalty grows."
             )
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -12,6 +12,28 @@ from raytune_rl.errors import ConfigError
 
 _sampling = partial(setting, "Sampling")
 _vllm = partial(setting, "Rollout engine (vLLM)")
+
+
+_OURS = {
+    "model": "--model",
+    "dtype": "--torch_dtype",
+    "seed": "--seed",
+    "trust_remote_code": "--trust_remote_code",
+    "max_model_len": "--vllm_max_model_len",
+    "max_num_seqs": "--vllm_max_num_seqs",
+    "tensor_parallel_size": "--vllm_tensor_parallel_size",
+    "gpu_memory_utilization": "--vllm_gpu_memory_utilization",
+    "enforce_eager": "--vllm_enforce_eager",
+    "enable_prefix_caching": "--vllm_enable_prefix_caching",
+    "limit_mm_per_prompt": "--vllm_limit_mm_per_prompt",
+    "enable_lora": "--vllm_enable_lora",
+    "max_lora_rank": "--vllm_max_lora_rank",
+    "max_loras": "there is one adapter",
+    "enable_sleep_mode": "--sleep_level",
+    "logprobs_mode": "the loss compares with it",
+    "async_scheduling": "a token would be lost at a weight update",
+    "weight_transfer_config": "weights come from the store",
+}
 
 
 class RolloutOptions(Options):
@@ -24,6 +46,11 @@ class RolloutOptions(Options):
     max_completion_length: int = _sampling(512, "Longest completion in tokens.", ge=1)
     temperature: float = _sampling(
         0.9, "Sampling temperature. Log-probs in the loss are taken at the same temperature.", gt=0
+    )
+    eval_temperature: float | None = _sampling(
+        None,
+        "Temperature in evaluation; 0: greedy, always the likeliest token. Not set: --temperature.",
+        ge=0,
     )
     top_p: float = _sampling(
         1.0, "Sample from the likeliest tokens that make up this probability.", gt=0, le=1
@@ -66,6 +93,9 @@ class RolloutOptions(Options):
     vllm_max_lora_rank: int | None = _vllm(
         None, "Largest adapter rank that the engine makes room for. Not set: --lora_rank.", ge=1
     )
+    vllm_engine_kwargs: dict[str, Any] = _vllm(
+        {}, 'Further arguments of vLLM\'s EngineArgs, as JSON: \'{"kv_cache_dtype": "fp8"}\'.'
+    )
     sleep_level: Literal[0, 1, 2] = _vllm(
         0,
         "Colocated engine while the policy trains: 0 keeps its memory, 1 drops the cache and moves weights "
@@ -83,6 +113,11 @@ class RolloutOptions(Options):
             )
         if self.top_k == 0:
             raise ConfigError("--top_k 0 leaves no token to sample: use -1 for all tokens.")
+        if taken := sorted(set(self.vllm_engine_kwargs) & set(_OURS)):
+            flags = ", ".join(f"{name} ({_OURS[name]})" for name in taken)
+            raise ConfigError(
+                f"--vllm_engine_kwargs may not set what has a flag or follows from it: {flags}."
+            )
         limit = self.vllm_max_model_len
         if limit is not None and limit <= self.max_completion_length:
             raise ConfigError(

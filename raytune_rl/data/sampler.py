@@ -20,6 +20,15 @@ def order(n: int, epoch: int, seed: int, shuffle: bool) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(n).astype(np.int64)
 
 
+def stretch(n: int, start: int, count: int, seed: int, shuffle: bool) -> NDArray[np.int64]:
+    """`count` indices from position `start` of all epochs laid end to end, int64 `[count]`."""
+    found = [
+        order(n, epoch, seed, shuffle)[max(start - epoch * n, 0) : start + count - epoch * n]
+        for epoch in range(start // n, (start + count - 1) // n + 1)
+    ]
+    return np.concatenate([*found, np.empty(0, dtype=np.int64)])
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """Batches of indices over epochs; batch `k` can be computed without the ones before it.

@@ -76,6 +76,7 @@ class Account:
         vision: Whether the model takes images: its rows are never packed.
         images: The rows' pictures.
         placeholder_ids: Tokens that stand for features of pictures: no completion may have them.
+        columns: The data's columns that rewards receive.
     """
 
     sources: tuple[SourceCounts, ...]
@@ -87,6 +88,7 @@ class Account:
     vision: bool = False
     images: ImageCounts = field(default_factory=ImageCounts)
     placeholder_ids: tuple[int, ...] = ()
+    columns: tuple[str, ...] = ()
 
     @property
     def bad(self) -> int:

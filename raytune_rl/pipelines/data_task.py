@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,10 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces
             columns["given"] = found.given
         shown = found.prompts if found.given is None else found.given  # one placeholder a picture is readable
         texts = tokenizer.batch_decode([shown[i].tolist() for i in range(len(shown))])
-        account = _account(report, found, facts, path)
-        return columns, found.extra, texts, (found.prompts.lengths, account)
+        messages = [[m.for_template() for m in examples[i].messages] for i in found.index]
+        extra = {**found.extra, "messages": messages}
+        account = replace(_account(report, found, facts, path), columns=tuple(extra))
+        return columns, extra, texts, (found.prompts.lengths, account)
 
     train, held_out = _load(config, "grpo", Path(quarantine))
     train_path, held_out_path = _quarantines(config, Path(quarantine))

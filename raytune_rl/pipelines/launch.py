@@ -201,15 +201,22 @@ def engine_spec(
         sleep_level=config.sleep_level if on_gpu and groups.colocated else 0,
         media_limits=media,
         max_pixels=config.max_pixels,
+        more=config.vllm_engine_kwargs,
     )
 
 
-def sampling(config: RLHFConfig, stop_token_ids: tuple[int, ...], banned: tuple[int, ...] = ()) -> Sampling:
+def sampling(
+    config: RLHFConfig,
+    stop_token_ids: tuple[int, ...],
+    banned: tuple[int, ...] = (),
+    *,
+    evaluation: bool = False,
+) -> Sampling:
     """How completions are drawn; the chat template says which tokens end a turn, the processor which none may
     have.
     """
     return Sampling(
-        temperature=config.temperature,
+        temperature=resolved.eval_temperature(config) if evaluation else config.temperature,
         max_tokens=config.max_completion_length,
         top_p=config.top_p,
         top_k=config.top_k,

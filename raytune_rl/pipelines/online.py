@@ -6,48 +6,42 @@ algorithm.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import ray
+from numpy.typing import NDArray
 
-from raytune_rl.algorithms.advantages import AdvantageResult, combine_rewards, group_advantages
-from raytune_rl.algorithms.aggregation import row_weights
-from raytune_rl.algorithms.policy_loss import GRPOSettings
+from raytune_rl.algorithms.advantages import (
+    AdvantageResult,
+    decoupled_advantages,
+    group_advantages,
+    penalised_rewards,
+)
+from raytune_rl.algorithms.aggregation import lengths_in_loss, row_weights
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
-from raytune_rl.data.sampler import BatchPlan
 from raytune_rl.pipelines import launch, report
+from raytune_rl.pipelines.collect import Collected, Collector
 from raytune_rl.pipelines.data import PromptSet, check_lengths, prompt_sets
+from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
-from raytune_rl.pipelines.policy_group import PolicyGroup, score_rows
+from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
+from raytune_rl.pipelines.online_groups import start_groups
+from raytune_rl.pipelines.policy_group import score_rows
 from raytune_rl.pipelines.resources import Groups, online_groups
-from raytune_rl.pipelines.rollouts import (
-    RewardGroup,
-    RolloutGroup,
-    Scored,
-    Trajectory,
-    picture_places,
-    read_texts,
-)
-from raytune_rl.pipelines.turns import Turns
+from raytune_rl.pipelines.rollouts import Trajectory, picture_places, read_texts
+from raytune_rl.rewards.preflight import preflight
 from raytune_rl.rewards.types import TrainerState
 from raytune_rl.runtime.cluster import reserve, session
-from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch
-from raytune_rl.runtime.weights import start_store
 from raytune_rl.tracking.completions import CompletionLog
-from raytune_rl.workers.policy import PolicyWorker, policy_env
-from raytune_rl.workers.reference import ReferenceWorker
-from raytune_rl.workers.reward import RewardWorker
-from raytune_rl.workers.rollout import RolloutWorker, rollout_env
 
 
 def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
-    """Trains a policy by GRPO on a Ray cluster, joined or started here.
+    """Trains a policy by GRPO and its kin on a Ray cluster, joined or started here.
 
     Args:
         config: What to do.
@@ -56,6 +50,9 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
     Raises:
         RaytuneError: By name, whatever went wrong.
     """
+    algorithm = algorithm_of(config)
+    with stage("loading the reward functions"):
+        needs = preflight(config.reward_funcs, config.external_plugins, config.args())
     with ExitStack() as stack:
         with stage("connecting to Ray"):
             cluster = stack.enter_context(session(config.ray_address))
@@ -65,6 +62,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
             train, held_out = prompt_sets(
                 config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here
             )
+        needs.check(train.account.columns)
         schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)
         limit = check_lengths(
@@ -78,7 +76,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
             *launch.image_notices(config, groups.on_gpu, train.account.vision),
         ]
         plan = report.online_plan(config, groups, schedule, train, held_out, longest, origin, cluster, told)
-        started = OnlineRun(config, groups, schedule, train, held_out, origin)
+        started = OnlineRun(config, algorithm, groups, schedule, train, held_out, origin)
         started.run.say(plan.render())
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
         with stage("starting the actors"):
@@ -96,6 +94,7 @@ class OnlineRun:
     def __init__(
         self,
         config: RLHFConfig,
+        algorithm: Algorithm,
         groups: Groups,
         schedule: GRPOSchedule,
         train: PromptSet,
@@ -103,6 +102,7 @@ class OnlineRun:
         origin: Origin,
     ) -> None:
         self.config = config
+        self.algorithm = algorithm
         self.groups = groups
         self.schedule = schedule
         self.prompts = train
@@ -111,95 +111,36 @@ class OnlineRun:
         most = max(s.account.images.most for s in (train, held_out) if s is not None)
         self.media = launch.media_limits(config, train.account.vision, most)
         self.run = Run(config, origin, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
-        self.order = BatchPlan(
-            len(train), schedule.batch.prompts_per_generation, config.data_seed, config.dataset_shuffle
-        )
         self.completion_log = CompletionLog(origin.run_dir, resume_step=origin.resume_step)
-        self.reward_failures: Counter[str] = Counter(origin.state.get("reward_failures", {}))
-        self.prompt_counts: Counter[str] = Counter(origin.state.get("prompt_counts", {}))
         self.max_gap = float(origin.state.get("max_gap", 0.0))
+        self.silent = int(origin.state.get("generations_without_signal", 0))
         self.version = -1
 
-    # -- starting
-    # ---------------------------------------------------------------------------------------------
-
     def start(self, slots: Mapping[str, Any], max_model_len: int, stack: ExitStack) -> None:
-        """Starts all actors at once and waits for them; the policy's weights become the first version."""
-        config, groups, account = self.config, self.groups, self.prompts.account
-        store_name = f"weights-{ray.get_runtime_context().get_job_id()}-{self.origin.run_dir.path.name}"
-        self.store = start_store(store_name)
-        stack.callback(ray.kill, self.store)
-
-        def group(name: str, worker: type, make: Any, env: Mapping[str, str]) -> WorkerGroup:
-            made = WorkerGroup(groups[name], slots[name], worker, make, env, config.step_timeout)
-            stack.callback(made.shutdown)
-            return made
-
-        spec = launch.policy_spec(
-            config,
-            groups,
-            self.schedule.total_steps,
-            loss="grpo",
-            loss_settings=GRPOSettings(
-                epsilon=config.epsilon,
-                epsilon_high=config.epsilon_high,
-                delta=config.delta,
-                beta=config.beta,
-            ),
-            temperature=config.temperature,
-            dropout=0.0,
-            publish_mode=launch.publish_mode(config, account.vision),
-            vision=account.vision,
-            banned=account.placeholder_ids,
+        """Starts all actors at once and waits for them."""
+        workers = start_groups(
+            self.config,
+            self.groups,
+            self.algorithm,
+            self.prompts,
+            total_steps=self.schedule.total_steps,
+            run_name=self.origin.run_dir.path.name,
+            slots=slots,
+            max_model_len=max_model_len,
+            media=self.media,
+            stack=stack,
+            say=self.run.say,
         )
-        budget = launch.max_tokens(config, groups.on_gpu)
-        ranks = groups["policy"].workers
-        policy = group(
-            "policy",
-            PolicyWorker,
-            lambda rank: {"spec": spec, "rank": rank, "world_size": ranks},
-            policy_env(groups.threads["policy"], groups.on_gpu),
+        self.policy, self.rollout, self.turns = workers.policy, workers.rollout, workers.turns
+        self.reference, self.store = workers.reference, workers.store
+        self.collector = Collector(
+            self.config,
+            workers,
+            self.prompts,
+            self.schedule.batch.prompts_per_generation,
+            self.origin.state,
+            self.run.say,
         )
-        rollout = group(
-            "rollout",
-            RolloutWorker,
-            lambda rank: {
-                "spec": launch.engine_spec(config, groups, max_model_len, store_name, rank, self.media)
-            },
-            rollout_env(groups.threads["rollout"], config.vllm_tensor_parallel_size, groups.on_gpu),
-        )
-        rewards = group(
-            "reward",
-            RewardWorker,
-            lambda _: {
-                "names": config.reward_funcs,
-                "plugin_files": config.external_plugins,
-                "config_dict": config.args(),
-                "timeout_s": config.reward_timeout,
-            },
-            {"OMP_NUM_THREADS": "1"},
-        )
-        self.reference: WorkerGroup | None = None
-        if "reference" in groups:
-            self.reference = group(
-                "reference",
-                ReferenceWorker,
-                lambda _: {"spec": spec.model, "settings": spec.score},
-                policy_env(groups.threads["reference"], groups.on_gpu),
-            )
-        self.policy = PolicyGroup(policy, spec, budget, config.start_timeout)
-        for started in (rewards, rollout, *([self.reference] if self.reference else [])):
-            started.call("ping", what="starting", timeout_s=config.start_timeout)
-        facts = self.policy.ready()
-        for notice in facts.notices:
-            self.run.say(f"Note: {notice}")
-        self.rollout = RolloutGroup(
-            rollout,
-            launch.sampling(config, account.stop_token_ids, account.placeholder_ids),
-            config.seed,
-        )
-        self.rewards = RewardGroup(rewards)
-        self.turns = Turns(config, groups, self.policy, self.rollout)
         if self.origin.checkpoint is not None:
             self.policy.load(self.origin.checkpoint)
 
@@ -207,27 +148,21 @@ class OnlineRun:
     # ---------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """GRPO (Shao et al. 2024, algorithm 1) over references."""
-        run, config = self.run, self.config
+        """GRPO (Shao et al. 2024, algorithm 1) over references; its kin differ in what the parts are told."""
+        run = self.run
         generation = int(self.origin.state.get("generation", 0))
         self.publish(generation)
         if run.step == 0:
             self.evaluate()
         run.timer.finish()
         while run.step < self.schedule.total_steps and not run.stop_requested:
-            prompts = self.order.batch(generation).tolist()
-            with run.timer.phase("generate"):
-                self.prompt_counts["dispatched"] += len(prompts)
-                batch = self.sample(self.prompts, prompts, config.num_generations, generation)
-                self.prompt_counts["finished"] += len({t.group for t in batch})
-            with run.timer.phase("reward"):
-                scored = self.rewards.score(batch, self.prompts, TrainerState(run.step, run.total_steps))
-                rewards = combine_rewards(scored.values, resolved.reward_weights(config))
-                compared = group_advantages(rewards, [t.group for t in batch], config.scale_rewards)
+            collected = self.collector.collect(generation, self.version, self.progress(), run.timer)
+            batch = collected.kept.batch
             self.turns.to_policy()
             late = self.late_columns(batch)
-            told = report.batch_metrics(batch, scored, rewards, compared)
-            self.log_completions(batch, scored, rewards, compared)
+            kl = self.kl_to_take_off(batch, late)
+            compared = self.compare(collected.kept, kl)
+            told = self.tell(collected, compared, kl)
             for part in self.optimizer_steps(len(batch)):
                 self.train_step(batch, compared, late, part, told)
                 if run.step >= self.schedule.total_steps:
@@ -257,6 +192,32 @@ class OnlineRun:
                 late["old_logprobs"] = self.policy.logprobs(rows, lengths, pictures).columns
         return late
 
+    def kl_to_take_off(
+        self, batch: Sequence[Trajectory], late: dict[str, list[Any]]
+    ) -> NDArray[np.float64] | None:
+        """With the KL in the reward: each completion's. The loss then needs no reference any more."""
+        if not resolved.kl_in_reward(self.config):
+            return None
+        rows, lengths = [t.data for t in batch], [t.length for t in batch]
+        with self.run.timer.phase("train"):
+            old = late.get("old_logprobs")
+            if old is None:
+                old = self.policy.logprobs(rows, lengths, picture_places(batch)).columns
+            ref = late.pop("ref_logprobs")
+            return self.policy.row_kl(rows, lengths, old, ref, resolved.kl_estimator(self.config))
+
+    def compare(self, experience: Experience, kl: NDArray[np.float64] | None) -> AdvantageResult:
+        """Advantages of completions over the others of their group."""
+        config, rewards = self.config, experience.rewards
+        if kl is not None:
+            rewards = penalised_rewards(rewards, kl, config.beta)
+        groups = [t.group for t in experience.batch]
+        if config.scale_rewards == "gdpo":
+            weights = resolved.reward_weights(config)
+            found = decoupled_advantages(experience.scored.values, weights, groups)
+            return replace(group_advantages(rewards, groups), advantages=found)
+        return group_advantages(rewards, groups, config.scale_rewards, estimator=config.advantage_estimator)
+
     def optimizer_steps(self, size: int) -> list[slice]:
         """The parts of a generation batch that make one optimizer step each, over all iterations."""
         count = self.schedule.batch.optimizer_steps_per_generation
@@ -273,29 +234,43 @@ class OnlineRun:
         told: Mapping[str, float],
     ) -> None:
         """One optimizer step on a part of the batch."""
-        run, rows = self.run, batch[part]
-        weights = row_weights(
-            [t.completion_tokens for t in rows], self.config.loss_type, self.config.max_completion_length
+        run, config, rows = self.run, self.config, batch[part]
+        tokens = lengths_in_loss(
+            [t.completion_tokens for t in rows],
+            [t.finish_reason == "length" for t in rows],
+            config.overlong_filter,
         )
+        scalars: dict[str, Any] = {
+            "weight": row_weights(tokens, self.algorithm.normaliser, config.max_completion_length),
+            "row_weight": (tokens > 0) / len(rows),
+            "advantage": compared.advantages[part],
+        }
+        columns = {name: column[part] for name, column in late.items()}
         with run.timer.phase("train"):
-            step = self.policy.train(
-                [t.data for t in rows],
-                [t.length for t in rows],
-                {"weight": weights, "advantage": compared.advantages[part]},
-                {name: column[part] for name, column in late.items()},
-                run.step,
-            )
+            if config.top_entropy_quantile < 1:
+                columns["entropy"], threshold = self.entropy_filter(rows, tokens)
+                scalars["entropy_threshold"] = np.full(len(rows), threshold)
+            data, lengths = [t.data for t in rows], [t.length for t in rows]
+            step = self.policy.train(data, lengths, scalars, columns, run.step)
         gap = step.metrics.get("rollout_correction/logp_abs_diff_max", 0.0)
         self.max_gap = max(self.max_gap, gap)
-        run.record({**step.metrics, **told, **report.step_metrics(run, step, self.schedule.steps_per_epoch)})
+        counters = report.step_metrics(run, step, self.schedule.steps_per_epoch)
+        run.record({**step.metrics, **counters, **told})
 
-    def sample(
-        self, prompts: PromptSet, rows: Sequence[int], completions: int, batch: int
-    ) -> list[Trajectory]:
-        """Completions by the newest weights."""
-        if self.turns.to_rollout():
-            self.rollout.load(self.version)
-        return self.rollout.generate(prompts, rows, completions, self.version, batch)
+    def entropy_filter(
+        self, rows: Sequence[Trajectory], tokens: NDArray[np.int64]
+    ) -> tuple[list[Any], float]:
+        """Entropies under the present weights, and the one that a token must have to be trained on."""
+        data, lengths = [t.data for t in rows], [t.length for t in rows]
+        found = self.policy.entropies(data, lengths, picture_places(rows))
+        kept = np.flatnonzero(tokens)
+        threshold = self.policy.entropy_threshold(
+            [rows[i].data for i in kept],
+            tokens[kept].tolist(),
+            [found[i] for i in kept],
+            self.config.top_entropy_quantile,
+        )
+        return found, threshold
 
     def publish(self, version: int) -> None:
         """Makes the policy's weights the newest version and waits until every engine serves it."""
@@ -322,45 +297,50 @@ class OnlineRun:
         if last or run.stop_requested or due(run.step, per, config.save_steps):
             state = {
                 "generation": generation,
-                "reward_failures": dict(self.reward_failures),
-                "prompt_counts": dict(self.prompt_counts),
                 "max_gap": self.max_gap,
+                "generations_without_signal": self.silent,
+                **self.collector.state(),
             }
             self.turns.to_policy()
             run.save(self.policy, state)
 
     def evaluate(self) -> None:
-        """Rewards of completions of the held-out prompts, sampled as in training."""
+        """Rewards of completions of the held-out prompts."""
         if self.held_out is None:
             return
-        config, held_out = self.config, self.held_out
-        count = resolved.num_generations_eval(config)
-        # The same seeds each time: what changes between evaluations is the policy alone.
-        batch = self.sample(held_out, range(len(held_out)), count, EVALUATION)
-        scored = self.rewards.score(batch, held_out, TrainerState(self.run.step, self.run.total_steps))
-        rewards = combine_rewards(scored.values, resolved.reward_weights(config))
-        self.run.record_evaluation(report.evaluation_metrics(batch, scored, rewards))
+        found = self.collector.held_out(self.held_out, self.version, self.progress())
+        self.run.record_evaluation(report.evaluation_metrics(found))
 
-    def log_completions(
-        self,
-        batch: Sequence[Trajectory],
-        scored: Scored,
-        rewards: np.ndarray,
-        compared: AdvantageResult,
-    ) -> None:
-        """Counts what could not be scored and, if asked, writes every completion down."""
-        for failure in scored.failures:
-            self.reward_failures[f"{failure.function}: {failure.kind}"] += 1
+    def progress(self) -> TrainerState:
+        """How far the run has come, as reward functions are told."""
+        return TrainerState(self.run.step, self.run.total_steps)
+
+    def tell(
+        self, collected: Collected, compared: AdvantageResult, kl: NDArray[np.float64] | None
+    ) -> dict[str, float]:
+        """The metrics of a generation; if asked, writes every completion down."""
+        kept = collected.kept
+        told = {**report.batch_metrics(kept, compared), **collected.metrics}
+        if kl is not None:
+            told["kl"] = float(kl.sum()) / max(sum(t.completion_tokens for t in kept.batch), 1)
+        if self.config.dynamic_sample:
+            told["epoch"] = self.collector.epochs_drawn
+        if not kept.informative():
+            self.silent += 1
+            if self.silent == 1:
+                self.run.say(
+                    f"Note: step {self.run.step + 1}: in no group do two completions have different rewards, "
+                    "so the rewards teach nothing; further such generations are only counted."
+                )
         if self.config.log_completions:
             timeout = self.config.step_timeout
             prompts = fetch(Pending(self.prompts.texts, "the object store", "reading prompts", timeout))
-            texts = read_texts(batch, timeout)
-            rows = report.completion_rows(self.run.step + 1, batch, prompts, texts, scored, rewards, compared)
-            self.completion_log.write(rows)
-
-
-EVALUATION = 2**31
-"""The batch number of evaluations, in the seeds of their completions."""
+            for part, of in ((kept, compared), (collected.replaced, None)):
+                if part is not None:
+                    texts = read_texts(part.batch, timeout)
+                    rows = report.completion_rows(self.run.step + 1, part, prompts, texts, of)
+                    self.completion_log.write(rows)
+        return told
 
 
 def due(step: int, window: int, every: int) -> bool:

@@ -4,6 +4,7 @@ number of ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from raytune_rl.algorithms import entropy
 from raytune_rl.algorithms.metrics import MetricSums, merge_all
 from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.data.microbatch import Schedule, plan_micro_batches
@@ -142,6 +144,87 @@ class PolicyGroup:
             self._group, rows, lengths, self._max_tokens, layout, late=late or {}, collective=True
         )
 
+    def entropies(
+        self,
+        rows: Sequence[RowPointer],
+        lengths: Sequence[int],
+        late: Mapping[str, Sequence[RowPointer]] | None = None,
+    ) -> list[RowPointer]:
+        """Where the log-probs of every row lie, and the entropy at each of its loss tokens."""
+        layout = self._spec.model.layout
+        return score_rows(
+            self._group,
+            rows,
+            lengths,
+            self._max_tokens,
+            layout,
+            late=late or {},
+            collective=True,
+            method="entropies",
+        ).columns
+
+    def entropy_threshold(
+        self, rows: Sequence[RowPointer], tokens: Sequence[int], entropies: Sequence[RowPointer], share: float
+    ) -> float:
+        """The entropy that a token of these rows must have to be among the top `share` of them, nats.
+
+        Args:
+            rows: The rows that count.
+            tokens: Loss tokens of each.
+            entropies: What `entropies` gave for them.
+            share: Of the tokens, in (0, 1].
+
+        Returns:
+            Exactly one of the entropies; minus infinity where there are no tokens.
+        """
+        if not sum(tokens):
+            return -math.inf
+        schedule = self._schedule(tokens)
+        batches = [
+            rank_batch(schedule, r, rows, {}, {"entropy": entropies})[0] for r in range(self.world_size)
+        ]
+
+        def counted(bucket: int | None) -> NDArray[np.int64]:
+            return entropy.merge(
+                fetch_all(
+                    [
+                        self._group.submit(rank, "count_entropies", b, bucket, what="counting entropies")
+                        for rank, b in enumerate(batches)
+                    ]
+                )
+            )
+
+        found = entropy.find(counted(None), entropy.threshold_rank(sum(tokens), share))
+        return entropy.value(found.index, entropy.find(counted(found.index), found.rest).index)
+
+    def row_kl(
+        self,
+        rows: Sequence[RowPointer],
+        lengths: Sequence[int],
+        old: Sequence[RowPointer],
+        ref: Sequence[RowPointer],
+        estimator: str,
+    ) -> NDArray[np.float64]:
+        """The KL to the reference of each row, summed over its tokens, float64 `[n]`, nats.
+
+        Args:
+            rows: Where the rows lie.
+            lengths: Tokens of each.
+            old, ref: Where the log-probs of policy and reference lie.
+            estimator: "k1", "k2" or "k3" (`algorithms.kl`).
+        """
+        late = {"old_logprobs": old, "ref_logprobs": ref}
+        schedule = self._schedule(lengths)
+        shares = [rank_batch(schedule, rank, rows, {}, late) for rank in range(self.world_size)]
+        pending = [
+            self._group.submit(rank, "row_kl", batch, estimator, what="the KL of each completion")
+            for rank, (batch, _) in enumerate(shares)
+        ]
+        sums = np.zeros(len(rows))
+        for (_, mine), found in zip(shares, fetch_all(pending), strict=True):
+            sums[mine] = found
+        return sums
+
     def publish(self, version: int) -> Manifest:
         """The present weights as objects in the store: one call a rank, one object a bucket.
 
@@ -186,14 +269,17 @@ class PolicyGroup:
         scalars: Mapping[str, ArrayLike],
         late: Mapping[str, Sequence[RowPointer]],
     ) -> list[RowBatch]:
-        schedule = plan_micro_batches(
+        schedule = self._schedule(lengths)
+        return [rank_batch(schedule, rank, rows, scalars, late)[0] for rank in range(self.world_size)]
+
+    def _schedule(self, lengths: Sequence[int]) -> Schedule:
+        return plan_micro_batches(
             lengths,
             world_size=self.world_size,
             max_tokens=self._max_tokens,
             layout=self._spec.model.layout,  # type: ignore[arg-type]
             together=self._together,
         )
-        return [rank_batch(schedule, rank, rows, scalars, late)[0] for rank in range(self.world_size)]
 
 
 def rank_batch(
@@ -224,6 +310,7 @@ def score_rows(
     *,
     late: Mapping[str, Sequence[RowPointer]] | None = None,
     collective: bool = False,
+    method: str = "logprobs",
 ) -> RowLogprobs:
     """Log-probs of rows by any group that can score, the work balanced by tokens.
 
@@ -235,6 +322,7 @@ def score_rows(
         layout: "padded" or "packed".
         late: By name, where each row of a column that lies in another object is: "images", of online RL.
         collective: Every worker must take part even without rows (a sharded model).
+        method: What the workers call it.
     """
     schedule = plan_micro_batches(lengths, world_size=len(group), max_tokens=max_tokens, layout=layout)  # type: ignore[arg-type]
     found: dict[int, RowPointer] = {}
@@ -244,7 +332,7 @@ def score_rows(
         batch, mine = rank_batch(schedule, rank, rows, {}, late or {})
         if not mine and not collective:
             continue
-        asked = group.submit(rank, "logprobs", batch, what=f"log-probs of {len(mine)} rows", returns=2)
+        asked = group.submit(rank, method, batch, what=f"log-probs of {len(mine)} rows", returns=2)
         pending.append(asked)
         shares.append(mine)
         found |= {row: RowPointer(asked.ref[1], number) for number, row in enumerate(mine)}

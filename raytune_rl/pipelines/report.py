@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raytune_rl.algorithms.advantages import AdvantageResult
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.batching import GRPOSchedule
 from raytune_rl.pipelines import launch
 from raytune_rl.pipelines.data import Account, PromptSet
+from raytune_rl.pipelines.experience import Experience
+from raytune_rl.pipelines.online_algorithms import in_words
 from raytune_rl.pipelines.resources import Groups
-from raytune_rl.pipelines.rollouts import Scored, Trajectory
+from raytune_rl.pipelines.rollouts import Trajectory
 from raytune_rl.tracking.completions import CompletionRow
 from raytune_rl.tracking.plan import GenerationPlan, GroupPlan, RunPlan, Section
 from raytune_rl.tracking.summary import Change, PromptCounts, RunSummary
@@ -70,14 +71,19 @@ def online_plan(
             f"a generation feeds {per} optimizer steps and checkpoints are written between generations: "
             f"--save_steps {config.save_steps} takes effect at the end of the generation it falls into"
         )
-    if schedule.prompts_unused_per_epoch:
+    if config.dynamic_sample:
+        extra.append(
+            "dynamic sampling draws further prompts for those that teach nothing, so the run goes through "
+            "the data faster than its steps tell; the metric `epoch` counts what was drawn"
+        )
+    elif schedule.prompts_unused_per_epoch:
         extra.append(
             f"{schedule.prompts_unused_per_epoch} of {len(train)} prompts do not fill a batch and are left "
             "out of each epoch "
             "(others each time, as the order is shuffled)"
         )
     return RunPlan(
-        f"GRPO on {config.model}, {config.train_type}",
+        f"{config.rlhf_type.upper()} on {config.model}, {config.train_type}",
         group_plans(groups, inside),
         [
             cluster_section(cluster),
@@ -85,6 +91,7 @@ def online_plan(
                 train.account, len(train), held_out.account if held_out else None, len(held_out or ())
             ),
             generation.section(),
+            Section("Algorithm", in_words(config)),
             output_section(config, origin),
         ],
         [*notices, *extra],
@@ -163,28 +170,35 @@ def output_section(config: TrainConfig, origin: Origin) -> Section:
 # ---------------------------------------------------------------------------------------------------
 
 
-def batch_metrics(
-    batch: Sequence[Trajectory], scored: Scored, rewards: NDArray[np.float64], compared: AdvantageResult
-) -> dict[str, float]:
+def batch_metrics(experience: Experience, compared: AdvantageResult) -> dict[str, float]:
     """Rewards and lengths of a generation, under ms-swift's names."""
     groups = max(len(compared.groups), 1)
+    batch = experience.batch
     return {
-        **_rewards(scored, rewards),
+        **_rewards(experience),
         "reward_std": _mean(compared.group_std),
         "frac_reward_zero_std": compared.n_zero_std / groups,
         **_lengths(batch),
-        "reward_failures": float(len(scored.failures)),
+        "reward_failures": float(len(experience.scored.failures)),
         "unscored_completions": float(compared.n_unscorable),
         "groups_without_comparison": float(compared.n_single + compared.n_empty),
         "weight_version": float(max(t.version for t in batch)),
     }
 
 
-def evaluation_metrics(
-    batch: Sequence[Trajectory], scored: Scored, rewards: NDArray[np.float64]
-) -> dict[str, float]:
-    """The same of an evaluation, under `eval_`."""
-    return {f"eval_{name}": value for name, value in {**_rewards(scored, rewards), **_lengths(batch)}.items()}
+def evaluation_metrics(experience: Experience) -> dict[str, float]:
+    """The same of an evaluation, under `eval_`, and pass@k of each reward that is either 0 or 1: the share of
+    prompts of whose k completions at least one has 1.
+    """
+    found = {**_rewards(experience), **_lengths(experience.batch)}
+    _, group_of = np.unique([t.group for t in experience.batch], return_inverse=True)
+    count = np.bincount(group_of)
+    for column, label in enumerate(experience.scored.labels):
+        values = experience.scored.values[:, column]
+        if set(np.unique(values[np.isfinite(values)])) <= {0.0, 1.0}:
+            passed = np.bincount(group_of, weights=values == 1.0) > 0
+            found[f"rewards/{label}/pass@{int(count.max())}"] = float(passed.mean())
+    return {f"eval_{name}": value for name, value in found.items()}
 
 
 def step_metrics(run: Run, step: StepReport, steps_per_epoch: int) -> dict[str, float]:
@@ -197,8 +211,9 @@ def step_metrics(run: Run, step: StepReport, steps_per_epoch: int) -> dict[str, 
     }
 
 
-def _rewards(scored: Scored, rewards: NDArray[np.float64]) -> dict[str, float]:
-    metrics = {"reward": _mean(rewards)}
+def _rewards(experience: Experience) -> dict[str, float]:
+    scored = experience.scored
+    metrics = {"reward": _mean(experience.rewards)}
     for column, label in enumerate(scored.labels):
         values = scored.values[:, column]
         metrics[f"rewards/{label}/mean"] = _mean(values)
@@ -218,14 +233,13 @@ def _lengths(batch: Sequence[Trajectory]) -> dict[str, float]:
 
 def completion_rows(
     step: int,
-    batch: Sequence[Trajectory],
+    experience: Experience,
     prompts: Sequence[str],
     texts: Sequence[str],
-    scored: Scored,
-    rewards: NDArray[np.float64],
-    compared: AdvantageResult,
+    compared: AdvantageResult | None,
 ) -> list[CompletionRow]:
-    """One row a completion, for completions.jsonl."""
+    """One row a completion, for completions.jsonl; without advantages for what was replaced."""
+    scored, rewards = experience.scored, experience.rewards
     return [
         CompletionRow(
             step=step,
@@ -234,11 +248,11 @@ def completion_rows(
             tokens=t.completion_tokens,
             rewards={name: _or_none(scored.values[i, c]) for c, name in enumerate(scored.labels)},
             reward=_or_none(rewards[i]),
-            advantage=float(compared.advantages[i]),
+            advantage=None if compared is None else float(compared.advantages[i]),
             weight_version=t.version,
             finish_reason=t.finish_reason,
         )
-        for i, (t, text) in enumerate(zip(batch, texts, strict=True))
+        for i, (t, text) in enumerate(zip(experience.batch, texts, strict=True))
     ]
 
 
@@ -265,6 +279,7 @@ def _or_none(value: float) -> float | None:
 def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> RunSummary:
     """The end of a GRPO run in one screen."""
     run = online.run
+    counts = dict(online.collector.prompt_counts)
     changes = {
         "reward (training)": Change(run.first_metrics.get("reward"), run.last_metrics.get("reward")),
     }
@@ -272,24 +287,42 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
         changes["reward (held out)"] = Change(
             result.before.get("eval_reward"), result.after.get("eval_reward")
         )
+    for name in result.before:
+        if name.startswith("eval_rewards/") and not name.endswith("/std"):
+            label = name.removeprefix("eval_rewards/").removesuffix("/mean")
+            changes[f"{label} (held out)"] = Change(result.before[name], result.after.get(name))
     return RunSummary(
-        title=f"GRPO on {config.model}, {config.train_type}",
+        title=f"{config.rlhf_type.upper()} on {config.model}, {config.train_type}",
         status=result.status,
         steps=result.steps,
         total_steps=result.total_steps,
         seconds=run.seconds,
         output_dir=result.run_dir,
         changes=changes,
-        prompts=PromptCounts(online.prompt_counts["dispatched"], online.prompt_counts["finished"]),
+        prompts=PromptCounts(counts.pop("dispatched", 0), counts.pop("finished", 0), counts),
         quarantined=online.prompts.account.bad,
-        reward_failures=dict(online.reward_failures),
+        reward_failures=dict(online.collector.reward_failures),
         weight_versions=online.version + 1,
         max_logp_gap=online.max_gap,
         non_finite=dict(run.logger.non_finite),
         last_checkpoint=result.last_checkpoint,
         best_checkpoint=result.best_checkpoint,
         next_commands=next_commands(config, result),
+        notices=_without_signal(online),
     )
+
+
+def _without_signal(online: OnlineRun) -> list[str]:
+    """Generations that taught nothing, or less than they should."""
+    notices = []
+    if online.silent:
+        notices.append(f"{online.silent} generation(s) had no group with different rewards: nothing to learn")
+    if online.collector.short:
+        notices.append(
+            f"{online.collector.short} generation(s) could not be filled with groups that have different "
+            "rewards: raise --max_resample_times, or give prompts that are neither too hard nor too easy"
+        )
+    return notices
 
 
 def next_commands(config: TrainConfig, result: RunResult) -> dict[str, str]:

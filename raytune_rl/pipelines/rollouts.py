@@ -78,11 +78,21 @@ def sample_seed(seed: int, batch: int, prompt: int, sample: int) -> int:
 
 
 class RolloutGroup:
-    """M engines that answer as one."""
+    """M engines that answer as one.
 
-    def __init__(self, group: WorkerGroup, sampling: Sampling, seed: int) -> None:
+    Args:
+        group: The started workers.
+        sampling: How completions are drawn.
+        seed: Of all of them.
+        evaluation: How they are drawn from held-out prompts, if that differs.
+    """
+
+    def __init__(
+        self, group: WorkerGroup, sampling: Sampling, seed: int, evaluation: Sampling | None = None
+    ) -> None:
         self._group = group
         self._sampling = sampling
+        self._evaluation = evaluation or sampling
         self._seed = seed
 
     def load(self, version: int) -> float:
@@ -91,7 +101,14 @@ class RolloutGroup:
         return max(seconds for _, seconds in answers)
 
     def generate(
-        self, prompts: PromptSet, rows: Sequence[int], completions: int, version: int, batch: int
+        self,
+        prompts: PromptSet,
+        rows: Sequence[int],
+        completions: int,
+        version: int,
+        batch: int,
+        *,
+        evaluation: bool = False,
     ) -> list[Trajectory]:
         """Samples `completions` completions of each prompt, the prompts spread over the engines.
 
@@ -101,6 +118,7 @@ class RolloutGroup:
             completions: Of each prompt.
             version: The weights to sample with.
             batch: Number of the batch in the run, for the seeds.
+            evaluation: Draw them as in evaluation.
 
         Returns:
             Trajectories in the order of `rows`, those of one prompt together.
@@ -121,7 +139,7 @@ class RolloutGroup:
                 "generate",
                 prompts.columns,
                 [requests[i] for i in share],
-                self._sampling,
+                self._evaluation if evaluation else self._sampling,
                 version,
                 what=f"sampling {len(share)} x {completions} completions",
                 returns=3,

@@ -13,10 +13,19 @@ from typing import Any
 
 from raytune_rl.errors import RewardError
 from raytune_rl.rewards.accuracy import MathAccuracy
+from raytune_rl.rewards.cosine import CosineReward
 from raytune_rl.rewards.format import Format
+from raytune_rl.rewards.overlong import SoftOverlong
+from raytune_rl.rewards.repetition import RepetitionPenalty
 
 # The name, the shape and the way in are ms-swift's: plugin files say `orms['mine'] = Mine`.
-orms: dict[str, Any] = {"accuracy": MathAccuracy, "format": Format}
+orms: dict[str, Any] = {
+    "accuracy": MathAccuracy,
+    "format": Format,
+    "cosine": CosineReward,
+    "repetition": RepetitionPenalty,
+    "soft_overlong": SoftOverlong,
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,8 @@ def _construct(name: str, entry: Any, config: dict[str, Any]) -> Any:
             )
     try:
         return entry(**arguments)
+    except RewardError as error:  # says already what is wrong
+        raise RewardError(f"Reward `{name}`: {error}") from error
     except Exception as error:
         raise RewardError(f"Reward `{name}`: {entry.__name__}() raised {describe_error(error)}") from error
 

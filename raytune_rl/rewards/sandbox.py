@@ -55,6 +55,10 @@ class Sandbox:
 
     A sandbox serves one caller at a time.
 
+    Attributes:
+        names, labels: Registry and class names of the functions.
+        required: Columns that each of them cannot do without.
+
     Args:
         names: Registry names, in the order of the columns of `Scores.values`.
         plugin_files: Files that register further functions.
@@ -96,7 +100,7 @@ class Sandbox:
                 else f"The reward processes did not start: {built.message}"
             )
         self.labels: tuple[str, ...] = built.labels
-        self._required: tuple[tuple[str, ...], ...] = built.required
+        self.required: tuple[tuple[str, ...], ...] = built.required
         self._is_async: tuple[bool, ...] = built.is_async
 
     @property
@@ -148,7 +152,7 @@ class Sandbox:
             future.cancel()
 
     def _require_columns(self, batch: RewardBatch) -> None:
-        for name, required in zip(self.names, self._required, strict=True):
+        for name, required in zip(self.names, self.required, strict=True):
             missing = [column for column in required if column not in batch.columns]
             if missing:
                 raise RewardError(

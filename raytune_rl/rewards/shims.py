@@ -25,6 +25,7 @@ from raytune_rl.errors import RewardError
 from raytune_rl.rewards import registry
 from raytune_rl.rewards.base import ORM, AsyncORM
 
+_BUILT_IN = tuple(registry.orms.values())
 _REGISTRIES = ("rm_plugins", "prms", "multi_turns", "envs", "context_managers", "loss_map", "callbacks")
 
 
@@ -73,8 +74,7 @@ class _Finder(MetaPathFinder, Loader):
             "ORM": ORM,
             "AsyncORM": AsyncORM,
             "orms": registry.orms,
-            "MathAccuracy": registry.MathAccuracy,
-            "Format": registry.Format,
+            **{entry.__name__: entry for entry in _BUILT_IN},
             "get_logger": _get_logger,
             **others,
         }

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+RUN_COLUMNS = (
+    "prompt_id", "request_id", "finish_reason", "is_truncated", "completion_tokens", "trainer_state",
+)  # fmt: skip
+"""What reward functions receive beside the data set's columns: names of ms-swift, and `completion_tokens`."""
+
 FailureKind = Literal["exception", "timeout", "crash", "invalid"]
 
 
@@ -125,3 +130,11 @@ def take_rows(columns: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
         name: [column[row] for row in rows] if isinstance(column, list) else column
         for name, column in columns.items()
     }
+
+
+def with_completions(conversations: Sequence[list[Any]], texts: Sequence[str]) -> list[list[Any]]:
+    """Conversations as ms-swift's rewards see them in `messages`: the completion is the last turn."""
+    return [
+        [*turns, {"role": "assistant", "content": text}]
+        for turns, text in zip(conversations, texts, strict=True)
+    ]

@@ -23,7 +23,7 @@ from raytune_rl.data.pictures import ROW_COLUMN
 from raytune_rl.data.ragged import Columns
 from raytune_rl.data.rows import ReadRows, RowBatch
 from raytune_rl.runtime.weights import TensorEntry, entry_of, plan_buckets, to_bytes
-from raytune_rl.workers import scoring
+from raytune_rl.workers import row_stats, scoring
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
 if TYPE_CHECKING:
@@ -69,12 +69,13 @@ class PolicySpec:
         optimizer: How.
         loss: Name in the registry of losses. What it looks at (`Loss.forward`) decides the model's head:
             log-probs, one score a row (reward model), or one value a token (critic).
-        loss_settings: That loss's own settings.
+        loss_settings: That loss's own settings, or a mapping to make them of.
         score: How log-probs are taken.
         seed: Of adapter initialisation and dropout.
         gradient_checkpointing: Recompute activations in the backward.
         with_entropy: Compute the distribution's entropy at every loss token.
         publish_mode: How weights leave: "full", "merged" or "adapter"; None when nobody pulls them.
+        plugin_files: Files that register the loss, if it is the user's own.
     """
 
     model: ModelSpec
@@ -87,6 +88,7 @@ class PolicySpec:
     gradient_checkpointing: bool
     with_entropy: bool = False
     publish_mode: str | None = None
+    plugin_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,15 @@ class PolicyWorker:
         from raytune_rl.models.load import enable_gradient_checkpointing, load_tokenizer
         from raytune_rl.models.tuner import apply_tuner, trains_vision
         from raytune_rl.models.weights import WeightExporter, whole
+        from raytune_rl.rewards.plugins import load_plugins
         from raytune_rl.workers.engine import gathered, is_sharded, start_engine
 
         spec = self._spec
         torch.manual_seed(spec.seed)
+        load_plugins(spec.plugin_files)
         self._loss = get_loss(spec.loss)
+        given = spec.loss_settings
+        self._settings = self._loss.settings_type(**given) if isinstance(given, Mapping) else given
         loaded = scoring.load(spec.model, self._loss.forward)
         tuned = apply_tuner(loaded.model, spec.tuner, spec.model.adapters)
         if spec.gradient_checkpointing:
@@ -278,7 +284,7 @@ class PolicyWorker:
         late = [name for name in batch.places if name not in ("", ROW_COLUMN)]
         columns = {name: scoring.late_column(rows, members, name) for name in late}
         # A rank without rows has no column either, but its loss may ask for one.
-        wanted = "rollout_logprobs" in self._loss.required_columns(spec.loss_settings)
+        wanted = "rollout_logprobs" in self._loss.required_columns(self._settings)
         sampled = rows.has("logprobs") and self._loss.forward == "logprobs"
         if sampled or (wanted and not len(batch)):
             columns["rollout_logprobs"] = scoring.flat_column(rows, members, "logprobs")
@@ -290,7 +296,7 @@ class PolicyWorker:
             LossInputs(
                 row_of=micro.row_of,
                 n_rows=micro.n_rows,
-                settings=spec.loss_settings,
+                settings=self._settings,
                 columns=columns,
                 advantages=advantages,
                 row_values=values,
@@ -340,6 +346,19 @@ class PolicyWorker:
         """Log-probs under the present weights; see `scoring.score`."""
         self._engine.eval()
         return scoring.score(self._engine, batch, self._spec.model, self._spec.score, self._images)
+
+    def entropies(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
+        """The same, and the entropy at every loss token."""
+        self._engine.eval()
+        return scoring.score(self._engine, batch, self._spec.model, self._spec.score, self._images, True)
+
+    def count_entropies(self, batch: RowBatch, bucket: int | None) -> NDArray[np.int64]:
+        """See `row_stats.count_entropies`."""
+        return row_stats.count_entropies(batch, bucket, self._spec.score.timeout_s)
+
+    def row_kl(self, batch: RowBatch, estimator: str) -> NDArray[np.float64]:
+        """See `row_stats.row_kl`."""
+        return row_stats.row_kl(batch, estimator, self._spec.score.timeout_s)
 
     def evaluate(self, batch: RowBatch) -> MetricSums:
         """The loss and its metrics on rows, without training on them."""

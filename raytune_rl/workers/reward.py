@@ -11,7 +11,7 @@ from typing import Any
 
 from raytune_rl.errors import DeadlineExceededError, RewardError
 from raytune_rl.rewards.sandbox import Sandbox
-from raytune_rl.rewards.types import RewardBatch, Scores, take_rows
+from raytune_rl.rewards.types import RewardBatch, Scores, take_rows, with_completions
 
 # Texts of a batch are megabytes at most; a node that does not hand them over in this time is gone.
 FETCH_LIMIT_S = 120.0
@@ -61,7 +61,7 @@ class RewardWorker:
                 one.)
             rows: Which completions to score, in this order.
             columns_ref: The data set's columns, one entry a prompt, `dict[str, list]`; in the same three
-                ways.
+                ways. Rewards see "messages", the prompt's turns, with the completion as the last one.
             column_rows: For each entry of `rows`, the prompt it belongs to.
             extra: The driver's metadata: lists with one entry for each of `rows` (`prompt_id`, ...), and
                 values for all of them (`trainer_state`, a `TrainerState`).
@@ -85,7 +85,10 @@ class RewardWorker:
                 f"{', '.join(clash)}. Rename them (for instance with --columns)."
             )
         selected = take_rows(columns, column_rows)
-        batch = RewardBatch([texts[row] for row in rows], {**selected, **extra})
+        chosen = [texts[row] for row in rows]
+        if "messages" in selected:
+            selected["messages"] = with_completions(selected["messages"], chosen)
+        batch = RewardBatch(chosen, {**selected, **extra})
         return self._sandbox.score(batch.texts, batch.columns)
 
     def labels(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class EngineSpec:
         media_limits: Vision models: most items of each kind ("image", ...) in one prompt; None for a model
             without vision.
         max_pixels: Vision models: most pixels of an image, or None for the processor's own limit.
+        more: Further arguments of vLLM's EngineArgs.
     """
 
     model: str
@@ -65,6 +66,7 @@ class EngineSpec:
     sleep_level: int = 0
     media_limits: Mapping[str, int] | None = None
     max_pixels: int | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

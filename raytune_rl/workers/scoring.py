@@ -196,24 +196,33 @@ def score(
     spec: ModelSpec,
     settings: ScoreSettings,
     images: ImageCollator | None = None,
+    with_entropy: bool = False,
 ) -> tuple[NDArray[np.float64], Columns]:
     """Log-probs of a batch's loss tokens, without gradient.
 
     Returns:
-        Their sum over each row, float64 `[n]`, and {"logprobs": Ragged float32}; rows in the batch's order.
+        Their sum over each row, float64 `[n]`, and {"logprobs": Ragged float32}, and "entropy" likewise if it
+        is wanted, in nats; rows in the batch's order.
     """
     import torch
 
     rows = read_rows(batch, settings.timeout_s)
-    found: dict[int, np.ndarray] = {}
+    names = ("logprobs", "entropy") if with_entropy else ("logprobs",)
+    found: dict[str, dict[int, np.ndarray]] = {name: {} for name in names}
     with torch.no_grad():
         for members in batch.micro_batches:
             micro = micro_batch(rows, members, spec.layout, images)
-            scored = scorer(**forward_inputs(micro), temperature=settings.temperature, banned=settings.banned)
-            flat = scored.logprobs.cpu().numpy()
+            scored = scorer(
+                **forward_inputs(micro),
+                temperature=settings.temperature,
+                with_entropy=with_entropy,
+                banned=settings.banned,
+            )
             counts = np.bincount(micro.row_of.cpu().numpy(), minlength=len(members))
-            pieces = np.split(flat, np.cumsum(counts)[:-1]) if members else []
-            found.update(zip(members, pieces, strict=True))
-    ordered = [found[row] for row in range(len(batch))]
-    sums = np.array([row.sum(dtype=np.float64) for row in ordered], dtype=np.float64)
-    return sums, {"logprobs": Ragged.from_rows(ordered, np.float32)}
+            for name in names:
+                flat = getattr(scored, name).cpu().numpy()
+                pieces = np.split(flat, np.cumsum(counts)[:-1]) if members else []
+                found[name].update(zip(members, pieces, strict=True))
+    ordered = {name: [pieces[row] for row in range(len(batch))] for name, pieces in found.items()}
+    sums = np.array([row.sum(dtype=np.float64) for row in ordered["logprobs"]], dtype=np.float64)
+    return sums, {name: Ragged.from_rows(rows, np.float32) for name, rows in ordered.items()}

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from raytune_rl.errors import StaleWeightsError
+from raytune_rl.errors import ConfigError, StaleWeightsError
 from raytune_rl.models.load import resolve_path
 from raytune_rl.runtime.weights import Manifest, find_manifest, read
 from raytune_rl.workers import vllm_plugin
@@ -194,6 +194,9 @@ class VllmEngine:
 def engine_args(spec: EngineSpec) -> dict[str, Any]:
     """Translates a spec into vLLM's arguments; only what was decided is passed, the rest is vLLM's
     default.
+
+    Raises:
+        ConfigError: vLLM has no such argument.
     """
     args: dict[str, Any] = {
         "model": resolve_path(spec.model, use_hf=spec.use_hf),
@@ -228,7 +231,9 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         args |= {"enable_lora": True, "max_lora_rank": _vllm_rank(spec.lora_rank), "max_loras": 1}
     if spec.tensor_parallel_size > 1:
         args["distributed_executor_backend"] = "mp"
-    return args
+    if unknown := sorted(spec.more.keys() - {field.name for field in fields(EngineArgs)}):
+        raise ConfigError(f"--vllm_engine_kwargs: vLLM's EngineArgs have no {', '.join(unknown)}")
+    return args | dict(spec.more)
 
 
 def to_sampled(output: Any) -> Sampled:

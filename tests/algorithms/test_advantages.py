@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raytune_rl.algorithms.advantages import combine_rewards, group_advantages, penalised_rewards
+from raytune_rl.algorithms.advantages import (
+    combine_rewards,
+    decoupled_advantages,
+    group_advantages,
+    penalised_rewards,
+)
 from raytune_rl.errors import ConfigError
 
 NAN = float("nan")
@@ -170,3 +175,29 @@ def test_kl_in_the_reward() -> None:
     np.testing.assert_allclose(got, [0.8, NAN, 0.9])
     with pytest.raises(ValueError, match="one shape"):
         penalised_rewards([1.0], [1.0, 2.0], 0.1)
+
+
+def test_decoupled_advantages_weigh_rewards_as_their_weights_say() -> None:
+    """GDPO: each function by its own spread in the group, then the sum by that of the batch."""
+    values = np.array([[1.0, 100.0], [0.0, 100.0], [0.0, 300.0], [1.0, 300.0], [3.0, 5.0], [1.0, 5.0]])
+    groups = [7, 7, 7, 7, 2, 2]
+    weights = [1.0, 0.5]
+    z = np.zeros(values.shape)
+    for group in (7, 2):
+        rows = np.array(groups) == group
+        for column in range(2):
+            part = values[rows, column]
+            std = part.std(ddof=1)
+            z[rows, column] = (part - part.mean()) / std if std else 0.0
+    total = z @ weights
+    expected = (total - total.mean()) / total.std(ddof=1)
+    np.testing.assert_allclose(decoupled_advantages(values, weights, groups), expected, rtol=1e-6)
+
+
+def test_decoupled_advantages_without_rewards() -> None:
+    nan = np.nan
+    found = decoupled_advantages([[1.0, nan], [nan, nan], [0.0, nan], [2.0, 1.0]], [1.0, 1.0], [0, 0, 0, 1])
+    assert found[1] == 0
+    assert found[0] > 0 > found[2]
+    assert decoupled_advantages([[1.0], [1.0]], [1.0], [0, 0]).tolist() == [0, 0]
+    assert decoupled_advantages([[nan], [nan]], [1.0], [0, 0]).tolist() == [0, 0]

@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from raytune_rl.algorithms.aggregation import row_weights
+from raytune_rl.algorithms.entropy import step_threshold
 from raytune_rl.algorithms.policy_loss import GRPOSettings
 from raytune_rl.config import deepspeed
 from raytune_rl.data.microbatch import plan_micro_batches
@@ -229,3 +230,31 @@ def test_ranks_share_the_publication_and_miss_nothing(worlds: dict[int, World]) 
     assert published.keys() == expected.keys()
     for name, weight in expected.items():
         np.testing.assert_array_equal(published[name], weight)
+
+
+def test_numbers_of_rows_do_not_depend_on_the_ranks(worlds: dict[int, World]) -> None:
+    """The KL of each row, and the entropy that the top fifth of the step's tokens have."""
+    columns, lengths, _ = rows()
+    ref = ray.put(columns)
+    pointers = [RowPointer(ref, i) for i in range(ROWS)]
+    totals = columns["tokens"].lengths.tolist()  # type: ignore[union-attr]
+    for world in worlds.values():
+        scored = world.policy.entropies(pointers, totals)
+        found = [ray.get(p.ref) for p in scored]
+        entropies = np.concatenate([f["entropy"][p.row] for f, p in zip(found, scored, strict=True)])
+        assert len(entropies) == sum(lengths)
+        assert entropies.min() > 0
+        for share in (0.2, 1.0):
+            threshold = world.policy.entropy_threshold(pointers, lengths, scored, share)
+            assert threshold == step_threshold([entropies], share)
+        some = [i for i in range(ROWS) if i % 3]
+        part = world.policy.entropy_threshold(
+            [pointers[i] for i in some], [lengths[i] for i in some], [scored[i] for i in some], 0.5
+        )
+        picked = [f["entropy"][p.row] for i, (f, p) in enumerate(zip(found, scored, strict=True)) if i % 3]
+        assert part == step_threshold(picked, 0.5)
+
+        kl = world.policy.row_kl(pointers, totals, scored, pointers, "k1")
+        for i, (f, p) in enumerate(zip(found, scored, strict=True)):
+            gap = f["logprobs"][p.row].astype(np.float64) - columns["logprobs"][i]  # type: ignore[index]
+            assert kl[i] == pytest.approx(gap.sum(), rel=1e-12)

@@ -11,10 +11,14 @@ from swift.rewards import orms
 def together(completions, value, prompt_id, **kwargs):
     return [100 * len(c) + 10 * v + p for c, v, p in zip(completions, value, prompt_id, strict=True)]
 
+def last_turn(completions, messages, **kwargs):
+    assert [turns[-1] for turns in messages] == [{"role": "assistant", "content": c} for c in completions]
+    return [len(turns) for turns in messages]
+
 def light(completions, **kwargs):
     return [float("ray" not in sys.modules and "torch" not in sys.modules)] * len(completions)
 
-orms.update(together=together, light=light)
+orms.update(together=together, last_turn=last_turn, light=light)
 """
 
 
@@ -44,6 +48,17 @@ def test_rows_and_columns_are_selected(worker):
     assert scores.labels == worker.labels() == ("together", "MathAccuracy")
     assert worker.ping()
     assert worker.worst_case_s() > 20.0
+
+
+def test_messages_end_with_the_completion(plugin):
+    worker = RewardWorker(["last_turn"], [plugin], {}, 20.0)
+    try:
+        prompts = {"messages": [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}] * 3]}
+        scores = worker.score(["x", "y"], [1, 0, 0], prompts, [0, 1, 0], {})
+        assert scores.values[:, 0].tolist() == [2, 4, 2]
+        assert len(prompts["messages"][0]) == 1, "what lies in the object store is not changed"
+    finally:
+        worker.close()
 
 
 @pytest.mark.parametrize(

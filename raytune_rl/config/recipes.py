@@ -1,0 +1,28 @@
+"""Algorithms that are another one with settings of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    # Yu et al. 2025, "DAPO: an open-source LLM reinforcement learning system at scale", section 3.
+    "dapo": {
+        "loss_type": "dapo",
+        "epsilon_high": 0.28,
+        "beta": 0.0,
+        "dynamic_sample": True,
+        "overlong_filter": True,
+    },
+}
+"""`rlhf_type` -> the settings it stands for, each of which the user may override."""
+
+
+def with_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, and those of the recipe that they name and do not override."""
+    return {**RECIPES.get(str(settings.get("rlhf_type")), {}), **settings}
+
+
+def recipe_in_words(name: str) -> str:
+    """The flags a recipe stands for."""
+    return " ".join(f"--{flag} {str(value).lower()}" for flag, value in RECIPES[name].items())

@@ -1,0 +1,167 @@
+"""From prompts to experience: sample, score, and with `--dynamic_sample` replace what teaches nothing.
+
+Dynamic sampling (Yu et al. 2025, DAPO, section 3.2) draws prompts from one endless stream, the epochs one
+after another, and how many were drawn is its whole state: a resumed run draws the same ones. Where fresh
+prompts do not fill the batch either, groups without a signal fill it up, and are counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytune_rl.algorithms.advantages import combine_rewards
+from raytune_rl.config import RLHFConfig, resolved
+from raytune_rl.data.sampler import BatchPlan, stretch
+from raytune_rl.pipelines.data import PromptSet
+from raytune_rl.pipelines.experience import Experience, fill_with_signal
+from raytune_rl.pipelines.online_groups import OnlineGroups
+from raytune_rl.pipelines.rollouts import Trajectory
+from raytune_rl.rewards.types import TrainerState
+from raytune_rl.tracking.timer import StepTimer
+
+EVALUATION = 2**31
+"""The batch number of evaluations, in the seeds of their completions."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A generation.
+
+    Attributes:
+        kept: What is trained on.
+        replaced: Groups without a signal that fresh ones took the place of.
+        metrics: Of dynamic sampling; empty without it.
+    """
+
+    kept: Experience
+    replaced: Experience | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Collector:
+    """Collects one generation after another.
+
+    Args:
+        config: Of the run.
+        groups: Who samples and scores.
+        prompts: What to sample from.
+        prompts_per_generation: Groups of a generation.
+        state: What `state` gave when the run was saved; empty in a new run.
+        say: Tells the user a sentence.
+    """
+
+    def __init__(
+        self,
+        config: RLHFConfig,
+        groups: OnlineGroups,
+        prompts: PromptSet,
+        prompts_per_generation: int,
+        state: Mapping[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._groups, self._prompts, self._say = config, groups, prompts, say
+        self._order = BatchPlan(
+            len(prompts), prompts_per_generation, config.data_seed, config.dataset_shuffle
+        )
+        self._drawn = int(state.get("prompts_drawn", 0))
+        self.prompt_counts: Counter[str] = Counter(state.get("prompt_counts", {}))
+        self.reward_failures: Counter[str] = Counter(state.get("reward_failures", {}))
+        self.short = int(state.get("short_generations", 0))
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on as if it had never stopped."""
+        return {
+            "prompts_drawn": self._drawn,
+            "prompt_counts": dict(self.prompt_counts),
+            "reward_failures": dict(self.reward_failures),
+            "short_generations": self.short,
+        }
+
+    @property
+    def epochs_drawn(self) -> float:
+        """Times that dynamic sampling has gone through the prompts."""
+        return self._drawn / len(self._prompts)
+
+    def collect(self, generation: int, version: int, state: TrainerState, timer: StepTimer) -> Collected:
+        """Samples and scores a generation with a weight version."""
+
+        def round_of(prompts: Sequence[int], seeds: int) -> Experience:
+            self.prompt_counts["dispatched"] += len(prompts)
+            with timer.phase("generate"):
+                batch = self.sample(self._prompts, prompts, self._config.num_generations, version, seeds)
+            with timer.phase("reward"):
+                found = self.score(batch, self._prompts, state)
+            for failure in found.scored.failures:
+                self.reward_failures[f"{failure.function}: {failure.kind}"] += 1
+            return found
+
+        if self._config.dynamic_sample:
+            collected = self._with_signal(generation, round_of)
+        else:
+            collected = Collected(round_of(self._order.batch(generation).tolist(), generation))
+        self.prompt_counts["finished"] += len(collected.kept.groups)
+        return collected
+
+    def _with_signal(
+        self, generation: int, round_of: Callable[[Sequence[int], int], Experience]
+    ) -> Collected:
+        wanted, config = self._order.batch_size, self._config
+        rounds = 1 + config.max_resample_times
+
+        def draw(count: int, number: int) -> Experience:
+            prompts = stretch(self._order.n, self._drawn, count, config.data_seed, config.dataset_shuffle)
+            self._drawn += count
+            # Each round has seeds of its own: a prompt that comes again does not sample the same.
+            return round_of(prompts.tolist(), generation * rounds + number)
+
+        filled = fill_with_signal(wanted, rounds, draw)
+        replaced = len(filled.replaced.groups)
+        self.prompt_counts["one reward in the group"] += replaced
+        if filled.without_signal:
+            self._tell_short(generation, wanted, wanted - filled.without_signal, wanted + replaced)
+        return Collected(
+            filled.kept,
+            filled.replaced if replaced else None,
+            {
+                "dynamic_sample/rounds": float(filled.rounds),
+                "dynamic_sample/sampled_prompts": float(wanted + replaced),
+                "dynamic_sample/replaced_prompts": float(replaced),
+                "dynamic_sample/filled_without_signal": float(filled.without_signal),
+            },
+        )
+
+    def _tell_short(self, generation: int, wanted: int, have: int, sampled: int) -> None:
+        self.short += 1
+        if self.short == 1:
+            self._say(
+                f"Note: generation {generation}: of {sampled} prompts only {have} have completions with "
+                f"different rewards, {wanted} are wanted, and --max_resample_times "
+                f"{self._config.max_resample_times} is used up. The rest of the batch teaches nothing. "
+                "Further such generations are only counted (dynamic_sample/filled_without_signal)."
+            )
+
+    def sample(
+        self, prompts: PromptSet, rows: Sequence[int], completions: int, version: int, batch: int
+    ) -> list[Trajectory]:
+        """Completions by a weight version; engines that slept pull it first."""
+        rollout = self._groups.rollout
+        if self._groups.turns.to_rollout():
+            rollout.load(version)
+        evaluation = batch == EVALUATION
+        return rollout.generate(prompts, rows, completions, version, batch, evaluation=evaluation)
+
+    def score(self, batch: list[Trajectory], prompts: PromptSet, state: TrainerState) -> Experience:
+        """The rewards of trajectories."""
+        scored = self._groups.rewards.score(batch, prompts, state)
+        return Experience(
+            batch, scored, combine_rewards(scored.values, resolved.reward_weights(self._config))
+        )
+
+    def held_out(self, prompts: PromptSet, version: int, state: TrainerState) -> Experience:
+        """Completions of all held-out prompts; the same seeds each time: what changes is the policy alone."""
+        count = resolved.num_generations_eval(self._config)
+        batch = self.sample(prompts, range(len(prompts)), count, version, EVALUATION)
+        return self.score(batch, prompts, state)

@@ -1,0 +1,147 @@
+"""The groups of an online run: started all at once, waited for together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from raytune_rl.config import RLHFConfig
+from raytune_rl.pipelines import launch
+from raytune_rl.pipelines.data import PromptSet
+from raytune_rl.pipelines.online_algorithms import Algorithm
+from raytune_rl.pipelines.policy_group import PolicyGroup
+from raytune_rl.pipelines.resources import Groups
+from raytune_rl.pipelines.rollouts import RewardGroup, RolloutGroup
+from raytune_rl.pipelines.turns import Turns
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.weights import start_store
+from raytune_rl.workers.policy import PolicyWorker, policy_env
+from raytune_rl.workers.reference import ReferenceWorker
+from raytune_rl.workers.reward import RewardWorker
+from raytune_rl.workers.rollout import RolloutWorker, rollout_env
+
+
+@dataclass(frozen=True)
+class OnlineGroups:
+    """Who does what.
+
+    Attributes:
+        policy: Trains.
+        rollout: Samples.
+        rewards: Scores.
+        reference: Gives the log-probs for the KL; None without one.
+        turns: Who has the GPUs.
+        store: Where published weights are found.
+    """
+
+    policy: PolicyGroup
+    rollout: RolloutGroup
+    rewards: RewardGroup
+    reference: WorkerGroup | None
+    turns: Turns
+    store: Any
+
+
+def start_groups(
+    config: RLHFConfig,
+    groups: Groups,
+    algorithm: Algorithm,
+    prompts: PromptSet,
+    *,
+    total_steps: int,
+    run_name: str,
+    slots: Mapping[str, Any],
+    max_model_len: int,
+    media: dict[str, int] | None,
+    stack: ExitStack,
+    say: Callable[[str], None],
+) -> OnlineGroups:
+    """Starts all actors at once and waits for them.
+
+    Args:
+        config: Of the run.
+        groups: How many of each, and where.
+        algorithm: What the policy trains by.
+        prompts: Facts about model and prompts.
+        total_steps: Optimizer steps of the run.
+        run_name: Names the weight store.
+        slots: Reserved places by group.
+        max_model_len: Of the engines, tokens.
+        media: Most pictures and the like in one prompt; None for a model without vision.
+        stack: Ends the actors.
+        say: Tells the user a sentence.
+    """
+    account = prompts.account
+    store_name = f"weights-{ray.get_runtime_context().get_job_id()}-{run_name}"
+    store = start_store(store_name)
+    stack.callback(ray.kill, store)
+
+    def group(name: str, worker: type, make: Any, env: Mapping[str, str]) -> WorkerGroup:
+        made = WorkerGroup(groups[name], slots[name], worker, make, env, config.step_timeout)
+        stack.callback(made.shutdown)
+        return made
+
+    spec = launch.policy_spec(
+        config,
+        groups,
+        total_steps,
+        loss=algorithm.loss,
+        loss_settings=algorithm.settings,
+        temperature=config.temperature,
+        dropout=0.0,
+        publish_mode=launch.publish_mode(config, account.vision),
+        vision=account.vision,
+        banned=account.placeholder_ids,
+    )
+    spec = replace(spec, with_entropy=algorithm.with_entropy, plugin_files=algorithm.plugin_files)
+    ranks = groups["policy"].workers
+    policy = group(
+        "policy",
+        PolicyWorker,
+        lambda rank: {"spec": spec, "rank": rank, "world_size": ranks},
+        policy_env(groups.threads["policy"], groups.on_gpu),
+    )
+    rollout = group(
+        "rollout",
+        RolloutWorker,
+        lambda rank: {"spec": launch.engine_spec(config, groups, max_model_len, store_name, rank, media)},
+        rollout_env(groups.threads["rollout"], config.vllm_tensor_parallel_size, groups.on_gpu),
+    )
+    rewards = group(
+        "reward",
+        RewardWorker,
+        lambda _: {
+            "names": config.reward_funcs,
+            "plugin_files": config.external_plugins,
+            "config_dict": config.args(),
+            "timeout_s": config.reward_timeout,
+        },
+        {"OMP_NUM_THREADS": "1"},
+    )
+    reference: WorkerGroup | None = None
+    if "reference" in groups:
+        reference = group(
+            "reference",
+            ReferenceWorker,
+            lambda _: {"spec": spec.model, "settings": spec.score},
+            policy_env(groups.threads["reference"], groups.on_gpu),
+        )
+    budget = launch.max_tokens(config, groups.on_gpu)
+    trainer = PolicyGroup(policy, spec, budget, config.start_timeout)
+    for started in (rewards, rollout, *([reference] if reference else [])):
+        started.call("ping", what="starting", timeout_s=config.start_timeout)
+    for notice in trainer.ready().notices:
+        say(f"Note: {notice}")
+    engines = RolloutGroup(
+        rollout,
+        launch.sampling(config, account.stop_token_ids, account.placeholder_ids),
+        config.seed,
+        launch.sampling(config, account.stop_token_ids, account.placeholder_ids, evaluation=True),
+    )
+    return OnlineGroups(
+        trainer, engines, RewardGroup(rewards), reference, Turns(config, groups, trainer, engines), store
+    )

@@ -1,0 +1,49 @@
+"""Numbers of rows that need several columns and no model: the columns stay in the object store."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.data.rows import RowBatch
+from raytune_rl.workers.scoring import read_rows
+
+
+def row_kl(batch: RowBatch, estimator: str, timeout_s: float) -> NDArray[np.float64]:
+    """The KL to the reference of each row, summed over its tokens, float64 `[n]`, nats.
+
+    Args:
+        batch: Rows with the late columns "old_logprobs" and "ref_logprobs".
+        estimator: Name of a function of `algorithms.kl`.
+        timeout_s: Deadline for reading.
+    """
+    import torch
+
+    from raytune_rl.algorithms import kl
+
+    estimate = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}[estimator]
+    rows = read_rows(batch, timeout_s)
+    sums = np.zeros(len(batch))
+    for row in range(len(batch)):
+        old, ref = (
+            torch.from_numpy(np.array(rows.column("logprobs", row, late=name))).double()
+            for name in ("old_logprobs", "ref_logprobs")
+        )
+        sums[row] = float(estimate(old, ref).sum())
+    return sums
+
+
+def count_entropies(batch: RowBatch, bucket: int | None, timeout_s: float) -> NDArray[np.int64]:
+    """How many of the rows' entropies fall into each of 65,536 buckets (`algorithms.entropy`), int64.
+
+    Args:
+        batch: Rows with the late column "entropy".
+        bucket: None counts all of them coarsely; else the fine counts within this bucket.
+        timeout_s: Deadline for reading.
+    """
+    from raytune_rl.algorithms.entropy import count_high, count_low
+
+    rows = read_rows(batch, timeout_s)
+    held = [rows.column("entropy", row, late="entropy") for row in range(len(batch))]
+    values = np.concatenate([*held, np.empty(0, np.float32)])
+    return count_high(values) if bucket is None else count_low(values, bucket)

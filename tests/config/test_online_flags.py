@@ -1,0 +1,69 @@
+"""Flags of online RL that mean nothing beside others say so; none is taken in silence."""
+
+import pytest
+
+from raytune_rl.config import RLHFConfig
+from raytune_rl.config.parser import parse
+from raytune_rl.errors import ConfigError
+
+BASE = ["--model", "m", "--dataset", "d", "--reward_funcs", "accuracy", "--num_generations", "2"]
+
+
+def notices(*argv: str) -> str:
+    return "\n".join(parse([*BASE, *argv], RLHFConfig, environ={}).notices)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            "--rlhf_type dapo",
+            "is grpo with --loss_type dapo --epsilon_high 0.28 --beta 0.0 --dynamic_sample true",
+        ),
+        ("--tau_pos 2", "--tau_pos does nothing: they belong to --loss_type sapo"),
+        (
+            "--loss_type sapo --epsilon 0.1 --delta 3",
+            "--epsilon, --delta do nothing: --loss_type sapo does not",
+        ),
+        (
+            "--loss_type cispo --epsilon_high 5 --epsilon 0.1",
+            "--epsilon does nothing: --loss_type cispo does not",
+        ),
+        ("--rollout_importance_sampling_threshold 3", "--rollout_importance_sampling_mode is not given"),
+        ("--max_resample_times 5", "it belongs to --dynamic_sample true"),
+        ("--beta 0 --kl_in_reward true", "--kl_in_reward does nothing: with --beta 0"),
+        ("--cosine_max_len 5 --soft_cache_length 3", "they belong to --reward_funcs cosine"),
+        ("--log_rollout_offpolicy_metrics true", "rollout_correction/* is measured on every step"),
+        (
+            "--top_p 0.9 --repetition_penalty 1.1",
+            "--top_p 0.9, --repetition_penalty 1.1: completions are sampled",
+        ),
+        (
+            "--eval_temperature 0 --split_dataset_ratio 0.1",
+            "2 completions of a held-out prompt will all be the",
+        ),
+        ("--eval_temperature 0", "--eval_temperature does nothing: there is no validation data"),
+        ('--loss_args {"a":1}', "--loss_args does nothing: --loss_type grpo has flags of its own"),
+    ],
+)
+def test_what_does_nothing_is_said(argv: str, said: str) -> None:
+    assert said in notices(*argv.split())
+
+
+def test_nothing_is_said_where_all_acts() -> None:
+    assert notices("--loss_type", "sapo", "--tau_pos", "2", "--dynamic_sample", "true") == ""
+    assert notices("--scale_rewards", "none", "--kl_in_reward", "true", "--kl_estimator", "k2") == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--reward_funcs soft_overlong", "soft_overlong needs --soft_cache_length"),
+        ('--vllm_engine_kwargs {"max_num_seqs":4}', "max_num_seqs \\(--vllm_max_num_seqs\\)"),
+        ("--loss_type real", "--loss_type real is not one of"),
+        ("--sync_ref_model true", "is a flag of ms-swift that is not built yet"),
+    ],
+)
+def test_what_cannot_be_is_refused(argv: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        notices(*argv.split())

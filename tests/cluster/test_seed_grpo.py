@@ -9,23 +9,10 @@ import pytest
 
 from raytune_rl import cli
 from tests.cluster.conftest import Tiny
-from tests.data.seed_commands.extract import SeedCommand, seed_commands
+from tests.data.seed_commands.extract import seed_commands, smaller
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 COMMANDS = {c.name: c for c in seed_commands() if c.command == "rlhf" and "-llm-" in c.name}
-
-
-def smaller(command: SeedCommand, replaced: dict[str, list[str]]) -> list[str]:
-    """The command's words with the values of some flags replaced; no flag is added or left out."""
-    words: list[str] = []
-    skipping = False
-    for word in command.argv:
-        if word.startswith("--"):
-            skipping = word in replaced
-            words += [word, *replaced.get(word, [])]
-        elif not skipping:
-            words.append(word)
-    return words
 
 
 @pytest.mark.parametrize(("name", "prompts", "workers"), [("rlhf-llm-1gpu", 2, 1), ("rlhf-llm-8gpu", 4, 2)])

@@ -43,6 +43,19 @@ def seed_commands(text: str | None = None) -> list[SeedCommand]:
     return found
 
 
+def smaller(command: SeedCommand, replaced: dict[str, list[str]]) -> list[str]:
+    """The command's words with the values of some flags replaced; no flag is added or left out."""
+    words: list[str] = []
+    skipping = False
+    for word in command.argv:
+        if word.startswith("--"):
+            skipping = word in replaced
+            words += [word, *replaced.get(word, [])]
+        elif not skipping:
+            words.append(word)
+    return words
+
+
 def _command(block: str, title: str) -> SeedCommand:
     # One line of the document has a blank behind its backslash, which ends the command for a shell.
     mended = re.sub(r"\\[ \t]+$", r"\\", block, flags=re.MULTILINE)

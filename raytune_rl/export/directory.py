@@ -6,8 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
-import secrets
 import shutil
 import signal
 import threading
@@ -17,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from raytune_rl.export.errors import ExportError
-from raytune_rl.tracking.files import fsync_path
+from raytune_rl.tracking.directories import hidden, parse_hidden, publish, sync_tree
 
 # A file that is missing is one that the body wanted to read.
 _NOT_OURS = (None, errno.ENOENT)
@@ -56,7 +54,7 @@ def whole_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         clean_leftovers(target)
-        aside = _hidden(target, "tmp")
+        aside = hidden(target, "tmp")
         aside.mkdir()
     except OSError as error:
         raise _refused(target, error) from error
@@ -64,8 +62,9 @@ def whole_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
         try:
             with _sigterm_raises():
                 yield aside
-            _sync_tree(aside)
-            _publish(aside, target, overwrite)
+            sync_tree(aside)
+            check_target(target, overwrite)  # somebody else may have written it in the meantime
+            publish(aside, target)
         except OSError as error:
             if error.errno in _NOT_OURS:
                 raise
@@ -79,37 +78,14 @@ def clean_leftovers(target: Path) -> None:
 
     A directory that a living process is writing is locked, and left alone.
     """
-    pattern = re.compile(rf"^\.{re.escape(target.name)}\.(tmp|old)-[0-9a-f]{{8}}$")
     for path in sorted(target.parent.iterdir()):
-        match = pattern.match(path.name)
-        if match is None or _is_locked(path):
+        found = parse_hidden(path)
+        if found is None or found[0] != target or _is_locked(path):
             continue
-        if match.group(1) == "old" and not target.exists():
+        if found[1] == "old" and not target.exists():
             path.rename(target)
         else:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _publish(aside: Path, target: Path, overwrite: bool) -> None:
-    check_target(target, overwrite)  # somebody else may have written it in the meantime
-    old: Path | None = None
-    if target.exists():
-        # A rename cannot replace a directory that is not empty.
-        old = _hidden(target, "old")
-        target.rename(old)
-    try:
-        aside.rename(target)
-    except OSError:
-        if old is not None:
-            old.rename(target)
-        raise
-    fsync_path(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _hidden(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
 def _refused(target: Path, error: OSError) -> ExportError:
@@ -117,13 +93,6 @@ def _refused(target: Path, error: OSError) -> ExportError:
     return ExportError(
         f"{target} cannot be written: {error.strerror or error}{where}. Nothing of it remains."
     )
-
-
-def _sync_tree(directory: Path) -> None:
-    for folder, _, names in os.walk(directory, topdown=False):
-        for name in names:
-            fsync_path(Path(folder) / name)
-        fsync_path(Path(folder))
 
 
 @contextlib.contextmanager

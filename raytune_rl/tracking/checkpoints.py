@@ -8,9 +8,6 @@ it.
 from __future__ import annotations
 
 import json
-import os
-import re
-import secrets
 import shutil
 from collections.abc import Mapping
 from datetime import datetime
@@ -19,12 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from raytune_rl.errors import CheckpointError
-from raytune_rl.tracking.files import fsync_path, plain
+from raytune_rl.tracking.directories import hidden, parse_hidden, publish, sync_tree
+from raytune_rl.tracking.files import plain
 from raytune_rl.tracking.run_dir import CHECKPOINT_PATTERN, RunDir, version_dirs
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
-_LEFTOVER = re.compile(r"^\.(checkpoint-\d+)\.(tmp|old)-[0-9a-f]+$")
 
 
 class CheckpointWriter:
@@ -48,7 +45,7 @@ class CheckpointWriter:
         self._run_dir = run_dir
         self._step = step
         self._state = dict(state or {})
-        self._temporary = _hidden(self.final, "tmp")
+        self._temporary = hidden(self.final, "tmp")
 
     def __enter__(self) -> Path:
         try:
@@ -65,8 +62,8 @@ class CheckpointWriter:
             return
         try:
             self._complete()
-            _sync_tree(self._temporary)
-            self._publish()
+            sync_tree(self._temporary)
+            publish(self._temporary, self.final)
         except BaseException as failure:
             shutil.rmtree(self._temporary, ignore_errors=True)
             if isinstance(failure, OSError):
@@ -90,23 +87,6 @@ class CheckpointWriter:
         _write_json(
             self._temporary / MANIFEST, {"format": 1, "step": self._step, "written": written, "files": files}
         )
-
-    def _publish(self) -> None:
-        aside: Path | None = None
-        if self.final.exists():
-            # A directory cannot be replaced by a rename; until `clean_leftovers` or we delete it, the old one
-            # is kept.
-            aside = _hidden(self.final, "old")
-            self.final.rename(aside)
-        try:
-            self._temporary.rename(self.final)
-        except OSError:
-            if aside is not None:
-                aside.rename(self.final)
-            raise
-        fsync_path(self.final.parent)
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)  # what remains is cleaned at the next start
 
 
 def verify(path: str | Path) -> dict[str, Any]:
@@ -195,11 +175,11 @@ def clean_leftovers(run_dir: RunDir) -> list[Path]:
     """
     removed = []
     for path in sorted(run_dir.path.iterdir()):
-        match = _LEFTOVER.match(path.name)
-        if match is None:
+        found = parse_hidden(path)
+        if found is None or not CHECKPOINT_PATTERN.match(found[0].name):
             continue
-        final = run_dir.path / match.group(1)
-        if match.group(2) == "old" and not final.exists() and is_whole(path):
+        final, kind = found
+        if kind == "old" and not final.exists() and is_whole(path):
             path.rename(final)
             continue
         shutil.rmtree(path)
@@ -239,26 +219,13 @@ def prune(run_dir: RunDir, save_total_limit: int | None, keep: Path | None = Non
         if path.name == kept_name:
             continue
         # Deleting takes time: under its own name a half-deleted checkpoint could be met by a reader.
-        hidden = path.rename(_hidden(path, "tmp"))
-        shutil.rmtree(hidden)
+        shutil.rmtree(path.rename(hidden(path, "tmp")))
         removed.append(path)
     return removed
 
 
-def _hidden(final: Path, kind: str) -> Path:
-    return final.with_name(f".{final.name}.{kind}-{secrets.token_hex(4)}")
-
-
 def _files_in(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
-def _sync_tree(directory: Path) -> None:
-    """Files first, then directories from the leaves up: an entry is durable only after what it points to."""
-    for folder, _, names in os.walk(directory, topdown=False):
-        for name in names:
-            fsync_path(Path(folder) / name)
-        fsync_path(Path(folder))
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

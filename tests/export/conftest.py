@@ -63,6 +63,7 @@ def train() -> Train:
         model = load_model(str(base)).model
         if on:
             model = apply_tuner(model, TunerSettings(tuner_type="full"), [str(p) for p in on]).model
+        torch.manual_seed(seed)  # of the adapter's first weights
         tuned = apply_tuner(model, settings or TunerSettings(lora_rank=4)).model
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

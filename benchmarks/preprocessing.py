@@ -1,0 +1,136 @@
+"""Rows a second and peak memory of reading, understanding and tokenizing chats, as the data task does it.
+
+Each line is a process of its own on a file of so many rows. Memory is the peak over what the imports and the
+tokenizer take, and beside it the size of the result; flat would mean that what is above the result does not
+grow with the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.table import machine, render
+from raytune_rl.tiny.model import make_tiny_model
+
+WORDS = [
+    "the",
+    "model",
+    "answers",
+    "with",
+    "words",
+    "of",
+    "a",
+    "plain",
+    "text",
+    "that",
+    "a",
+    "tokenizer",
+    "cuts",
+    "in",
+    "pieces",
+    "one",
+    "seven",
+    "nine",
+]
+
+
+def write_rows(path: Path, rows: int, seed: int = 0) -> None:
+    """Chats of one turn with some 40 words, log-normal, at most 200."""
+    rng = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(rows):
+            size = max(4, min(200, int(rng.lognormvariate(3.2, 0.8))))
+            question, answer = " ".join(rng.choices(WORDS, k=12)), " ".join(rng.choices(WORDS, k=size))
+            chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": chat}) + "\n")
+
+
+def encode(model: str, data: str, processes: int) -> dict[str, float]:
+    """What one process measures."""
+    from raytune_rl.data.encode import encode_sft
+    from raytune_rl.data.load import load_examples
+    from raytune_rl.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    before, began = _peak(resource.RUSAGE_SELF), time.perf_counter()
+    loaded = load_examples([data], task="sft")
+    read = time.perf_counter() - began
+    found = encode_sft(loaded.examples, tokenizer, num_proc=processes)
+    seconds = time.perf_counter() - began
+    columns = (found.tokens, found.loss_mask)
+    result = sum(column.values.nbytes + column.offsets.nbytes for column in columns)
+    return {
+        "rows": len(found.tokens),
+        "tokens": len(found.tokens.values),
+        "read": read,
+        "seconds": seconds,
+        "peak": _peak(resource.RUSAGE_SELF) - before,
+        "result": result / 2**20,
+    }
+
+
+def _peak(who: int) -> float:
+    """Peak resident memory, MiB."""
+    return resource.getrusage(who).ru_maxrss / 2**10
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="benchmarks/preprocessing.py",
+    )
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--rows", type=int, nargs="+", default=[25_000, 100_000], help="files to make")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, cores], help="--dataset_num_proc")
+    parser.add_argument("--markdown", action="store_true", help="print the table ready to paste")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.child:
+        model, data, processes = options.child
+        print(json.dumps(encode(model, data, int(processes))))
+        return
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="raytune_rl_benchmark_") as scratch:
+        model = make_tiny_model(Path(scratch) / "model")
+        for rows in options.rows:
+            data = Path(scratch) / f"{rows}.jsonl"
+            write_rows(data, rows)
+            for processes in dict.fromkeys(options.processes):
+                words = [sys.executable, __file__, "--child", str(model), str(data), str(processes)]
+                done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+                found = json.loads(done.stdout.splitlines()[-1])
+                lines.append(
+                    [
+                        f"{rows:,}",
+                        str(processes),
+                        f"{found['rows'] / found['seconds']:,.0f}",
+                        f"{found['tokens'] / found['seconds']:,.0f}",
+                        f"{found['read'] / found['seconds']:.0%}",
+                        f"{found['peak']:,.0f}",
+                        f"{found['result']:,.0f}",
+                    ]
+                )
+    header = ["rows", "processes", "rows/s", "tokens/s", "reading", "peak MiB", "result MiB"]
+    print("\nSFT rows to tokens (memory of worker processes not counted)")
+    print(machine() + "\n")
+    print(render(header, lines, options.markdown))
+
+
+if __name__ == "__main__":
+    main()

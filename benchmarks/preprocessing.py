@@ -21,26 +21,8 @@ from pathlib import Path
 from benchmarks.table import machine, render
 from raytune_rl.tiny.model import make_tiny_model
 
-WORDS = [
-    "the",
-    "model",
-    "answers",
-    "with",
-    "words",
-    "of",
-    "a",
-    "plain",
-    "text",
-    "that",
-    "a",
-    "tokenizer",
-    "cuts",
-    "in",
-    "pieces",
-    "one",
-    "seven",
-    "nine",
-]
+WORDS = """the model answers with words of a plain text
+that a tokenizer cuts in pieces one seven nine""".split()  # noqa: SIM905
 
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 One run measures, on the same model, rows, threads and number type (float32):
 
-  ours      `pipelines.sft` itself, unpacked and packed; one policy worker
+  ours      the pipeline itself, unpacked and packed; one policy worker
   bare      a plain PyTorch loop on the very rows of each of our steps, one padded batch a step, in turns with
             ours, so that a busy neighbour disturbs both alike
   TRL       SFTTrainer on the same file, with its defaults and with our batch and number type, in an
@@ -33,7 +33,7 @@ import ray
 from benchmarks.bare_sft import BareSFT
 from benchmarks.table import machine, median, render, spread
 from raytune_rl.config import SFTConfig
-from raytune_rl.pipelines import sft
+from raytune_rl.pipelines import offline, offline_report, sft
 from raytune_rl.tiny.model import make_tiny_model
 
 TRL = "trl==1.16.0"
@@ -51,7 +51,7 @@ class Step:
     bare: float
 
 
-class MeasuredSFT(sft.SFTRun):
+class MeasuredSFT(offline.OfflineRun):
     """The product's loop; after each step the peer does the same work. No checkpoint is written."""
 
     warmup: ClassVar[int]
@@ -67,13 +67,14 @@ class MeasuredSFT(sft.SFTRun):
         MeasuredSFT.measured = []
         self.run.timer.finish()
         while self.run.step < self.schedule.total_steps:
-            batch = self.order.batch(self.run.step).tolist()
+            batch = self.order.batch(self.run.step)
             began = time.perf_counter()
             self.train_step(batch)
             ours = time.perf_counter() - began
-            bare, _ = ray.get(self.peer.step.remote([self.rows.pointer(row) for row in batch]))
+            pointers, lengths, *_ = self.batch(self.rows, batch)
+            bare, _ = ray.get(self.peer.step.remote(pointers))
             if self.run.step > self.warmup:
-                self.measured.append(Step(int(self.rows.lengths[batch].sum()), ours, bare))
+                self.measured.append(Step(sum(lengths), ours, bare))
 
 
 def write_rows(path: Path, shape: str, rows: int, seed: int = 0) -> Path:
@@ -106,7 +107,10 @@ def ours(options: argparse.Namespace, model: Path, data: Path, output: Path, pac
         report_to="none",
     )
     MeasuredSFT.warmup = options.warmup
-    with mock.patch.object(sft, "SFTRun", MeasuredSFT), mock.patch("raytune_rl.pipelines.report.sft_summary"):
+    with (
+        mock.patch.object(offline, "OfflineRun", MeasuredSFT),
+        mock.patch.object(offline_report, "summary_of"),
+    ):
         sft.run(config)
     return MeasuredSFT.measured
 

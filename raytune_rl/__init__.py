@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raytune_rl.config import ExportConfig as ExportConfig
+    from raytune_rl.config import InferConfig as InferConfig
     from raytune_rl.config import PreferenceConfig as PreferenceConfig
     from raytune_rl.config import RewardCheckConfig as RewardCheckConfig
     from raytune_rl.config import RLHFConfig as RLHFConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "ExportConfig": ("raytune_rl.config", "ExportConfig"),
+    "InferConfig": ("raytune_rl.config", "InferConfig"),
     "PreferenceConfig": ("raytune_rl.config", "PreferenceConfig"),
     "RLHFConfig": ("raytune_rl.config", "RLHFConfig"),
     "RewardCheckConfig": ("raytune_rl.config", "RewardCheckConfig"),
@@ -35,6 +37,7 @@ _WHERE = {
     "run_preference": ("raytune_rl.pipelines.preference", "run"),
     "run_rlhf": ("raytune_rl.pipelines.online", "run"),
     "run_reward_check": ("raytune_rl.pipelines.reward_check", "run"),
+    "run_infer": ("raytune_rl.infer", "run"),
     "run_export": ("raytune_rl.export", "run"),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from raytune_rl.config import (
     ExportConfig,
+    InferConfig,
     PreferenceConfig,
     RewardCheckConfig,
     RLHFConfig,
@@ -26,6 +27,7 @@ _COMMANDS: dict[str, tuple[type[Options], str]] = {
     "sft": (SFTConfig, "supervised fine-tuning"),
     "rlhf": (RLHFConfig, "GRPO; from preferences in the data DPO, KTO, ORPO, CPO, SimPO, RM"),
     "reward-check": (RewardCheckConfig, "try reward functions on a data set, without a model"),
+    "infer": (InferConfig, "chat with a trained model, or let it answer a data set"),
     "export": (ExportConfig, "merge a LoRA adapter, push a model to a hub"),
 }
 
@@ -34,6 +36,7 @@ _PIPELINES: dict[type[Options], str] = {
     PreferenceConfig: "raytune_rl.pipelines.preference",
     RLHFConfig: "raytune_rl.pipelines.online",
     RewardCheckConfig: "raytune_rl.pipelines.reward_check",
+    InferConfig: "raytune_rl.infer",
 }
 
 _USAGE = (

@@ -23,6 +23,7 @@ FLOORS = [
     {"data", "models", "runtime", "tiny"},
     {"workers"},
     {"pipelines", "export"},
+    {"infer"},
     {"cli", "examples"},
 ]
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
@@ -36,6 +37,7 @@ FORBIDDEN = {
     "tiny": {"ray"},
     # Controllers move references; whoever imports torch here is about to touch a tensor.
     "pipelines": {"torch", "vllm", "deepspeed"},
+    "infer": {"torch", "vllm", "deepspeed"},
 }
 ROLES = {"policy", "rollout", "reference", "reward", "reward_model"}
 

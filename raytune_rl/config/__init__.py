@@ -2,6 +2,7 @@
 
 from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.export import ExportConfig
+from raytune_rl.config.infer import InferConfig
 from raytune_rl.config.reward_check import RewardCheckConfig
 
-__all__ = ["ExportConfig", "PreferenceConfig", "RLHFConfig", "RewardCheckConfig", "SFTConfig"]
+__all__ = ["ExportConfig", "InferConfig", "PreferenceConfig", "RLHFConfig", "RewardCheckConfig", "SFTConfig"]

@@ -13,20 +13,9 @@ from raytune_rl.errors import ConfigError
 _setting = partial(setting, "Cluster")
 
 
-class PolicyGroupOptions(Options):
-    """The policy group, and what holds for all groups."""
+class ClusterOptions(Options):
+    """What holds for all groups."""
 
-    policy_workers: int | None = _setting(
-        None,
-        "Ranks that train the policy. Not set: NPROC_PER_NODE, else chosen from what the cluster has.",
-        ge=1,
-    )
-    gpus_per_policy_worker: float | None = _setting(
-        None, "GPUs of one policy worker. Not set: 1 where there are GPUs, else 0.", ge=0
-    )
-    cpus_per_policy_worker: float | None = _setting(
-        None, "CPU cores of one policy worker. Not set: chosen from what the cluster has.", gt=0
-    )
     ray_address: str | None = _setting(
         None, "Ray cluster to connect to. Not set: RAY_ADDRESS, else a local one is started."
     )
@@ -50,6 +39,22 @@ class PolicyGroupOptions(Options):
                     f"--{name} {gpus}: a worker takes a share of one GPU (up to 1) or whole GPUs."
                 )
         return self
+
+
+class PolicyGroupOptions(ClusterOptions):
+    """The policy group."""
+
+    policy_workers: int | None = _setting(
+        None,
+        "Ranks that train the policy. Not set: NPROC_PER_NODE, else chosen from what the cluster has.",
+        ge=1,
+    )
+    gpus_per_policy_worker: float | None = _setting(
+        None, "GPUs of one policy worker. Not set: 1 where there are GPUs, else 0.", ge=0
+    )
+    cpus_per_policy_worker: float | None = _setting(
+        None, "CPU cores of one policy worker. Not set: chosen from what the cluster has.", gt=0
+    )
 
 
 class OnlineGroupsOptions(PolicyGroupOptions):

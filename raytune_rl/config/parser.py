@@ -23,6 +23,7 @@ from raytune_rl.config.explain import did_you_mean
 from raytune_rl.config.export import ExportConfig
 from raytune_rl.config.flags import Flag, flags_of
 from raytune_rl.config.help import help_text
+from raytune_rl.config.infer import InferConfig
 from raytune_rl.config.notices import notices_for
 from raytune_rl.config.preference import READS
 from raytune_rl.config.reward_check import RewardCheckConfig
@@ -51,7 +52,7 @@ def parse(
 
     Args:
         argv: The words after the command's name: optionally a config file first, then flags.
-        config_class: `SFTConfig`, `RLHFConfig`, `PreferenceConfig` or `ExportConfig`.
+        config_class: `SFTConfig`, `RLHFConfig`, `PreferenceConfig`, `InferConfig` or `ExportConfig`.
         defaults: Settings that file and flags may override, for a program that has its own.
         environ: The environment, `os.environ` unless given; `ENV` of the config file is written to it.
 
@@ -163,7 +164,7 @@ def _unknown(name: str, flags: Mapping[str, Flag], config_class: type[Options]) 
         )
     if name in legacy.NOT_BUILT:
         return f"--{name} is a flag of ms-swift that is not built yet."
-    commands = (SFTConfig, RLHFConfig, PreferenceConfig, RewardCheckConfig, ExportConfig)
+    commands = (SFTConfig, RLHFConfig, PreferenceConfig, RewardCheckConfig, InferConfig, ExportConfig)
     elsewhere = [c.COMMAND for c in commands if name in flags_of(c) or legacy.known(name, flags_of(c))]
     if elsewhere:
         return f"--{name} is no flag of raytune-rl {config_class.COMMAND}, but of {' and '.join(elsewhere)}."

@@ -36,7 +36,29 @@ _OURS = {
 }
 
 
-class RolloutOptions(Options):
+class EngineOptions(Options):
+    """How one vLLM engine is built."""
+
+    vllm_gpu_memory_utilization: float = _vllm(
+        0.9, "Share of a GPU's memory for vLLM's weights and cache.", gt=0, le=1
+    )
+    vllm_max_model_len: int | None = _vllm(
+        None, "Longest prompt and completion together, in tokens. Not set: what the run needs.", ge=1
+    )
+    vllm_tensor_parallel_size: int = _vllm(1, "GPUs that one rollout worker spreads its model over.", ge=1)
+    vllm_max_num_seqs: int | None = _vllm(
+        None, "Most completions that one worker samples at a time. Not set: vLLM's default.", ge=1
+    )
+    vllm_enforce_eager: bool | None = _vllm(
+        None, "No compiled graphs: starts faster, samples slower. Not set: true on CPU, false on GPU."
+    )
+    vllm_enable_prefix_caching: bool = _vllm(True, "Compute a prompt once for all its completions.")
+    vllm_max_lora_rank: int | None = _vllm(
+        None, "Largest adapter rank that the engine makes room for. Not set: --lora_rank.", ge=1
+    )
+
+
+class RolloutOptions(EngineOptions):
     """Sampling and vLLM."""
 
     num_generations: int = _sampling(8, "Completions per prompt: the size of a group.", ge=1)
@@ -68,20 +90,6 @@ class RolloutOptions(Options):
         "colocate: rollout shares the policy's GPUs; server: rollout workers on GPUs of their own. "
         "The same as --colocate true or false.",
     )
-    vllm_gpu_memory_utilization: float = _vllm(
-        0.9, "Share of a GPU's memory for vLLM's weights and cache.", gt=0, le=1
-    )
-    vllm_max_model_len: int | None = _vllm(
-        None, "Longest prompt and completion together, in tokens. Not set: what the run needs.", ge=1
-    )
-    vllm_tensor_parallel_size: int = _vllm(1, "GPUs that one rollout worker spreads its model over.", ge=1)
-    vllm_max_num_seqs: int | None = _vllm(
-        None, "Most completions that one worker samples at a time. Not set: vLLM's default.", ge=1
-    )
-    vllm_enforce_eager: bool | None = _vllm(
-        None, "No compiled graphs: starts faster, samples slower. Not set: true on CPU, false on GPU."
-    )
-    vllm_enable_prefix_caching: bool = _vllm(True, "Compute a prompt once for all its completions.")
     vllm_limit_mm_per_prompt: dict[str, int] = _vllm(
         {}, "Most images, videos or audios in one prompt, as JSON: '{\"image\": 2}'."
     )
@@ -89,9 +97,6 @@ class RolloutOptions(Options):
         None,
         "true: only the LoRA adapter travels to the engine; false: it is merged and the weights travel. "
         "Not set: the adapter alone wherever the engine can take it.",
-    )
-    vllm_max_lora_rank: int | None = _vllm(
-        None, "Largest adapter rank that the engine makes room for. Not set: --lora_rank.", ge=1
     )
     vllm_engine_kwargs: dict[str, Any] = _vllm(
         {}, 'Further arguments of vLLM\'s EngineArgs, as JSON: \'{"kv_cache_dtype": "fp8"}\'.'

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from raytune_rl.errors import DataError
 
-Task = Literal["sft", "grpo", "ppo", "pairs", "labels"]
+Task = Literal["sft", "grpo", "ppo", "pairs", "labels", "infer"]
 
 #: Tasks that need the prompt only: a last assistant message is taken off, the policy writes its own.
-PROMPT_TASKS: frozenset[str] = frozenset({"grpo", "ppo"})
+PROMPT_TASKS: frozenset[str] = frozenset({"grpo", "ppo", "infer"})
 
 #: A medium as the data names it, never decoded here: a path, a URL, a base64 data URI, or encoded bytes.
 MediaRef = str | bytes

@@ -17,6 +17,10 @@ from raytune_rl.data.row_formats import Parts, format_of
 _STRUCTURE = (*TAGS, "messages", "tools", "history", "system")
 
 
+#: What the data say the answer is, where a model is to give its own (`infer`); ms-swift's name.
+LABELS = "labels"
+
+
 class Converter:
     """Turns rows into examples, and counts what the user should be told once (`notices`)."""
 
@@ -28,6 +32,7 @@ class Converter:
         self.seen_columns: set[str] = set()
         self._task = task
         self._prompt_only = task in PROMPT_TASKS
+        self._keeps_answer = task == "infer"
         self._system = system
         self._columns = ColumnMap(columns or {})
 
@@ -74,6 +79,9 @@ class Converter:
             label, column = read_label(fields)
             used.add(column)
         extra = {name: value for name, value in fields.items() if _survives(name, value, used)}
+        last = parsed.conversation.messages[-1:]
+        if self._keeps_answer and last and last[0].role == "assistant":
+            extra[LABELS] = last[0].content
         return Example(
             messages=tuple(messages),
             **media,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune_rl.config import ExportConfig
+from raytune_rl.config import ExportConfig, InferConfig
 from raytune_rl.errors import ModelError
 from raytune_rl.export.errors import ExportError
 from raytune_rl.models.hub import resolve_path
@@ -61,7 +61,7 @@ def adapter_dir(adapter: str, *, use_hf: bool) -> Path:
     return path
 
 
-def find_base(config: ExportConfig, adapters: Sequence[Path]) -> Base:
+def find_base(config: ExportConfig | InferConfig, adapters: Sequence[Path]) -> Base:
     """The base model of the first adapter: --model, else args.json, else adapter_config.json.
 
     args.json is looked for in the adapter's folder and in the one above it, the run's.
@@ -69,7 +69,7 @@ def find_base(config: ExportConfig, adapters: Sequence[Path]) -> Base:
     Raises:
         ModelError: no source names a model that can be had, or it is quantised.
     """
-    args, args_file = _read_args(adapters[0])
+    args, args_file = read_args(adapters[0])
     earlier = _merged_before(args)
     notices: list[str] = []
     if args.get("trust_remote_code") and not config.trust_remote_code:
@@ -129,12 +129,17 @@ def _refuse_quantised(path: str, trust_remote_code: bool) -> None:
     )
 
 
-def _read_args(adapter: Path) -> tuple[dict[str, Any], Path]:
-    for folder in (adapter, adapter.parent):
+def read_args(checkpoint: Path) -> tuple[dict[str, Any], Path]:
+    """args.json of the run that wrote a checkpoint, from its folder or the one above; empty without one.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    for folder in (checkpoint, checkpoint.parent):
         file = folder / "args.json"
         if file.is_file():
             return _read_json(file), file
-    return {}, adapter / "args.json"
+    return {}, checkpoint / "args.json"
 
 
 def _read_json(file: Path) -> dict[str, Any]:

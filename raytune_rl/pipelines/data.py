@@ -157,7 +157,7 @@ def prompt_sets(
     from raytune_rl.pipelines.data_task import encode_prompts_task
 
     places = ImagePlaces.of(config, one_machine)
-    refs = _remotely(encode_prompts_task, 8, config, str(quarantine), places)
+    refs = on_this_node(encode_prompts_task, 8, config, str(quarantine), places)
     train, held_out = refs[:4], refs[4:]
     return _prompt_set(train, config), _prompt_set(held_out, config) if _has_rows(
         held_out[3], config
@@ -179,7 +179,7 @@ def token_sets(
     from raytune_rl.pipelines.data_task import encode_rows_task
 
     places = ImagePlaces.of(config, one_machine)
-    refs = _remotely(encode_rows_task, 4, config, task, str(quarantine), places)
+    refs = on_this_node(encode_rows_task, 4, config, task, str(quarantine), places)
     train, held_out = refs[:2], refs[2:]
     return _token_set(train, config), _token_set(held_out, config) if _has_rows(held_out[1], config) else None
 
@@ -208,7 +208,7 @@ def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_p
     return limit or needed
 
 
-def _remotely(function: Callable[..., tuple[Any, ...]], returns: int, *arguments: Any) -> list[Any]:
+def on_this_node(function: Callable[..., tuple[Any, ...]], returns: int, *arguments: Any) -> list[Any]:
     """Runs a task on the driver's own node and in its folder, where the user's paths mean what he thinks."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     task = ray.remote(_in_folder).options(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
+from raytune_rl.config import InferConfig, PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.errors import ConfigError, PlacementError
 from raytune_rl.runtime.cluster import ClusterInfo
 from raytune_rl.runtime.placement import GroupSpec, find_homeless, make_layout
@@ -65,6 +65,24 @@ def offline_groups(config: SFTConfig | PreferenceConfig, cluster: ClusterInfo) -
         specs.append(GroupSpec("reference", count, cpus, beside, "policy" if on_gpu else None, {}))
     threads = {spec.name: _threads(cluster, spec.workers, on_gpu) for spec in specs}
     return Groups(_with_cpus(specs, cluster), threads, on_gpu, colocated=on_gpu and apart is not None)
+
+
+def infer_groups(config: InferConfig, cluster: ClusterInfo) -> Groups:
+    """The engines that a trained model is tried with."""
+    on_gpu = cluster.has_gpus and config.gpus_per_rollout_worker != 0
+    gpus = _or(config.gpus_per_rollout_worker, float(config.vllm_tensor_parallel_size) if on_gpu else 0.0)
+    many = _room(cluster, gpus) if on_gpu and config.val_dataset else 1
+    workers = _or(config.rollout_workers, many)
+    spec = GroupSpec(
+        "rollout",
+        workers,
+        config.cpus_per_rollout_worker or 0.0,
+        gpus,
+        None,
+        _reserved_for("rollout", cluster),
+    )
+    threads = {"rollout": _threads(cluster, workers, on_gpu)}
+    return Groups(_with_cpus([spec], cluster), threads, on_gpu, colocated=False)
 
 
 def online_groups(config: RLHFConfig, cluster: ClusterInfo) -> Groups:

@@ -7,7 +7,7 @@ every call a deadline.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -57,11 +57,11 @@ class WorkerGroup:
         method: str,
         *args: Any,
         what: str | None = None,
-        returns: int = 1,
+        returns: int | Literal["streaming"] = 1,
         timeout_s: float | None = None,
     ) -> Pending:
         """Starts a call on one worker. With `returns > 1` the pending's `ref` is the list of its
-        references.
+        references; with "streaming" (a generator method) it is for `wait.stream`.
         """
         remote = getattr(self._actors[rank], method)
         ref = remote.options(num_returns=returns).remote(*args)

@@ -122,5 +122,26 @@ def as_completed(pending: Sequence[Pending]) -> Iterator[Pending]:
             yield owed.pop(ref)
 
 
+def stream(pending: Pending) -> Iterator[Any]:
+    """Yields what a generator method yields, as it does; `timeout_s` is for each item.
+
+    Raises:
+        RaytuneError: As `fetch`.
+    """
+    items = pending.ref
+    while True:
+        ready, _ = ray.wait([items], timeout=pending.timeout_s, fetch_local=False)
+        if not ready:
+            raise DeadlineExceededError(
+                f"{pending.who} gave nothing for {pending.timeout_s:.0f} s during '{pending.what}'; a longer "
+                "limit is set by --step_timeout."
+            )
+        try:
+            ref = next(items)
+        except StopIteration:
+            return
+        yield fetch(replace(pending, ref=ref))
+
+
 def _first_ref(pending: Pending) -> Any:
     return pending.ref[0] if isinstance(pending.ref, list) else pending.ref

@@ -7,13 +7,14 @@ request of the same version, and a worker that has not loaded the version asked 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raytune_rl.data.example import Message
 from raytune_rl.data.pictures import Picture, pictures_of
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.errors import StaleWeightsError
@@ -27,7 +28,8 @@ class EngineSpec:
         model: Local directory of the base model.
         dtype: torch dtype name of the weights.
         max_model_len: Longest prompt plus completion, tokens.
-        store: Name of the weight store's actor.
+        store: Name of the weight store's actor; None serves what lies in `model` (and `adapter`) as version
+            0.
         pull_timeout_s: Deadline for pulling one version, seconds.
         tensor_parallel_size: GPUs of one engine.
         gpu_memory_utilization: Share of each GPU that vLLM may use.
@@ -46,12 +48,13 @@ class EngineSpec:
             without vision.
         max_pixels: Vision models: most pixels of an image, or None for the processor's own limit.
         more: Further arguments of vLLM's EngineArgs.
+        adapter: Local directory of a LoRA adapter to serve; only without a store.
     """
 
     model: str
     dtype: str
     max_model_len: int
-    store: str
+    store: str | None
     pull_timeout_s: float
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
@@ -67,6 +70,7 @@ class EngineSpec:
     media_limits: Mapping[str, int] | None = None
     max_pixels: int | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,14 @@ class Sampling:
     stop_words: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     banned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer while it is written; the last has the reason for which it ends."""
+
+    text: str
+    finish_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,14 @@ class RolloutWorker:
     def wake(self) -> None:
         """Takes the memory back. The weights are stale until a version is loaded."""
         self._engine.wake()
+
+    def chat(self, messages: Sequence[Message], seed: int, sampling: Sampling) -> Iterator[Piece]:
+        """Answers a conversation, piece by piece, under whatever version is loaded.
+
+        Raises:
+            DataError: The conversation does not fit, or the chat template refuses it.
+        """
+        yield from self._engine.chat(messages, seed, sampling)  # Ray streams what generator functions give
 
     def generate(
         self,

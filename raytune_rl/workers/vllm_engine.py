@@ -10,8 +10,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from raytune_rl.errors import ConfigError, StaleWeightsError
+from raytune_rl.data.chat import ChatTemplate
+from raytune_rl.data.example import Message
+from raytune_rl.errors import ConfigError, DataError, StaleWeightsError
 from raytune_rl.models.load import resolve_path
 from raytune_rl.runtime.weights import Manifest, find_manifest, read
 from raytune_rl.workers import vllm_plugin
-from raytune_rl.workers.rollout import EnginePrompt, EngineSpec, Sampling
+from raytune_rl.workers.rollout import EnginePrompt, EngineSpec, Piece, Sampling
 from raytune_rl.workers.vllm_images import EngineImages, check_prompt
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
 
@@ -75,20 +77,24 @@ class VllmEngine:
                 "mm_processor_kwargs": self._images.processor_settings,
             }
         self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
+        self._numbers = itertools.count()
+        self._adapter: LoRARequest | None = None
+        self.version: int | None = None
+        if spec.store is None:
+            self._serve_from_disk(spec.adapter)
+            return
+        self._adapter_dir = Path(tempfile.mkdtemp(prefix="raytune_rl_adapter_"))
         self._engine.collective_rpc(
             "init_weight_transfer_engine",
             kwargs={"init_info": {"store": spec.store, "timeout_s": spec.pull_timeout_s}},
         )
-        self._numbers = itertools.count()
-        self._adapter: LoRARequest | None = None
-        self._adapter_dir = Path(tempfile.mkdtemp(prefix="raytune_rl_adapter_"))
-        self.version: int | None = None
 
     def load(self, version: int | None) -> tuple[int, float]:
         """Pulls a version and serves it from now on. Returns the version and the seconds it took.
 
         The version is acknowledged only at the end: if the pull fails halfway, the engine serves nothing.
         """
+        assert self._spec.store is not None
         started = time.perf_counter()
         self.version = None
         manifest = find_manifest(self._spec.store, version, self._spec.pull_timeout_s)
@@ -150,6 +156,29 @@ class VllmEngine:
             for a, text in zip((answers[i] for i in range(len(prompts))), texts, strict=True)
         ]
 
+    def chat(self, messages: Sequence[Message], seed: int, sampling: Sampling) -> Iterator[Piece]:
+        """Answers one conversation; see `RolloutWorker.chat`."""
+        tokenizer: Any = self._engine.get_tokenizer()
+        template = ChatTemplate.of(tokenizer)
+        text = template.render(messages, generation_prompt=True)
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+        if len(prompt) >= self._spec.max_model_len:
+            raise DataError(
+                f"the conversation has {len(prompt)} tokens and the engine takes {self._spec.max_model_len}: "
+                "begin a new one, or raise --vllm_max_model_len"
+            )
+        stops = tuple(dict.fromkeys((*sampling.stop_token_ids, *template.stop_token_ids())))
+        params = self._params(replace(sampling, stop_token_ids=stops), seed, len(prompt))
+        params.output_kind, params.detokenize, params.logprobs = RequestOutputKind.DELTA, True, None
+        name = str(next(self._numbers))
+        self._engine.add_request(name, {"prompt_token_ids": prompt}, params, lora_request=self._adapter)
+        try:
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    yield Piece(output.outputs[0].text, output.outputs[0].finish_reason)
+        finally:
+            self._engine.abort_request([name])  # nothing, once it has finished
+
     def _params(self, sampling: Sampling, seed: int, prompt_tokens: int) -> SamplingParams:
         return SamplingParams(
             temperature=sampling.temperature,
@@ -173,6 +202,13 @@ class VllmEngine:
     def _decode(self, rows: Sequence[NDArray], sampling: Sampling) -> list[str]:
         tokenizer: Any = self._engine.get_tokenizer()
         return tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)
+
+    def _serve_from_disk(self, adapter: str | None) -> None:
+        """Serves the weights that the engine was built with, and an adapter's directory, as version 0."""
+        if adapter is not None:
+            self._adapter = LoRARequest("adapter", 1, adapter)
+            self._engine.add_lora(self._adapter)
+        self.version = 0
 
     def _load_adapter(self, manifest: Manifest) -> None:
         """Hands LoRA tensors to vLLM, which reads adapters from a directory; each version has a name of its

@@ -15,7 +15,7 @@ from raytune_rl.config import SFTConfig
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.pipelines import launch
 from raytune_rl.pipelines.data import ImagePlaces
-from raytune_rl.pipelines.data_task import encode_sft_task
+from raytune_rl.pipelines.data_task import encode_rows_task
 from raytune_rl.pipelines.policy_group import PolicyGroup
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
@@ -52,9 +52,10 @@ class Rows:
 
 def rows_of(config: SFTConfig, directory: Path) -> Rows:
     """The rows of `config.dataset`, as the data task makes them."""
-    columns, facts, *_ = encode_sft_task(config, str(directory / "quarantine.jsonl"), ImagePlaces(".", False))
+    bad_rows = str(directory / "quarantine.jsonl")
+    columns, facts, *_ = encode_rows_task(config, "sft", bad_rows, ImagePlaces(".", False))
     ref = ray.put(columns)
-    lengths, loss_lengths, _ = facts
+    lengths, loss_lengths, *_ = facts
     pointers = [RowPointer(ref, row) for row in range(len(lengths))]
     return Rows(pointers, lengths.tolist(), row_weights(loss_lengths, "sft"))
 

@@ -1,0 +1,155 @@
+"""What is to be tried: a whole model, or a base model with the adapter that was trained on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from raytune_rl.config import ExportConfig, InferConfig
+from raytune_rl.data.load import resolve_system
+from raytune_rl.errors import ConfigError, ModelError
+from raytune_rl.export.source import ADAPTER_CONFIG, Base, adapter_dir, find_base, read_args
+from raytune_rl.models.hub import resolve_path
+from raytune_rl.models.load import is_vision_config, load_config
+from raytune_rl.tracking.checkpoints import MANIFEST, verify
+from raytune_rl.tracking.run_dir import RunDir
+
+_LARGEST_RANK = 512
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the engines serve.
+
+    Attributes:
+        model: Local folder of the weights.
+        adapter: Folder of the adapter that goes on them, or None.
+        lora_rank: Of the adapter; 0 without one.
+        folder: Where answers are written to, unless the user says.
+        system: The system prompt as text, or None.
+        notices: Sentences for the user.
+    """
+
+    model: str
+    adapter: str | None
+    lora_rank: int
+    folder: Path
+    system: str | None
+    notices: tuple[str, ...]
+
+
+def find_source(config: InferConfig, scratch: Path, say: Callable[[str], None]) -> Source:
+    """Finds model and adapter, and the system prompt of the training run.
+
+    Args:
+        config: What the user asked for.
+        scratch: An empty folder, for a merged copy where an adapter cannot be served as it is.
+        say: Takes a line before something that takes long.
+
+    Raises:
+        ModelError: A model is not there, or does not fit.
+        ExportError: A folder of `--adapters` is no adapter.
+        CheckpointError: A checkpoint is not whole.
+        ConfigError: The system prompt's file is not there.
+    """
+    if not config.adapters:
+        folder = _model_dir(config)
+        system, notices = _system(config, folder)
+        return Source(str(folder), None, 0, folder, system, notices)
+    adapters = [adapter_dir(adapter, use_hf=config.use_hf) for adapter in config.adapters]
+    base = find_base(config, adapters)
+    system, notices = _system(config, adapters[-1])
+    notices = (*base.notices, f"base model: {base.name} (from {base.origin})", *notices)
+    reason = _why_merged(adapters, base, config.trust_remote_code)
+    if reason is None:
+        rank = int(_read(adapters[-1] / ADAPTER_CONFIG)["r"])
+        return Source(base.path, str(adapters[-1]), rank, adapters[-1], system, notices)
+    say(f"{reason}: merging it into a copy of the base model, which is removed at the end")
+    merged = _merged(config, adapters, scratch / "model")
+    return Source(str(merged), None, 0, adapters[-1], system, notices)
+
+
+def _model_dir(config: InferConfig) -> Path:
+    """The folder of a whole model; an adapter and a run's folder are told apart."""
+    assert config.model is not None
+    folder = Path(resolve_path(config.model, use_hf=config.use_hf)).absolute()
+    if (folder / "config.json").is_file():
+        if (folder / MANIFEST).is_file():
+            verify(folder)
+        return folder
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{folder} is an adapter: give it as --adapters; its base model is found by itself")
+    found = [p for p in RunDir(folder).checkpoints if (p / MANIFEST).is_file()]
+    flag = "--adapters" if found and (found[-1] / ADAPTER_CONFIG).is_file() else "--model"
+    hint = f". Did you mean {flag} {found[-1]}?" if found else ""
+    raise ModelError(f"{folder} is not a model: it has no config.json{hint}")
+
+
+def _system(config: InferConfig, folder: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The user's system prompt, else the one in the training run's args.json."""
+    if config.system is not None:
+        return resolve_system(config.system), ()
+    args, file = read_args(folder)
+    trained = args.get("system")
+    if not trained:
+        return None, ()
+    try:
+        return resolve_system(str(trained)), (f"system prompt as in training, from {file}: {trained!r}",)
+    except ConfigError:
+        return None, (f"{file}: trained with --system {trained}, which is no longer there: none is used",)
+
+
+def _why_merged(adapters: Sequence[Path], base: Base, trusted: bool) -> str | None:
+    """Why vLLM cannot serve the adapter beside its base model; None where it can."""
+    if len(adapters) > 1 or base.earlier:
+        return "several adapters lie on each other"
+    settings = _read(adapters[0] / ADAPTER_CONFIG)
+    asks = {
+        "DoRA": settings.get("use_dora"),
+        "modules trained whole (modules_to_save)": settings.get("modules_to_save"),
+        "biases": settings.get("bias", "none") != "none" or settings.get("lora_bias"),
+        "ranks that differ by module": settings.get("rank_pattern") or settings.get("alpha_pattern"),
+        f"a rank over {_LARGEST_RANK}": int(settings.get("r", 0)) > _LARGEST_RANK,
+    }
+    if held := [name for name, has in asks.items() if has]:
+        return f"the adapter has {', '.join(held)}, which vLLM does not serve"
+    if is_vision_config(load_config(base.path, trust_remote_code=trusted)):
+        return "the base model takes images, and vLLM serves adapters on the text part only"
+    if outside := [n for n in _tensor_names(adapters[0]) if "embed_tokens" in n or "lm_head" in n]:
+        return f"the adapter has weights on {outside[0].partition('.lora')[0]}, which vLLM does not serve"
+    return None
+
+
+def _merged(config: InferConfig, adapters: Sequence[Path], target: Path) -> Path:
+    from raytune_rl.export.merge import merge
+
+    asked = ExportConfig(
+        adapters=tuple(map(str, adapters)),
+        model=config.model,
+        merge_lora=True,
+        output_dir=str(target),
+        trust_remote_code=config.trust_remote_code,
+        use_hf=config.use_hf,
+    )
+    return merge(asked, lambda line: None).path
+
+
+def _tensor_names(adapter: Path) -> list[str]:
+    file = adapter / "adapter_model.safetensors"
+    try:
+        with safe_open(file, framework="np") as stored:
+            return list(stored.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error

@@ -103,10 +103,10 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
         return job.chat.render(messages, example.tools, generation_prompt=generation_prompt)
 
     text = render(example.messages, generation_prompt=job.loss_scale is None)
-    if job.vision is not None and not example.images and (job.vision.placeholder or "\0") in text:
-        raise DataError(
-            f"the text holds the model's own image token {job.vision.placeholder!r}, but no image"
-        )
+    if job.vision is not None and not example.images:
+        for token in job.vision.placeholders:
+            if token in text:
+                raise DataError(f"the text holds the model's own token {token!r}, but no picture for it")
     if job.loss_scale is None:
         return text, []
     if job.loss_scale == "all":

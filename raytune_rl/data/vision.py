@@ -161,6 +161,12 @@ class VisionProcessor:
         return tuple(sorted({token for name in _PLACEHOLDERS for token in self._ids(name)}))
 
     @cached_property
+    def placeholders(self) -> tuple[str, ...]:
+        """Those tokens as texts, and `placeholder`: none may stand in a row's own text."""
+        tokens = self.processor.tokenizer.convert_ids_to_tokens(list(self.placeholder_ids))
+        return tuple(dict.fromkeys([*tokens, *([self.placeholder] if self.placeholder else [])]))
+
+    @cached_property
     def type_name(self) -> str | None:
         """The name under which the model takes `token_types`, if it does."""
         output = self._call(*self._probe())

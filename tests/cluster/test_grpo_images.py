@@ -53,7 +53,8 @@ def config(root: Path, **settings: object) -> RLHFConfig:
         "max_completion_length": 16,
         "learning_rate": 3e-3,
         "warmup_ratio": 0.0,
-        "max_steps": 4,
+        "num_iterations": 2,
+        "max_steps": 6,
         "logging_steps": 1,
         "log_completions": True,
         "output_dir": str(root / "out"),
@@ -62,16 +63,16 @@ def config(root: Path, **settings: object) -> RLHFConfig:
 
 
 def test_mixed_prompts_are_sampled_and_trained_on_alike(cluster: None, tmp_path: Path) -> None:
-    """Two ranks, and the tower trains. A prompt that vLLM read otherwise than the policy would end the run;
-    another picture, features kept from older weights (each step shows the same pictures) or a sampled
-    placeholder would show in the gap."""
+    """Two ranks, and the tower trains; each of three generations shows the same pictures, and is trained on
+    twice. A prompt that vLLM read otherwise than the policy would end the run; another picture, features kept
+    from older weights or a sampled placeholder would show in the gap."""
     result = online.run(config(tmp_path))
     told = steps(result)
     print({step: (line[GAP], line["grad_norm"]) for step, line in told.items()})
-    assert len(told) == 4
+    assert len(told) == 6
     assert max(line[GAP] for line in told.values()) < 1e-4
     assert max(line["grad_norm"] for line in told.values()) > 0
-    assert told[4]["kl"] > 0
+    assert told[6]["kl"] > 0
 
     before = load_file(tmp_path / "model" / "model.safetensors")
     after = load_file(result.last_checkpoint / "model.safetensors")

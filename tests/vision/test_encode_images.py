@@ -133,7 +133,8 @@ def test_processes_give_the_same_as_one(vision: VisionProcessor, pictures: list[
             1,
             r"2 times the model's own image token '<\|image_pad\|>' for 1 images",
         ),
-        ("See <|image_pad|>", 0, "holds the model's own image token"),
+        ("See <|image_pad|>", 0, r"holds the model's own token '<\|image_pad\|>', but no picture"),
+        ("See <|video_pad|>", 0, r"holds the model's own token '<\|video_pad\|>', but no picture"),
     ],
 )
 def test_a_placeholder_in_the_rows_own_text_is_an_error(

@@ -156,7 +156,7 @@ class RunPlan:
 def pairs(rows: Sequence[tuple[str, str]]) -> Table:
     """Labels and values in two columns; text is shown as it is, never read as markup."""
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style="dim", overflow="fold", max_width=36)  # a long path must leave room for its value
     table.add_column(overflow="fold")
     for label, value in rows:
         table.add_row(Text(label), Text(value))

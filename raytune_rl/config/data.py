@@ -62,7 +62,9 @@ class DataOptions(Options):
     data_seed: int = _setting(42, "Seed of the order of rows and of every draw from the data.", ge=0)
     dataset_num_proc: int = _setting(1, "Processes that encode rows.", ge=1)
     dataloader_num_workers: int | None = _setting(
-        None, "Processes per policy worker that prepare batches ahead. Not set: 1.", ge=0
+        None,
+        "Vision models: threads per policy worker that make the pixels of coming micro-batches. Not set: 1.",
+        ge=0,
     )
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from raytune_rl.config import resolved
 from raytune_rl.config.base import Options
@@ -10,22 +10,6 @@ from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.preference import unread
 from raytune_rl.config.recipes import RECIPES, recipe_in_words
 from raytune_rl.config.rl import LOSS_TYPES
-
-_NO_LOADER = "rows are prepared before training and read from shared memory; no loader is needed"
-
-PENDING: Mapping[str, Mapping[str, str]] = {
-    "sft": {
-        "dataloader_num_workers": _NO_LOADER,
-    },
-    "rlhf --rlhf_type dpo": {
-        "dataloader_num_workers": _NO_LOADER,
-    },
-    "rlhf": {
-        "dataloader_num_workers": _NO_LOADER,
-    },
-}
-"""Per command, settings that are taken but cannot act yet, and why. Remove a line when its setting acts."""
-
 
 _REWARD_FLAGS = {
     "cosine": (
@@ -39,11 +23,7 @@ _REWARD_FLAGS = {
 
 def notices_for(config: Options) -> tuple[str, ...]:
     """One line per setting, or group of settings, that will have no effect in this config."""
-    notices = [
-        f"--{name} does nothing: {why}."
-        for name, why in PENDING.get(config.COMMAND, {}).items()
-        if getattr(config, name) != type(config).model_fields[name].default
-    ]
+    notices: list[str] = []
     if isinstance(config, (SFTConfig, PreferenceConfig, RLHFConfig)):
         notices += _training(config)
     if isinstance(config, PreferenceConfig):

@@ -1,7 +1,7 @@
 """Micro-batches of a vision model: rows laid out padded, and the pixels of their pictures beside them.
 
 Pixels are made here, in the worker that trains on them, because they are some twenty times larger than the
-pictures that travel. Those of the rows used last are kept.
+pictures that travel. Those of the next rows are made ahead, those of the rows used last are kept.
 
 If the vision tower trains, or its weights are sharded, then running it is a collective: every rank must do it
 in every micro-batch. Where no row has a picture, a short row with a small grey one is put behind the rows. It
@@ -11,7 +11,7 @@ has no loss tokens, so its gradient is zero, and exactly so; but it is there.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from PIL.Image import Image
 
 from raytune_rl.data.collate import MicroBatch, collate
 from raytune_rl.data.pictures import Picture
+from raytune_rl.data.pixels_ahead import PixelsAhead, key_of
 from raytune_rl.data.vision import VisionProcessor
 from raytune_rl.errors import DataError
 
@@ -36,6 +37,7 @@ class ImageCollator:
         dtype: Of the model; pixels are cast to it.
         always: Whether every micro-batch needs a picture, see above.
         cache_bytes: Pixels to keep.
+        threads: That make pixels ahead, see `expect`.
     """
 
     def __init__(
@@ -45,11 +47,17 @@ class ImageCollator:
         dtype: torch.dtype = torch.float32,
         always: bool = False,
         cache_bytes: int = CACHE_BYTES,
+        threads: int = 0,
     ) -> None:
         self.vision = vision
         self._dtype = dtype
         self._always = always
         self._cache = _Cache(cache_bytes)
+        self._ahead = PixelsAhead(self._make, threads)
+
+    def expect(self, pictures: Iterable[Sequence[Picture]]) -> None:
+        """The pictures of the rows that will be collated next, in this order: their pixels are begun with."""
+        self._ahead.expect(row for row in pictures if row and self._cache.get(key_of(row)) is None)
 
     def collate(
         self,
@@ -98,12 +106,15 @@ class ImageCollator:
         return self.vision.pixels([[self._decode(picture) for picture in row] for row in rows])
 
     def _of_row(self, row: Sequence[Picture]) -> Pixels:
-        key = tuple(picture.digest for picture in row)
+        key = key_of(row)
         found = self._cache.get(key)
         if found is None:
-            found = self.vision.pixels([[self._decode(picture) for picture in row]])
+            found = self._ahead.take(row)
             self._cache.put(key, found)
         return found
+
+    def _make(self, row: Sequence[Picture]) -> Pixels:
+        return self.vision.pixels([[self._decode(picture) for picture in row]])
 
     def _decode(self, picture: Picture) -> Image:
         return self.vision.decode(picture.read(), picture.name)

@@ -31,6 +31,7 @@ def model_spec(config: TrainConfig, on_gpu: bool, vision: bool = False) -> Model
         quant_bits=config.quant_bits,
         use_hf=config.use_hf,
         max_pixels=config.max_pixels,
+        image_threads=1 if config.dataloader_num_workers is None else config.dataloader_num_workers,
     )
 
 
@@ -238,7 +239,13 @@ def image_notices(config: TrainConfig, on_gpu: bool, vision: bool) -> list[str]:
     online = ("vllm_limit_mm_per_prompt",) if isinstance(config, RLHFConfig) else ()
     given = [f"--{name}" for name in (*names, *online) if config.is_set(name)]
     does = "do" if len(given) > 1 else "does"
-    return [f"{', '.join(given)} {does} nothing: the model takes no images"] if given else []
+    notices = [f"{', '.join(given)} {does} nothing: the model takes no images"] if given else []
+    if config.is_set("dataloader_num_workers"):
+        notices.append(
+            "--dataloader_num_workers does nothing: rows of texts are prepared before training and read "
+            "from shared memory"
+        )
+    return notices
 
 
 def machine_notices(config: TrainConfig, on_gpu: bool) -> list[str]:

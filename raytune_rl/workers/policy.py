@@ -252,6 +252,7 @@ class PolicyWorker:
 
         torch.manual_seed(step_seed(self._spec.seed, step, self._rank))
         rows = scoring.read_rows(batch, self._spec.score.timeout_s)
+        scoring.expect_images(rows, batch, self._images)
         self._engine.train()
         parts = []
         tokens = 0
@@ -367,6 +368,7 @@ class PolicyWorker:
         from raytune_rl.algorithms.metrics import merge_all
 
         rows = scoring.read_rows(batch, self._spec.score.timeout_s)
+        scoring.expect_images(rows, batch, self._images)
         self._engine.eval()
         with torch.no_grad():
             parts = [self._micro_step(rows, batch, members)[1].host() for members in batch.micro_batches]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from raytune_rl.algorithms.registry import Forward
     from raytune_rl.data.collate import MicroBatch
     from raytune_rl.data.image_batch import ImageCollator
+    from raytune_rl.data.pictures import Picture
     from raytune_rl.models.load import LoadedModel
     from raytune_rl.models.scalar import ScalarScorer
     from raytune_rl.models.scorer import TokenScorer
@@ -45,6 +46,7 @@ class ModelSpec:
         quant_bits: 4 for a base quantised to NF4, or None.
         use_hf: A hub id is one of Hugging Face instead of ModelScope.
         max_pixels: Vision models: most pixels of an image, or None for the processor's own limit.
+        image_threads: Vision models: threads that make the pixels of coming micro-batches.
     """
 
     path: str
@@ -56,6 +58,7 @@ class ModelSpec:
     quant_bits: int | None = None
     use_hf: bool = False
     max_pixels: int | None = None
+    image_threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,19 @@ def image_collator(spec: ModelSpec, loaded: LoadedModel, *, always: bool) -> Ima
     if processor is None:
         return None
     vision = VisionProcessor.of(processor, spec.max_pixels)
-    return ImageCollator(vision, dtype=loaded.model.dtype, always=always)
+    return ImageCollator(vision, dtype=loaded.model.dtype, always=always, threads=spec.image_threads)
+
+
+def expect_images(rows: ReadRows, batch: RowBatch, images: ImageCollator | None) -> None:
+    """Begins with the pixels of a batch's micro-batches, in their order."""
+    if images is not None:
+        images.expect(_pictures(rows, row) for members in batch.micro_batches for row in members)
+
+
+def _pictures(rows: ReadRows, row: int) -> list[Picture]:
+    from raytune_rl.data.pictures import ROW_COLUMN, pictures_of
+
+    return pictures_of(*rows.source(row, ROW_COLUMN if rows.has_late(ROW_COLUMN) else ""))
 
 
 def micro_batch(
@@ -145,13 +160,11 @@ def micro_batch(
 ) -> MicroBatch:
     """Collates the rows of one micro-batch on this worker's device."""
     from raytune_rl.data.collate import collate
-    from raytune_rl.data.pictures import ROW_COLUMN, pictures_of
 
     tokens = [rows.column("tokens", row) for row in members]
     masks = [rows.column("loss_mask", row) for row in members]
     if images is not None:
-        late = ROW_COLUMN if rows.has_late(ROW_COLUMN) else ""
-        pictures = [pictures_of(*rows.source(row, late)) for row in members]
+        pictures = [_pictures(rows, row) for row in members]
         return images.collate(tokens, masks, pictures, pad_token_id=PAD).to(device())
     return collate(tokens, masks, layout=layout, pad_token_id=PAD).to(device())  # type: ignore[arg-type]
 
@@ -207,6 +220,7 @@ def score(
     import torch
 
     rows = read_rows(batch, settings.timeout_s)
+    expect_images(rows, batch, images)
     names = ("logprobs", "entropy") if with_entropy else ("logprobs",)
     found: dict[str, dict[int, np.ndarray]] = {name: {} for name in names}
     with torch.no_grad():

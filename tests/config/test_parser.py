@@ -233,7 +233,6 @@ def test_image_settings_of_the_environment_give_way_to_flags() -> None:
         (["--vllm_mode", "server"], "--vllm_mode server is read as --colocate false"),
         (["--colocate", "false", "--sleep_level", "1"], "--sleep_level does nothing"),
         (["--beta", "0", "--reference_workers", "2"], "--reference_workers does nothing"),
-        (["--dataloader_num_workers", "2"], "--dataloader_num_workers does nothing: rows are prepared"),
     ],
 )
 def test_what_cannot_act_is_told(argv: list[str], part: str) -> None:

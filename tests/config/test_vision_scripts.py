@@ -1,4 +1,4 @@
-"""The scripts for vision models are the document's commands, with the files they name replaced by those here."""
+"""The scripts for vision models are the document's commands; files that they name are replaced by ours."""
 
 from __future__ import annotations
 

@@ -43,3 +43,13 @@ def test_flags_for_images_are_told_to_do_nothing_for_a_text_model() -> None:
         "--max_pixels, --vllm_limit_mm_per_prompt do nothing: the model takes no images"
     ]
     assert launch.image_notices(given, on_gpu=False, vision=True) == []
+
+
+def test_the_loaders_processes_are_threads_that_make_pixels() -> None:
+    assert launch.model_spec(config(), on_gpu=False, vision=True).image_threads == 1
+    given = config(dataloader_num_workers=4)
+    assert launch.model_spec(given, on_gpu=False, vision=True).image_threads == 4
+    (told,) = launch.image_notices(given, on_gpu=False, vision=False)
+    assert told.startswith(
+        "--dataloader_num_workers does nothing: rows of texts are prepared before training"
+    )

@@ -180,6 +180,16 @@ def test_pixels_are_kept_within_a_limit(
     assert len(made) == 6
 
 
+def test_pixels_made_ahead_are_the_same(vision: VisionProcessor, encoded: EncodedSFT) -> None:
+    plain, ahead = ImageCollator(vision), ImageCollator(vision, threads=2)
+    ahead.expect(pictures_of(encoded.images, row) for row in (2, 1, 0, 3))
+    for rows in ([2, 1], [0, 3]):
+        mine, theirs = (collate(c, encoded, rows).model_inputs for c in (ahead, plain))
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=0)
+
+
 def test_pixels_come_in_the_models_type(vision: VisionProcessor, encoded: EncodedSFT) -> None:
     inputs = collate(ImageCollator(vision, dtype=torch.bfloat16), encoded, [0]).model_inputs
     assert inputs["pixel_values"].dtype == torch.bfloat16

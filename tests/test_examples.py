@@ -1,10 +1,13 @@
 """The plugin examples do what they say."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from raytune_rl.config import RLHFConfig
+from raytune_rl.config.batching import grpo_batch_of
+from raytune_rl.config.parser import parse
 from raytune_rl.pipelines.online_algorithms import algorithm_of
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.rewards.registry import build
@@ -37,6 +40,17 @@ def test_code_format_parses_and_runs_nothing(rewards):
 
     texts = [shaped("x = 1\n"), shaped("x = = 1\n"), shaped(""), "```python\nx = 1\n```", shaped("1 / 0\n")]
     assert rewards["external_code_format"](texts, {}) == [1.0, 0.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo"])
+def test_commands_are_understood(name: str):
+    text = (EXAMPLES / "commands" / f"{name}.sh").read_text().replace("\\\n", " ")
+    words = shlex.split(text, comments=True)
+    assert words[:2] == ["raytune-rl", "rlhf"]
+    parsed = parse(words[2:], RLHFConfig, environ={})
+    batch = grpo_batch_of(parsed.config, parsed.config.policy_workers or 1)
+    assert batch.optimizer_steps_per_generation == 4
+    assert not [notice for notice in parsed.notices if "does nothing" in notice]
 
 
 def test_the_loss_is_chosen_by_name():

@@ -186,6 +186,10 @@ def batch_metrics(experience: Experience, compared: AdvantageResult) -> dict[str
     }
 
 
+_GRADED = ("CosineReward", "RepetitionPenalty", "SoftOverlong")
+"""Rewards of which 0 and 1 say neither failed nor passed, even where they are all 0."""
+
+
 def evaluation_metrics(experience: Experience) -> dict[str, float]:
     """The same of an evaluation, under `eval_`, and pass@k of each reward that is either 0 or 1: the share of
     prompts of whose k completions at least one has 1.
@@ -195,7 +199,7 @@ def evaluation_metrics(experience: Experience) -> dict[str, float]:
     count = np.bincount(group_of)
     for column, label in enumerate(experience.scored.labels):
         values = experience.scored.values[:, column]
-        if set(np.unique(values[np.isfinite(values)])) <= {0.0, 1.0}:
+        if label not in _GRADED and set(np.unique(values[np.isfinite(values)])) <= {0.0, 1.0}:
             passed = np.bincount(group_of, weights=values == 1.0) > 0
             found[f"rewards/{label}/pass@{int(count.max())}"] = float(passed.mean())
     return {f"eval_{name}": value for name, value in found.items()}

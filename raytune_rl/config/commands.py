@@ -67,6 +67,13 @@ class RLHFConfig(
         if not self.reward_funcs:
             raise ConfigError("--reward_funcs is required: name at least one, such as accuracy.")
         check_loss_type(self.loss_type, self.external_plugins)
+        if self.sync_ref_model and (self.train_type != "full" or self.beta == 0):
+            why = (
+                "there is none with --beta 0"
+                if self.beta == 0
+                else "with LoRA it is the model without adapter"
+            )
+            raise ConfigError(f"--sync_ref_model true moves the reference, but {why}.")
         if self.truncation_strategy == "right":
             raise ConfigError("--truncation_strategy right would cut off the question: use left or delete.")
         limit, prompt, completion = self.vllm_max_model_len, self.max_length, self.max_completion_length

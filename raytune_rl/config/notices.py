@@ -116,6 +116,9 @@ def _loss(config: RLHFConfig) -> Iterable[str]:
     if config.rollout_importance_sampling_mode is None:
         names = ("rollout_importance_sampling_threshold", "rollout_importance_sampling_min")
         yield from _idle(config, names, "--rollout_importance_sampling_mode is not given")
+    if not config.sync_ref_model:
+        names = ("ref_model_sync_steps", "ref_model_mixup_alpha")
+        yield from _idle(config, names, "they belong to --sync_ref_model true")
     if not config.dynamic_sample:
         yield from _idle(config, ("max_resample_times",), "it belongs to --dynamic_sample true")
 

@@ -81,6 +81,15 @@ class RLOptions(Options):
         "How the KL is estimated from a sampled token (Schulman 2020). Not set: k1 in the reward, k3 in the "
         "loss.",
     )
+    sync_ref_model: bool = _setting(
+        False,
+        "Let the reference follow the policy (--train_type full): mix the policy's weights into it at times. "
+        "It is then part of checkpoints.",
+    )
+    ref_model_sync_steps: int = _setting(512, "--sync_ref_model: optimizer steps between two times.", ge=1)
+    ref_model_mixup_alpha: float = _setting(
+        0.6, "--sync_ref_model: the policy's share in the mixture.", gt=0, le=1
+    )
     top_entropy_quantile: float = _setting(
         1.0, "Train on this share of the step's tokens, those of highest entropy; 1: on all.", gt=0, le=1
     )

@@ -80,11 +80,6 @@ class Collector:
             "short_generations": self.short,
         }
 
-    @property
-    def epochs_drawn(self) -> float:
-        """Times that dynamic sampling has gone through the prompts."""
-        return self._drawn / len(self._prompts)
-
     def collect(self, generation: int, version: int, state: TrainerState, timer: StepTimer) -> Collected:
         """Samples and scores a generation with a weight version."""
 
@@ -126,6 +121,7 @@ class Collector:
             filled.kept,
             filled.replaced if replaced else None,
             {
+                "epoch": self._drawn / len(self._prompts),
                 "dynamic_sample/rounds": float(filled.rounds),
                 "dynamic_sample/sampled_prompts": float(wanted + replaced),
                 "dynamic_sample/replaced_prompts": float(replaced),

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.errors import CheckpointError
-from raytune_rl.pipelines.policy_group import PolicyGroup
 from raytune_rl.tracking.best import CheckpointRecord
 from raytune_rl.tracking.checkpoints import (
     CheckpointWriter,
@@ -155,6 +154,13 @@ def _changed_settings(config: TrainConfig, run_dir: RunDir) -> list[str]:
     return [f"--{name} is {now[name]!r} now; the run began with {before[name]!r}" for name in changed]
 
 
+class Saves(Protocol):
+    """What a checkpoint is made of."""
+
+    def save(self, directory: Path, only_model: bool) -> None:
+        """Writes the model, and all else that a resumed run needs unless only the model is wanted."""
+
+
 class Run:
     """The moving parts around a training loop.
 
@@ -237,14 +243,14 @@ class Run:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in SHOWN)
         self.say(f"step {self.step}/{self.total_steps} | held out: {shown}")
 
-    def save(self, policy: PolicyGroup, state: Mapping[str, Any]) -> Path:
+    def save(self, trained: Saves, state: Mapping[str, Any]) -> Path:
         """Writes a checkpoint, whole or not at all, and removes the ones beyond the limit."""
         metric = self.after.get(self._best_by)
         record = self._record.after(self.dir.checkpoint(self.step), metric, self._greater)
         kept = {**state, **record.as_dict(), "first_metrics": self.first_metrics, "before": self.before}
         writer = CheckpointWriter(self.dir, self.step, kept)
         with writer as path:
-            policy.save(path, self.config.save_only_model)
+            trained.save(path, self.config.save_only_model)
         self._record = record
         prune(self.dir, self.config.save_total_limit, record.best)
         write_plots(self.dir, only=("loss", "reward", "kl"))

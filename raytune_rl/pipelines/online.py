@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,20 +25,19 @@ from raytune_rl.algorithms.aggregation import lengths_in_loss, row_weights
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
 from raytune_rl.pipelines import launch, report
-from raytune_rl.pipelines.collect import Collected, Collector
+from raytune_rl.pipelines.collect import Collector
 from raytune_rl.pipelines.data import PromptSet, check_lengths, prompt_sets
 from raytune_rl.pipelines.experience import Experience
+from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
 from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
 from raytune_rl.pipelines.online_groups import start_groups
-from raytune_rl.pipelines.policy_group import score_rows
 from raytune_rl.pipelines.resources import Groups, online_groups
-from raytune_rl.pipelines.rollouts import Trajectory, picture_places, read_texts
+from raytune_rl.pipelines.rollouts import Trajectory, picture_places
 from raytune_rl.rewards.preflight import preflight
 from raytune_rl.rewards.types import TrainerState
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.wait import Pending, fetch
-from raytune_rl.tracking.completions import CompletionLog
 
 
 def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
@@ -111,9 +111,8 @@ class OnlineRun:
         most = max(s.account.images.most for s in (train, held_out) if s is not None)
         self.media = launch.media_limits(config, train.account.vision, most)
         self.run = Run(config, origin, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
-        self.completion_log = CompletionLog(origin.run_dir, resume_step=origin.resume_step)
         self.max_gap = float(origin.state.get("max_gap", 0.0))
-        self.silent = int(origin.state.get("generations_without_signal", 0))
+        self.generation_log = GenerationLog(config, origin, train, self.run.say)
         self.version = -1
 
     def start(self, slots: Mapping[str, Any], max_model_len: int, stack: ExitStack) -> None:
@@ -143,6 +142,8 @@ class OnlineRun:
         )
         if self.origin.checkpoint is not None:
             self.policy.load(self.origin.checkpoint)
+            if self.config.sync_ref_model and self.reference is not None:
+                self.reference.load(self.origin.checkpoint / REFERENCE)
 
     # -- the loop
     # ---------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ class OnlineRun:
             late = self.late_columns(batch)
             kl = self.kl_to_take_off(batch, late)
             compared = self.compare(collected.kept, kl)
-            told = self.tell(collected, compared, kl)
+            told = self.generation_log.tell(run.step + 1, collected, compared, kl)
             for part in self.optimizer_steps(len(batch)):
                 self.train_step(batch, compared, late, part, told)
                 if run.step >= self.schedule.total_steps:
@@ -183,10 +184,7 @@ class OnlineRun:
         late: dict[str, list[Any]] = {**pictures}
         if self.reference is not None:
             with self.run.timer.phase("reference"):
-                budget = launch.max_tokens(self.config, self.groups.on_gpu)
-                layout = launch.layout(self.config, self.groups.on_gpu, self.prompts.account.vision)
-                scored = score_rows(self.reference, rows, lengths, budget, layout, late=pictures)
-                late["ref_logprobs"] = scored.columns
+                late["ref_logprobs"] = self.reference.logprobs(rows, lengths, pictures).columns
         if not self.schedule.batch.on_policy:
             with self.run.timer.phase("train"):
                 late["old_logprobs"] = self.policy.logprobs(rows, lengths, pictures).columns
@@ -286,23 +284,34 @@ class OnlineRun:
         )
         self.turns.to_rollout()
         self.rollout.load(version)
-        self.version = version
+        self.version, self.published = version, manifest
 
     def after_generation(self, generation: int, last: bool) -> None:
-        """Evaluation and checkpoint, where due. A step that falls inside a generation counts at its end."""
+        """What is due: the reference's move, evaluation, checkpoint. A step inside a generation counts at its
+        end.
+        """
         run, config = self.run, self.config
         per = self.schedule.batch.optimizer_steps_per_generation * config.num_iterations
+        moves = config.sync_ref_model and due(run.step, per, config.ref_model_sync_steps)
+        if moves and self.reference is not None:
+            self.reference.mix(self.published, config.ref_model_mixup_alpha)
         if last or run.stop_requested or due(run.step, per, resolved.eval_steps(config)):
             self.evaluate()
         if last or run.stop_requested or due(run.step, per, config.save_steps):
             state = {
                 "generation": generation,
                 "max_gap": self.max_gap,
-                "generations_without_signal": self.silent,
+                **self.generation_log.state(),
                 **self.collector.state(),
             }
             self.turns.to_policy()
-            run.save(self.policy, state)
+            run.save(self, state)
+
+    def save(self, directory: Path, only_model: bool) -> None:
+        """Writes a checkpoint's model, and what else has to be as it was for an exact resume."""
+        self.policy.save(directory, only_model)
+        if self.config.sync_ref_model and self.reference is not None and not only_model:
+            self.reference.save(directory / REFERENCE)
 
     def evaluate(self) -> None:
         """Rewards of completions of the held-out prompts."""
@@ -315,32 +324,9 @@ class OnlineRun:
         """How far the run has come, as reward functions are told."""
         return TrainerState(self.run.step, self.run.total_steps)
 
-    def tell(
-        self, collected: Collected, compared: AdvantageResult, kl: NDArray[np.float64] | None
-    ) -> dict[str, float]:
-        """The metrics of a generation; if asked, writes every completion down."""
-        kept = collected.kept
-        told = {**report.batch_metrics(kept, compared), **collected.metrics}
-        if kl is not None:
-            told["kl"] = float(kl.sum()) / max(sum(t.completion_tokens for t in kept.batch), 1)
-        if self.config.dynamic_sample:
-            told["epoch"] = self.collector.epochs_drawn
-        if not kept.informative():
-            self.silent += 1
-            if self.silent == 1:
-                self.run.say(
-                    f"Note: step {self.run.step + 1}: in no group do two completions have different rewards, "
-                    "so the rewards teach nothing; further such generations are only counted."
-                )
-        if self.config.log_completions:
-            timeout = self.config.step_timeout
-            prompts = fetch(Pending(self.prompts.texts, "the object store", "reading prompts", timeout))
-            for part, of in ((kept, compared), (collected.replaced, None)):
-                if part is not None:
-                    texts = read_texts(part.batch, timeout)
-                    rows = report.completion_rows(self.run.step + 1, part, prompts, texts, of)
-                    self.completion_log.write(rows)
-        return told
+
+REFERENCE = "reference"
+"""Folder of a checkpoint with the weights of a reference that moves."""
 
 
 def due(step: int, window: int, every: int) -> bool:

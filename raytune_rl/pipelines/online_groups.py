@@ -14,6 +14,7 @@ from raytune_rl.pipelines import launch
 from raytune_rl.pipelines.data import PromptSet
 from raytune_rl.pipelines.online_algorithms import Algorithm
 from raytune_rl.pipelines.policy_group import PolicyGroup
+from raytune_rl.pipelines.reference_group import ReferenceGroup
 from raytune_rl.pipelines.resources import Groups
 from raytune_rl.pipelines.rollouts import RewardGroup, RolloutGroup
 from raytune_rl.pipelines.turns import Turns
@@ -41,7 +42,7 @@ class OnlineGroups:
     policy: PolicyGroup
     rollout: RolloutGroup
     rewards: RewardGroup
-    reference: WorkerGroup | None
+    reference: ReferenceGroup | None
     turns: Turns
     store: Any
 
@@ -142,6 +143,6 @@ def start_groups(
         config.seed,
         launch.sampling(config, account.stop_token_ids, account.placeholder_ids, evaluation=True),
     )
-    return OnlineGroups(
-        trainer, engines, RewardGroup(rewards), reference, Turns(config, groups, trainer, engines), store
-    )
+    turns = Turns(config, groups, trainer, engines)
+    frozen = None if reference is None else ReferenceGroup(reference, budget, spec.model.layout)
+    return OnlineGroups(trainer, engines, RewardGroup(rewards), frozen, turns, store)

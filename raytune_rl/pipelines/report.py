@@ -319,8 +319,9 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
 def _without_signal(online: OnlineRun) -> list[str]:
     """Generations that taught nothing, or less than they should."""
     notices = []
-    if online.silent:
-        notices.append(f"{online.silent} generation(s) had no group with different rewards: nothing to learn")
+    silent = online.generation_log.silent
+    if silent:
+        notices.append(f"{silent} generation(s) had no group with different rewards: nothing to learn")
     if online.collector.short:
         notices.append(
             f"{online.collector.short} generation(s) could not be filled with groups that have different "

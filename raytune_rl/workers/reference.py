@@ -1,8 +1,9 @@
-"""The reference worker: log-probs under the frozen model that the KL term refers to."""
+"""The reference worker: log-probs under the model that the KL term refers to."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,18 @@ from numpy.typing import NDArray
 
 from raytune_rl.data.ragged import Columns
 from raytune_rl.data.rows import RowBatch
+from raytune_rl.errors import CheckpointError, ModelError
+from raytune_rl.runtime.weights import Manifest, read
 from raytune_rl.workers import scoring
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
 
 class ReferenceWorker:
-    """A frozen copy of the model training started from, its starting adapters included. Stateless."""
+    """A copy of the model training started from, its starting adapters included.
+
+    Frozen, and so without a state of its own, unless it is told to `mix` (Gorbatovski et al. 2024, "Learn
+    your reference model for real good alignment").
+    """
 
     def __init__(self, spec: ModelSpec, settings: ScoreSettings) -> None:
         from raytune_rl.models.scorer import TokenScorer
@@ -38,3 +45,54 @@ class ReferenceWorker:
     def logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """See `scoring.score`."""
         return scoring.score(self._scorer, batch, self._spec, self._settings, self._images)
+
+    def mix(self, manifest: Manifest, share: float) -> None:
+        """Moves every weight towards a published version: ref <- share * policy + (1 - share) * ref.
+
+        Raises:
+            ModelError: The model is published in another shape than it has in memory.
+        """
+        import torch
+
+        from raytune_rl.models.weights import export_tensors
+
+        own = dict(export_tensors(self._scorer, "full"))
+        in_place = {p.data_ptr() for p in self._scorer.parameters()}
+        with torch.no_grad():
+            for name, published in read(manifest, self._settings.timeout_s):
+                mine = own.pop(name, None)
+                if mine is None or mine.data_ptr() not in in_place:
+                    raise ModelError(
+                        f"--sync_ref_model: {name} has another form in memory; it cannot be mixed"
+                    )
+                mine.lerp_(published.to(mine), share)
+        if own:
+            raise ModelError(f"--sync_ref_model: the policy does not publish {sorted(own)[0]}")
+
+    def save(self, directory: str) -> None:
+        """Writes the weights, for `load`."""
+        from safetensors.torch import save_file
+
+        Path(directory).mkdir()
+        tensors = {name: p.detach().cpu().clone() for name, p in self._scorer.named_parameters()}
+        save_file(tensors, Path(directory) / "model.safetensors")
+
+    def load(self, directory: str) -> None:
+        """Takes the weights that `save` wrote.
+
+        Raises:
+            CheckpointError: There are none.
+        """
+        import torch
+        from safetensors.torch import load_file
+
+        path = Path(directory) / "model.safetensors"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is not there: the checkpoint was saved without --sync_ref_model true, so what its "
+                "reference was is not known"
+            )
+        saved = load_file(path)
+        with torch.no_grad():
+            for name, parameter in self._scorer.named_parameters():
+                parameter.copy_(saved[name])

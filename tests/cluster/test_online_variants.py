@@ -73,8 +73,8 @@ def completions(run_dir: Path) -> list[dict[str, Any]]:
 def test_dapo_with_the_kl_in_the_reward_and_an_exact_resume(
     cluster: None, tiny: Tiny, tmp_path: Path
 ) -> None:
-    """Dynamic sampling, overlong filter, RLOO and the KL off the reward: the logged completions give back the
-    logged loss, and the second half of the run repeats itself from its checkpoint.
+    """Dynamic sampling, overlong filter, RLOO, the KL (to a reference that moves) off the reward: the logged
+    completions give back the logged loss, and the second half of the run repeats itself from its checkpoint.
     """
     chosen = config(
         tiny,
@@ -82,6 +82,8 @@ def test_dapo_with_the_kl_in_the_reward_and_an_exact_resume(
         rlhf_type="dapo",
         advantage_estimator="rloo",
         beta=0.1,
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
         max_resample_times=2,
         rollout_importance_sampling_mode="sequence_truncate",
         val_dataset=str(tiny.data.held_out),
@@ -112,6 +114,7 @@ def test_dapo_with_the_kl_in_the_reward_and_an_exact_resume(
     assert sum(line["dynamic_sample/replaced_prompts"] for line in whole.values()) > 0
     assert abs(whole[1]["kl"]) < 1e-6
     assert abs(whole[4]["kl"]) > 1e-6
+    assert (result.run_dir / "checkpoint-2" / "reference" / "model.safetensors").is_file()
     drawn = sum(line["dynamic_sample/sampled_prompts"] for line in whole.values())
     assert whole[4]["epoch"] == drawn / 64
     evaluated = [line for line in log_lines(result) if "eval_reward" in line]

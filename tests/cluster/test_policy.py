@@ -27,6 +27,7 @@ from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
 from raytune_rl.runtime.wait import fetch
 from raytune_rl.workers.policy import OptimizerSpec, PolicySpec, PolicyWorker, policy_env
+from raytune_rl.workers.reference import ReferenceWorker
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 from tests.cluster.conftest import Tiny
 
@@ -230,6 +231,28 @@ def test_ranks_share_the_publication_and_miss_nothing(worlds: dict[int, World]) 
     assert published.keys() == expected.keys()
     for name, weight in expected.items():
         np.testing.assert_array_equal(published[name], weight)
+
+
+def test_a_reference_moves_towards_the_policy_and_comes_back(
+    worlds: dict[int, World], tmp_path: Path
+) -> None:
+    """As `sync_ref_model` has it; a tied head moves with its embedding, once."""
+    spec = worlds[1].spec
+    reference = ReferenceWorker(spec.model, spec.score)
+    start = {n: p.detach().clone().numpy() for n, p in reference._scorer.named_parameters()}
+    reference.save(str(tmp_path / "start"))
+    reference.mix(worlds[2].policy.publish(1), 0.25)
+    policy = worlds[2].weights()
+    moved = {n: p.detach().numpy() for n, p in reference._scorer.named_parameters()}
+    assert start.keys() == policy.keys() == moved.keys()
+    for name, before in start.items():
+        np.testing.assert_allclose(moved[name], 0.25 * policy[name] + 0.75 * before, atol=1e-6)
+    assert max(float(np.abs(moved[n] - start[n]).max()) for n in start) > 1e-3, "the policy had been trained"
+    reference.load(str(tmp_path / "start"))
+    for name, parameter in reference._scorer.named_parameters():
+        np.testing.assert_array_equal(parameter.detach().numpy(), start[name])
+    with pytest.raises(CheckpointError, match="saved without --sync_ref_model"):
+        reference.load(str(tmp_path))
 
 
 def test_numbers_of_rows_do_not_depend_on_the_ranks(worlds: dict[int, World]) -> None:

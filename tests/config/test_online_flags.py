@@ -30,6 +30,7 @@ def notices(*argv: str) -> str:
             "--epsilon does nothing: --loss_type cispo does not",
         ),
         ("--rollout_importance_sampling_threshold 3", "--rollout_importance_sampling_mode is not given"),
+        ("--ref_model_sync_steps 5", "they belong to --sync_ref_model true"),
         ("--max_resample_times 5", "it belongs to --dynamic_sample true"),
         ("--beta 0 --kl_in_reward true", "--kl_in_reward does nothing: with --beta 0"),
         ("--cosine_max_len 5 --soft_cache_length 3", "they belong to --reward_funcs cosine"),
@@ -61,7 +62,9 @@ def test_nothing_is_said_where_all_acts() -> None:
         ("--reward_funcs soft_overlong", "soft_overlong needs --soft_cache_length"),
         ('--vllm_engine_kwargs {"max_num_seqs":4}', "max_num_seqs \\(--vllm_max_num_seqs\\)"),
         ("--loss_type real", "--loss_type real is not one of"),
-        ("--sync_ref_model true", "is a flag of ms-swift that is not built yet"),
+        ("--sync_ref_model true", "with LoRA it is the model without adapter"),
+        ("--sync_ref_model true --train_type full --beta 0", "there is none with --beta 0"),
+        ("--chord_mu 0.5", "is a flag of ms-swift that is not built yet"),
     ],
 )
 def test_what_cannot_be_is_refused(argv: str, message: str) -> None:

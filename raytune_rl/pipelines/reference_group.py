@@ -1,0 +1,48 @@
+"""The reference as the online pipeline sees it: log-probs for the KL, by any number of copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from raytune_rl.data.rows import RowPointer
+from raytune_rl.pipelines.policy_group import RowLogprobs, score_rows
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.wait import fetch
+from raytune_rl.runtime.weights import Manifest
+
+
+class ReferenceGroup:
+    """M copies that answer as one.
+
+    Args:
+        group: The started workers.
+        max_tokens: Token budget of a micro-batch.
+        layout: "padded" or "packed".
+    """
+
+    def __init__(self, group: WorkerGroup, max_tokens: int, layout: str) -> None:
+        self._group = group
+        self._max_tokens = max_tokens
+        self._layout = layout
+
+    def logprobs(
+        self,
+        rows: Sequence[RowPointer],
+        lengths: Sequence[int],
+        late: Mapping[str, Sequence[RowPointer]] | None = None,
+    ) -> RowLogprobs:
+        """Log-probs of every row; `late` as in `score_rows`."""
+        return score_rows(self._group, rows, lengths, self._max_tokens, self._layout, late=late)
+
+    def mix(self, manifest: Manifest, share: float) -> None:
+        """Every copy moves its weights towards those of a published version."""
+        self._group.call("mix", manifest, share, what="mixing the policy into the reference")
+
+    def save(self, directory: Path) -> None:
+        """Writes the weights of one copy: all are the same."""
+        fetch(self._group.submit(0, "save", str(directory), what="saving the reference"))
+
+    def load(self, directory: Path) -> None:
+        """Restores what `save` wrote, in every copy."""
+        self._group.call("load", str(directory), what="restoring the reference")

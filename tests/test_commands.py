@@ -1,4 +1,4 @@
-"""The scripts in `examples/commands` are the document's own commands, and parse."""
+"""The scripts in `examples/commands` can be started and parse; for texts they are the document's commands."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ SCRIPTS = Path(__file__).parents[1] / "examples" / "commands"
 FROM_SEED = {
     "sft_llm.sh": "sft-llm-1gpu",
     "sft_llm_deepspeed.sh": "sft-llm-8gpu",
-    "sft_mllm.sh": "sft-mllm-1gpu",
-    "sft_mllm_deepspeed.sh": "sft-mllm-8gpu",
     "export_merge.sh": "export-merge",
     "export_push.sh": "export-push",
 }

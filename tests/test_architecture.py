@@ -19,6 +19,7 @@ PACKAGE = "raytune_rl"
 
 FLOORS = [
     {"errors"},
+    {"multi_turn"},
     {"config", "algorithms", "rewards", "tracking"},
     {"data", "models", "runtime", "tiny"},
     {"workers"},
@@ -30,6 +31,7 @@ FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 HEAVY = {"torch", "transformers", "ray", "datasets", "vllm", "deepspeed", "peft", "numpy", "matplotlib"}
 FORBIDDEN = {
     "config": HEAVY,
+    "multi_turn": HEAVY,
     "algorithms": {"ray"},
     "data": {"ray"},
     "models": {"ray"},

@@ -1,0 +1,188 @@
+"""Conversations with a scripted speaker: the tokens, the mask and the failures."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from raytune_rl.data.chat import ChatTemplate
+from raytune_rl.errors import ConfigError
+from raytune_rl.multi_turn.scheduler import (
+    Choice,
+    MathTipTrick,
+    MultiTurnScheduler,
+    Request,
+    make_scheduler,
+    multi_turns,
+)
+from raytune_rl.tiny.tokenizer import make_tiny_tokenizer
+from raytune_rl.workers.conversation import Conversation, Conversations
+
+TOKENIZER = make_tiny_tokenizer()
+CHAT = ChatTemplate.of(TOKENIZER)
+END = TOKENIZER.eos_token_id
+
+
+@dataclass
+class Line:
+    tokens: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    text: str
+    finish_reason: str
+
+
+class Script:
+    """Says its lines; remembers what it was asked with."""
+
+    def __init__(self, *lines: str) -> None:
+        self.lines = lines
+        self.asked: list[tuple[list[int], list[list[int]], list[int], int]] = []
+
+    def __call__(
+        self, which: Sequence[int], said: Sequence[NDArray[np.int32]], limits: Sequence[int], turn: int
+    ) -> list[Line]:
+        self.asked.append((list(which), [s.tolist() for s in said], list(limits), turn))
+        return [self.line(number, turn, limit) for number, limit in zip(which, limits, strict=True)]
+
+    def line(self, number: int, turn: int, limit: int) -> Line:
+        text = self.lines[min(turn, len(self.lines)) - 1].format(number=number)
+        ids = [*TOKENIZER.encode(text, add_special_tokens=False), END]
+        cut = np.asarray(ids[:limit], dtype=np.int32)
+        text = TOKENIZER.decode(cut, skip_special_tokens=True)
+        logprobs = -np.arange(1, len(cut) + 1, dtype=np.float32) / 8
+        return Line(cut, logprobs, text, "stop" if len(ids) <= limit else "length")
+
+
+class Tool(MultiTurnScheduler):
+    def check_finished(self, infer_request: Request, response_choice: Choice, current_turn: int) -> bool:
+        said = response_choice.message.content
+        return "tool" not in said or super().check_finished(infer_request, response_choice, current_turn)
+
+    def step(self, infer_request: Request, response_choice: Choice, current_turn: int) -> Mapping[str, Any]:
+        infer_request.messages.append({"role": "tool", "content": infer_request.data_dict["solution"]})
+        return {"infer_request": infer_request, "rollout_infos": {"calls": current_turn}}
+
+
+def hold(
+    scheduler: MultiTurnScheduler, script: Script, count: int = 1, max_tokens: int = 100, timeout_s: float = 5
+) -> list[Conversation]:
+    requests = [
+        Request([{"role": "user", "content": f"{i}+1=?"}], {"solution": str(i + 1)}, str(i))
+        for i in range(count)
+    ]
+    return Conversations(scheduler, CHAT, timeout_s).hold(script, requests, max_tokens)
+
+
+def test_the_model_trains_on_its_own_tokens_only() -> None:
+    script = Script("tool", "it is {number}")
+    held = hold(Tool(), script, count=2)
+    for number, one in enumerate(held):
+        env = f"\n<|im_start|>tool\n{number + 1}<|im_end|>\n<|im_start|>assistant\n"
+        assert TOKENIZER.decode(one.tokens) == f"tool<|im_end|>{env}it is {number}<|im_end|>"
+        own = [t for t, trained in zip(one.tokens, one.trained, strict=True) if trained]
+        assert TOKENIZER.decode(own) == f"tool<|im_end|>it is {number}<|im_end|>"
+        assert len(one.logprobs) == one.sampled == len(own)
+        assert (one.turns, one.finish_reason, one.failure) == (2, "stop", "")
+        assert one.last_text == f"it is {number}"
+        assert [m["role"] for m in one.request.messages] == ["user", "assistant", "tool", "assistant"]
+        assert one.request.rollout_infos == {"calls": 1}
+    # The second turn is asked with the first one's tokens exactly, and with what room they leave.
+    which, said, limits, turn = script.asked[1]
+    assert (which, turn) == ([0, 1], 2)
+    assert said[0] == held[0].tokens[: len(said[0])]
+    assert limits == [100 - len(s) for s in said]
+
+
+def test_conversations_end_each_in_its_own_turn() -> None:
+    class Odd(Tool):
+        def check_finished(self, infer_request: Request, response_choice: Choice, current_turn: int) -> bool:
+            return int(infer_request.uuid) % 2 == 0 or current_turn == 3
+
+    held = hold(Odd(), Script("tool"), count=4)
+    assert [one.turns for one in held] == [1, 3, 1, 3]
+
+
+def test_max_turns_and_a_cut_turn_end_a_conversation() -> None:
+    assert hold(Tool(max_turns=2), Script("tool"))[0].turns == 2
+    (cut,) = hold(Tool(), Script("tool tool tool tool"), max_tokens=3)
+    assert (cut.turns, cut.finish_reason, len(cut.tokens)) == (1, "length", 3)
+
+
+def test_without_room_for_an_answer_nothing_is_added() -> None:
+    (one,) = hold(Tool(), Script("tool"), max_tokens=6)
+    assert (one.turns, one.finish_reason) == (1, "length")
+    assert all(one.trained)
+
+
+def test_a_doubt_is_put_in_the_models_mouth() -> None:
+    (one,) = hold(MathTipTrick(), Script("<think>a</think><answer>1</answer>", " it is 2"))
+    assert TOKENIZER.decode(one.tokens) == f"<think>a{MathTipTrick.tip} it is 2<|im_end|>"
+    doubt = [t for t, trained in zip(one.tokens, one.trained, strict=True) if not trained]
+    assert TOKENIZER.decode(doubt) == MathTipTrick.tip
+    assert len(one.logprobs) == one.sampled
+    assert one.turns == 2
+
+
+class Broken(Tool):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.never = threading.Event()
+
+    def step(self, infer_request: Request, response_choice: Choice, current_turn: int) -> Mapping[str, Any]:
+        if infer_request.uuid != "1":
+            return super().step(infer_request, response_choice, current_turn)
+        infer_request.messages.append({"role": "tool", "content": "half done"})
+        if self.how == "raises":
+            raise KeyError("nothing there")
+        if self.how == "hangs":
+            self.never.wait(30)
+        if self.how == "idle":
+            infer_request.messages.pop()
+        if self.how == "both":
+            infer_request.messages[-2]["content"] = "other"
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("raises", "KeyError"),
+        ("hangs", "no answer within 0.5 s"),
+        ("idle", "neither"),
+        ("both", "both"),
+    ],
+)
+def test_a_hook_that_fails_ends_its_own_conversation(how: str, reason: str) -> None:
+    scheduler = Broken(how)
+    held = hold(scheduler, Script("tool", "done"), count=3, timeout_s=0.5)
+    scheduler.never.set()
+    assert [one.turns for one in held] == [2, 1, 2]
+    assert reason in held[1].failure
+    assert [m["role"] for m in held[1].request.messages] == ["user", "assistant"]
+    assert not held[0].failure
+
+
+def test_coroutines_are_hooks_too() -> None:
+    class Slow(Tool):
+        async def step(self, *args: Any) -> Any:  # type: ignore[override]
+            return super().step(*args)
+
+    assert hold(Slow(), Script("tool", "done"))[0].turns == 2
+
+
+def test_an_unknown_scheduler_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="Did you mean math_tip_trick"):
+        make_scheduler("math_tip", None)
+    multi_turns["refuses"] = lambda max_turns: 1 / 0
+    try:
+        with pytest.raises(ConfigError, match="ZeroDivisionError"):
+            make_scheduler("refuses", 3)
+    finally:
+        del multi_turns["refuses"]

@@ -17,6 +17,8 @@ LOCK = $(UV) pip compile pyproject.toml --extra dev --universal --generate-hashe
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export VLLM_NO_USAGE_STATS ?= 1
+# Every worker imports the same modules: compiled once, even where the environment says not to.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock check test demo bench clean uv

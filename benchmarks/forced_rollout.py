@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -45,20 +45,18 @@ class ForcedRolloutWorker(RolloutWorker):
 
         class ForcedEngine(VllmEngine):
             lengths: Sequence[int] = ()
-            turn: Iterator[int] = iter(())
 
-            def sample(self, prompts: Any, seeds: Any, sampling: Sampling) -> Any:
-                self.turn = iter(self.lengths)
-                return super().sample(prompts, seeds, sampling)
+            def sample(self, prompts: Any, seeds: Any, sampling: Sampling, limits: Any) -> Any:
+                return super().sample(prompts, seeds, sampling, self.lengths)
 
-            def _params(self, sampling: Sampling, seed: int, prompt_tokens: int) -> Any:
-                params = super()._params(sampling, seed, prompt_tokens)
+            def _params(self, sampling: Sampling, seed: int, max_tokens: int) -> Any:
+                params = super()._params(sampling, seed, max_tokens)
                 params.ignore_eos = True
                 params.stop_token_ids = []
-                params.max_tokens = next(self.turn)
                 return params
 
         self._engine: Any = ForcedEngine(spec)
+        self._conversations = None
 
     def force(self, lengths: Sequence[int]) -> None:
         """Lengths of the next batches' completions, tokens, in the order of the requests."""
@@ -69,13 +67,12 @@ class ForcedRolloutWorker(RolloutWorker):
     ) -> tuple[float, int]:
         """vLLM without us: requests in, steps until all are done. Returns seconds and sampled tokens."""
         ours, llm = self._engine, self._engine._engine
-        ours.turn = iter(ours.lengths)
         asked = [(prompts["prompt"][r.row].tolist(), seed) for r in requests for seed in r.seeds]
         tokens = 0
         llm.reset_prefix_cache()  # as after a weight update: the prompts must be computed again
         started = time.perf_counter()
-        for ids, seed in asked:
-            params = ours._params(sampling, seed, len(ids))
+        for (ids, seed), length in zip(asked, ours.lengths, strict=True):
+            params = ours._params(sampling, seed, length)
             llm.add_request(str(next(ours._numbers)), {"prompt_token_ids": ids}, params)
         while llm.has_unfinished_requests():
             for output in llm.step():

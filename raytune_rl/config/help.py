@@ -14,6 +14,7 @@ _ORDER = (
     "RL algorithm",
     "Rewards",
     "Sampling",
+    "Several turns",
     "Length and batch",
     "Optimizer",
     "Tuner",

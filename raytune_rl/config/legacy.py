@@ -37,7 +37,7 @@ NOT_BUILT = frozenset(
         "aligner_lr", "async_generate", "cached_dataset", "chord_mu", "chord_phi",
         "completion_length_limit_scope", "create_checkpoint_symlink", "ddp_timeout", "freeze_llm",
         "freeze_parameters", "gym_env", "init_weights", "lazy_tokenize", "lora_bias", "lora_dtype",
-        "max_turns", "model_type", "move_model_batches", "multi_turn_scheduler",
+        "model_type", "move_model_batches",
         "neftune_noise_alpha", "predict_with_generate", "reward_model", "reward_model_plugin",
         "sequence_parallel_size", "shuffle_buffer_size", "streaming", "target_regex",
         "teacher_model", "template", "use_gym_env", "use_liger_kernel",

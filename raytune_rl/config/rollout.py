@@ -11,6 +11,7 @@ from raytune_rl.config.base import Options, setting
 from raytune_rl.errors import ConfigError
 
 _sampling = partial(setting, "Sampling")
+_turns = partial(setting, "Several turns")
 _vllm = partial(setting, "Rollout engine (vLLM)")
 
 
@@ -82,6 +83,14 @@ class RolloutOptions(EngineOptions):
         0.0, "Leave out tokens less likely than this share of the likeliest.", ge=0, le=1
     )
     repetition_penalty: float = _sampling(1.0, "Over 1: tokens already used become less likely.", gt=0)
+    multi_turn_scheduler: str | None = _turns(
+        None,
+        "Scheduler that answers the model and lets it go on: math_tip_trick, or one that a file of "
+        "--external_plugins registers by multi_turns['name'] = Class. What it adds is not trained on.",
+    )
+    max_turns: int | None = _turns(
+        None, "Most turns of the model. Not set: until the scheduler ends it or the length does.", ge=1
+    )
     stop_words: tuple[str, ...] = _sampling((), "Texts that end a completion.")
 
     use_vllm: bool = _vllm(True, "Sample with vLLM, the only rollout engine.")

@@ -89,6 +89,9 @@ class Collector:
                 batch = self.sample(self._prompts, prompts, self._config.num_generations, version, seeds)
             with timer.phase("reward"):
                 found = self.score(batch, self._prompts, state)
+            for one in batch:
+                if one.failure:
+                    self.reward_failures[f"--multi_turn_scheduler: {one.failure.partition(':')[0]}"] += 1
             for failure in found.scored.failures:
                 self.reward_failures[f"{failure.function}: {failure.kind}"] += 1
             return found

@@ -14,7 +14,7 @@ from raytune_rl.pipelines import report
 from raytune_rl.pipelines.collect import Collected
 from raytune_rl.pipelines.data import PromptSet
 from raytune_rl.pipelines.lifecycle import Origin
-from raytune_rl.pipelines.rollouts import read_texts
+from raytune_rl.pipelines.rollouts import read_dialogues, read_texts
 from raytune_rl.runtime.wait import Pending, fetch
 from raytune_rl.tracking.completions import CompletionLog
 
@@ -67,6 +67,7 @@ class GenerationLog:
             prompts = fetch(Pending(self._prompts.texts, "the object store", "reading prompts", timeout))
             for part, of in ((kept, compared), (collected.replaced, None)):
                 if part is not None:
-                    texts = read_texts(part.batch, timeout)
-                    self._completions.write(report.completion_rows(step, part, prompts, texts, of))
+                    texts, dialogues = read_texts(part.batch, timeout), read_dialogues(part.batch, timeout)
+                    rows = report.completion_rows(step, part, prompts, texts, of, dialogues)
+                    self._completions.write(rows)
         return told

@@ -10,7 +10,7 @@ from raytune_rl.errors import ConfigError
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.pipelines.resources import Groups
 from raytune_rl.workers.policy import OptimizerSpec, PolicySpec
-from raytune_rl.workers.rollout import EngineSpec, Sampling
+from raytune_rl.workers.rollout import EngineSpec, MultiTurnSpec, Sampling
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
 CPU_CACHE_BYTES = 256 * 2**20
@@ -203,6 +203,16 @@ def engine_spec(
         media_limits=media,
         max_pixels=config.max_pixels,
         more=config.vllm_engine_kwargs,
+        multi_turn=multi_turn(config),
+    )
+
+
+def multi_turn(config: RLHFConfig) -> MultiTurnSpec | None:
+    """Who answers the model, if anybody does."""
+    if config.multi_turn_scheduler is None:
+        return None
+    return MultiTurnSpec(
+        config.multi_turn_scheduler, config.max_turns, config.external_plugins, config.reward_timeout
     )
 
 

@@ -24,6 +24,7 @@ from raytune_rl.algorithms.advantages import (
 from raytune_rl.algorithms.aggregation import lengths_in_loss, row_weights
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
+from raytune_rl.multi_turn.scheduler import make_scheduler
 from raytune_rl.pipelines import launch, report
 from raytune_rl.pipelines.collect import Collector
 from raytune_rl.pipelines.data import PromptSet, check_lengths, prompt_sets
@@ -34,6 +35,7 @@ from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
 from raytune_rl.pipelines.online_groups import start_groups
 from raytune_rl.pipelines.resources import Groups, online_groups
 from raytune_rl.pipelines.rollouts import Trajectory, picture_places
+from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.rewards.preflight import preflight
 from raytune_rl.rewards.types import TrainerState
 from raytune_rl.runtime.cluster import reserve, session
@@ -52,6 +54,10 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
     """
     algorithm = algorithm_of(config)
     with stage("loading the reward functions"):
+        if config.multi_turn_scheduler is not None:
+            # As the rollout workers will: a wrong name ends the run here.
+            load_plugins(config.external_plugins)
+            make_scheduler(config.multi_turn_scheduler, config.max_turns)
         needs = preflight(config.reward_funcs, config.external_plugins, config.args())
     with ExitStack() as stack:
         with stage("connecting to Ray"):

@@ -142,6 +142,7 @@ def start_groups(
         launch.sampling(config, account.stop_token_ids, account.placeholder_ids),
         config.seed,
         launch.sampling(config, account.stop_token_ids, account.placeholder_ids, evaluation=True),
+        multi_turn=config.multi_turn_scheduler is not None,
     )
     turns = Turns(config, groups, trainer, engines)
     frozen = None if reference is None else ReferenceGroup(reference, budget, spec.model.layout)

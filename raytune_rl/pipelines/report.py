@@ -183,6 +183,7 @@ def batch_metrics(experience: Experience, compared: AdvantageResult) -> dict[str
         "unscored_completions": float(compared.n_unscorable),
         "groups_without_comparison": float(compared.n_single + compared.n_empty),
         "weight_version": float(max(t.version for t in batch)),
+        **_turns(batch),
     }
 
 
@@ -215,6 +216,16 @@ def step_metrics(run: Run, step: StepReport, steps_per_epoch: int) -> dict[str, 
     }
 
 
+def _turns(batch: Sequence[Trajectory]) -> dict[str, float]:
+    """Of conversations of several turns."""
+    if all(t.dialogue is None for t in batch):
+        return {}
+    return {
+        "num_turns": float(np.mean([t.turns for t in batch])),
+        "scheduler_failures": float(sum(bool(t.failure) for t in batch)),
+    }
+
+
 def _rewards(experience: Experience) -> dict[str, float]:
     scored = experience.scored
     metrics = {"reward": _mean(experience.rewards)}
@@ -241,8 +252,10 @@ def completion_rows(
     prompts: Sequence[str],
     texts: Sequence[str],
     compared: AdvantageResult | None,
+    dialogues: Sequence[Mapping[str, Any]] = (),
 ) -> list[CompletionRow]:
-    """One row a completion, for completions.jsonl; without advantages for what was replaced."""
+    """One row a completion, for completions.jsonl; without advantages for what was replaced, with all
+    messages where the model had several turns."""
     scored, rewards = experience.scored, experience.rewards
     return [
         CompletionRow(
@@ -255,6 +268,7 @@ def completion_rows(
             advantage=None if compared is None else float(compared.advantages[i]),
             weight_version=t.version,
             finish_reason=t.finish_reason,
+            extra={"num_turns": t.turns, **dialogues[i]} if dialogues else {},
         )
         for i, (t, text) in enumerate(zip(experience.batch, texts, strict=True))
     ]

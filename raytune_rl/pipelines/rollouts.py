@@ -36,6 +36,10 @@ class Trajectory:
         finish_reason: "stop" or "length".
         version: Weight version that sampled it.
         pictures: Where its prompt's pictures lie; None if no prompt of the run has any.
+        dialogue: Where the messages of its turns lie; None if the model has one turn only.
+        other_tokens: Tokens behind the prompt that the model did not sample.
+        turns: Of the model.
+        failure: Why a scheduler's hook ended it early; empty if none did.
     """
 
     prompt: int
@@ -48,11 +52,15 @@ class Trajectory:
     finish_reason: str
     version: int
     pictures: RowPointer | None = None
+    dialogue: RowPointer | None = None
+    other_tokens: int = 0
+    turns: int = 1
+    failure: str = ""
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and completion."""
-        return self.prompt_tokens + self.completion_tokens
+        """Tokens of prompt and completion, and of others between the model's turns."""
+        return self.prompt_tokens + self.completion_tokens + self.other_tokens
 
 
 @dataclass(frozen=True)
@@ -85,15 +93,23 @@ class RolloutGroup:
         sampling: How completions are drawn.
         seed: Of all of them.
         evaluation: How they are drawn from held-out prompts, if that differs.
+        multi_turn: Whether a scheduler answers the model.
     """
 
     def __init__(
-        self, group: WorkerGroup, sampling: Sampling, seed: int, evaluation: Sampling | None = None
+        self,
+        group: WorkerGroup,
+        sampling: Sampling,
+        seed: int,
+        evaluation: Sampling | None = None,
+        *,
+        multi_turn: bool = False,
     ) -> None:
         self._group = group
         self._sampling = sampling
         self._evaluation = evaluation or sampling
         self._seed = seed
+        self._multi_turn = multi_turn
 
     def load(self, version: int) -> float:
         """Every engine pulls a version; one call an engine. Returns the longest pull, seconds."""
@@ -141,8 +157,9 @@ class RolloutGroup:
                 [requests[i] for i in share],
                 self._evaluation if evaluation else self._sampling,
                 version,
+                *([prompts.extra] if self._multi_turn else []),
                 what=f"sampling {len(share)} x {completions} completions",
-                returns=3,
+                returns=4,
             )
             for rank, share in enumerate(shares)
             if share
@@ -151,7 +168,7 @@ class RolloutGroup:
         for answer, metas in zip(pending, acknowledge(pending), strict=True):
             for meta in metas:
                 prompt = int(rows[meta.prompt_id])
-                made = _trajectory(meta, answer, prompt, prompts.pictures(prompt))
+                made = _trajectory(meta, answer, prompt, prompts.pictures(prompt), self._multi_turn)
                 found[meta.prompt_id, meta.sample] = made
         wanted = [(g, s) for g in range(len(rows)) for s in range(completions)]
         lost = [key for key in wanted if key not in found]
@@ -173,7 +190,7 @@ class RolloutGroup:
 
 
 def _trajectory(
-    meta: CompletionMeta, answer: Pending, prompt: int, pictures: RowPointer | None
+    meta: CompletionMeta, answer: Pending, prompt: int, pictures: RowPointer | None, multi_turn: bool
 ) -> Trajectory:
     return Trajectory(
         prompt=prompt,
@@ -186,6 +203,10 @@ def _trajectory(
         finish_reason=meta.finish_reason,
         version=meta.version,
         pictures=pictures,
+        dialogue=RowPointer(answer.ref[3], meta.row) if multi_turn else None,
+        other_tokens=meta.other_tokens,
+        turns=meta.turns,
+        failure=meta.failure,
     )
 
 
@@ -220,6 +241,7 @@ class RewardGroup:
                     [prompts.extra],
                     [t.prompt for t in mine],
                     reward_columns(mine, state),
+                    [mine[0].dialogue.ref] if mine[0].dialogue is not None else None,
                     what=f"scoring {len(mine)} completions",
                 )
                 pending.append(call)
@@ -236,6 +258,7 @@ def reward_columns(trajectories: Sequence[Trajectory], state: TrainerState) -> d
         "finish_reason": [t.finish_reason for t in trajectories],
         "is_truncated": [t.finish_reason == "length" for t in trajectories],
         "completion_tokens": [t.completion_tokens for t in trajectories],
+        "num_turns": [t.turns for t in trajectories],
         "trainer_state": state,
     }
 
@@ -252,7 +275,16 @@ def _gather(answers: Sequence[Scores], members: Sequence[NDArray], count: int) -
 
 def read_texts(trajectories: Sequence[Trajectory], timeout_s: float) -> list[str]:
     """The completions as text, for the log."""
-    refs = list({t.text.ref: None for t in trajectories})
+    return _read([t.text for t in trajectories], timeout_s)
+
+
+def read_dialogues(trajectories: Sequence[Trajectory], timeout_s: float) -> list[dict[str, Any]]:
+    """The messages of all turns, and what the scheduler said about them, for the log; empty for one turn."""
+    return _read([t.dialogue for t in trajectories if t.dialogue is not None], timeout_s)
+
+
+def _read(places: Sequence[RowPointer], timeout_s: float) -> list[Any]:
+    refs = list({place.ref: None for place in places})
     pending = [Pending(ref, "the object store", "reading completions", timeout_s) for ref in refs]
-    texts: Mapping[ray.ObjectRef, list[str]] = dict(zip(refs, (fetch(p) for p in pending), strict=True))
-    return [texts[t.text.ref][t.text.row] for t in trajectories]
+    found: Mapping[ray.ObjectRef, list[Any]] = dict(zip(refs, (fetch(p) for p in pending), strict=True))
+    return [found[place.ref][place.row] for place in places]

@@ -22,11 +22,12 @@ from types import ModuleType
 from typing import Any
 
 from raytune_rl.errors import RewardError
+from raytune_rl.multi_turn.scheduler import MultiTurnScheduler, Request, multi_turns
 from raytune_rl.rewards import registry
 from raytune_rl.rewards.base import ORM, AsyncORM
 
 _BUILT_IN = tuple(registry.orms.values())
-_REGISTRIES = ("rm_plugins", "prms", "multi_turns", "envs", "context_managers", "loss_map", "callbacks")
+_REGISTRIES = ("rm_plugins", "prms", "envs", "context_managers", "loss_map", "callbacks")
 
 
 def real_swift_installed() -> bool:
@@ -74,6 +75,9 @@ class _Finder(MetaPathFinder, Loader):
             "ORM": ORM,
             "AsyncORM": AsyncORM,
             "orms": registry.orms,
+            "multi_turns": multi_turns,
+            "MultiTurnScheduler": MultiTurnScheduler,
+            "RolloutInferRequest": Request,
             **{entry.__name__: entry for entry in _BUILT_IN},
             "get_logger": _get_logger,
             **others,

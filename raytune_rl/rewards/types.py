@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 RUN_COLUMNS = (
     "prompt_id", "request_id", "finish_reason", "is_truncated", "completion_tokens", "trainer_state",
+    "num_turns", "rollout_infos",
 )  # fmt: skip
 """What reward functions receive beside the data set's columns: names of ms-swift, and `completion_tokens`."""
 

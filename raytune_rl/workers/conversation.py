@@ -43,26 +43,48 @@ class Conversation:
 
     Attributes:
         request: What hooks see of it.
-        tokens: Ids, the model's and the environment's.
-        trained: Of each token, whether the model sampled it.
-        logprobs: Of the sampled tokens.
+        tokens: int32, ids, the model's and the environment's.
+        trained: bool, of each token, whether the model sampled it.
+        logprobs: float32, of the sampled tokens.
         turns: Of the model.
         finish_reason: Of its last turn; "length" too if the next one would have had no room.
         failure: Why a hook could not be asked; empty if none failed.
     """
 
     request: Request
-    tokens: list[int] = field(default_factory=list)
-    trained: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    tokens: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    logprobs: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     turns: int = 0
     finish_reason: str = ""
     failure: str = ""
 
+    def add(self, spoken: Turn) -> None:
+        """Puts a turn of the model behind what was said."""
+        self._append(spoken.tokens, trained=True)
+        self.logprobs = np.concatenate([self.logprobs, spoken.logprobs])
+        self.turns += 1
+        self.finish_reason = spoken.finish_reason
+        self.request.messages.append({"role": "assistant", "content": spoken.text})
+
+    def drop(self, count: int) -> None:
+        """Takes back the last tokens of the model's turn."""
+        if count:
+            self.tokens, self.trained = self.tokens[:-count], self.trained[:-count]
+            self.logprobs = self.logprobs[:-count]
+
+    def add_from_others(self, tokens: Sequence[int]) -> None:
+        """Puts the environment's tokens behind what was said."""
+        self._append(np.asarray(tokens, dtype=np.int32), trained=False)
+
+    def _append(self, tokens: NDArray[np.int32], *, trained: bool) -> None:
+        self.tokens = np.concatenate([self.tokens, tokens])
+        self.trained = np.concatenate([self.trained, np.full(len(tokens), trained)])
+
     @property
     def sampled(self) -> int:
         """Tokens of the model."""
-        return sum(self.trained)
+        return int(self.trained.sum())
 
     @property
     def last_text(self) -> str:
@@ -99,11 +121,11 @@ class Conversations:
         self._ask([(None, lambda: self._scheduler.on_trajectory_start(list(requests)))])
         alive, turn = list(range(len(held))), 1
         while alive:
-            said = [np.asarray(held[i].tokens, dtype=np.int32) for i in alive]
+            said = [held[i].tokens for i in alive]
             limits = [max_tokens - len(held[i].tokens) for i in alive]
             spoken = dict(zip(alive, speak(alive, said, limits, turn), strict=True))
             for number, one in spoken.items():
-                _add_turn(held[number], one)
+                held[number].add(one)
             decided = self._ask([(held[i], self._decision(held[i], spoken[i], turn)) for i in alive])
             alive = [
                 number
@@ -170,25 +192,14 @@ class Conversations:
         return answers
 
 
-def _add_turn(one: Conversation, spoken: Turn) -> None:
-    one.tokens += spoken.tokens.tolist()
-    one.trained += [True] * len(spoken.tokens)
-    one.logprobs += spoken.logprobs.tolist()
-    one.turns += 1
-    one.finish_reason = spoken.finish_reason
-    one.request.messages.append({"role": "assistant", "content": spoken.text})
-
-
 def _go_on(one: Conversation, spoken: Turn, decision: Continuation, max_tokens: int) -> bool:
     """Puts the environment's tokens behind a turn; False if no room would be left to answer them."""
     dropped = len(spoken.tokens) - decision.kept
     if len(one.tokens) - dropped + len(decision.added) >= max_tokens:
         one.finish_reason = "length"
         return False
-    if dropped:
-        del one.tokens[-dropped:], one.trained[-dropped:], one.logprobs[-dropped:]
-    one.tokens += decision.added
-    one.trained += [False] * len(decision.added)
+    one.drop(dropped)
+    one.add_from_others(decision.added)
     return True
 
 

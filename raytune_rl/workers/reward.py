@@ -52,6 +52,7 @@ class RewardWorker:
         columns_ref: Any,
         column_rows: Sequence[int],
         extra: dict[str, Any],
+        dialogues_ref: Any = None,
     ) -> Scores:
         """Scores the completions `rows`.
 
@@ -65,6 +66,8 @@ class RewardWorker:
             column_rows: For each entry of `rows`, the prompt it belongs to.
             extra: The driver's metadata: lists with one entry for each of `rows` (`prompt_id`, ...), and
                 values for all of them (`trainer_state`, a `TrainerState`).
+            dialogues_ref: Of conversations of several turns, in the same three ways: `{"messages",
+                "rollout_infos"}` each, in the order of the completions. Rewards see both columns.
 
         Returns:
             The scores, row `i` of them for `rows[i]`.
@@ -86,7 +89,11 @@ class RewardWorker:
             )
         selected = take_rows(columns, column_rows)
         chosen = [texts[row] for row in rows]
-        if "messages" in selected:
+        if dialogues_ref is not None:
+            dialogues: list[dict[str, Any]] = _fetch(dialogues_ref, "dialogues")
+            for name in ("messages", "rollout_infos"):
+                selected[name] = [dialogues[row][name] for row in rows]
+        elif "messages" in selected:
             selected["messages"] = with_completions(selected["messages"], chosen)
         batch = RewardBatch(chosen, {**selected, **extra})
         return self._sandbox.score(batch.texts, batch.columns)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,25 @@ from raytune_rl.data.example import Message
 from raytune_rl.data.pictures import Picture, pictures_of
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.errors import StaleWeightsError
+from raytune_rl.multi_turn.scheduler import Request
+from raytune_rl.workers.conversation import Conversation, Conversations
+
+
+@dataclass(frozen=True)
+class MultiTurnSpec:
+    """Who answers the model, in conversations of several turns.
+
+    Attributes:
+        scheduler: Registered name.
+        max_turns: Of the model; None is no limit but the length.
+        plugin_files: Files that may register it.
+        timeout_s: For the scheduler's answers of one round, seconds.
+    """
+
+    scheduler: str
+    max_turns: int | None
+    plugin_files: tuple[str, ...]
+    timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,7 @@ class EngineSpec:
         max_pixels: Vision models: most pixels of an image, or None for the processor's own limit.
         more: Further arguments of vLLM's EngineArgs.
         adapter: Local directory of a LoRA adapter to serve; only without a store.
+        multi_turn: For conversations of several turns; None: one completion a prompt.
     """
 
     model: str
@@ -71,6 +91,7 @@ class EngineSpec:
     max_pixels: int | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
     adapter: str | None = None
+    multi_turn: MultiTurnSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +147,16 @@ class EnginePrompt:
     given: NDArray[np.int32]
     pictures: tuple[Picture, ...] = ()
 
+    def followed_by(self, tokens: NDArray[np.int32]) -> EnginePrompt:
+        """The prompt with what was said since."""
+        if not len(tokens):
+            return self
+        return replace(
+            self,
+            tokens=np.concatenate([self.tokens, tokens]),
+            given=np.concatenate([self.given, tokens]),
+        )
+
 
 @dataclass(frozen=True)
 class CompletionMeta:
@@ -136,9 +167,12 @@ class CompletionMeta:
         sample: Index among the prompt's completions.
         row: Row in the returned columns and texts.
         prompt_tokens: Length of the prompt.
-        completion_tokens: Length of the completion, its end token included.
+        completion_tokens: Sampled tokens, end tokens included.
         finish_reason: "stop" (ended by itself) or "length" (cut at the limit).
         version: Weight version that sampled it.
+        other_tokens: Tokens behind the prompt that the model did not sample (several turns only).
+        turns: Of the model.
+        failure: Why a scheduler's hook ended the conversation early; empty if none did.
     """
 
     prompt_id: int
@@ -148,6 +182,9 @@ class CompletionMeta:
     completion_tokens: int
     finish_reason: str
     version: int
+    other_tokens: int = 0
+    turns: int = 1
+    failure: str = ""
 
 
 def rollout_env(threads: int, tensor_parallel_size: int, on_gpu: bool) -> dict[str, str]:
@@ -173,6 +210,16 @@ class RolloutWorker:
         from raytune_rl.workers.vllm_engine import VllmEngine
 
         self._engine = VllmEngine(spec)
+        self._conversations = None if spec.multi_turn is None else self._scheduled(spec.multi_turn)
+
+    def _scheduled(self, spec: MultiTurnSpec) -> Conversations:
+        from raytune_rl.data.chat import ChatTemplate
+        from raytune_rl.multi_turn.scheduler import make_scheduler
+        from raytune_rl.rewards.plugins import load_plugins
+
+        load_plugins(spec.plugin_files)
+        scheduler = make_scheduler(spec.scheduler, spec.max_turns)
+        return Conversations(scheduler, ChatTemplate.of(self._engine.tokenizer), spec.timeout_s)
 
     def ping(self) -> dict[str, Any]:
         """Proves that the engine is up; tells the version it serves (None: none acknowledged yet)."""
@@ -206,7 +253,8 @@ class RolloutWorker:
         requests: Sequence[PromptRequest],
         sampling: Sampling,
         version: int,
-    ) -> tuple[list[CompletionMeta], Columns, list[str]]:
+        extra: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[list[CompletionMeta], Columns, list[str], list[dict[str, Any]]]:
         """Completes prompts.
 
         Args:
@@ -215,10 +263,12 @@ class RolloutWorker:
             requests: Which prompts, and the seeds of their completions.
             sampling: How to draw.
             version: The weight version to sample with.
+            extra: The data set's columns, one entry a prompt; a scheduler of several turns sees its row.
 
         Returns:
-            Facts of each completion, the trajectory columns (tokens, loss_mask, logprobs, versions; one row a
-            completion), and the completions' texts.
+            Facts of each completion; the trajectory columns (tokens, loss_mask, logprobs, versions; one row a
+            completion, the latter two one entry a sampled token); what the model said last; and of
+            conversations of several turns the messages and the scheduler's "rollout_infos".
 
         Raises:
             StaleWeightsError: This worker serves another version.
@@ -227,27 +277,88 @@ class RolloutWorker:
             raise StaleWeightsError(
                 f"asked to sample with weight version {version}, but version {self._engine.version} is loaded"
             )
-        asked = [(r, sample, seed) for r in requests for sample, seed in enumerate(r.seeds)]
-        read = {r.row: read_prompt(prompts, r.row) for r in requests}
-        ids = [read[r.row].tokens for r, _, _ in asked]
-        inputs = [read[r.row] for r, _, _ in asked]
-        sampled = self._engine.sample(inputs, [seed for _, _, seed in asked], sampling)
+        asked = [Asked(r, sample, seed) for r in requests for sample, seed in enumerate(r.seeds)]
+        inputs = {r.row: read_prompt(prompts, r.row) for r in requests}
+        held = self._hold(asked, [inputs[a.request.row] for a in asked], sampling, extra or {})
         metas = [
-            CompletionMeta(r.prompt_id, sample, row, len(ids[row]), len(s.tokens), s.finish_reason, version)
-            for row, ((r, sample, _), s) in enumerate(zip(asked, sampled, strict=True))
+            CompletionMeta(
+                prompt_id=a.request.prompt_id,
+                sample=a.sample,
+                row=row,
+                prompt_tokens=len(inputs[a.request.row].tokens),
+                completion_tokens=one.sampled,
+                finish_reason=one.finish_reason,
+                version=version,
+                other_tokens=len(one.tokens) - one.sampled,
+                turns=one.turns,
+                failure=one.failure,
+            )
+            for row, (a, one) in enumerate(zip(asked, held, strict=True))
         ]
+        ids = [inputs[a.request.row].tokens for a in asked]
         columns: Columns = {
             "tokens": Ragged.from_rows(
-                [np.concatenate([p, s.tokens]) for p, s in zip(ids, sampled, strict=True)], np.int32
+                [np.concatenate([p, one.tokens]) for p, one in zip(ids, held, strict=True)], np.int32
             ),
             "loss_mask": Ragged.from_rows(
-                [np.arange(len(p) + len(s.tokens)) >= len(p) for p, s in zip(ids, sampled, strict=True)],
+                [np.concatenate([np.zeros(len(p)), one.trained]) for p, one in zip(ids, held, strict=True)],
                 np.bool_,
             ),
-            "logprobs": Ragged.from_rows([s.logprobs for s in sampled], np.float32),
-            "versions": Ragged.from_rows([np.full(len(s.tokens), version) for s in sampled], np.int32),
+            "logprobs": Ragged.from_rows([one.logprobs for one in held], np.float32),
+            "versions": Ragged.from_rows([np.full(one.sampled, version) for one in held], np.int32),
         }
-        return metas, columns, [s.text for s in sampled]
+        dialogues = [
+            {"messages": one.request.messages, "rollout_infos": one.request.rollout_infos}
+            for one in (held if self._conversations else ())
+        ]
+        return metas, columns, [one.last_text for one in held], dialogues
+
+    def _hold(
+        self,
+        asked: Sequence[Asked],
+        prompts: Sequence[EnginePrompt],
+        sampling: Sampling,
+        extra: Mapping[str, Sequence[Any]],
+    ) -> list[Conversation]:
+        """One turn of the model for each prompt, or a conversation."""
+
+        def speak(
+            which: Sequence[int], said: Sequence[NDArray[np.int32]], limits: Sequence[int], turn: int
+        ) -> list[Any]:
+            longer = [prompts[i].followed_by(more) for i, more in zip(which, said, strict=True)]
+            return self._engine.sample(longer, [asked[i].seed_of(turn) for i in which], sampling, limits)
+
+        if self._conversations is not None:
+            requests = [a.conversation(extra) for a in asked]
+            return self._conversations.hold(speak, requests, sampling.max_tokens)
+        held = [Conversation(Request([])) for _ in asked]
+        everything = range(len(asked))
+        none = np.zeros(0, dtype=np.int32)
+        turns = speak(everything, [none for _ in asked], [sampling.max_tokens for _ in asked], 1)
+        for one, spoken in zip(held, turns, strict=True):
+            one.add(spoken)
+        return held
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One completion to be made."""
+
+    request: PromptRequest
+    sample: int
+    seed: int
+
+    def seed_of(self, turn: int) -> int:
+        """Every turn has a seed of its own."""
+        if turn == 1:
+            return self.seed
+        return int(np.random.SeedSequence([self.seed, turn]).generate_state(1)[0] & 0x7FFFFFFF)
+
+    def conversation(self, extra: Mapping[str, Sequence[Any]]) -> Request:
+        """What a scheduler sees of the prompt's row before the first turn."""
+        row = {name: column[self.request.row] for name, column in extra.items()}
+        messages = [dict(message) for message in row.pop("messages")]
+        return Request(messages, row, f"{self.request.prompt_id}-{self.sample}")
 
 
 def read_prompt(prompts: Columns, row: int) -> EnginePrompt:

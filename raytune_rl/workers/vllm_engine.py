@@ -124,10 +124,19 @@ class VllmEngine:
         """Allocates weights and cache again."""
         self._engine.wake_up()
 
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return self._engine.get_tokenizer()
+
     def sample(
-        self, prompts: Sequence[EnginePrompt], seeds: Sequence[int], sampling: Sampling
+        self,
+        prompts: Sequence[EnginePrompt],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        limits: Sequence[int],
     ) -> list[Sampled]:
-        """Completes each prompt once, with its own seed. Order of answers is that of the prompts.
+        """Completes each prompt once, with its own seed and limit. Order of answers is that of the prompts.
 
         Raises:
             ImageError: A picture's file is gone or is not the one that was tokenized.
@@ -135,14 +144,14 @@ class VllmEngine:
         """
         position: dict[str, int] = {}
         decoded: dict[int, Image] = {}
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        for index, (prompt, seed, limit) in enumerate(zip(prompts, seeds, limits, strict=True)):
             name = str(next(self._numbers))
             position[name] = index
             request: Any = {"prompt_token_ids": prompt.given.tolist()}
             if prompt.pictures:
                 assert self._images is not None
                 request = self._images.request(prompt, decoded)
-            params = self._params(sampling, seed, len(prompt.tokens))
+            params = self._params(sampling, seed, min(limit, self._spec.max_model_len - len(prompt.tokens)))
             self._engine.add_request(name, request, params, lora_request=self._adapter)
         answers: dict[int, Sampled] = {}
         while self._engine.has_unfinished_requests():
@@ -158,17 +167,17 @@ class VllmEngine:
 
     def chat(self, messages: Sequence[Message], seed: int, sampling: Sampling) -> Iterator[Piece]:
         """Answers one conversation; see `RolloutWorker.chat`."""
-        tokenizer: Any = self._engine.get_tokenizer()
-        template = ChatTemplate.of(tokenizer)
+        template = ChatTemplate.of(self.tokenizer)
         text = template.render(messages, generation_prompt=True)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        prompt = self.tokenizer.encode(text, add_special_tokens=False)
         if len(prompt) >= self._spec.max_model_len:
             raise DataError(
                 f"the conversation has {len(prompt)} tokens and the engine takes {self._spec.max_model_len}: "
                 "begin a new one, or raise --vllm_max_model_len"
             )
         stops = tuple(dict.fromkeys((*sampling.stop_token_ids, *template.stop_token_ids())))
-        params = self._params(replace(sampling, stop_token_ids=stops), seed, len(prompt))
+        room = min(sampling.max_tokens, self._spec.max_model_len - len(prompt))
+        params = self._params(replace(sampling, stop_token_ids=stops), seed, room)
         params.output_kind, params.detokenize, params.logprobs = RequestOutputKind.DELTA, True, None
         name = str(next(self._numbers))
         self._engine.add_request(name, {"prompt_token_ids": prompt}, params, lora_request=self._adapter)
@@ -179,14 +188,14 @@ class VllmEngine:
         finally:
             self._engine.abort_request([name])  # nothing, once it has finished
 
-    def _params(self, sampling: Sampling, seed: int, prompt_tokens: int) -> SamplingParams:
+    def _params(self, sampling: Sampling, seed: int, max_tokens: int) -> SamplingParams:
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
-            max_tokens=min(sampling.max_tokens, self._spec.max_model_len - prompt_tokens),
+            max_tokens=max_tokens,
             stop=list(sampling.stop_words) or None,
             stop_token_ids=list(sampling.stop_token_ids) or None,
             logit_bias=dict.fromkeys(sampling.banned, NEVER) or None,
@@ -200,8 +209,7 @@ class VllmEngine:
         )
 
     def _decode(self, rows: Sequence[NDArray], sampling: Sampling) -> list[str]:
-        tokenizer: Any = self._engine.get_tokenizer()
-        return tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)
+        return self.tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)
 
     def _serve_from_disk(self, adapter: str | None) -> None:
         """Serves the weights that the engine was built with, and an adapter's directory, as version 0."""

@@ -95,7 +95,7 @@ def test_the_model_trains_on_its_own_tokens_only() -> None:
     # The second turn is asked with the first one's tokens exactly, and with what room they leave.
     which, said, limits, turn = script.asked[1]
     assert (which, turn) == ([0, 1], 2)
-    assert said[0] == held[0].tokens[: len(said[0])]
+    assert said[0] == held[0].tokens[: len(said[0])].tolist()
     assert limits == [100 - len(s) for s in said]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ from raytune_rl.multi_turn.scheduler import (
     make_scheduler,
     multi_turns,
 )
+from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.tiny.tokenizer import make_tiny_tokenizer
 from raytune_rl.workers.conversation import Conversation, Conversations
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "multi_turn.py"
 TOKENIZER = make_tiny_tokenizer()
 CHAT = ChatTemplate.of(TOKENIZER)
 END = TOKENIZER.eos_token_id
@@ -186,3 +189,15 @@ def test_an_unknown_scheduler_is_named_with_the_nearest() -> None:
             make_scheduler("refuses", 3)
     finally:
         del multi_turns["refuses"]
+
+
+def test_the_example_works_out_what_the_model_asks() -> None:
+    load_plugins([EXAMPLE])
+    try:
+        calculator = make_scheduler("calculator", 4)
+    finally:
+        multi_turns.pop("calculator")
+    (one,) = hold(calculator, Script("<calc>6 * (3+4)</calc>", "so <calc>2/0</calc>", "42"))
+    tools = [m["content"] for m in one.request.messages if m["role"] == "tool"]
+    assert tools == ["42", "not a sum that can be worked out"]
+    assert (one.turns, one.last_text, one.failure) == (3, "42", "")

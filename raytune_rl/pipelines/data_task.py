@@ -11,6 +11,7 @@ import numpy as np
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.data.example import Task
+from raytune_rl.errors import ConfigError
 from raytune_rl.pipelines.data import Account, ImageCounts, ImagePlaces, SourceCounts, TrainConfig
 
 
@@ -74,6 +75,8 @@ def encode_rows_task(
     from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 
     facts = model_facts(config)
+    if isinstance(config, PreferenceConfig) and config.own_reference and config.ref_model:
+        check_vocabulary(facts.tokenizer, config.ref_model, config)
     images = ImageSettings(facts.vision, places.root, places.inline) if facts.vision else None
     encoders: dict[str, Any] = {"sft": encode_sft, "pairs": encode_pairs, "labels": encode_labelled}
 
@@ -115,6 +118,23 @@ def model_facts(config: TrainConfig) -> ModelFacts:
         return ModelFacts(load.load_tokenizer(path, trust_remote_code=trust), positions, takes_images)
     vision = VisionProcessor.of(processor, config.max_pixels)
     return ModelFacts(processor.tokenizer, positions, takes_images, vision)
+
+
+def check_vocabulary(tokenizer: Any, ref_model: str, config: TrainConfig) -> None:
+    """A reference is asked about the policy's own tokens, so it must mean the same by them.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    from raytune_rl.models import load
+
+    path = load.resolve_path(ref_model, use_hf=config.use_hf)
+    theirs = load.load_tokenizer(path, trust_remote_code=config.trust_remote_code).get_vocab()
+    if theirs != tokenizer.get_vocab():
+        raise ConfigError(
+            f"--ref_model {ref_model} has another vocabulary than --model {config.model}: the same token "
+            "means something else to it. Take a reference of the same family."
+        )
 
 
 def quarantine_dropped(dropped: Any, path: Path) -> Path | None:

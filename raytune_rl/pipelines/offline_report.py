@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raytune_rl.config import PreferenceConfig, SFTConfig
 from raytune_rl.config.batching import SFTSchedule
@@ -54,8 +53,13 @@ def plan_of(
         ("optimizer steps", f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch)"),
         *([] if packs is None else [("packing", f"{len(train):,} rows in {len(packs):,} packs")]),
         ("tokens an epoch", f"{tokens:,}, of which {trained:,} are trained on"),
-        *([("labels", _labels(train.values["label"][mine]))] if "label" in train.values else []),
     ]
+    labels = train.values["label"][mine] if "label" in train.values else None
+    if labels is not None:
+        desirable = int(labels.sum())
+        rows.append(("labels", f"{desirable:,} desirable, {len(labels) - desirable:,} undesirable"))
+        if desirable in (0, len(labels)):
+            notices = [*notices, "all rows have the same label, so there is nothing to tell apart"]
     if objective.needs_reference:
         rows.append(("reference", _reference(config)))
     inside = {"policy": trainer(config, groups), "reference": "until its log-probs are known"}
@@ -76,11 +80,6 @@ def plan_of(
         ],
         notices,
     )
-
-
-def _labels(labels: NDArray[np.float64]) -> str:
-    desirable = int(labels.sum())
-    return f"{desirable:,} desirable, {len(labels) - desirable:,} undesirable"
 
 
 def _reference(config: OfflineConfig) -> str:

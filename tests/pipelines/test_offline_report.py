@@ -1,0 +1,96 @@
+"""What a run on preferences says before it starts, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from raytune_rl.config import PreferenceConfig
+from raytune_rl.config.batching import sft_schedule_of
+from raytune_rl.errors import ConfigError
+from raytune_rl.models.load import load_tokenizer
+from raytune_rl.pipelines.data import Account, SourceCounts, TokenSet
+from raytune_rl.pipelines.data_task import check_vocabulary
+from raytune_rl.pipelines.lifecycle import Origin
+from raytune_rl.pipelines.objective import preference
+from raytune_rl.pipelines.offline_report import plan_of, with_margin
+from raytune_rl.pipelines.resources import offline_groups
+from raytune_rl.runtime.cluster import ClusterInfo
+from raytune_rl.tiny.model import make_tiny_model
+from raytune_rl.tracking.run_dir import RunDir
+
+
+def plan(tmp_path: Path, rows: int, values: dict[str, Any], **settings: Any) -> str:
+    config = PreferenceConfig(model="m", dataset="d", **settings)
+    objective = preference(config)
+    account = Account((SourceCounts("d", rows // 2, 0, rows // 2),), {}, None, (), None, ())
+    lengths = np.arange(rows, dtype=np.int64) + 10
+    data = TokenSet(None, lengths, lengths // 2, account, values)
+    cluster = ClusterInfo(True, "10.0.0.1:6379", {"10.0.0.1": {"CPU": 2.0}}, 0, has_gpus=False)
+    origin = Origin(RunDir(tmp_path), None, {}, ())
+    made = plan_of(
+        config,
+        objective,
+        offline_groups(config, cluster),
+        sft_schedule_of(config, 1, rows // 2),
+        data,
+        None,
+        origin,
+        cluster,
+        [],
+    )
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(made.render())
+    return console.export_text()
+
+
+def test_pairs_are_counted_as_pairs(tmp_path: Path) -> None:
+    said = plan(
+        tmp_path, 8, {}, rlhf_type="dpo", per_device_train_batch_size=2, gradient_accumulation_steps=1
+    )
+    assert "DPO on m, lora" in said
+    assert "4 pairs" in said
+    assert "2 pairs" in said
+    assert "108, of which 52 are trained on" in said
+    assert "the model before its first step; its log-probs are taken once" in said
+    assert "reference" not in plan(tmp_path, 8, {}, rlhf_type="simpo")
+    assert "r with a; its log-probs" in plan(
+        tmp_path, 8, {}, rlhf_type="dpo", ref_model="r", ref_adapters="a"
+    )
+
+
+def test_rows_of_kto_are_counted_without_their_counterparts(tmp_path: Path) -> None:
+    labels = {"label": np.repeat([1.0, 0.0, 1.0, 1.0], 2)}
+    said = plan(tmp_path, 8, labels, rlhf_type="kto")
+    assert "4 rows" in said
+    assert "52, of which 26 are trained on" in said
+    assert "3 desirable, 1 undesirable" in said
+    assert "nothing to tell apart" not in said
+    assert "nothing to tell apart" in plan(tmp_path, 8, {"label": np.ones(8)}, rlhf_type="kto")
+
+
+def test_a_lead_is_worked_out_where_rows_are_no_pairs() -> None:
+    assert with_margin({"rewards/chosen": 2.0, "rewards/rejected": -1.0})["rewards/margins"] == 3.0
+    assert (
+        with_margin({"rewards/chosen": 2.0, "rewards/rejected": 0.0, "rewards/margins": 9.0})[
+            "rewards/margins"
+        ]
+        == 9.0
+    )
+    assert with_margin({"rewards/chosen": 2.0}) == {"rewards/chosen": 2.0}
+
+
+def test_a_reference_must_mean_the_same_by_a_token(tmp_path: Path) -> None:
+    config = PreferenceConfig(model="m", dataset="d", ref_model="r")
+    own = load_tokenizer(make_tiny_model(tmp_path / "own", hidden=64, layers=1))
+    check_vocabulary(own, str(tmp_path / "own"), config)
+    other = load_tokenizer(tmp_path / "own")
+    other.add_tokens(["<another>"])
+    other.save_pretrained(tmp_path / "own")
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        check_vocabulary(own, str(tmp_path / "own"), config)

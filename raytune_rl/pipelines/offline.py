@@ -217,10 +217,10 @@ class OfflineRun:
 
         steps = min(self.schedule.total_steps, self.schedule.steps_per_epoch)
         seen = np.unique(np.concatenate([self.order.batch(step) for step in range(steps)]))
-        self.rows = ScoredSet.by(score, self.rows.rows, needed(seen), workers)
+        self.rows = ScoredSet.by(score, self.rows.rows, needed(seen), workers, self.run.say)
         if self.held_out is not None:
             every = self.units_of(self.held_out.rows)
-            self.held_out = ScoredSet.by(score, self.held_out.rows, needed(every), workers)
+            self.held_out = ScoredSet.by(score, self.held_out.rows, needed(every), workers, self.run.say)
 
     # -- the loop
     # ---------------------------------------------------------------------------------------------

@@ -38,7 +38,14 @@ class ScoredSet:
         return cls(rows, {}, np.full(len(rows), np.nan))
 
     @classmethod
-    def by(cls, score: Score, rows: TokenSet, needed: Sequence[int], workers: int) -> ScoredSet:
+    def by(
+        cls,
+        score: Score,
+        rows: TokenSet,
+        needed: Sequence[int],
+        workers: int,
+        say: Callable[[str], None],
+    ) -> ScoredSet:
         """Takes the log-probs of the rows that are needed, a part of them at a time.
 
         Args:
@@ -46,6 +53,7 @@ class ScoredSet:
             rows: All rows.
             needed: Numbers of those to score.
             workers: How many share the work.
+            say: Told now and then how far it is, where that takes more than one call.
         """
         at_a_time = ROWS_OF_A_CALL * workers
         columns: dict[int, RowPointer] = {}
@@ -55,4 +63,6 @@ class ScoredSet:
             scored = score([rows.pointer(row) for row in part], rows.lengths[part].tolist())
             columns |= dict(zip(part, scored.columns, strict=True))
             sums[part] = scored.sums
+            if len(needed) > at_a_time:
+                say(f"reference: {start + len(part):,} of {len(needed):,} rows")
         return cls(rows, columns, sums)

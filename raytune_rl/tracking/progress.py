@@ -25,6 +25,8 @@ SHOWN = {
     "reward": "reward",
     "eval_reward": "held-out reward",
     "kl": "kl",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
     "token_acc": "token acc",
     "eval_loss": "held-out loss",
     "completions/mean_length": "length",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raytune_rl.config import ExportConfig, InferConfig, SFTConfig
-from raytune_rl.config.parser import parse
+from raytune_rl.config.parser import parse, rlhf_class
 from tests.data.seed_commands.extract import seed_commands
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "commands"
@@ -46,5 +46,5 @@ def test_a_script_is_the_documents_command(script: str, name: str) -> None:
 @pytest.mark.parametrize("script", [path.name for path in sorted(SCRIPTS.glob("*.sh"))])
 def test_a_script_parses(script: str) -> None:
     environ, command, words = read(script)
-    if command in CONFIGS:
-        assert parse(words, CONFIGS[command], environ=environ).config
+    config_class = rlhf_class(words) if command == "rlhf" else CONFIGS[command]
+    assert parse(words, config_class, environ=environ).config

@@ -39,7 +39,7 @@ NOT_BUILT = frozenset(
         "freeze_parameters", "gym_env", "init_weights", "lazy_tokenize", "lora_bias", "lora_dtype",
         "model_type", "move_model_batches",
         "neftune_noise_alpha", "predict_with_generate", "reward_model", "reward_model_plugin",
-        "sequence_parallel_size", "shuffle_buffer_size", "streaming", "target_regex",
+        "sequence_parallel_size", "target_regex",
         "teacher_model", "template", "use_gym_env", "use_liger_kernel",
         "vit_gradient_checkpointing", "vit_lr",
     }

@@ -41,6 +41,8 @@ def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str
     if config.train_type == "full":
         lora = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
         yield from _idle(config, lora, "--train_type full trains every weight, without LoRA")
+    if isinstance(config, SFTConfig) and not config.streaming:
+        yield from _idle(config, ("shuffle_buffer_size",), "it is for --streaming true")
     if config.max_steps > 0:
         yield from _idle(config, ("num_train_epochs",), "--max_steps goes first")
 

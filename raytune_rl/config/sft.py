@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Literal, Self
 
@@ -27,6 +28,18 @@ class SupervisedOptions(Options):
         "pack do not see each other.",
     )
 
+    streaming: bool = _setting(
+        False,
+        "Read and tokenize rows while training, --shuffle_buffer_size at a time, for data that memory cannot "
+        "hold. Needs --max_steps; after the last row it begins anew.",
+    )
+    shuffle_buffer_size: int = _setting(
+        1000,
+        "Rows of a window under --streaming: they are shuffled, and with --packing packed, among themselves. "
+        "The last step of a window may hold fewer.",
+        ge=1,
+    )
+
     @model_validator(mode="after")
     def _check_supervised(self) -> Self:
         if self.packing and getattr(self, "padding_free", None) is False:
@@ -34,4 +47,20 @@ class SupervisedOptions(Options):
                 "--packing true lays rows end to end, which --padding_free false forbids: "
                 "leave out one of the two."
             )
+        if self.streaming:
+            self._check_streaming()
         return self
+
+    def _check_streaming(self) -> None:
+        if getattr(self, "max_steps", 1) < 1:
+            raise ConfigError("--streaming true needs --max_steps: how many rows a stream has is not known.")
+        if getattr(self, "split_dataset_ratio", 0) > 0:
+            raise ConfigError(
+                "--split_dataset_ratio cannot set aside a share of a stream: name the rows with "
+                "--val_dataset."
+            )
+        drawn = [name for name in getattr(self, "dataset", ()) if re.search(r"#\d+$", name)]
+        if drawn:
+            raise ConfigError(
+                f"--dataset {drawn[0]}: rows cannot be drawn from a stream; leave out what follows the #."
+            )

@@ -113,7 +113,7 @@ def load_examples(
         ConfigError: `system` or `columns` cannot be honoured.
     """
     convert = Converter(task, system=resolve_system(system), columns=columns)
-    quarantine = _Quarantine(quarantine_path)
+    quarantine = Quarantine(quarantine_path)
     examples: list[Example] = []
     sources: list[SourceReport] = []
     notices: list[str] = []
@@ -128,7 +128,7 @@ def load_examples(
                 if not shuffle and spec.sample is not None and len(good) == spec.sample:
                     break
                 rows += 1
-                example = _convert(convert, asked(row, question), strict, quarantine)
+                example = convert_row(convert, asked(row, question), strict, quarantine)
                 if example is not None:
                     good.append(example)
             if not good:
@@ -149,6 +149,16 @@ def load_examples(
     report = LoadReport(tuple(sources), dict(quarantine.reasons), tuple(notices), quarantine.written_to)
     _log(report)
     return Loaded(tuple(examples), report)
+
+
+def account_of(
+    name: str, rows: int, bad: int, notices: Sequence[str], convert: Converter, quarantine: Quarantine
+) -> LoadReport:
+    """The report on part of a stream."""
+    quarantine.flush()
+    told = [*notices, *(f"{count} {sentence}" for sentence, count in convert.notices.items())]
+    source = SourceReport(name, rows, rows - bad, bad, rows - bad)
+    return LoadReport((source,), dict(quarantine.reasons), tuple(told), quarantine.written_to)
 
 
 def split_examples(
@@ -177,7 +187,14 @@ def split_examples(
     return train, tuple(example for i, example in enumerate(examples) if i in held_out)
 
 
-def _convert(convert: Converter, row: Row | BadRow, strict: bool, quarantine: _Quarantine) -> Example | None:
+def convert_row(
+    convert: Converter, row: Row | BadRow, strict: bool, quarantine: Quarantine
+) -> Example | None:
+    """A row understood; None for a bad one, which is then in quarantine.
+
+    Raises:
+        RowError: It is bad, and `strict` is on.
+    """
     if isinstance(row, BadRow):
         error = RowError(row.source, row.line, row.reason)
         raw: Any = row.raw
@@ -192,10 +209,16 @@ def _convert(convert: Converter, row: Row | BadRow, strict: bool, quarantine: _Q
     return None
 
 
-class _Quarantine:
-    """Bad rows, written one by one to a file that is only made when there is one."""
+class Quarantine:
+    """Bad rows, written one by one to a file that is only made when there is one.
 
-    def __init__(self, path: Path | None) -> None:
+    Args:
+        path: The file; None only counts.
+        adds: Go on with a file that is there, instead of replacing it.
+    """
+
+    def __init__(self, path: Path | None, adds: bool = False) -> None:
+        self._adds = adds
         self.reasons: Counter[str] = Counter()
         self.first: RowError | None = None
         self.written_to: Path | None = None
@@ -209,10 +232,14 @@ class _Quarantine:
             return
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("w", encoding="utf-8")
+            self._file = self._path.open("a" if self._adds else "w", encoding="utf-8")
             self.written_to = self._path
         entry = {"source": error.source, "line": error.line, "reason": error.reason, "row": raw}
         self._file.write(json.dumps(entry, ensure_ascii=False, default=_jsonable) + "\n")
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:
@@ -224,7 +251,7 @@ def _jsonable(value: Any) -> str:
     return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
 
 
-def _nothing_usable(text: str, rows: int, quarantine: _Quarantine) -> str:
+def _nothing_usable(text: str, rows: int, quarantine: Quarantine) -> str:
     if rows == 0 or quarantine.first is None:
         return f"data set {text!r} has no rows"
     return f"data set {text!r}: none of its {rows} rows can be used. The first: {quarantine.first}"

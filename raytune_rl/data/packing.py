@@ -68,8 +68,12 @@ class PackBatches:
     packs: Packs
     batch_size: int
 
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-len(self.packs) // self.batch_size)
+
     def batch(self, number: int) -> NDArray[np.int64]:
         """The row numbers in batch `number`, counted from 0 over all epochs, int64."""
-        epoch, within = divmod(number, -(-len(self.packs) // self.batch_size))
+        epoch, within = divmod(number, self.batches_per_epoch)
         chosen = self.packs.epoch(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
         return np.concatenate([np.asarray(pack, dtype=np.int64) for pack in chosen])

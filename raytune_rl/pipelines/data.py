@@ -7,7 +7,7 @@ and an account of every row.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def token_sets(
     places = ImagePlaces.of(config, one_machine)
     refs = on_this_node(encode_rows_task, 4, config, task, str(quarantine), places)
     train, held_out = refs[:2], refs[2:]
-    return _token_set(train, config), _token_set(held_out, config) if _has_rows(held_out[1], config) else None
+    return token_set(train, config), token_set(held_out, config) if _has_rows(held_out[1], config) else None
 
 
 def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_positions: int | None) -> int:
@@ -236,7 +236,8 @@ def _prompt_set(refs: list[Any], config: RLHFConfig) -> PromptSet:
     return PromptSet(columns, extra, texts, lengths, account)
 
 
-def _token_set(refs: list[Any], config: TrainConfig) -> TokenSet:
+def token_set(refs: Sequence[Any], config: TrainConfig) -> TokenSet:
+    """The rows of two references, to the columns and to the facts, once they are there."""
     columns, facts = refs
     lengths, loss_lengths, account, values = _wait(facts, config)
     return TokenSet(columns, lengths, loss_lengths, account, values)

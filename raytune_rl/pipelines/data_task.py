@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ class ModelFacts:
     max_positions: int | None
     takes_images: bool
     vision: Any = None
+
+
+RowsEncoder = Callable[[Any, Any, Path], tuple[Any, ...]]
 
 
 def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces) -> tuple[Any, ...]:
@@ -71,6 +75,15 @@ def encode_rows_task(
     config: SFTConfig | PreferenceConfig, task: Task, quarantine: str, places: ImagePlaces
 ) -> tuple[Any, ...]:
     """Rows to train on and held out: each the columns, and (lengths, trained lengths, account, values)."""
+    encode = rows_encoder(config, task, places)
+    train, held_out = _load(config, task, Path(quarantine))
+    train_path, held_out_path = _quarantines(config, Path(quarantine))
+    made = encode(train[0], train[1], train_path)
+    return (*made, *(encode(held_out[0], held_out[1], held_out_path) if held_out else (None,) * 2))
+
+
+def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces) -> RowsEncoder:
+    """What makes columns and facts of examples, their report and a file for bad rows."""
     from raytune_rl.data.encode import ImageSettings, encode_sft
     from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 
@@ -96,10 +109,7 @@ def encode_rows_task(
         columns = {"tokens": found.tokens, "loss_mask": found.loss_mask, **found.images}
         return columns, (found.tokens.lengths, counts, _account(report, found, facts, path), found.values)
 
-    train, held_out = _load(config, task, Path(quarantine))
-    train_path, held_out_path = _quarantines(config, Path(quarantine))
-    made = encode(train[0], train[1], train_path)
-    return (*made, *(encode(held_out[0], held_out[1], held_out_path) if held_out else (None,) * 2))
+    return encode
 
 
 def model_facts(config: TrainConfig) -> ModelFacts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.config import PreferenceConfig, SFTConfig, resolved
 from raytune_rl.config.batching import SFTSchedule, sft_schedule_of
+from raytune_rl.data.example import Task
 from raytune_rl.data.packing import PackBatches, Packs
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.data.sampler import BatchPlan
@@ -29,6 +31,7 @@ from raytune_rl.pipelines.policy_group import PolicyGroup, score_rows
 from raytune_rl.pipelines.resources import Groups, offline_groups
 from raytune_rl.pipelines.scored import Score, ScoredSet
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
+from raytune_rl.pipelines.stream import Stream, held_out_of
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.workers.policy import PolicyWorker, policy_env
@@ -60,12 +63,12 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         groups = offline_groups(config, cluster)
         origin = find_origin(config)
         with stage("reading and tokenizing the data"):
-            train, held_out = token_sets(
-                config,
-                objective.shape.task,
-                origin.run_dir.quarantine_jsonl,
-                one_machine=cluster.started_here,
-            )
+            where = (config, objective.shape.task, origin.run_dir.quarantine_jsonl)
+            stream = stream_of(*where, cluster.started_here, origin, stack)
+            if stream is None:
+                train, held_out = token_sets(*where, one_machine=cluster.started_here)
+            else:
+                train, held_out = stream.next(), held_out_of(*where, cluster.started_here)  # type: ignore[arg-type]
         packs = packs_of(config, train)
         units = len(train) // objective.shape.rows if packs is None else len(packs)
         schedule = sft_schedule_of(config, groups["policy"].workers, units)
@@ -79,7 +82,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         plan = offline_report.plan_of(
             config, objective, groups, schedule, train, held_out, origin, cluster, told, packs
         )
-        started = OfflineRun(config, objective, groups, schedule, train, held_out, origin, packs)
+        started = OfflineRun(config, objective, groups, schedule, train, held_out, origin, packs, stream)
         started.run.say(plan.render())
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
         with stage("starting the actors"):
@@ -91,10 +94,20 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         with started.run.watched():
             started.train()
             result = started.run.finish()
-        offline_report.summary_of(config, objective, started.run, train.account, result).show(
-            started.run.console
-        )
+        account = train.account if stream is None or stream.account is None else stream.account
+        summary = offline_report.summary_of(config, objective, started.run, account, result)
+        summary.show(started.run.console)
         return result
+
+
+def stream_of(
+    config: OfflineConfig, task: Task, quarantine: Path, one_machine: bool, origin: Origin, stack: ExitStack
+) -> Stream | None:
+    """The windows of `--streaming true`, from the one in which the run stopped; None without it."""
+    if not (isinstance(config, SFTConfig) and config.streaming):
+        return None
+    first = int(origin.state.get("window", 0))
+    return Stream(config, task, quarantine, one_machine, first, stack)
 
 
 def packs_of(config: OfflineConfig, rows: TokenSet) -> Packs | None:
@@ -127,6 +140,7 @@ class OfflineRun:
         held_out: TokenSet | None,
         origin: Origin,
         packs: Packs | None = None,
+        stream: Stream | None = None,
     ) -> None:
         self.config = config
         self.objective = objective
@@ -136,12 +150,17 @@ class OfflineRun:
         self.held_out = None if held_out is None else ScoredSet.without_reference(held_out)
         self.origin = origin
         self.run = Run(config, origin, schedule.total_steps, best_by="eval_loss", greater_is_better=False)
-        units, size = len(train) // objective.shape.rows, schedule.rows_per_step
-        self.order = (
-            BatchPlan(units, size, config.data_seed, config.dataset_shuffle, drop_last=False)
-            if packs is None
-            else PackBatches(packs, size)
-        )
+        self.order = self.order_of(train, packs)
+        self.stream = stream
+        self.taken = int(origin.state.get("batches_of_window", 0))
+
+    def order_of(self, rows: TokenSet, packs: Packs | None) -> BatchPlan | PackBatches:
+        """The batches of each epoch."""
+        config, size = self.config, self.schedule.rows_per_step
+        if packs is not None:
+            return PackBatches(packs, size)
+        units = len(rows) // self.objective.shape.rows
+        return BatchPlan(units, size, config.data_seed, config.dataset_shuffle, drop_last=False)
 
     # -- starting
     # ---------------------------------------------------------------------------------------------
@@ -232,13 +251,33 @@ class OfflineRun:
             self.evaluate()
         run.timer.finish()
         while run.step < self.schedule.total_steps and not run.stop_requested:
-            self.train_step(self.order.batch(run.step))
+            self.train_step(self.next_units())
             last = run.step >= self.schedule.total_steps or run.stop_requested
             with run.timer.paused():
                 if last or run.step % resolved.eval_steps(config) == 0:
                     self.evaluate()
                 if last or run.step % config.save_steps == 0:
-                    run.save(self.policy, {})
+                    run.save(self.policy, self.position)
+
+    def next_units(self) -> Units:
+        """What the next step is about: the data in memory, or the stream's window as an epoch of its own."""
+        if self.stream is None:
+            return self.order.batch(self.run.step)
+        if self.taken == self.order.batches_per_epoch:
+            with self.run.timer.phase("data"):
+                window = self.stream.next()
+            self.rows = ScoredSet.without_reference(window)
+            self.order = self.order_of(window, packs_of(self.config, window))
+            self.taken = 0
+        self.taken += 1
+        return self.order.batch(self.stream.number * self.order.batches_per_epoch + self.taken - 1)
+
+    @property
+    def position(self) -> dict[str, int]:
+        """What a checkpoint must know of the data beside the step."""
+        if self.stream is None:
+            return {}
+        return {"window": self.stream.number, "batches_of_window": self.taken}
 
     def train_step(self, units: Units) -> None:
         """The loss is a mean over the whole batch, wherever its rows lie."""

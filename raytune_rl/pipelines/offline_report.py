@@ -48,11 +48,12 @@ def plan_of(
     mine = shape.rows_of(np.arange(len(train) // shape.rows), shape.trained)
     tokens, trained = int(train.lengths[mine].sum()), int(train.loss_lengths[mine].sum())
     unit = shape.unit if packs is None else f"packs of up to {packs.capacity:,} tokens"
+    span = "a window" if isinstance(config, SFTConfig) and config.streaming else "an epoch"
     rows = [
         ("each step", f"{schedule.rows_per_step} {unit}"),
-        ("optimizer steps", f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} an epoch)"),
+        ("optimizer steps", f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} {span})"),
         *([] if packs is None else [("packing", f"{len(train):,} rows in {len(packs):,} packs")]),
-        ("tokens an epoch", f"{tokens:,}, of which {trained:,} are trained on"),
+        (f"tokens {span}", f"{tokens:,}, of which {trained:,} are trained on"),
     ]
     labels = train.values["label"][mine] if "label" in train.values else None
     if labels is not None:

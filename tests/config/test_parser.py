@@ -77,7 +77,7 @@ def test_none_takes_back_what_a_file_sets(tmp_path: Path) -> None:
         (["--zzzzzz"], "Unknown flag --zzzzzz."),
         (["--num_generations", "4"], "--num_generations is no flag of raytune-rl sft, but of rlhf"),
         (["--num_infer_workers", "4"], "--num_infer_workers is no flag of raytune-rl sft, but of rlhf"),
-        (["--streaming", "true"], "--streaming is a flag of ms-swift that is not built yet"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha is a flag of ms-swift that is not built"),
         (["--seed"], "--seed needs a value (int)"),
         (["--system", "You", "are"], "--system takes one value, but 2 follow it: 'You' 'are'"),
         (["--use_rslora", "maybe"], "--use_rslora: 'maybe' is neither true nor false"),

@@ -21,18 +21,18 @@ def apply(
     notices: list[str] = []
     if "policy_workers" in flags:
         notices += _policy_workers(settings, flags, environ)
-        notices += _media(settings, environ)
+    notices += _media(settings, flags, environ)
     if "use_hf" in flags and environ.get("USE_HF", "").lower() in ("1", "true") and "use_hf" not in settings:
         settings["use_hf"] = True
         notices.append(f"USE_HF={environ['USE_HF']} is read as --use_hf true.")
     return settings, notices
 
 
-def _media(settings: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+def _media(settings: dict[str, Any], flags: Mapping[str, Flag], environ: Mapping[str, str]) -> list[str]:
     notices = []
     for name in ("max_pixels", "root_image_dir"):
         value = environ.get(name.upper())
-        if not value:
+        if not value or name not in flags:
             continue
         if settings.get(name) is None:
             settings[name] = whole_number(name.upper(), value) if name == "max_pixels" else value

@@ -58,6 +58,11 @@ class InferConfig(ClusterOptions, EngineOptions):
         "true: a row that cannot be used stops the command with its file and line. "
         "false: it is left out and counted.",
     )
+    max_pixels: int | None = _data(
+        None,
+        "Vision models: most pixels of an image; larger ones are scaled down. Not set: the processor's own.",
+        ge=1,
+    )
     dataset_num_proc: int = _data(1, "Processes that encode rows.", ge=1)
 
     max_new_tokens: int | None = _sampling(

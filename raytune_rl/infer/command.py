@@ -126,7 +126,7 @@ class Trial:
         """Answers every row and writes the answers down in the order of the rows."""
         assert self.rows is not None
         prompts, asked = self.rows
-        sampling = replace(self.sampling, stop_token_ids=asked.stop_token_ids)
+        sampling = replace(self.sampling, stop_token_ids=asked.stop_token_ids, banned=asked.placeholder_ids)
         rollout = RolloutGroup(self.group, sampling, self.config.seed)
         size = ROWS_AT_A_TIME * len(self.group)
         starts = range(0, len(asked), size)
@@ -149,6 +149,11 @@ class Trial:
             self.console.print(notice)
         account = Account((), {}, None, asked.notices, None, asked.stop_token_ids)
         return PromptSet(columns, None, None, asked.lengths, account), asked
+
+    def _media_limits(self) -> dict[str, int] | None:
+        """As many pictures as a row shows; None where the model or the rows have none."""
+        most = self.rows[1].most_images if self.rows is not None else None
+        return None if not most else {"image": most, "video": 0, "audio": 0}
 
     def _spec(self, rank: int) -> EngineSpec:
         config, on_gpu = self.config, self.groups.on_gpu
@@ -173,6 +178,8 @@ class Trial:
             trust_remote_code=config.trust_remote_code,
             seed=config.seed + rank,
             adapter=self.source.adapter,
+            media_limits=self._media_limits(),
+            max_pixels=config.max_pixels,
         )
 
 

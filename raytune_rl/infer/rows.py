@@ -7,7 +7,6 @@ from typing import Any
 
 from raytune_rl.config import InferConfig
 from raytune_rl.data.formats import LABELS
-from raytune_rl.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -19,6 +18,8 @@ class Asked:
         conversations: Messages of each row as plain dicts, without the answer.
         labels: The answer in the data, or None.
         stop_token_ids: Tokens that end an assistant's turn.
+        placeholder_ids: Tokens that stand for pictures: no answer may have them.
+        most_images: Of one row; None for a model that takes none.
         notices: Sentences for the user.
     """
 
@@ -26,6 +27,8 @@ class Asked:
     conversations: list[list[dict[str, Any]]]
     labels: list[str | None]
     stop_token_ids: tuple[int, ...]
+    placeholder_ids: tuple[int, ...]
+    most_images: int | None
     notices: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -36,12 +39,12 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
     """Prompt columns and what they say; see `Asked`.
 
     Raises:
-        DataError: A row cannot be used, or has images.
+        DataError: A row cannot be used.
     """
     from raytune_rl.data.chat import ChatTemplate
-    from raytune_rl.data.encode import encode_prompts
+    from raytune_rl.data.encode import ImageSettings, encode_prompts
     from raytune_rl.data.load import load_examples
-    from raytune_rl.models.load import load_tokenizer
+    from raytune_rl.data.pictures import count_pictures
 
     loaded = load_examples(
         config.val_dataset,
@@ -53,23 +56,42 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
         seed=config.seed,
         use_hf=config.use_hf,
     )
-    for example in loaded.examples:
-        if example.has_media:
-            raise DataError(
-                f"{example.source}:{example.line}: the row has images, which infer cannot take yet"
-            )
-    tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+    tokenizer, vision = _reader(config, model)
     found = encode_prompts(
-        loaded.examples, tokenizer, None, "left", strict=config.strict, num_proc=config.dataset_num_proc
+        loaded.examples,
+        tokenizer,
+        None,
+        "left",
+        strict=config.strict,
+        num_proc=config.dataset_num_proc,
+        images=None if vision is None else ImageSettings(vision, inline=True),
     )
     kept = [loaded.examples[i] for i in found.index]
     left_out = loaded.report.bad + len(found.dropped)
     notices = [*loaded.report.notices, *found.notices]
     notices += [f"{left_out} rows cannot be used and are left out (--strict false)"] if left_out else []
-    return {"prompt": found.prompts}, Asked(
+    columns = {"prompt": found.prompts, **found.images}
+    columns |= {} if found.given is None else {"given": found.given}
+    return columns, Asked(
         found.prompts.lengths,
         [[message.for_template() for message in example.messages] for example in kept],
         [example.extra.get(LABELS) for example in kept],
-        ChatTemplate.of(tokenizer).stop_token_ids(),
+        (ChatTemplate.of(tokenizer) if vision is None else vision.chat).stop_token_ids(),
+        () if vision is None else vision.placeholder_ids,
+        None if vision is None else count_pictures(found.images)[-1],
         tuple(notices),
     )
+
+
+def _reader(config: InferConfig, model: str) -> tuple[Any, Any]:
+    """The tokenizer, and of a vision model its processor."""
+    from raytune_rl.data.vision import VisionProcessor
+    from raytune_rl.models import load
+
+    trust = config.trust_remote_code
+    takes_images = load.is_vision_config(load.load_config(model, trust_remote_code=trust))
+    processor = load.load_vision_processor(model, trust_remote_code=trust) if takes_images else None
+    if processor is None:
+        return load.load_tokenizer(model, trust_remote_code=trust), None
+    vision = VisionProcessor.of(processor, config.max_pixels)
+    return processor.tokenizer, vision

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from raytune_rl import cli
+from raytune_rl.tiny.shapes import write_shapes
+from raytune_rl.tiny.vision import make_tiny_vision_model
 from tests.cluster.conftest import Tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -69,6 +71,33 @@ def test_a_file_of_rows_is_answered(checkpoint: Path, tiny: Tiny, capsys: pytest
         assert row["response"] == greedy(question)
     assert rows[0]["response"] != greedy(data[0][0]["content"], adapter=False), "the adapter is served"
     assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
+
+
+def test_rows_with_pictures_are_answered(cluster: None, tmp_path: Path) -> None:
+    """By a whole vision model, as Transformers answers them."""
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = make_tiny_vision_model(tmp_path / "model")
+    shapes = write_shapes(tmp_path / "data", train=3)
+    answers = tmp_path / "answers.jsonl"
+    words = ["infer", "--model", str(model), "--val_dataset", str(shapes.sft), "--result_path", str(answers),
+             "--max_new_tokens", "8", "--temperature", "0"]  # fmt: skip
+    assert cli.main(words) == 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    data = [json.loads(line) for line in shapes.sft.read_text().splitlines()]
+    processor = AutoProcessor.from_pretrained(model)
+    plain = AutoModelForImageTextToText.from_pretrained(model).eval()
+    placeholders = [processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|video_pad|>")]
+    for row, asked in zip(rows, data, strict=True):
+        assert row["labels"] == asked["messages"][1]["content"]
+        parts = [{"type": "image"}, {"type": "text", "text": "Which shape is it?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        inputs = processor(text=[text], images=[Image.open(asked["images"][0])], return_tensors="pt")
+        out = plain.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=placeholders)[
+            0, inputs["input_ids"].shape[1] :
+        ]
+        assert row["response"] == processor.tokenizer.decode(out, skip_special_tokens=True)
 
 
 def test_a_chat_reads_from_the_terminal(

@@ -1,8 +1,8 @@
 """Rows a second and peak memory of reading, understanding and tokenizing chats, as the data task does it.
 
-Each line is a process of its own on a file of so many rows. Memory is the peak over what the imports and the
-tokenizer take, and beside it the size of the result; flat would mean that what is above the result does not
-grow with the rows.
+Each line is a process of its own on a file of so many rows: all at once, with one or more processes, and as
+`--streaming true` does it, window after window. Memory is the peak over what the imports and the tokenizer
+take, and beside it the size of the tokens. A stream is flat: its peak does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.table import machine, render
 from raytune_rl.tiny.model import make_tiny_model
 
+WINDOW = 1000
+"""Rows of a window: the default of --shuffle_buffer_size."""
 WORDS = """the model answers with words of a plain text
 that a tokenizer cuts in pieces one seven nine""".split()  # noqa: SIM905
 
@@ -44,6 +47,8 @@ def encode(model: str, data: str, processes: int) -> dict[str, float]:
 
     tokenizer = load_tokenizer(model)
     before, began = _peak(resource.RUSAGE_SELF), time.perf_counter()
+    if not processes:
+        return stream(data, tokenizer, before, began)
     loaded = load_examples([data], task="sft")
     read = time.perf_counter() - began
     found = encode_sft(loaded.examples, tokenizer, num_proc=processes)
@@ -58,6 +63,28 @@ def encode(model: str, data: str, processes: int) -> dict[str, float]:
         "peak": _peak(resource.RUSAGE_SELF) - before,
         "result": result / 2**20,
     }
+
+
+def stream(data: str, tokenizer: Any, before: float, began: float) -> dict[str, float]:
+    """The same rows in windows; the last is cut where the file ends."""
+    from raytune_rl.data.encode import encode_sft
+    from raytune_rl.data.stream import RowWindows
+
+    with Path(data).open("rb") as file:
+        total = sum(1 for _ in file)
+    windows = RowWindows([data], task="sft", size=WINDOW)
+    rows = tokens = 0
+    read = result = 0.0
+    for number in range(-(-total // WINDOW)):
+        started = time.perf_counter()
+        examples = windows.window(number).examples[: total - rows]
+        read += time.perf_counter() - started
+        found = encode_sft(examples, tokenizer)
+        rows, tokens = rows + len(found.tokens), tokens + len(found.tokens.values)
+        result = max(result, float(found.tokens.values.nbytes + found.loss_mask.values.nbytes))
+    seconds, peak = time.perf_counter() - began, _peak(resource.RUSAGE_SELF) - before
+    numbers = {"rows": rows, "tokens": tokens, "read": read, "seconds": seconds, "peak": peak}
+    return {**numbers, "result": result / 2**20}
 
 
 def _peak(who: int) -> float:
@@ -93,14 +120,14 @@ def main() -> None:
         for rows in options.rows:
             data = Path(scratch) / f"{rows}.jsonl"
             write_rows(data, rows)
-            for processes in dict.fromkeys(options.processes):
+            for processes in (*dict.fromkeys(options.processes), 0):
                 words = [sys.executable, __file__, "--child", str(model), str(data), str(processes)]
                 done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
                 found = json.loads(done.stdout.splitlines()[-1])
                 lines.append(
                     [
                         f"{rows:,}",
-                        str(processes),
+                        str(processes or "stream"),
                         f"{found['rows'] / found['seconds']:,.0f}",
                         f"{found['tokens'] / found['seconds']:,.0f}",
                         f"{found['read'] / found['seconds']:.0%}",

@@ -125,7 +125,7 @@ class World:
         return self.policy.train(rows.pointers, rows.lengths, rows.scalars, {}, step).metrics["loss"]
 
     def logprobs(self) -> list[np.ndarray]:
-        found = self.policy.logprobs(self.rows.pointers, self.rows.lengths)
+        found = self.policy.logprobs(self.rows.pointers, self.rows.lengths).columns
         objects = {p.ref: ray.get(p.ref, timeout=60) for p in found}
         return [objects[p.ref]["logprobs"][p.row] for p in found]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raytune_rl.config import ExportConfig as ExportConfig
     from raytune_rl.config import InferConfig as InferConfig
+    from raytune_rl.config import PPOConfig as PPOConfig
     from raytune_rl.config import PreferenceConfig as PreferenceConfig
     from raytune_rl.config import RewardCheckConfig as RewardCheckConfig
     from raytune_rl.config import RLHFConfig as RLHFConfig
@@ -27,6 +28,7 @@ _WHERE = {
     "ExportConfig": ("raytune_rl.config", "ExportConfig"),
     "InferConfig": ("raytune_rl.config", "InferConfig"),
     "PreferenceConfig": ("raytune_rl.config", "PreferenceConfig"),
+    "PPOConfig": ("raytune_rl.config", "PPOConfig"),
     "RLHFConfig": ("raytune_rl.config", "RLHFConfig"),
     "RewardCheckConfig": ("raytune_rl.config", "RewardCheckConfig"),
     "SFTConfig": ("raytune_rl.config", "SFTConfig"),
@@ -35,6 +37,7 @@ _WHERE = {
     "RaytuneError": ("raytune_rl.errors", "RaytuneError"),
     "run_sft": ("raytune_rl.pipelines.sft", "run"),
     "run_preference": ("raytune_rl.pipelines.preference", "run"),
+    "run_ppo": ("raytune_rl.pipelines.ppo", "run"),
     "run_rlhf": ("raytune_rl.pipelines.online", "run"),
     "run_reward_check": ("raytune_rl.pipelines.reward_check", "run"),
     "run_infer": ("raytune_rl.infer", "run"),

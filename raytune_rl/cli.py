@@ -13,6 +13,7 @@ from typing import Any
 from raytune_rl.config import (
     ExportConfig,
     InferConfig,
+    PPOConfig,
     PreferenceConfig,
     RewardCheckConfig,
     RLHFConfig,
@@ -25,7 +26,7 @@ from raytune_rl.errors import ConfigError, RaytuneError
 
 _COMMANDS: dict[str, tuple[type[Options], str]] = {
     "sft": (SFTConfig, "supervised fine-tuning"),
-    "rlhf": (RLHFConfig, "GRPO; from preferences in the data DPO, KTO, ORPO, CPO, SimPO, RM"),
+    "rlhf": (RLHFConfig, "GRPO, PPO; from preferences in the data DPO, KTO, ORPO, CPO, SimPO, RM"),
     "reward-check": (RewardCheckConfig, "try reward functions on a data set, without a model"),
     "infer": (InferConfig, "chat with a trained model, or let it answer a data set"),
     "export": (ExportConfig, "merge a LoRA adapter, push a model to a hub"),
@@ -33,6 +34,7 @@ _COMMANDS: dict[str, tuple[type[Options], str]] = {
 
 _PIPELINES: dict[type[Options], str] = {
     SFTConfig: "raytune_rl.pipelines.sft",
+    PPOConfig: "raytune_rl.pipelines.ppo",
     PreferenceConfig: "raytune_rl.pipelines.preference",
     RLHFConfig: "raytune_rl.pipelines.online",
     RewardCheckConfig: "raytune_rl.pipelines.reward_check",

@@ -217,12 +217,15 @@ def sft_schedule(
 
 def grpo_batch_of(config: RLHFConfig, world_size: int) -> GRPOBatch:
     """`grpo_batch` with a config's numbers."""
+    accumulation, steps = config.gradient_accumulation_steps or 1, config.steps_per_generation
+    if steps is None and config.generation_batch_size is None:
+        steps = accumulation * config.mini_batches if config.mini_batches > 1 else None
     return grpo_batch(
         world_size=world_size,
         per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps or 1,
+        gradient_accumulation_steps=accumulation,
         num_generations=config.num_generations,
-        steps_per_generation=config.steps_per_generation,
+        steps_per_generation=steps,
         generation_batch_size=config.generation_batch_size,
         num_iterations=config.num_iterations,
     )

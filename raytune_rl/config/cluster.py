@@ -66,6 +66,9 @@ class OnlineGroupsOptions(PolicyGroupOptions):
     reference_workers: int | None = _setting(
         None, "Copies of the reference model. Not set: as needed; none when --beta is 0.", ge=1
     )
+    reward_model_workers: int | None = _setting(
+        None, "Processes that each hold the reward models. Not set: chosen from what the cluster has.", ge=1
+    )
     reward_workers: int | None = _setting(None, "Processes that compute rewards. Not set: chosen.", ge=1)
     gpus_per_rollout_worker: float | None = _setting(
         None, "GPUs of one rollout worker. Not set: --vllm_tensor_parallel_size where there are GPUs.", ge=0
@@ -73,11 +76,17 @@ class OnlineGroupsOptions(PolicyGroupOptions):
     gpus_per_reference_worker: float | None = _setting(
         None, "GPUs of one reference worker. Not set: chosen from what the cluster has.", ge=0
     )
+    gpus_per_reward_model_worker: float | None = _setting(
+        None, "GPUs of one reward model worker. Not set: chosen from what the cluster has.", ge=0
+    )
     cpus_per_rollout_worker: float | None = _setting(
         None, "CPU cores of one rollout worker. Not set: chosen from what the cluster has.", gt=0
     )
     cpus_per_reference_worker: float | None = _setting(
         None, "CPU cores of one reference worker. Not set: chosen from what the cluster has.", gt=0
+    )
+    cpus_per_reward_model_worker: float | None = _setting(
+        None, "CPU cores of one reward model worker. Not set: chosen from what the cluster has.", gt=0
     )
     cpus_per_reward_worker: float | None = _setting(
         None, "CPU cores of one reward worker. Not set: chosen from what the cluster has.", gt=0

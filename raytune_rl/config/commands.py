@@ -12,6 +12,7 @@ from raytune_rl.config.cluster import OnlineGroupsOptions, PolicyGroupOptions
 from raytune_rl.config.corrections import CorrectionOptions
 from raytune_rl.config.data import DataOptions
 from raytune_rl.config.model import ModelOptions
+from raytune_rl.config.ppo import PPOOptions
 from raytune_rl.config.preference import PreferenceOptions
 from raytune_rl.config.rewards import RewardOptions
 from raytune_rl.config.rl import RLOptions, check_loss_type
@@ -56,16 +57,23 @@ class RLHFConfig(
 
     COMMAND: ClassVar[str] = "rlhf"
 
+    @property
+    def mini_batches(self) -> int:
+        """Optimizer steps that one pass over a generation makes where no flag says its size."""
+        return 1
+
     @model_validator(mode="after")
     def _check_online(self) -> Self:
-        if self.num_generations < 2:
+        if self.num_generations < 2 and not self.WITH_CRITIC:
             raise ConfigError(
                 f"--num_generations {self.num_generations}: GRPO compares the completions of one prompt with "
                 "each "
                 "other, so it needs at least 2."
             )
-        if not self.reward_funcs:
-            raise ConfigError("--reward_funcs is required: name at least one, such as accuracy.")
+        if not self.reward_funcs and not self.reward_model:
+            raise ConfigError(
+                "--reward_funcs is required: name at least one, such as accuracy, or give a --reward_model."
+            )
         check_loss_type(self.loss_type, self.external_plugins)
         if self.sync_ref_model and (self.train_type != "full" or self.beta == 0):
             why = (
@@ -108,3 +116,15 @@ class RLHFConfig(
                 "the "
                 "engine could not take the adapter."
             )
+
+
+class PPOConfig(PPOOptions, RLHFConfig):
+    """`raytune-rl rlhf --rlhf_type ppo`: reinforcement learning with a critic."""
+
+    COMMAND: ClassVar[str] = "rlhf --rlhf_type ppo"
+    WITH_CRITIC: ClassVar[bool] = True
+
+    @property
+    def mini_batches(self) -> int:
+        """`num_mini_batches`."""
+        return self.num_mini_batches

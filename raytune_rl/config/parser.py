@@ -18,7 +18,7 @@ from raytune_rl.config import environment, legacy
 from raytune_rl.config import file as config_file
 from raytune_rl.config.base import Options
 from raytune_rl.config.commandline import Written, split, values_of
-from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
+from raytune_rl.config.commands import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.explain import did_you_mean
 from raytune_rl.config.export import ExportConfig
 from raytune_rl.config.flags import Flag, flags_of
@@ -52,7 +52,7 @@ def parse(
 
     Args:
         argv: The words after the command's name: optionally a config file first, then flags.
-        config_class: `SFTConfig`, `RLHFConfig`, `PreferenceConfig`, `InferConfig` or `ExportConfig`.
+        config_class: `SFTConfig`, `RLHFConfig`, `PPOConfig`, `PreferenceConfig`, ....
         defaults: Settings that file and flags may override, for a program that has its own.
         environ: The environment, `os.environ` unless given; `ENV` of the config file is written to it.
 
@@ -93,8 +93,8 @@ def parse(
 
 
 def rlhf_class(argv: Sequence[str]) -> type[Options]:
-    """The config class of an `rlhf` command line: what learns from preferences in the data has flags of its
-    own.
+    """The config class of an `rlhf` command line: PPO, and what learns from preferences in the data, have
+    flags of their own.
 
     Raises:
         ConfigError: The command line or its config file cannot be read.
@@ -103,6 +103,8 @@ def rlhf_class(argv: Sequence[str]) -> type[Options]:
     named = [flag.words[-1] for flag in written if flag.name == "rlhf_type" and flag.words]
     if not named and path is not None:
         named = [str(config_file.read(path).settings.get("rlhf_type"))]
+    if named and named[-1] == "ppo":
+        return PPOConfig
     return PreferenceConfig if named and named[-1] in READS else RLHFConfig
 
 
@@ -164,7 +166,15 @@ def _unknown(name: str, flags: Mapping[str, Flag], config_class: type[Options]) 
         )
     if name in legacy.NOT_BUILT:
         return f"--{name} is a flag of ms-swift that is not built yet."
-    commands = (SFTConfig, RLHFConfig, PreferenceConfig, RewardCheckConfig, InferConfig, ExportConfig)
+    commands = (
+        SFTConfig,
+        RLHFConfig,
+        PPOConfig,
+        PreferenceConfig,
+        RewardCheckConfig,
+        InferConfig,
+        ExportConfig,
+    )
     elsewhere = [c.COMMAND for c in commands if name in flags_of(c) or legacy.known(name, flags_of(c))]
     if elsewhere:
         return f"--{name} is no flag of raytune-rl {config_class.COMMAND}, but of {' and '.join(elsewhere)}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from raytune_rl.config.batching import sft_accumulation
-from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
+from raytune_rl.config.commands import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
@@ -82,8 +82,13 @@ def eval_temperature(config: RLHFConfig) -> float:
 
 
 def reward_weights(config: RLHFConfig) -> tuple[float, ...]:
-    """One weight per reward function, 1 unless given."""
-    return config.reward_weights or (1.0,) * len(config.reward_funcs)
+    """One weight per reward function, then one per reward model, 1 unless given."""
+    return config.reward_weights or (1.0,) * (len(config.reward_funcs) + len(config.reward_model))
+
+
+def critic_learning_rate(config: PPOConfig) -> float:
+    """As `learning_rate`, unless given."""
+    return learning_rate(config) if config.critic_learning_rate is None else config.critic_learning_rate
 
 
 def colocate(config: RLHFConfig) -> bool | None:

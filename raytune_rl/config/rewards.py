@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -24,6 +24,14 @@ class RewardOptions(Options):
     reward_weights: tuple[float, ...] = _setting((), "One weight per reward function. Not set: 1 each.")
     external_plugins: tuple[str, ...] = _setting(
         (), "Python files to load first, which register rewards or losses."
+    )
+    reward_model: tuple[str, ...] = _setting(
+        (),
+        "Reward models, beside or instead of --reward_funcs: folders or hub ids of sequence classifiers with "
+        "one label, or adapters of such.",
+    )
+    reward_model_plugin: tuple[Literal["default"], ...] = _setting(
+        (), "How each reward model is asked; default: its score of the whole conversation."
     )
     reward_timeout: float = _setting(
         30.0,
@@ -53,10 +61,18 @@ class RewardOptions(Options):
 
     @model_validator(mode="after")
     def _check_rewards(self) -> Self:
-        if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
+        rewards = len(self.reward_funcs) + len(self.reward_model)
+        if self.reward_weights and len(self.reward_weights) != rewards:
+            models = f" and --reward_model {len(self.reward_model)}" if self.reward_model else ""
             raise ConfigError(
                 f"--reward_weights has {len(self.reward_weights)} values but --reward_funcs names "
-                f"{len(self.reward_funcs)}: give one weight per function."
+                f"{len(self.reward_funcs)}{models}: give one weight per function"
+                f"{', then one per model' if models else ''}."
+            )
+        if len(self.reward_model_plugin) not in (0, len(self.reward_model)):
+            raise ConfigError(
+                f"--reward_model_plugin has {len(self.reward_model_plugin)} values for "
+                f"{len(self.reward_model)} reward models: give one for each, or none."
             )
         if "soft_overlong" in self.reward_funcs and self.soft_cache_length is None:
             raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -25,11 +25,14 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 class RLOptions(Options):
     """Policy losses, advantages and the KL to the reference, with ms-swift's names and defaults."""
 
+    WITH_CRITIC: ClassVar[bool] = False
+    """Whether a critic says what completions are worth, instead of a comparison within their group."""
+
     rlhf_type: Literal["grpo", "dapo", "ppo", "dpo", "kto", "orpo", "cpo", "simpo", "rm", "gkd"] = _setting(
         "grpo",
-        "Algorithm. Of those that sample, grpo runs at this stage, and dapo, which is grpo with DAPO's "
-        "settings; dpo, kto, orpo, cpo, simpo and rm learn from preferences in the data and have flags of "
-        "their own: raytune-rl rlhf --rlhf_type dpo --help.",
+        "Algorithm. grpo; dapo, which is grpo with DAPO's settings; ppo, which has flags of its own: "
+        "raytune-rl rlhf --rlhf_type ppo --help; and so have dpo, kto, orpo, cpo, simpo and rm, which learn "
+        "from preferences in the data.",
     )
     loss_type: str = _setting(
         "grpo",
@@ -125,10 +128,11 @@ class RLOptions(Options):
                 f"--rlhf_type {self.rlhf_type} learns from preferences in the data: its settings are a "
                 "PreferenceConfig, not an RLHFConfig."
             )
-        if self.rlhf_type not in BUILT:
-            raise ConfigError(
-                f"--rlhf_type {self.rlhf_type} is not built yet; what runs today: {', '.join(BUILT)}."
-            )
+        if self.rlhf_type == "ppo" and not self.WITH_CRITIC:
+            raise ConfigError("--rlhf_type ppo has flags of its own: in Python, make a PPOConfig.")
+        if self.rlhf_type not in (*BUILT, "ppo"):
+            runs = ", ".join((*BUILT, "ppo", *READS))
+            raise ConfigError(f"--rlhf_type {self.rlhf_type} is not built yet; what runs today: {runs}.")
         if self.steps_per_generation is not None and self.generation_batch_size is not None:
             raise ConfigError(
                 f"--steps_per_generation {self.steps_per_generation} and --generation_batch_size "

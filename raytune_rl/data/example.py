@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -115,3 +115,11 @@ class Example:
     @property
     def has_media(self) -> bool:
         return bool(self.images or self.videos or self.audios)
+
+
+def conversations(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """The turns of examples as rewards receive them: "messages", and "tools" if any has some."""
+    columns: dict[str, list[Any]] = {"messages": [[m.for_template() for m in e.messages] for e in examples]}
+    if any(example.tools for example in examples):
+        columns["tools"] = [list(example.tools) for example in examples]
+    return columns

@@ -105,3 +105,10 @@ class ReadRows:
         if not isinstance(ragged, Ragged):
             raise TypeError(f"column {name!r} is not ragged")
         return ragged[at]
+
+    def late(self, name: str, row: int) -> NDArray:
+        """One row of the late column `name`, a view. In its object it goes by that name, or by the name
+        without "old_" or "ref_": the log-probs that a worker gives do not know whose they will be.
+        """
+        columns, _ = self.source(row, name)
+        return self.column(name if name in columns else name.split("_", 1)[-1], row, late=name)

@@ -17,7 +17,7 @@ from raytune_rl.errors import ModelError
 from raytune_rl.export.directory import check_target, whole_directory
 from raytune_rl.export.errors import ExportError
 from raytune_rl.export.parity import Parity, Probe, compare, expected_logits, make_probe
-from raytune_rl.export.source import Base, adapter_dir, find_base
+from raytune_rl.export.source import ADAPTER_CONFIG, Base, adapter_dir, find_base
 from raytune_rl.export.write import copy_companions, write_configs, write_weights
 from raytune_rl.models.load import load_config, load_model
 from raytune_rl.models.settings import TunerSettings
@@ -92,7 +92,8 @@ def merge(config: ExportConfig, say: Callable[[str], None]) -> Merged:
             follow_umask(directory / name)
         del peft, model, exporter
         gc.collect()  # PEFT's wrappers hold each other; two models need not be in memory at once
-        parity = _verify(directory, dtype, expected, effect, probe, config.trust_remote_code)
+        scalar = _scores(chain[-1])
+        parity = _verify(directory, dtype, expected, effect, probe, config.trust_remote_code, scalar)
         merged = Merged(target, base.name, tuple(map(str, chain)), str(dtype).removeprefix("torch."), parity)
         (directory / REPORT).write_text(json.dumps(_document(merged), indent=2) + "\n", encoding="utf-8")
     if parity.effect == 0:
@@ -133,7 +134,8 @@ def _load(
     config: ExportConfig, base: Base, chain: Sequence[Path], dtype: torch.dtype, say: Callable[[str], None]
 ) -> Any:
     """Base and adapters as training had them: the last one active, those before it merged."""
-    loaded = load_model(base.path, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    scalar = _scores(chain[-1])
+    loaded = load_model(base.path, dtype=dtype, trust_remote_code=config.trust_remote_code, scalar=scalar)
     for notice in loaded.notices:
         say(notice)
     return apply_tuner(loaded.model, TunerSettings(), [str(adapter) for adapter in chain]).model.eval()
@@ -158,10 +160,21 @@ def _check_adapter(peft: Any, directory: Path) -> None:
         )
 
 
+def _scores(adapter: Path) -> bool:
+    """Whether it is a reward model's or a critic's: those have a head of one output, which it brings."""
+    return json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
+
+
 def _verify(
-    directory: Path, dtype: torch.dtype, expected: torch.Tensor, effect: float, probe: Probe, trusted: bool
+    directory: Path,
+    dtype: torch.dtype,
+    expected: torch.Tensor,
+    effect: float,
+    probe: Probe,
+    trusted: bool,
+    scalar: bool,
 ) -> Parity:
-    written = load_model(str(directory), dtype=dtype, trust_remote_code=trusted)
+    written = load_model(str(directory), dtype=dtype, trust_remote_code=trusted, scalar=scalar)
     return compare(expected, effect, written.model, probe)
 
 

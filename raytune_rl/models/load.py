@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -24,13 +23,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.utils import is_flash_attn_2_available
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line, resolve_path
-from raytune_rl.models.scalar import beside_the_head, give_single_label
+from raytune_rl.models.scalar import beside_the_head, give_single_label, scalar_class
 
 DTYPES = {
     "float32": torch.float32,
@@ -67,7 +65,8 @@ class LoadedModel:
         model: on its device, in eval mode.
         path: the local directory it came from.
         notices: lines for the user about choices made for them.
-        new_head: whether the head of a scalar model is random, as the directory has none.
+        new_head: whether the head of a scalar model is random, as the directory has none; an adapter may
+            bring one.
     """
 
     model: PreTrainedModel
@@ -123,15 +122,15 @@ def load_model(
         options["quantization_config"] = _bitsandbytes(quantization, chosen)
         options["device_map"] = {"": str(where)}
     try:
-        model, info = _auto_class(config, scalar).from_pretrained(local, output_loading_info=True, **options)
+        model, info = (scalar_class(config) if scalar else _auto_class(config)).from_pretrained(
+            local, output_loading_info=True, **options
+        )
     except _LOAD_ERRORS as error:
         raise ModelError(f"cannot load the model in '{local}': {first_line(error)}") from error
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     new_head = scalar and "score.weight" in missing
     if scalar:
         missing, unexpected = beside_the_head(missing, unexpected)
-    if new_head:
-        notices.append("the head that gives the score or value is new: its weights are random")
     if missing:
         raise ModelError(
             f"'{local}' lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}); "
@@ -232,14 +231,9 @@ def _mend_generation_config(model: Any, notices: list[str]) -> None:
         )
 
 
-def _auto_class(config: Any, scalar: bool = False) -> Any:
+def _auto_class(config: Any) -> Any:
     kind = config.model_type
     remote = getattr(config, "auto_map", None) or {}
-    if scalar:
-        known = kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-        if known or "AutoModelForSequenceClassification" in remote:
-            return AutoModelForSequenceClassification
-        raise ModelError(f"Transformers knows no sequence classification for model type '{kind}'")
     if is_vision_config(config) and (
         kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or "AutoModelForImageTextToText" in remote
     ):

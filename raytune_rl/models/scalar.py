@@ -12,6 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING,
+)
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.unwrap import hf_model, scalar_head
@@ -108,6 +120,33 @@ class ScalarScorer(nn.Module):
                 f"the score of {type(inner).__name__} through its backbone and head differs from its own by "
                 f"{gap:.3g}; please report it"
             )
+
+
+def scalar_class(config: Any) -> Any:
+    """The class that loads a model of this config with a scalar head.
+
+    Image-text models for which Transformers has none get one made as it makes its own for text models, so
+    their checkpoints have the same layout; but only raytune_rl knows the class.
+
+    Raises:
+        ModelError: there is none, and none can be made.
+    """
+    kind, remote = config.model_type, getattr(config, "auto_map", None) or {}
+    known = kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    if known or "AutoModelForSequenceClassification" in remote:
+        return AutoModelForSequenceClassification
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ModelError(f"Transformers knows no sequence classification for model type '{kind}'")
+    backbone = MODEL_MAPPING[type(config)]
+    name = backbone.__name__.removesuffix("Model")
+    parent = next(base for base in backbone.__mro__ if base.__name__ == f"{name}PreTrainedModel")
+    made = type(f"{name}ForSequenceClassification", (GenericForSequenceClassification, parent), {})
+    # Its weights go by the names that checkpoints with the head over the vocabulary have.
+    speaker = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    names = get_checkpoint_conversion_mapping(speaker.__name__)
+    if names is not None:
+        register_checkpoint_conversion_mapping(made.__name__, names, overwrite=True)
+    return made
 
 
 def give_single_label(config: Any, path: str, tokenizer: Callable[[], Any]) -> None:

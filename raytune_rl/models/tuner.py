@@ -158,7 +158,8 @@ def _parts(model: PreTrainedModel) -> Any:
         return lambda name: "llm"
     decoder = model.get_decoder()
     prefixes = [name for name, module in model.named_modules() if module is decoder]
-    prefixes += [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    heads = (model.get_output_embeddings(), scalar_head(model))
+    prefixes += [name for name, module in model.named_modules() if module in heads]
 
     def part(name: str) -> str:
         if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes):

@@ -39,6 +39,7 @@ RowsEncoder = Callable[[Any, Any, Path], tuple[Any, ...]]
 def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces) -> tuple[Any, ...]:
     """Prompts to train on and held out: each the columns, extra columns, texts, and (lengths, account)."""
     from raytune_rl.data.encode import ImageSettings, encode_prompts
+    from raytune_rl.data.example import conversations
 
     facts = model_facts(config)
     tokenizer = facts.tokenizer
@@ -60,8 +61,7 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces
             columns["given"] = found.given
         shown = found.prompts if found.given is None else found.given  # one placeholder a picture is readable
         texts = tokenizer.batch_decode([shown[i].tolist() for i in range(len(shown))])
-        messages = [[m.for_template() for m in examples[i].messages] for i in found.index]
-        extra = {**found.extra, "messages": messages}
+        extra = {**found.extra, **conversations([examples[i] for i in found.index])}
         account = replace(_account(report, found, facts, path), columns=tuple(extra))
         return columns, extra, texts, (found.prompts.lengths, account)
 

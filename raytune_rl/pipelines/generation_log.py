@@ -13,6 +13,7 @@ from raytune_rl.config import RLHFConfig
 from raytune_rl.pipelines import report
 from raytune_rl.pipelines.collect import Collected
 from raytune_rl.pipelines.data import PromptSet
+from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.lifecycle import Origin
 from raytune_rl.pipelines.rollouts import read_dialogues, read_texts
 from raytune_rl.runtime.wait import Pending, fetch
@@ -29,6 +30,8 @@ class GenerationLog:
         say: Tells the user a sentence.
     """
 
+    NO_SIGNAL = "in no group do two completions have different rewards"
+
     def __init__(
         self, config: RLHFConfig, origin: Origin, prompts: PromptSet, say: Callable[[str], None]
     ) -> None:
@@ -39,6 +42,10 @@ class GenerationLog:
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on counting from."""
         return {"generations_without_signal": self.silent}
+
+    def has_signal(self, experience: Experience) -> bool:
+        """Whether any group has completions of different rewards."""
+        return bool(experience.informative())
 
     def tell(
         self, step: int, collected: Collected, compared: AdvantageResult, kl: NDArray[np.float64] | None
@@ -55,12 +62,12 @@ class GenerationLog:
         told = {**report.batch_metrics(kept, compared), **collected.metrics}
         if kl is not None:
             told["kl"] = float(kl.sum()) / max(sum(t.completion_tokens for t in kept.batch), 1)
-        if not kept.informative():
+        if not self.has_signal(kept):
             self.silent += 1
             if self.silent == 1:
                 self._say(
-                    f"Note: step {step}: in no group do two completions have different rewards, so the "
-                    "rewards teach nothing; further such generations are only counted."
+                    f"Note: step {step}: {self.NO_SIGNAL}, so the rewards teach nothing; further such "
+                    "generations are only counted."
                 )
         if self._config.log_completions:
             timeout = self._config.step_timeout

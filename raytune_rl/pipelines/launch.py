@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
+from raytune_rl.algorithms.ppo import ValueSettings
+from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
 from raytune_rl.errors import ConfigError
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.pipelines.resources import Groups
 from raytune_rl.workers.policy import OptimizerSpec, PolicySpec
+from raytune_rl.workers.reward_model import RewardModelSpec, with_base
 from raytune_rl.workers.rollout import EngineSpec, MultiTurnSpec, Sampling
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
@@ -131,6 +133,53 @@ def policy_spec(
         if config.gradient_checkpointing is None
         else config.gradient_checkpointing,
         publish_mode=publish_mode,
+    )
+
+
+def critic_spec(config: PPOConfig, groups: Groups, total_steps: int, vision: bool = False) -> PolicySpec:
+    """What a critic rank is told. It starts from the reward model if there is one, which knows already what
+    is good, else from the policy's base with a new head.
+    """
+    policy = policy_spec(
+        config,
+        groups,
+        total_steps,
+        loss="ppo_value",
+        loss_settings=ValueSettings(config.cliprange_value),
+        temperature=1.0,
+        dropout=0.0,
+        vision=vision,
+    )
+    start = replace(policy.model, adapters=())
+    if config.reward_model:
+        start = with_base(replace(start, path=config.reward_model[0]))
+    rate = resolved.critic_learning_rate(config)
+    return replace(policy, model=start, optimizer=replace(policy.optimizer, learning_rate=rate))
+
+
+def check_readable(config: RLHFConfig, images: int) -> None:
+    """Reward models read texts.
+
+    Raises:
+        ConfigError: There are reward models, and prompts with images.
+    """
+    if config.reward_model and images:
+        raise ConfigError(
+            f"--reward_model reads texts only, but the prompts show {images:,} images: use reward functions."
+        )
+
+
+def reward_model_spec(config: RLHFConfig, groups: Groups) -> RewardModelSpec:
+    """What a reward model worker is told."""
+    several = len(config.reward_model) > 1
+    base = replace(model_spec(config, groups.on_gpu), adapters=(), quant_bits=None)
+    return RewardModelSpec(
+        models=tuple(replace(base, path=path) for path in config.reward_model),
+        labels=tuple(
+            f"RewardModel{number if several else ''}" for number in range(1, len(config.reward_model) + 1)
+        ),
+        max_tokens=max_tokens(config, groups.on_gpu),
+        timeout_s=config.step_timeout,
     )
 
 

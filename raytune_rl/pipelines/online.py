@@ -42,12 +42,13 @@ from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.wait import Pending, fetch
 
 
-def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
+def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] | None = None) -> RunResult:
     """Trains a policy by GRPO and its kin on a Ray cluster, joined or started here.
 
     Args:
         config: What to do.
         notices: Sentences for the user, shown with the plan.
+        kind: The run's class, if it differs from `OnlineRun`.
 
     Raises:
         RaytuneError: By name, whatever went wrong.
@@ -69,6 +70,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
                 config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here
             )
         needs.check(train.account.columns)
+        launch.check_readable(config, train.account.images.shown)
         schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)
         limit = check_lengths(
@@ -82,7 +84,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
             *launch.image_notices(config, groups.on_gpu, train.account.vision),
         ]
         plan = report.online_plan(config, groups, schedule, train, held_out, longest, origin, cluster, told)
-        started = OnlineRun(config, algorithm, groups, schedule, train, held_out, origin)
+        started = (kind or OnlineRun)(config, algorithm, groups, schedule, train, held_out, origin)
         started.run.say(plan.render())
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
         with stage("starting the actors"):
@@ -96,6 +98,8 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
 
 class OnlineRun:
     """The groups of one run and the loop over them."""
+
+    LOG: type[GenerationLog] = GenerationLog
 
     def __init__(
         self,
@@ -118,7 +122,7 @@ class OnlineRun:
         self.media = launch.media_limits(config, train.account.vision, most)
         self.run = Run(config, origin, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
         self.max_gap = float(origin.state.get("max_gap", 0.0))
-        self.generation_log = GenerationLog(config, origin, train, self.run.say)
+        self.generation_log = self.LOG(config, origin, train, self.run.say)
         self.version = -1
 
     def start(self, slots: Mapping[str, Any], max_model_len: int, stack: ExitStack) -> None:
@@ -167,8 +171,7 @@ class OnlineRun:
             batch = collected.kept.batch
             self.turns.to_policy()
             late = self.late_columns(batch)
-            kl = self.kl_to_take_off(batch, late)
-            compared = self.compare(collected.kept, kl)
+            compared, kl = self.credit(collected.kept, late)
             told = self.generation_log.tell(run.step + 1, collected, compared, kl)
             for part in self.optimizer_steps(len(batch)):
                 self.train_step(batch, compared, late, part, told)
@@ -195,6 +198,14 @@ class OnlineRun:
             with self.run.timer.phase("train"):
                 late["old_logprobs"] = self.policy.logprobs(rows, lengths, pictures).columns
         return late
+
+    def credit(
+        self, experience: Experience, late: dict[str, list[Any]]
+    ) -> tuple[AdvantageResult, NDArray[np.float64] | None]:
+        """What each completion earned, and the KL that was taken off its reward; `late` is as the loss will
+        have it."""
+        kl = self.kl_to_take_off(experience.batch, late)
+        return self.compare(experience, kl), kl
 
     def kl_to_take_off(
         self, batch: Sequence[Trajectory], late: dict[str, list[Any]]

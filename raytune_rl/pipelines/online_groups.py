@@ -9,13 +9,15 @@ from typing import Any
 
 import ray
 
-from raytune_rl.config import RLHFConfig
+from raytune_rl.config import PPOConfig, RLHFConfig
 from raytune_rl.pipelines import launch
+from raytune_rl.pipelines.actor_critic import ActorCritic, Critic
 from raytune_rl.pipelines.data import PromptSet
 from raytune_rl.pipelines.online_algorithms import Algorithm
 from raytune_rl.pipelines.policy_group import PolicyGroup
 from raytune_rl.pipelines.reference_group import ReferenceGroup
 from raytune_rl.pipelines.resources import Groups
+from raytune_rl.pipelines.reward_models import RewardModelGroup, Scorer, Together
 from raytune_rl.pipelines.rollouts import RewardGroup, RolloutGroup
 from raytune_rl.pipelines.turns import Turns
 from raytune_rl.runtime.group import WorkerGroup
@@ -23,6 +25,7 @@ from raytune_rl.runtime.weights import start_store
 from raytune_rl.workers.policy import PolicyWorker, policy_env
 from raytune_rl.workers.reference import ReferenceWorker
 from raytune_rl.workers.reward import RewardWorker
+from raytune_rl.workers.reward_model import RewardModelWorker
 from raytune_rl.workers.rollout import RolloutWorker, rollout_env
 
 
@@ -33,7 +36,7 @@ class OnlineGroups:
     Attributes:
         policy: Trains.
         rollout: Samples.
-        rewards: Scores.
+        rewards: Scores: reward functions, reward models, or both.
         reference: Gives the log-probs for the KL; None without one.
         turns: Who has the GPUs.
         store: Where published weights are found.
@@ -41,7 +44,7 @@ class OnlineGroups:
 
     policy: PolicyGroup
     rollout: RolloutGroup
-    rewards: RewardGroup
+    rewards: Scorer
     reference: ReferenceGroup | None
     turns: Turns
     store: Any
@@ -112,17 +115,31 @@ def start_groups(
         lambda rank: {"spec": launch.engine_spec(config, groups, max_model_len, store_name, rank, media)},
         rollout_env(groups.threads["rollout"], config.vllm_tensor_parallel_size, groups.on_gpu),
     )
-    rewards = group(
-        "reward",
-        RewardWorker,
-        lambda _: {
-            "names": config.reward_funcs,
-            "plugin_files": config.external_plugins,
-            "config_dict": config.args(),
-            "timeout_s": config.reward_timeout,
-        },
-        {"OMP_NUM_THREADS": "1"},
-    )
+    judges: list[WorkerGroup] = []
+    scorers: list[Scorer] = []
+    if "reward" in groups:
+        functions = group(
+            "reward",
+            RewardWorker,
+            lambda _: {
+                "names": config.reward_funcs,
+                "plugin_files": config.external_plugins,
+                "config_dict": config.args(),
+                "timeout_s": config.reward_timeout,
+            },
+            {"OMP_NUM_THREADS": "1"},
+        )
+        judges.append(functions)
+        scorers.append(RewardGroup(functions))
+    if "reward_model" in groups:
+        models = group(
+            "reward_model",
+            RewardModelWorker,
+            lambda _: {"spec": launch.reward_model_spec(config, groups)},
+            policy_env(groups.threads["reward_model"], groups.on_gpu),
+        )
+        judges.append(models)
+        scorers.append(RewardModelGroup(models))
     reference: WorkerGroup | None = None
     if "reference" in groups:
         reference = group(
@@ -132,8 +149,21 @@ def start_groups(
             policy_env(groups.threads["reference"], groups.on_gpu),
         )
     budget = launch.max_tokens(config, groups.on_gpu)
-    trainer = PolicyGroup(policy, spec, budget, config.start_timeout)
-    for started in (rewards, rollout, *([reference] if reference else [])):
+    trainer: PolicyGroup
+    if isinstance(config, PPOConfig):
+        estimator = launch.critic_spec(config, groups, total_steps, account.vision)
+        critics = groups["critic"].workers
+        critic = group(
+            "critic",
+            PolicyWorker,
+            lambda rank: {"spec": estimator, "rank": rank, "world_size": critics},
+            policy_env(groups.threads["critic"], groups.on_gpu),
+        )
+        second = Critic(critic, estimator, budget, config.start_timeout)
+        trainer = ActorCritic(policy, spec, budget, config.start_timeout, second, config.vf_coef)
+    else:
+        trainer = PolicyGroup(policy, spec, budget, config.start_timeout)
+    for started in (*judges, rollout, *([reference] if reference else [])):
         started.call("ping", what="starting", timeout_s=config.start_timeout)
     for notice in trainer.ready().notices:
         say(f"Note: {notice}")
@@ -146,4 +176,4 @@ def start_groups(
     )
     turns = Turns(config, groups, trainer, engines)
     frozen = None if reference is None else ReferenceGroup(reference, budget, spec.model.layout)
-    return OnlineGroups(trainer, engines, RewardGroup(rewards), frozen, turns, store)
+    return OnlineGroups(trainer, engines, Together(scorers), frozen, turns, store)

@@ -110,13 +110,26 @@ class PolicyGroup:
             late: By name, where each row of a column that was computed later lies.
             step: Number of the step, from 0.
         """
+        return self.finish_step(self.start_step(rows, lengths, scalars, late, step))
+
+    def start_step(
+        self,
+        rows: Sequence[RowPointer],
+        lengths: Sequence[int],
+        scalars: Mapping[str, ArrayLike],
+        late: Mapping[str, Sequence[RowPointer]],
+        step: int,
+    ) -> list[Pending]:
+        """Begins an optimizer step, arguments as in `train`, for `finish_step` to wait for."""
         batches = self._batches(rows, lengths, scalars, late)
-        results: list[TrainResult] = fetch_all(
-            [
-                self._group.submit(rank, "train_step", b, step, what=f"training step {step + 1}")
-                for rank, b in enumerate(batches)
-            ]
-        )
+        return [
+            self._group.submit(rank, "train_step", b, step, what=f"training step {step + 1}")
+            for rank, b in enumerate(batches)
+        ]
+
+    def finish_step(self, running: Sequence[Pending]) -> StepReport:
+        """Waits for an optimizer step."""
+        results: list[TrainResult] = fetch_all(list(running))
         metrics = merge_all(r.metrics for r in results).result()
         metrics |= {"grad_norm": results[0].grad_norm, "learning_rate": results[0].learning_rate}
         return StepReport(metrics, sum(r.tokens for r in results), max(r.memory_gib for r in results))

@@ -62,7 +62,9 @@ def online_plan(
         "policy": trainer(config, groups),
         "rollout": f"vLLM, weights arrive {arrive}",
         "reference": "frozen start model, for the KL term",
+        "critic": "DeepSpeed, predicts what the rest of a completion will earn",
         "reward": " + ".join(config.reward_funcs),
+        "reward_model": " + ".join(config.reward_model),
     }
     per = batch.optimizer_steps_per_generation * config.num_iterations
     extra = []

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from raytune_rl.config import InferConfig, PreferenceConfig, RLHFConfig, SFTConfig, resolved
+from raytune_rl.config import InferConfig, PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.errors import ConfigError, PlacementError
 from raytune_rl.runtime.cluster import ClusterInfo
 from raytune_rl.runtime.placement import GroupSpec, find_homeless, make_layout
@@ -24,6 +24,8 @@ SERVED_WITH = 0.3
 """Share of a GPU, in Ray's books, of each group that sits beside the policy, which has the rest; it divides
 no memory.
 """
+SERVED_TOGETHER = 0.9
+"""The most that they have together."""
 CPU_SHARES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
 """Cores a worker may be given, in Ray's books: the first that lets all of them in."""
 
@@ -36,7 +38,7 @@ class Groups:
         specs: In order of placement; a group that others share bundles with comes first.
         threads: CPU threads of one worker, by group.
         on_gpu: Whether models live on GPUs.
-        colocated: Whether rollout and reference share the policy's GPUs.
+        colocated: Whether the other models share the policy's GPUs.
     """
 
     specs: tuple[GroupSpec, ...]
@@ -86,7 +88,7 @@ def infer_groups(config: InferConfig, cluster: ClusterInfo) -> Groups:
 
 
 def online_groups(config: RLHFConfig, cluster: ClusterInfo) -> Groups:
-    """Policy, rollout, reference (only where there is a KL term) and reward.
+    """Policy, rollout, reference (only where there is a KL term), critic (PPO), reward and reward model.
 
     Raises:
         ConfigError: Colocation and tensor parallelism are asked for together, or colocated groups ask for
@@ -102,16 +104,17 @@ def online_groups(config: RLHFConfig, cluster: ClusterInfo) -> Groups:
     else:
         models = _apart(config, cluster)
     reward = _or(config.reward_workers, max(1, min(REWARD_WORKERS_AT_MOST, int(cluster.cpus / 4))))
+    functions = {"reward": (reward, 0.0)} if config.reward_funcs else {}
     specs = [
         GroupSpec(
             name,
             workers,
             getattr(config, f"cpus_per_{name}_worker") or 0.0,
             gpus,
-            "policy" if colocated and name in ("rollout", "reference") else None,
+            "policy" if colocated and name not in ("policy", "reward") else None,
             _reserved_for(name, cluster),
         )
-        for name, (workers, gpus) in {**models, "reward": (reward, 0.0)}.items()
+        for name, (workers, gpus) in {**models, **functions}.items()
     ]
     threads = {spec.name: _threads(cluster, spec.workers, on_gpu) for spec in specs} | {"reward": 1}
     return Groups(_with_cpus(specs, cluster), threads, on_gpu, colocated)
@@ -123,72 +126,95 @@ Counted = dict[str, tuple[int, float]]
 """By group: workers, and GPUs of each."""
 
 
+def _beside(config: RLHFConfig) -> list[str]:
+    """Groups that hold a model, beside policy and rollout."""
+    wanted = {
+        "reference": config.beta > 0,
+        "critic": isinstance(config, PPOConfig),
+        "reward_model": bool(config.reward_model),
+    }
+    return [name for name, there in wanted.items() if there]
+
+
+def _asked(config: RLHFConfig, name: str) -> tuple[int | None, float | None]:
+    """Workers of a group, and GPUs of each, as the user says."""
+    return getattr(config, f"{name}_workers"), getattr(config, f"gpus_per_{name}_worker")
+
+
 def _on_cpu(config: RLHFConfig) -> Counted:
     """One worker of each role: they take turns on the cores."""
-    counted = {
-        "policy": (_or(config.policy_workers, 1), _or(config.gpus_per_policy_worker, 0.0)),
-        "rollout": (_or(config.rollout_workers, 1), _or(config.gpus_per_rollout_worker, 0.0)),
-        "reference": (_or(config.reference_workers, 1), _or(config.gpus_per_reference_worker, 0.0)),
-    }
-    return counted if config.beta > 0 else {k: v for k, v in counted.items() if k != "reference"}
+    asked = {name: _asked(config, name) for name in ("policy", "rollout", *_beside(config))}
+    return {name: (_or(workers, 1), _or(gpus, 0.0)) for name, (workers, gpus) in asked.items()}
 
 
 def _sharing(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
-    """Rollout and reference beside the policy, on every GPU."""
+    """All other models beside the policy, on every GPU."""
     if config.vllm_tensor_parallel_size > 1:
         raise ConfigError(
             f"--vllm_tensor_parallel_size {config.vllm_tensor_parallel_size} needs GPUs of its own for each "
             "engine: add --colocate false."
         )
     policy = _or(config.policy_workers, _room(cluster, 1.0))
-    given = {
-        "rollout": (_or(config.rollout_workers, policy), config.gpus_per_rollout_worker),
-        "reference": (_or(config.reference_workers, policy), config.gpus_per_reference_worker),
-    }
-    if config.beta == 0:
-        del given["reference"]
+    names = ["rollout", *_beside(config)]
+    served_with = min(SERVED_WITH, SERVED_TOGETHER / len(names))
     counted, left = {}, 1.0
-    for name, (workers, gpus) in given.items():
+    for name in names:
+        asked, gpus = _asked(config, name)
+        workers = _or(asked, policy)
         on_one = -(-workers // policy)
-        share = _or(gpus, int(SERVED_WITH / on_one * 100) / 100)
+        share = _or(gpus, int(served_with / on_one * 100) / 100)
         counted[name] = (workers, share)
         left -= on_one * share
     own = _or(config.gpus_per_policy_worker, round(left, 4))
     if own <= 0 or own > left + 1e-6:
-        asked = " and ".join(
+        asks = " and ".join(
             f"{-(-workers // policy)} x {share:g} for {n}" for n, (workers, share) in counted.items()
         )
+        flags = [f"--gpus_per_{name}_worker" for name in ("policy", *names)]
         raise ConfigError(
-            f"colocated groups share one GPU, but {asked} leave {max(left, 0.0):g} of it for a policy worker"
+            f"colocated groups share one GPU, but {asks} leave {max(left, 0.0):g} of it for a policy worker"
             f"{f', which asks for {own:g}' if config.gpus_per_policy_worker else ''}: lower "
-            "--gpus_per_policy_worker, --gpus_per_rollout_worker or --gpus_per_reference_worker, or give "
-            "each group GPUs of its own with --colocate false."
+            f"{', '.join(flags[:-1])} or {flags[-1]}, or give each group GPUs of its own with "
+            "--colocate false."
         )
     return {"policy": (policy, own), **counted}
 
 
 def _apart(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
-    """GPUs of their own for each group: half of them sample, unless the user or the nodes say otherwise."""
+    """GPUs of their own for each group: half of them sample, unless the user or the nodes say otherwise.
+
+    A critic is as large as the policy and trains as much: it has as many workers, unless the user says.
+    """
     own = _or(config.gpus_per_policy_worker, 1.0)
     engine = _or(config.gpus_per_rollout_worker, float(config.vllm_tensor_parallel_size))
-    scorer = _or(config.gpus_per_reference_worker, 1.0)
-    scorers = _or(config.reference_workers, max(1, int(cluster.gpus / 8))) if config.beta > 0 else 0
-    rest = cluster.gpus - scorers * scorer
-    if rest < own + engine:
-        also = f" and {scorers} reference worker(s) of {scorer:g}" if scorers else ""
+    scorers: Counted = {}
+    paired: dict[str, float] = {}
+    for name in _beside(config):
+        asked, gpus = _asked(config, name)
+        if name == "critic" and asked is None:
+            paired[name] = _or(gpus, 1.0)
+        else:
+            scorers[name] = (_or(asked, max(1, int(cluster.gpus / 8))), _or(gpus, 1.0))
+    pair = own + sum(paired.values())
+    held = sum(workers * gpus for workers, gpus in scorers.values())
+    rest = cluster.gpus - held
+    if rest < pair + engine:
+        named = [f"{workers} {name} worker(s) of {gpus:g}" for name, (workers, gpus) in scorers.items()]
+        named += [f"a {name} worker of {gpus:g}" for name, gpus in paired.items()]
+        also = f" and {', '.join(named)}" if named else ""
         raise PlacementError(
             f"the groups do not fit: {cluster.gpus:g} GPU(s) cannot hold a policy worker of {own:g}, a "
             f"rollout worker of {engine:g}{also} on GPUs of their own. Use --colocate true, or add GPUs."
         )
     if _roles_apart(cluster):
-        policy = _or(config.policy_workers, _room(cluster, own, "policy"))
-        engines = _or(config.rollout_workers, _room(cluster, engine, "rollout", beside=scorers * scorer))
+        policy = _or(config.policy_workers, _room(cluster, pair, "policy"))
+        engines = _or(config.rollout_workers, _room(cluster, engine, "rollout", beside=held))
     else:
-        kept = (config.policy_workers or 0) * own or rest / 2
+        kept = (config.policy_workers or 0) * pair or rest / 2
         engines = _or(config.rollout_workers, max(1, int((rest - kept) / max(engine, 0.01))))
-        policy = _or(config.policy_workers, max(1, int((rest - engines * engine) / max(own, 0.01))))
-    counted = {"policy": (policy, own), "rollout": (engines, engine)}
-    return {**counted, "reference": (scorers, scorer)} if scorers else counted
+        policy = _or(config.policy_workers, max(1, int((rest - engines * engine) / max(pair, 0.01))))
+    beside_policy = {name: (policy, gpus) for name, gpus in paired.items()}
+    return {"policy": (policy, own), "rollout": (engines, engine), **beside_policy, **scorers}
 
 
 def _room(cluster: ClusterInfo, gpus: float, role: str | None = None, beside: float = 0.0) -> int:

@@ -247,7 +247,7 @@ class RewardGroup:
                 pending.append(call)
                 members.append(share)
                 turn += 1
-        return _gather(fetch_all(pending), members, len(trajectories))
+        return gather_scores(fetch_all(pending), members, len(trajectories))
 
 
 def reward_columns(trajectories: Sequence[Trajectory], state: TrainerState) -> dict[str, Any]:
@@ -263,7 +263,8 @@ def reward_columns(trajectories: Sequence[Trajectory], state: TrainerState) -> d
     }
 
 
-def _gather(answers: Sequence[Scores], members: Sequence[NDArray], count: int) -> Scored:
+def gather_scores(answers: Sequence[Scores], members: Sequence[NDArray], count: int) -> Scored:
+    """Answers of several workers as one: `members` are the rows that each is about, of `count` in all."""
     first = answers[0]
     values = np.full((count, len(first.functions)), np.nan)
     failures: list[Failure] = []

@@ -6,7 +6,6 @@ comes in two calls, between which the driver merges three numbers a worker.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -119,7 +118,9 @@ def estimate(
     }
 
 
-def whitened(rows: ReadRows, scores: NDArray[np.float64], advantages: Moments) -> Columns:
+def whitened(
+    rows: ReadRows, scores: NDArray[np.float64], advantages: Moments
+) -> tuple[NDArray[np.float64], Columns]:
     """Advantages with mean 0 and spread 1 over the whole step.
 
     Args:
@@ -128,13 +129,15 @@ def whitened(rows: ReadRows, scores: NDArray[np.float64], advantages: Moments) -
         advantages: Of the whole step.
 
     Returns:
-        {"advantages"} as Ragged float32; 0 in rows without a score.
+        Mean of each row's, float64 `[n]`, and {"advantages"} as Ragged float32; 0 in rows without a score.
     """
     from raytune_rl.algorithms.moments import whiten
+    from raytune_rl.algorithms.rows import mean_rows
 
     share = _Share(rows, scores)
-    column = whiten(share.column("advantages"), advantages)
-    return {"advantages": share.ragged(column.where(share.scored, 0.0))}
+    column = whiten(share.column("advantages"), advantages).where(share.scored, 0.0)
+    means = mean_rows(column, share.row_of, share.n).numpy()
+    return means, {"advantages": share.ragged(column)}
 
 
 class _Share:
@@ -149,7 +152,7 @@ class _Share:
 
         self._rows, self.n = rows, len(scores)
         name = "advantages" if settings is None else "old_logprobs"
-        self._lengths = [len(self._row(name, row)) for row in range(self.n)]
+        self._lengths = [len(rows.late(name, row)) for row in range(self.n)]
         self.row_of = torch.repeat_interleave(
             torch.arange(self.n), torch.tensor(self._lengths, dtype=torch.long)
         )
@@ -167,13 +170,9 @@ class _Share:
     def column(self, name: str) -> Tensor:
         import torch
 
-        held = [self._row(name, row) for row in range(self.n)]
+        held = [self._rows.late(name, row) for row in range(self.n)]
         return torch.from_numpy(np.concatenate([*held, np.empty(0, np.float32)]).astype(np.float64))
 
     def ragged(self, flat: Tensor) -> Ragged:
         values = flat.numpy().astype(np.float32)
         return Ragged(values, np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64))
-
-    def _row(self, name: str, row: int) -> NDArray:
-        columns: Mapping[str, object] = self._rows.source(row, name)[0]
-        return self._rows.column(name if name in columns else "logprobs", row, late=name)

@@ -23,7 +23,8 @@ from raytune_rl.data.pictures import ROW_COLUMN
 from raytune_rl.data.ragged import Columns
 from raytune_rl.data.rows import ReadRows, RowBatch
 from raytune_rl.runtime.weights import TensorEntry, entry_of, plan_buckets, to_bytes
-from raytune_rl.workers import row_stats, scoring
+from raytune_rl.workers import estimates, row_stats, scoring
+from raytune_rl.workers.estimates import EstimateFacts, EstimateSettings
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from raytune_rl.algorithms.metrics import MetricSums
+    from raytune_rl.algorithms.moments import Moments
     from raytune_rl.data.collate import MicroBatch
     from raytune_rl.models.settings import TunerSettings
 
@@ -213,7 +215,11 @@ class PolicyWorker:
         self._engine, self._rate = start_engine(scorer, spec.optimizer)
         self._gather = gathered if is_sharded(self._engine) else whole
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-        return PolicyFacts(tuned.trainable, tuned.total, dtype, loaded.notices + tuned.notices)
+        notices = loaded.notices + tuned.notices
+        if loaded.new_head and not spec.model.adapters:
+            start = "starts at 0" if self._loss.forward == "values" else "has random weights"
+            notices += (f"the head that gives {self._loss.forward} is new and {start}",)
+        return PolicyFacts(tuned.trainable, tuned.total, dtype, notices)
 
     # -- training
     # ---------------------------------------------------------------------------------------------
@@ -360,6 +366,28 @@ class PolicyWorker:
     def row_kl(self, batch: RowBatch, estimator: str) -> NDArray[np.float64]:
         """See `row_stats.row_kl`."""
         return row_stats.row_kl(batch, estimator, self._spec.score.timeout_s)
+
+    def values(self, batch: RowBatch) -> tuple[int, Columns]:
+        """A critic's values under the present weights; see `scoring.values`."""
+        self._engine.eval()
+        return scoring.values(self._engine, batch, self._spec.model, self._spec.score, self._images)
+
+    def reward_moments(self, batch: RowBatch, settings: EstimateSettings) -> Moments:
+        """See `estimates.reward_moments`; rows have the scalar "score"."""
+        rows = scoring.read_rows(batch, self._spec.score.timeout_s)
+        return estimates.reward_moments(rows, batch.scalars["score"], settings)
+
+    def estimate(
+        self, batch: RowBatch, settings: EstimateSettings, rewards: Moments | None
+    ) -> tuple[EstimateFacts, Columns]:
+        """See `estimates.estimate`; rows have the scalar "score"."""
+        rows = scoring.read_rows(batch, self._spec.score.timeout_s)
+        return estimates.estimate(rows, batch.scalars["score"], settings, rewards)
+
+    def whiten(self, batch: RowBatch, advantages: Moments) -> tuple[NDArray[np.float64], Columns]:
+        """See `estimates.whitened`; rows have the scalar "score"."""
+        rows = scoring.read_rows(batch, self._spec.score.timeout_s)
+        return estimates.whitened(rows, batch.scalars["score"], advantages)
 
     def evaluate(self, batch: RowBatch) -> MetricSums:
         """The loss and its metrics on rows, without training on them."""

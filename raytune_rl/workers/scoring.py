@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import ray
@@ -84,10 +84,13 @@ def device() -> torch.device:
 
 
 def load(spec: ModelSpec, forward: Forward = "logprobs") -> LoadedModel:
-    """Loads the base model of a spec onto this worker's device, with the head that `forward` needs."""
+    """Loads the base model of a spec onto this worker's device, with the head that `forward` needs.
+
+    A critic's new head starts at 0: it foresees nothing, which is nearer to the truth than noise.
+    """
     from raytune_rl.models.load import Quantization, load_model
 
-    return load_model(
+    loaded = load_model(
         spec.path,
         dtype=spec.dtype,
         attn_impl=spec.attn_impl,
@@ -97,6 +100,9 @@ def load(spec: ModelSpec, forward: Forward = "logprobs") -> LoadedModel:
         scalar=forward != "logprobs",
         use_hf=spec.use_hf,
     )
+    if loaded.new_head and forward == "values":
+        cast(Any, loaded.model).score.weight.data.zero_()
+    return loaded
 
 
 def scorer_of(model: Any, forward: Forward) -> TokenScorer | ScalarScorer:
@@ -169,19 +175,21 @@ def micro_batch(
     return collate(tokens, masks, layout=layout, pad_token_id=PAD).to(device())  # type: ignore[arg-type]
 
 
-def flat_column(rows: ReadRows, members: Sequence[int], name: str, late: str = "") -> torch.Tensor:
-    """A float32 `[N]` tensor of one per-token column over a micro-batch's loss tokens."""
-    import torch
-
-    parts = [rows.column(name, row, late=late) for row in members]
-    flat = np.concatenate(parts).astype(np.float32) if parts else np.empty(0, np.float32)
-    return torch.from_numpy(flat).to(device())
+def flat_column(rows: ReadRows, members: Sequence[int], name: str) -> torch.Tensor:
+    """A float32 `[N]` tensor of one per-token column of the rows' own over a micro-batch's loss tokens."""
+    return _flat([rows.column(name, row) for row in members])
 
 
 def late_column(rows: ReadRows, members: Sequence[int], name: str) -> torch.Tensor:
-    """`flat_column` of what was computed later: in its object it has its own name, or it is "logprobs"."""
-    own = bool(members) and name in rows.source(members[0], name)[0]
-    return flat_column(rows, members, name if own else "logprobs", name)
+    """The same of a column that was computed later."""
+    return _flat([rows.late(name, row) for row in members])
+
+
+def _flat(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    import torch
+
+    flat = np.concatenate(parts).astype(np.float32) if parts else np.empty(0, np.float32)
+    return torch.from_numpy(flat).to(device())
 
 
 def forward_inputs(micro: MicroBatch, forward: Forward = "logprobs") -> dict[str, Any]:
@@ -240,3 +248,29 @@ def score(
     ordered = {name: [pieces[row] for row in range(len(batch))] for name, pieces in found.items()}
     sums = np.array([row.sum(dtype=np.float64) for row in ordered["logprobs"]], dtype=np.float64)
     return sums, {name: Ragged.from_rows(rows, np.float32) for name, rows in ordered.items()}
+
+
+def values(
+    scorer: ScalarScorer | Any,
+    batch: RowBatch,
+    spec: ModelSpec,
+    settings: ScoreSettings,
+    images: ImageCollator | None = None,
+) -> tuple[int, Columns]:
+    """A critic's values at a batch's loss tokens, without gradient.
+
+    Returns:
+        The number of rows, and {"values": Ragged float32} with the rows in the batch's order.
+    """
+    import torch
+
+    rows = read_rows(batch, settings.timeout_s)
+    found: dict[int, np.ndarray] = {}
+    with torch.no_grad():
+        for members in batch.micro_batches:
+            micro = micro_batch(rows, members, spec.layout, images)
+            flat = scorer(**forward_inputs(micro, "values")).cpu().numpy()
+            counts = np.bincount(micro.row_of.cpu().numpy(), minlength=len(members))
+            pieces = np.split(flat, np.cumsum(counts)[:-1]) if members else []
+            found.update(zip(members, pieces, strict=True))
+    return len(batch), {"values": Ragged.from_rows([found[row] for row in range(len(batch))], np.float32)}

@@ -20,9 +20,10 @@ from raytune_rl.data.collate import collate_rows
 from raytune_rl.data.microbatch import plan_micro_batches
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.data.rows import RowPointer
-from raytune_rl.models.load import load_model
+from raytune_rl.models.load import load_model, load_tokenizer
 from raytune_rl.models.scalar import ScalarScorer
 from raytune_rl.models.settings import TunerSettings
+from raytune_rl.models.weights import save_model
 from raytune_rl.pipelines.policy_group import PolicyGroup, rank_batch
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
@@ -35,9 +36,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 ROWS = 10
 
 
-def spec(tiny: Tiny, loss: str, settings: Any, tuner: Any) -> PolicySpec:
+def spec(model: Path, loss: str, settings: Any, tuner: Any) -> PolicySpec:
     return PolicySpec(
-        model=ModelSpec(str(tiny.untied), "float32", None, "padded"),
+        model=ModelSpec(str(model), "float32", None, "padded"),
         tuner=TunerSettings(tuner_type=tuner, lora_dropout=0.0),
         optimizer=OptimizerSpec(1e-2, "constant", 0, 10, (0.9, 0.95), 1e-8, 0.0, 1.0, deepspeed.load(None)),
         loss=loss,
@@ -64,17 +65,26 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def worlds(cluster: None, tiny: Tiny) -> Iterator[dict[str, World]]:
-    critic = spec(tiny, "ppo_value", ValueSettings(), "full")
-    model = spec(tiny, "rm", RMSettings(), "lora")
+def headed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has its head already."""
+    directory = tmp_path_factory.mktemp("headed")
+    torch.manual_seed(1)
+    save_model(load_model(str(tiny.untied), scalar=True).model, directory, load_tokenizer(str(tiny.untied)))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def worlds(cluster: None, tiny: Tiny, headed: Path) -> Iterator[dict[str, World]]:
+    critic = spec(headed, "ppo_value", ValueSettings(), "full")
+    model = spec(tiny.untied, "rm", RMSettings(), "lora")
     sizes = {"two": 2, "rm": 1}
     with reserve([GroupSpec(name, size, cpus=0.5) for name, size in sizes.items()], 60.0) as slots:
         made = {
             "two": World(critic, 2, 64, slots["two"]),
             "rm": World(model, 1, 10_000, slots["rm"]),
         }
-        for world in made.values():
-            assert any("random" in notice for notice in world.policy.ready().notices)
+        assert not any("head" in notice for notice in made["two"].policy.ready().notices)
+        assert any("random" in notice for notice in made["rm"].policy.ready().notices)
         yield made
         for world in made.values():
             world.group.shutdown()
@@ -94,7 +104,7 @@ def rows() -> tuple[Columns, list[int]]:
     return columns, completions.tolist()
 
 
-def test_a_critics_step_is_that_of_one_process(worlds: dict[str, World], tiny: Tiny) -> None:
+def test_a_critics_step_is_that_of_one_process(worlds: dict[str, World], headed: Path) -> None:
     """Two ranks with small micro-batches against one plain pass over all rows: loss, gradient, values."""
     columns, lengths = rows()
     ref = ray.put(columns)
@@ -104,8 +114,7 @@ def test_a_critics_step_is_that_of_one_process(worlds: dict[str, World], tiny: T
     late = {"old_values": pointers, "returns": pointers}
     step = worlds["two"].policy.train(pointers, tokens.lengths.tolist(), {"weight": weight}, late, 0).metrics
 
-    torch.manual_seed(1)
-    model = load_model(str(tiny.untied), scalar=True).model
+    model = load_model(str(headed), scalar=True).model
     masks: Any = columns["loss_mask"]
     micro = collate_rows(tokens, masks, range(ROWS), layout="padded", pad_token_id=0)
     values = ScalarScorer(model)(**forward_inputs(micro, "values"))

@@ -83,7 +83,7 @@ WRONG = [
     ({"gpus_per_policy_worker": 1.5}, "--gpus_per_policy_worker 1.5"),
 ]
 WRONG_RL = [
-    ({"rlhf_type": "ppo"}, "--rlhf_type ppo is not built yet"),
+    ({"rlhf_type": "gkd"}, "--rlhf_type gkd is not built yet"),
     ({"rlhf_type": "dpo"}, "its settings are a PreferenceConfig"),
     ({"num_generations": 1}, "needs at least 2"),
     ({"temperature": 0}, "--temperature: 0 must be greater than 0"),

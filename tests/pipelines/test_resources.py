@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
+from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.errors import ConfigError, PlacementError
 from raytune_rl.pipelines.resources import Groups, offline_groups, online_groups
 from raytune_rl.runtime.cluster import ClusterInfo
@@ -22,6 +22,10 @@ def cluster(*nodes: dict[str, float]) -> ClusterInfo:
 
 def online(where: ClusterInfo, **settings: Any) -> Groups:
     return online_groups(RLHFConfig(**TRAIN, reward_funcs="accuracy", **settings), where)
+
+
+def ppo(where: ClusterInfo, **settings: Any) -> Groups:
+    return online_groups(PPOConfig(**{**TRAIN, "reward_funcs": "accuracy", **settings}), where)
 
 
 def sft(where: ClusterInfo, **settings: Any) -> Groups:
@@ -241,3 +245,55 @@ def test_a_reference_of_its_own_sits_beside_the_policy() -> None:
     on_cpu = preference(cluster({"CPU": 2.0}), ref_adapters=["a"])
     assert counts(on_cpu) == {"policy": 1, "reference": 1}
     assert_fits(on_cpu, cluster({"CPU": 2.0}))
+
+
+# -- critic and reward models ------------------------------------------------------------------------------
+
+
+def test_ppo_has_a_critic_on_every_machine() -> None:
+    groups = ppo(LAPTOP)
+    assert counts(groups) == {"policy": 1, "rollout": 1, "reference": 1, "critic": 1, "reward": 1}
+    assert_fits(groups, LAPTOP)
+    for where, number in ((ONE_GPU, 1), (EIGHT_GPUS, 8)):
+        groups = ppo(where)
+        assert {k: v for k, v in counts(groups).items() if k != "reward"} == dict.fromkeys(
+            ("policy", "rollout", "reference", "critic"), number
+        )
+        assert gpus(groups) == {"policy": 0.1, "rollout": 0.3, "reference": 0.3, "critic": 0.3}
+        assert [b["GPU"] for b in make_layout(groups.specs).bundles if "GPU" in b] == [1.0] * number
+        assert_fits(groups, where)
+    assert "reference" not in ppo(LAPTOP, kl_coef=0.0)
+
+
+def test_apart_the_critic_has_as_many_gpus_as_the_policy_unless_told() -> None:
+    groups = ppo(EIGHT_GPUS, colocate=False)
+    assert {k: v for k, v in counts(groups).items() if k != "reward"} == {
+        "policy": 2,
+        "rollout": 3,
+        "critic": 2,
+        "reference": 1,
+    }
+    assert_fits(groups, EIGHT_GPUS)
+    groups = ppo(EIGHT_GPUS, colocate=False, critic_workers=1, policy_workers=3)
+    assert {k: v for k, v in counts(groups).items() if k != "reward"} == {
+        "policy": 3,
+        "rollout": 3,
+        "critic": 1,
+        "reference": 1,
+    }
+    with pytest.raises(PlacementError, match=r"1 reference worker\(s\) of 1, a critic worker of 1 on GPUs"):
+        ppo(cluster({"CPU": 8, "GPU": 3}), colocate=False)
+
+
+def test_reward_models_have_a_group_and_may_stand_alone() -> None:
+    groups = online(LAPTOP, reward_model="rm")
+    assert counts(groups)["reward_model"] == 1
+    groups = online_groups(RLHFConfig(**TRAIN, reward_model=("a", "b")), EIGHT_GPUS)
+    assert counts(groups) == {"policy": 8, "rollout": 8, "reference": 8, "reward_model": 8}
+    assert_fits(groups, EIGHT_GPUS)
+    groups = ppo(ONE_GPU, reward_model="rm")
+    assert gpus(groups)["critic"] == 0.22
+    assert_fits(groups, ONE_GPU)
+    groups = ppo(EIGHT_GPUS, colocate=False, reward_model="rm", reward_funcs=())
+    assert_fits(groups, EIGHT_GPUS)
+    assert sum(groups[name].gpus * groups[name].workers for name in counts(groups)) <= 8

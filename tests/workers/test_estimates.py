@@ -53,7 +53,9 @@ def run(
     step = merge_moments(facts.advantages for facts, _ in made)
     out: dict[str, dict[int, np.ndarray]] = {"advantages": {}, "returns": {}, "white": {}}
     for part, (_, found), (_, scores) in zip(parts, made, shares, strict=True):
-        white = whitened(share({"advantages": found}, range(len(part))), scores, step)
+        means, white = whitened(share({"advantages": found}, range(len(part))), scores, step)
+        own = [white["advantages"][number].mean() for number in range(len(part))]  # type: ignore[index]
+        np.testing.assert_allclose(means, own, atol=1e-6)
         for number, row in enumerate(part):
             out["advantages"][row] = found["advantages"][number]  # type: ignore[index]
             out["returns"][row] = found["returns"][number]  # type: ignore[index]

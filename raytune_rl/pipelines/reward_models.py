@@ -1,0 +1,70 @@
+"""Reward models as the pipelines see them: completions in, scores out, beside those of reward functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from raytune_rl.pipelines.data import PromptSet
+from raytune_rl.pipelines.rollouts import Scored, Trajectory, gather_scores
+from raytune_rl.rewards.types import TrainerState
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.wait import fetch_all
+
+
+class Scorer(Protocol):
+    """Whoever can say what completions are worth."""
+
+    def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
+        """One row a trajectory, one column a reward."""
+        ...
+
+
+class RewardModelGroup:
+    """Workers that each hold every reward model; the completions are shared out among them."""
+
+    def __init__(self, group: WorkerGroup) -> None:
+        self._group = group
+
+    def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
+        """Scores every trajectory, the longest spread evenly over the workers."""
+        by_length = np.argsort([-t.length for t in trajectories], kind="stable")
+        pending, members = [], []
+        for rank in range(len(self._group)):
+            mine = by_length[rank :: len(self._group)]
+            for ref in {trajectories[i].text.ref: None for i in mine}:
+                share = np.array([i for i in mine if trajectories[i].text.ref == ref])
+                call = self._group.submit(
+                    rank,
+                    "score",
+                    [ref],
+                    [trajectories[i].text.row for i in share],
+                    [prompts.extra],
+                    [trajectories[i].prompt for i in share],
+                    what=f"scoring {len(share)} completions",
+                )
+                pending.append(call)
+                members.append(share)
+        return gather_scores(fetch_all(pending), members, len(trajectories))
+
+
+class Together:
+    """Several scorers as one: their columns side by side, in the order of `--reward_weights`."""
+
+    def __init__(self, scorers: Sequence[Scorer]) -> None:
+        self._scorers = scorers
+
+    def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
+        """Scores of all of them."""
+        parts = [scorer.score(trajectories, prompts, state) for scorer in self._scorers]
+        failures = [failure for part in parts for failure in part.failures]
+        return replace(
+            parts[0],
+            labels=tuple(label for part in parts for label in part.labels),
+            names=tuple(name for part in parts for name in part.names),
+            values=np.concatenate([part.values for part in parts], axis=1),
+            failures=tuple(sorted(failures, key=lambda failure: failure.row)),
+        )

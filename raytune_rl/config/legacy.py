@@ -41,7 +41,7 @@ NOT_BUILT = frozenset(
         "model_type", "move_model_batches",
         "neftune_noise_alpha", "predict_with_generate",
         "sequence_parallel_size", "target_regex",
-        "teacher_model", "template", "use_gym_env", "use_liger_kernel",
+        "teacher_model", "template", "use_gym_env",
         "vit_gradient_checkpointing", "vit_lr",
     }
 )

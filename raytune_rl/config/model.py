@@ -25,6 +25,9 @@ class ModelOptions(Options):
         None,
         "Attention kernel; flash_attn means flash_attention_2. Not set: the best one that the machine has.",
     )
+    use_liger_kernel: bool = _setting(
+        False, "Triton kernels of liger-kernel for norms, rotary positions and gated layers; on a GPU."
+    )
     trust_remote_code: bool = _setting(
         False, "Run Python code that comes with the model. Only for models you trust."
     )

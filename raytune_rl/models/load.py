@@ -84,6 +84,7 @@ def load_model(
     device: str | torch.device = "cpu",
     quantization: Quantization | None = None,
     scalar: bool = False,
+    liger: bool = False,
     use_hf: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -102,6 +103,8 @@ def load_model(
         scalar: load it with a head of one output (reward model, critic) in place of the one over the
             vocabulary. What was saved so keeps its head; another model gets a new one, from torch's random
             state.
+        liger: put liger-kernel's layers in place of the model's own; nothing changes on a CPU. Its losses are
+            not used: ours sees the hidden states.
         use_hf, revision, token: see `resolve_path`.
 
     Raises:
@@ -144,8 +147,22 @@ def load_model(
         model = model.to(where)
     elif quantization.bits == 4 and where.type == "cpu":
         _prepare_4bit_on_cpu(model)
+    if liger and where.type != "cpu":
+        _apply_liger(model)
     _mend_generation_config(model, notices)
     return LoadedModel(model.eval(), local, tuple(notices), new_head)
+
+
+def _apply_liger(model: Any) -> None:
+    from transformers.integrations.liger import apply_liger_kernel
+
+    try:
+        apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
+    except ImportError as error:
+        raise ModelError(
+            "--use_liger_kernel true needs the package liger-kernel: set up with EXTRA=gpu, or leave the "
+            "flag out"
+        ) from error
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> Any:

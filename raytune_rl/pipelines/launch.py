@@ -27,6 +27,7 @@ def model_spec(config: TrainConfig, on_gpu: bool, vision: bool = False) -> Model
         path=config.model,
         dtype=dtype(config, on_gpu),
         attn_impl=config.attn_impl,
+        liger=config.use_liger_kernel,
         layout=layout(config, on_gpu, vision),
         trust_remote_code=config.trust_remote_code,
         adapters=config.adapters,
@@ -319,6 +320,8 @@ def machine_notices(config: TrainConfig, on_gpu: bool) -> list[str]:
         )
     if config.attn_impl and config.attn_impl.startswith("flash"):
         notices.append(f"--attn_impl {config.attn_impl} needs a GPU: sdpa is used here")
+    if config.use_liger_kernel:
+        notices.append("--use_liger_kernel needs a GPU: the model's own layers are used here")
     if isinstance(config, RLHFConfig):
         asleep = [
             f"--{name}"

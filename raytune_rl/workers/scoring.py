@@ -47,6 +47,7 @@ class ModelSpec:
         use_hf: A hub id is one of Hugging Face instead of ModelScope.
         max_pixels: Vision models: most pixels of an image, or None for the processor's own limit.
         image_threads: Vision models: threads that make the pixels of coming micro-batches.
+        liger: Use liger-kernel's layers on a GPU.
     """
 
     path: str
@@ -59,6 +60,7 @@ class ModelSpec:
     use_hf: bool = False
     max_pixels: int | None = None
     image_threads: int = 1
+    liger: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def load(spec: ModelSpec, forward: Forward = "logprobs") -> LoadedModel:
         quantization=Quantization(bits=spec.quant_bits) if spec.quant_bits else None,
         scalar=forward != "logprobs",
         use_hf=spec.use_hf,
+        liger=spec.liger,
     )
     if loaded.new_head and forward == "values":
         cast(Any, loaded.model).score.weight.data.zero_()

@@ -6,8 +6,10 @@ flags become losses as in the pipeline. What would break learning is tried as we
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ import pytest
 import torch
 
 from raytune_rl.config import RLHFConfig
-from raytune_rl.tiny.arithmetic import Problem, problems
+from raytune_rl.pipelines import online
+from raytune_rl.tiny.arithmetic import Problem, problems, question
 from raytune_rl.tiny.model import make_tiny_model
 from tests.learning.loop import Policy, Spoiled, reinforce
 
@@ -32,6 +35,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "reinforce_plus_plus": {"advantage_estimator": "reinforce_plus_plus"},
 }
 GENERATIONS, PROMPTS = 4, 16
+HELD_OUT = 64
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     rng = random.Random(0)
     pool = problems()
     rng.shuffle(pool)
-    held_out, seen = pool[:64], pool[64:]
+    held_out, seen = pool[:HELD_OUT], pool[HELD_OUT:]
     taught = rng.choices(seen, k=2048)
     answers = [p.answer if rng.random() < 0.5 else slip(p.answer, rng) for p in taught]
     torch.manual_seed(0)
@@ -106,3 +110,55 @@ def test_it_learns(task: Task, name: str) -> None:
 )
 def test_what_is_broken_does_not(task: Task, spoiled: Spoiled, worst: float, best: float) -> None:
     assert worst <= task.gain(ALGORITHMS["grpo"], spoiled) < best
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_dapo_learns_on_the_real_stack(task: Task, tmp_path: Path) -> None:
+    """The recipe with dynamic sampling: DeepSpeed, vLLM and reward workers in Ray actors."""
+    task.policy.model.load_state_dict(task.start)
+    task.policy.model.save_pretrained(tmp_path / "model")
+    task.policy.tokenizer.save_pretrained(tmp_path / "model")
+    for name, part in (("train", task.seen[:256]), ("held_out", task.held_out)):
+        rows = [
+            {
+                "messages": [{"role": "user", "content": question(p, in_words=False)}],
+                "solution": str(p.answer),
+            }
+            for p in part
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = online.run(
+        RLHFConfig(
+            rlhf_type="dapo",
+            model=str(tmp_path / "model"),
+            dataset=str(tmp_path / "train.jsonl"),
+            val_dataset=str(tmp_path / "held_out.jsonl"),
+            reward_funcs=["accuracy", "soft_overlong"],
+            soft_cache_length=8,
+            max_completion_length=32,
+            train_type="full",
+            num_generations=8,
+            num_generations_eval=4,
+            per_device_train_batch_size=128,
+            per_device_eval_batch_size=4,
+            temperature=1.0,
+            learning_rate=4e-4,
+            lr_scheduler_type="constant",
+            max_steps=5,
+            eval_steps=5,
+            save_only_model=True,
+            logging_steps=1,
+            report_to="none",
+            output_dir=str(tmp_path / "out"),
+        )
+    )
+    name = "eval_rewards/MathAccuracy/mean"
+    assert result.after[name] > result.before[name] + 0.15
+    lines = [json.loads(line) for line in (result.run_dir / "logging.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "dynamic_sample/rounds" in line]
+    assert len(trained) == 5
+    assert sum(line["dynamic_sample/replaced_prompts"] for line in trained) > 0
+    assert all(
+        line["frac_reward_zero_std"] * 16 == line["dynamic_sample/filled_without_signal"] for line in trained
+    )

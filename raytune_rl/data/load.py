@@ -17,6 +17,7 @@ from raytune_rl.data.formats import Converter
 from raytune_rl.data.registered import asked, question_of
 from raytune_rl.data.sources import parse_spec, read_rows, sample
 from raytune_rl.errors import ConfigError, DataError
+from raytune_rl.tracking.files import read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +215,8 @@ class Quarantine:
 
     Args:
         path: The file; None only counts.
-        adds: Go on with a file that is there, instead of replacing it.
+        adds: Go on with a file that is there, instead of replacing it. A row that it holds is not written
+            again: a stream comes by more than once, and a resumed one reads its window anew.
     """
 
     def __init__(self, path: Path | None, adds: bool = False) -> None:
@@ -224,6 +226,9 @@ class Quarantine:
         self.written_to: Path | None = None
         self._path = path
         self._file: TextIO | None = None
+        self._held: set[tuple[str, int]] = set()
+        if adds and path is not None:
+            self._held = {(str(row.get("source")), int(row.get("line", 0))) for row in read_jsonl(path)}
 
     def add(self, error: RowError, raw: Any) -> None:
         self.reasons[error.reason] += 1
@@ -234,6 +239,10 @@ class Quarantine:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a" if self._adds else "w", encoding="utf-8")
             self.written_to = self._path
+        if (error.source, error.line) in self._held:
+            return
+        if self._adds:
+            self._held.add((error.source, error.line))
         entry = {"source": error.source, "line": error.line, "reason": error.reason, "row": raw}
         self._file.write(json.dumps(entry, ensure_ascii=False, default=_jsonable) + "\n")
 

@@ -48,6 +48,9 @@ def test_bad_rows_are_counted_and_do_not_move_the_windows(tmp_path: Path) -> Non
     assert (source.rows, source.good, source.bad) == (3, 2, 1)
     assert json.loads(bad_rows.read_text())["line"] == 2
     assert answers(windows, 1) == [3, 4, 5]
+    assert windows.window(2).report.bad == 1, "the second pass comes by the bad row again"
+    RowWindows([spec], task="sft", size=3, strict=False, quarantine_path=bad_rows).window(0)
+    assert len(bad_rows.read_text().splitlines()) == 1, "and a row is set aside once"
     with pytest.raises(RowError, match=r"a\.jsonl:2"):
         RowWindows([spec], task="sft", size=3).window(0)
     hopeless = chats(tmp_path / "b.jsonl", range(3), bad=(0, 1, 2))

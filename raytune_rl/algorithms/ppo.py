@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raytune_rl.algorithms.metrics import MetricSums, mean_of, row_counts
@@ -56,9 +58,11 @@ def token_rewards(
     return rewards.index_add(0, last, scores.detach().double()[used])
 
 
-def missing_eos(scores: Tensor, finished: Tensor, penalty: float | None) -> Tensor:
-    """Scores less a penalty for completions that never came to an end; [n_rows]."""
-    return scores if penalty is None else torch.where(finished, scores, scores - penalty)
+def missing_eos(
+    scores: NDArray[np.float64], finished: NDArray[np.bool_], penalty: float | None
+) -> NDArray[np.float64]:
+    """Scores less a penalty for completions that never came to an end; float64 [n_rows], NaN stays NaN."""
+    return scores if penalty is None else np.where(finished, scores, scores - penalty)
 
 
 def gae(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.algorithms.advantages import AdvantageResult, group_advantages
+from raytune_rl.algorithms.ppo import missing_eos
 from raytune_rl.config import PPOConfig
 from raytune_rl.pipelines import online
 from raytune_rl.pipelines.actor_critic import ActorCritic
@@ -90,10 +91,8 @@ class PPORun(online.OnlineRun):
     ) -> tuple[AdvantageResult, NDArray[np.float64] | None]:
         """Generalised advantage estimation; the advantages travel as a column, one a token."""
         config, batch = self.config, experience.batch
-        scores = experience.rewards
-        if config.missing_eos_penalty is not None:
-            cut_off = np.array([t.finish_reason == "length" for t in batch])
-            scores = scores - config.missing_eos_penalty * cut_off
+        finished = np.array([t.finish_reason != "length" for t in batch])
+        scores = missing_eos(experience.rewards, finished, config.missing_eos_penalty)
         with self.run.timer.phase("critic"):
             found = self.policy.critic.estimate(
                 [t.data for t in batch],

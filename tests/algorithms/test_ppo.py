@@ -67,7 +67,7 @@ def test_token_rewards() -> None:
 
 
 def test_completions_without_an_end_cost() -> None:
-    scores, finished = torch.tensor([1.0, 2.0]), torch.tensor([True, False])
+    scores, finished = np.array([1.0, 2.0]), np.array([True, False])
     assert missing_eos(scores, finished, 5.0).tolist() == [1.0, -3.0]
     assert missing_eos(scores, finished, None).tolist() == [1.0, 2.0]
 

@@ -31,6 +31,10 @@ def read(path: str) -> ConfigFile:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"Config file {path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"Config file {path}: not text in UTF-8 (byte {error.start}); save it as UTF-8."
+        ) from None
     content = _json(text, path) if file.suffix.lower() == ".json" else _yaml(text, path)
     if content is None:
         content = {}
@@ -72,6 +76,8 @@ def _yaml(text: str, path: str) -> Any:
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
             seen: set[str] = set()
             for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise ConfigError(f"{path}, line {key.start_mark.line + 1}: a key must be a name.")
                 if key.value in seen:
                     raise ConfigError(
                         f"{path}, line {key.start_mark.line + 1}: {key.value!r} is there twice."
@@ -81,5 +87,10 @@ def _yaml(text: str, path: str) -> Any:
 
     try:
         return yaml.load(text, Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{path}{where}: not YAML: {what}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}.") from None

@@ -179,7 +179,8 @@ def _unknown(name: str, flags: Mapping[str, Flag], config_class: type[Options]) 
     if elsewhere:
         return f"--{name} is no flag of raytune-rl {config_class.COMMAND}, but of {' and '.join(elsewhere)}."
     also = [old for old, new in legacy.RENAMED.items() if new in flags]
-    return f"Unknown flag --{name}.{did_you_mean(name, [*flags, *also], prefix='--')}"
+    near = did_you_mean(name, [*flags, *also], prefix="--")
+    return f"Unknown flag --{name}.{near or f' raytune-rl {config_class.COMMAND} --help lists all of them.'}"
 
 
 def _located(error: ConfigError, from_file: set[str], path: str | None) -> ConfigError:

@@ -149,7 +149,8 @@ def test_a_json_file(tmp_path: Path) -> None:
             ["run.yaml sets warmup_ratio, warmup_steps"],
         ),
         ("- a\n- b\n", ["run.yaml: expected flags with their values, found list"]),
-        ("a: [", ["run.yaml: not YAML"]),
+        ("a: [", ["run.yaml, line 1, column 5: not YAML"]),
+        ("model: m\n? [a, b]\n: 1\n", ["run.yaml, line 2: a key must be a name"]),
         ("model: m\nseed: 1\nseed: 2\n", ["line 3: 'seed' is there twice"]),
         ("ENV: 3\n", ["ENV must map"]),
     ],
@@ -165,6 +166,12 @@ def test_mistakes_in_a_json_file(tmp_path: Path) -> None:
     for text, part in (("{", "not JSON"), ('{"seed": 1, "seed": 2}', "'seed' is there twice")):
         with pytest.raises(ConfigError, match=part):
             from_file(tmp_path, text, name="run.json")
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"model: m\nsystem: caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: not text in UTF-8 \(byte 20\)"):
+        parse([str(tmp_path / "run.yaml")], SFTConfig, environ={})
 
 
 def test_a_missing_file() -> None:

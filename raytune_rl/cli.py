@@ -26,7 +26,7 @@ from raytune_rl.errors import ConfigError, RaytuneError
 
 _COMMANDS: dict[str, tuple[type[Options], str]] = {
     "sft": (SFTConfig, "supervised fine-tuning"),
-    "rlhf": (RLHFConfig, "GRPO, PPO; from preferences in the data DPO, KTO, ORPO, CPO, SimPO, RM"),
+    "rlhf": (RLHFConfig, "GRPO, DAPO, PPO; from preferences DPO, KTO, ORPO, CPO, SimPO, RM"),
     "reward-check": (RewardCheckConfig, "try reward functions on a data set, without a model"),
     "infer": (InferConfig, "chat with a trained model, or let it answer a data set"),
     "export": (ExportConfig, "merge a LoRA adapter, push a model to a hub"),
@@ -44,7 +44,7 @@ _PIPELINES: dict[type[Options], str] = {
 _USAGE = (
     "usage: raytune-rl COMMAND [config.yaml] [--flag value ...]\n\ncommands:\n"
     + "".join(f"  {name:<14}{what}\n" for name, (_, what) in _COMMANDS.items())
-    + "\nraytune-rl COMMAND --help explains a command's flags; raytune-rl --version tells the version.\n"
+    + "\nraytune-rl COMMAND --help explains a command's flags. raytune-rl --version tells\nthe version.\n"
 )
 
 

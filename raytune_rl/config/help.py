@@ -25,9 +25,9 @@ _ORDER = (
 )
 
 _EPILOG = (
-    "A config file holds the same flags as keys; flags on the command line go before it, and its mapping ENV "
-    "sets "
-    "environment variables that are not set yet. Lists are separated by blanks, mappings are JSON."
+    "A config file holds the same flags as keys, without the dashes; a flag on the command line overrules "
+    "it. Its mapping ENV sets environment variables that are not set yet. On the command line lists are "
+    "separated by blanks, and mappings are JSON."
 )
 
 

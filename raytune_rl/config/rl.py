@@ -32,7 +32,7 @@ class RLOptions(Options):
         "grpo",
         "Algorithm. grpo; dapo, which is grpo with DAPO's settings; ppo, which has flags of its own: "
         "raytune-rl rlhf --rlhf_type ppo --help; and so have dpo, kto, orpo, cpo, simpo and rm, which learn "
-        "from preferences in the data.",
+        "from preferences in the data. gkd is not built yet.",
     )
     loss_type: str = _setting(
         "grpo",

@@ -40,6 +40,17 @@ class ClusterOptions(Options):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _check_per_node(self) -> Self:
+        for name in type(self).model_fields:
+            if not name.endswith("_workers_per_node"):
+                continue
+            total = name.removesuffix("_per_node")
+            each, workers = getattr(self, name), getattr(self, total)
+            if each is not None and workers is not None and workers % each:
+                raise ConfigError(f"--{total} {workers} is not a multiple of --{name} {each}.")
+        return self
+
 
 class PolicyGroupOptions(ClusterOptions):
     """The policy group."""
@@ -49,8 +60,17 @@ class PolicyGroupOptions(ClusterOptions):
         "Ranks that train the policy. Not set: NPROC_PER_NODE, else chosen from what the cluster has.",
         ge=1,
     )
+    policy_workers_per_node: int | None = _setting(
+        None,
+        "As many ranks on each node, and --policy_workers (if set) divided by this many nodes. Not set: one "
+        "node is filled after the other.",
+        ge=1,
+    )
     gpus_per_policy_worker: float | None = _setting(
-        None, "GPUs of one policy worker. Not set: 1 where there are GPUs, else 0.", ge=0
+        None,
+        "GPUs of one policy worker. Not set: 1 where there are GPUs, less where groups share them, else 0. "
+        "0: train on CPUs although there are GPUs.",
+        ge=0,
     )
     cpus_per_policy_worker: float | None = _setting(
         None, "CPU cores of one policy worker. Not set: chosen from what the cluster has.", gt=0
@@ -63,6 +83,12 @@ class OnlineGroupsOptions(PolicyGroupOptions):
     rollout_workers: int | None = _setting(
         None, "vLLM engines. Not set: chosen from what the cluster has.", ge=1
     )
+    rollout_workers_per_node: int | None = _setting(
+        None,
+        "As many engines on each node, and --rollout_workers (if set) divided by this many nodes. Not set: "
+        "one node is filled after the other, or each beside a policy rank.",
+        ge=1,
+    )
     reference_workers: int | None = _setting(
         None, "Copies of the reference model. Not set: as needed; none when --beta is 0.", ge=1
     )
@@ -71,7 +97,10 @@ class OnlineGroupsOptions(PolicyGroupOptions):
     )
     reward_workers: int | None = _setting(None, "Processes that compute rewards. Not set: chosen.", ge=1)
     gpus_per_rollout_worker: float | None = _setting(
-        None, "GPUs of one rollout worker. Not set: --vllm_tensor_parallel_size where there are GPUs.", ge=0
+        None,
+        "GPUs of one rollout worker. Not set: --vllm_tensor_parallel_size where it has GPUs of its own, a "
+        "share of one where it sits beside the policy.",
+        ge=0,
     )
     gpus_per_reference_worker: float | None = _setting(
         None, "GPUs of one reference worker. Not set: chosen from what the cluster has.", ge=0
@@ -93,7 +122,6 @@ class OnlineGroupsOptions(PolicyGroupOptions):
     )
     colocate: bool | None = _setting(
         None,
-        "Rollout and reference share the policy's GPUs (true) or have their own (false). Not set: "
-        "--vllm_mode, else "
-        "chosen from what the cluster has.",
+        "All groups that hold a model share the policy's GPUs (true) or have their own (false). Not set: "
+        "--vllm_mode, else true, unless nodes are reserved for a role.",
     )

@@ -72,7 +72,8 @@ def _policy_workers(
     nodes = environ.get("NNODES", "1")
     if not processes:
         return _visible_workers(settings, flags, environ)
-    workers = whole_number("NPROC_PER_NODE", processes) * whole_number("NNODES", nodes)
+    each = whole_number("NPROC_PER_NODE", processes)
+    workers = each * whole_number("NNODES", nodes)
     said = f"NPROC_PER_NODE={processes}" + (f" NNODES={nodes}" if nodes != "1" else "")
     if environ.get("NODE_RANK", "0") != "0":
         raise ConfigError(
@@ -80,9 +81,17 @@ def _policy_workers(
             "starts "
             "the workers of all nodes. Unset NODE_RANK if this is that one place."
         )
-    if settings.get("policy_workers") is None:
+    per_node = settings.get("policy_workers_per_node")
+    if settings.get("policy_workers") is None and per_node is None:
         settings["policy_workers"] = workers
-        return [f"{said} is read as --policy_workers {workers}."]
+        read = f"--policy_workers {workers}"
+        if nodes != "1":
+            settings["policy_workers_per_node"] = each
+            read += f" --policy_workers_per_node {each}"
+        return [f"{said} is read as {read}."]
+    if settings.get("policy_workers") is None:
+        same = str(per_node) == str(each) and nodes == "1"
+        return [] if same else [f"{said} does nothing: --policy_workers_per_node {per_node} is given."]
     if str(settings["policy_workers"]) != str(workers):
         return [f"{said} does nothing: --policy_workers {settings['policy_workers']} is given."]
     return []
@@ -93,7 +102,8 @@ def _visible_workers(
 ) -> list[str]:
     """In SFT every visible GPU trains; in online RL the groups share them, which the cluster decides."""
     devices = visible_devices(environ)
-    given = any(settings.get(name) is not None for name in ("policy_workers", "gpus_per_policy_worker"))
+    counted = ("policy_workers", "policy_workers_per_node", "gpus_per_policy_worker")
+    given = any(settings.get(name) is not None for name in counted)
     if not devices or given or "rollout_workers" in flags:
         return []
     settings["policy_workers"] = devices

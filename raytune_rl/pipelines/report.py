@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from raytune_rl.pipelines.online import OnlineRun
     from raytune_rl.pipelines.policy_group import StepReport
     from raytune_rl.runtime.cluster import ClusterInfo
+    from raytune_rl.runtime.placement import GroupSpec
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
@@ -118,11 +119,17 @@ def group_plans(groups: Groups, inside: Mapping[str, str]) -> list[GroupPlan]:
             spec.workers,
             spec.cpus,
             spec.gpus,
-            f"with {spec.colocate_with}" if spec.colocate_with else "",
+            _place(spec),
             inside[spec.name],
         )
         for spec in groups.specs
     ]
+
+
+def _place(spec: GroupSpec) -> str:
+    if spec.colocate_with:
+        return f"with {spec.colocate_with}"
+    return f"{spec.per_node} per node" if spec.per_node else ""
 
 
 def cluster_section(cluster: ClusterInfo) -> Section:

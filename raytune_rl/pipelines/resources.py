@@ -8,14 +8,15 @@ to have their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from raytune_rl.config import InferConfig, PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, resolved
+from raytune_rl.config.base import Options
 from raytune_rl.errors import ConfigError, PlacementError
 from raytune_rl.runtime.cluster import ClusterInfo
-from raytune_rl.runtime.placement import GroupSpec, find_homeless, make_layout
+from raytune_rl.runtime.placement import GroupSpec, find_homeless, make_layout, sum_of
 
 T = TypeVar("T")
 
@@ -59,9 +60,11 @@ def offline_groups(config: SFTConfig | PreferenceConfig, cluster: ClusterInfo) -
     apart = config if isinstance(config, PreferenceConfig) and config.own_reference else None
     beside = _or(apart.gpus_per_reference_worker, SERVED_WITH if on_gpu else 0.0) if apart else 0.0
     gpus = _or(config.gpus_per_policy_worker, 1.0 - beside if on_gpu else 0.0)
-    workers = _or(config.policy_workers, _room(cluster, gpus + beside) if on_gpu else 1)
+    spread = _spread(config, cluster, {"policy": gpus + beside})
+    workers = _or(config.policy_workers, spread.get("policy", _room(cluster, gpus + beside) if on_gpu else 1))
     cpus = config.cpus_per_policy_worker or 0.0
-    specs = [GroupSpec("policy", workers, cpus, gpus, None, _reserved_for("policy", cluster))]
+    reserved, per_node = _reserved_for("policy", cluster), config.policy_workers_per_node
+    specs = [GroupSpec("policy", workers, cpus, gpus, None, reserved, per_node)]
     if apart:
         count, cpus = _or(apart.reference_workers, workers), apart.cpus_per_reference_worker or 0.0
         specs.append(GroupSpec("reference", count, cpus, beside, "policy" if on_gpu else None, {}))
@@ -98,7 +101,7 @@ def online_groups(config: RLHFConfig, cluster: ClusterInfo) -> Groups:
     on_gpu = _on_gpu(config, cluster)
     colocated = on_gpu and _or(resolved.colocate(config), not _roles_apart(cluster))
     if not on_gpu:
-        models = _on_cpu(config)
+        models = _on_cpu(config, cluster)
     elif colocated:
         models = _sharing(config, cluster)
     else:
@@ -113,6 +116,7 @@ def online_groups(config: RLHFConfig, cluster: ClusterInfo) -> Groups:
             gpus,
             "policy" if colocated and name not in ("policy", "reward") else None,
             _reserved_for(name, cluster),
+            _per_node(config, name) if name == "policy" or not colocated else None,
         )
         for name, (workers, gpus) in {**models, **functions}.items()
     ]
@@ -141,10 +145,43 @@ def _asked(config: RLHFConfig, name: str) -> tuple[int | None, float | None]:
     return getattr(config, f"{name}_workers"), getattr(config, f"gpus_per_{name}_worker")
 
 
-def _on_cpu(config: RLHFConfig) -> Counted:
+def _per_node(config: Options, name: str) -> int | None:
+    """Workers of a group on each node, where the user says."""
+    return getattr(config, f"{name}_workers_per_node", None)
+
+
+def _spread(config: Options, cluster: ClusterInfo, gpus: Mapping[str, float]) -> dict[str, int]:
+    """Workers of the groups that are so many a node, on all nodes that have room for them; at least on one.
+
+    Args:
+        config: Says how many a node.
+        cluster: The nodes.
+        gpus: GPUs of one worker, by group.
+    """
+    needs = {
+        name: {"GPU": each * gpus[name], **{role: float(each) for role in _reserved_for(name, cluster)}}
+        for name in gpus
+        if (each := _per_node(config, name)) is not None
+    }
+    if not _roles_apart(cluster):  # they stand on the same nodes
+        needs = dict.fromkeys(needs, sum_of(needs.values()))
+    working = [have for have in cluster.nodes.values() if have.get("CPU", 0.0) > 0]
+    able = {
+        name: sum(
+            all(have.get(what, 0.0) + 1e-9 >= amount for what, amount in need.items()) for have in working
+        )
+        for name, need in needs.items()
+    }
+    return {name: max(1, nodes) * (_per_node(config, name) or 1) for name, nodes in able.items()}
+
+
+def _on_cpu(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
     """One worker of each role: they take turns on the cores."""
     asked = {name: _asked(config, name) for name in ("policy", "rollout", *_beside(config))}
-    return {name: (_or(workers, 1), _or(gpus, 0.0)) for name, (workers, gpus) in asked.items()}
+    spread = _spread(config, cluster, {name: _or(gpus, 0.0) for name, (_, gpus) in asked.items()})
+    return {
+        name: (_or(workers, spread.get(name, 1)), _or(gpus, 0.0)) for name, (workers, gpus) in asked.items()
+    }
 
 
 def _sharing(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
@@ -154,13 +191,15 @@ def _sharing(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
             f"--vllm_tensor_parallel_size {config.vllm_tensor_parallel_size} needs GPUs of its own for each "
             "engine: add --colocate false."
         )
-    policy = _or(config.policy_workers, _room(cluster, 1.0))
+    spread = _spread(config, cluster, {"policy": 1.0})
+    policy = _or(config.policy_workers, spread.get("policy", _room(cluster, 1.0)))
+    engines = _engines_beside(config, policy)
     names = ["rollout", *_beside(config)]
     served_with = min(SERVED_WITH, SERVED_TOGETHER / len(names))
     counted, left = {}, 1.0
     for name in names:
         asked, gpus = _asked(config, name)
-        workers = _or(asked, policy)
+        workers = _or(engines if name == "rollout" else asked, policy)
         on_one = -(-workers // policy)
         share = _or(gpus, int(served_with / on_one * 100) / 100)
         counted[name] = (workers, share)
@@ -178,6 +217,25 @@ def _sharing(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
             "--colocate false."
         )
     return {"policy": (policy, own), **counted}
+
+
+def _engines_beside(config: RLHFConfig, policy: int) -> int | None:
+    """Engines that sit beside so many policy workers, as the user says.
+
+    Raises:
+        ConfigError: So many a node, where the policy's workers do not make it so.
+    """
+    each, ranks = config.rollout_workers_per_node, config.policy_workers_per_node
+    if each is None:
+        return config.rollout_workers
+    engines = each * policy // ranks if ranks else 0
+    if ranks is None or each % ranks or config.rollout_workers not in (None, engines):
+        raise ConfigError(
+            f"--rollout_workers_per_node {each}: engines that share the policy's GPUs sit beside its ranks, "
+            "so they are as many on a node as --policy_workers_per_node, or a multiple, and on the same "
+            "nodes. Set that to match, or give the engines GPUs of their own with --colocate false."
+        )
+    return engines
 
 
 def _apart(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
@@ -206,13 +264,16 @@ def _apart(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
             f"the groups do not fit: {cluster.gpus:g} GPU(s) cannot hold a policy worker of {own:g}, a "
             f"rollout worker of {engine:g}{also} on GPUs of their own. Use --colocate true, or add GPUs."
         )
+    spread = _spread(config, cluster, {"policy": own, "rollout": engine})
+    ranks = _or(config.policy_workers, spread.get("policy"))
+    samplers = _or(config.rollout_workers, spread.get("rollout"))
     if _roles_apart(cluster):
-        policy = _or(config.policy_workers, _room(cluster, pair, "policy"))
-        engines = _or(config.rollout_workers, _room(cluster, engine, "rollout", beside=held))
+        policy = _or(ranks, _room(cluster, pair, "policy"))
+        engines = _or(samplers, _room(cluster, engine, "rollout", beside=held))
     else:
-        kept = (config.policy_workers or 0) * pair or rest / 2
-        engines = _or(config.rollout_workers, max(1, int((rest - kept) / max(engine, 0.01))))
-        policy = _or(config.policy_workers, max(1, int((rest - engines * engine) / max(pair, 0.01))))
+        kept = (ranks or 0) * pair or rest / 2
+        engines = _or(samplers, max(1, int((rest - kept) / max(engine, 0.01))))
+        policy = _or(ranks, max(1, int((rest - engines * engine) / max(pair, 0.01))))
     beside_policy = {name: (policy, gpus) for name, gpus in paired.items()}
     return {"policy": (policy, own), "rollout": (engines, engine), **beside_policy, **scorers}
 

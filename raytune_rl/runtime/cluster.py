@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError
@@ -32,6 +32,8 @@ from raytune_rl.runtime.placement import (
 )
 
 NAMESPACE = "raytune_rl"
+NODE_ID = "ray.io/node-id"
+"""The label that Ray gives every node."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class ClusterInfo:
         nodes: Resources that are free now, by node address.
         object_store_bytes: Object store of all nodes together.
         has_gpus: Whether any node has a GPU, be it free or not.
+        ids: Ray's ids of the nodes, by the same names.
     """
 
     started_here: bool
@@ -51,6 +54,7 @@ class ClusterInfo:
     nodes: dict[str, dict[str, float]]
     object_store_bytes: int
     has_gpus: bool = False
+    ids: dict[str, str] = field(default_factory=dict)
 
     @property
     def gpus(self) -> float:
@@ -133,6 +137,7 @@ def _unreachable(address: str | None, error: Exception) -> str:
 def describe(started_here: bool = False) -> ClusterInfo:
     """Reads the free resources of every living node."""
     nodes: dict[str, dict[str, float]] = {}
+    ids: dict[str, str] = {}
     store = 0
     has_gpus = False
     free_by_id = ray._private.state.available_resources_per_node()
@@ -147,7 +152,8 @@ def describe(started_here: bool = False) -> ClusterInfo:
         if name in nodes:  # several logical nodes of one machine, as in tests
             name = f"{name} ({node['NodeID'][:6]})"
         nodes[name] = {k: float(v) for k, v in free.items() if _is_schedulable(k)}
-    return ClusterInfo(started_here, ray.get_runtime_context().gcs_address, nodes, store, has_gpus)
+        ids[name] = node["NodeID"]
+    return ClusterInfo(started_here, ray.get_runtime_context().gcs_address, nodes, store, has_gpus, ids)
 
 
 @contextmanager
@@ -160,9 +166,11 @@ def reserve(groups: Sequence[GroupSpec], timeout_s: float) -> Iterator[dict[str,
         PlacementError: The cluster cannot hold the groups, or did not make room within `timeout_s` seconds.
     """
     layout = make_layout(groups)
-    nodes = describe().nodes
-    check_fits(layout, groups, nodes)
-    reserved = placement_group([dict(b) for b in layout.bundles], strategy="PACK")
+    cluster = describe()
+    pinned = check_fits(layout, groups, cluster.nodes)
+    where = [{NODE_ID: cluster.ids[pinned[i]]} if i in pinned else {} for i in range(len(layout.bundles))]
+    bundles = [dict(bundle) for bundle in layout.bundles]
+    reserved = placement_group(bundles, strategy="PACK", bundle_label_selector=where if pinned else None)
     try:
         _await_reservation(reserved, groups, timeout_s)
         yield slots_of(reserved, layout)

@@ -8,7 +8,7 @@ whole or not at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ class GroupSpec:
         colocate_with: Name of an earlier group whose bundles this one shares (worker i with worker i modulo
             its size).
         resources: Custom Ray resources of each, such as `{"policy": 1}`.
+        per_node: As many on each of `workers / per_node` nodes; None: wherever there is room.
     """
 
     name: str
@@ -35,6 +36,7 @@ class GroupSpec:
     gpus: float = 0.0
     colocate_with: str | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
+    per_node: int | None = None
 
     def demand(self) -> dict[str, float]:
         """Resources of one worker, in Ray's names."""
@@ -44,10 +46,18 @@ class GroupSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """Bundles to reserve and the bundle index of each worker of each group."""
+    """Bundles to reserve and the bundle index of each worker of each group.
+
+    Attributes:
+        bundles: Resources of each.
+        bundle_of: By group.
+        blocks: Of each group that has so many workers a node: its bundles by node. Those of a block lie on
+            one node, and no two blocks of a group on the same.
+    """
 
     bundles: tuple[dict[str, float], ...]
     bundle_of: dict[str, tuple[int, ...]]
+    blocks: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,15 +91,23 @@ def make_layout(groups: Sequence[GroupSpec]) -> Layout:
 
     Raises:
         PlacementError: A group is colocated with one that does not come before it.
+        ValueError: Workers that shall be so many a node do not fill their nodes.
     """
     bundles: list[dict[str, float]] = []
     bundle_of: dict[str, tuple[int, ...]] = {}
     shared: set[int] = set()
+    blocks: list[tuple[tuple[int, ...], ...]] = []
     for group in groups:
+        if group.per_node is not None and group.workers % group.per_node:
+            raise ValueError(f"{group.workers} {group.name} workers are not a multiple of {group.per_node}")
         if group.colocate_with is None:
             first = len(bundles)
             bundles.extend(dict(group.demand()) for _ in range(group.workers))
-            bundle_of[group.name] = tuple(range(first, first + group.workers))
+            mine = tuple(range(first, first + group.workers))
+            bundle_of[group.name] = mine
+            if group.per_node is not None:
+                starts = range(0, group.workers, group.per_node)
+                blocks.append(tuple(mine[start : start + group.per_node] for start in starts))
             continue
         if group.colocate_with not in bundle_of:
             raise PlacementError(
@@ -106,10 +124,12 @@ def make_layout(groups: Sequence[GroupSpec]) -> Layout:
     for index in shared:
         if "GPU" in bundles[index]:
             bundles[index]["GPU"] = float(math.ceil(bundles[index]["GPU"] - 1e-6))
-    return Layout(tuple(bundles), bundle_of)
+    return Layout(tuple(bundles), bundle_of, tuple(blocks))
 
 
-def check_fits(layout: Layout, groups: Sequence[GroupSpec], nodes: Mapping[str, Mapping[str, float]]) -> None:
+def check_fits(
+    layout: Layout, groups: Sequence[GroupSpec], nodes: Mapping[str, Mapping[str, float]]
+) -> dict[int, str]:
     """Refuses at once what the cluster can never place, by packing the largest bundles first.
 
     Args:
@@ -117,25 +137,63 @@ def check_fits(layout: Layout, groups: Sequence[GroupSpec], nodes: Mapping[str, 
         groups: For the message.
         nodes: Available resources by node name (Ray's names: CPU, GPU, custom).
 
+    Returns:
+        The node of each bundle that may not lie anywhere else: those of groups of so many workers a node.
+
     Raises:
         PlacementError: With what was asked for and what each node has.
     """
-    homeless = find_homeless(layout, nodes)
+    pinned, homeless = _settle(layout, nodes)
     if homeless is not None:
         raise PlacementError(placement_message(homeless, groups, nodes))
+    return pinned
 
 
 def find_homeless(layout: Layout, nodes: Mapping[str, Mapping[str, float]]) -> dict[str, float] | None:
-    """The first bundle that finds no room on any node, or None if all do."""
+    """The first bundle, or block of them, that finds no room on any node, or None if all do."""
+    return _settle(layout, nodes)[1]
+
+
+def _settle(
+    layout: Layout, nodes: Mapping[str, Mapping[str, float]]
+) -> tuple[dict[int, str], dict[str, float] | None]:
+    """Nodes of the bundles that are bound to one, and what found no room."""
     free = {name: dict(have) for name, have in nodes.items()}
+
+    def settle(wanted: Mapping[str, float], among: Collection[str]) -> str | None:
+        home = next((n for n in free if n in among and _holds(free[n], wanted)), None)
+        if home is not None:
+            for name, amount in wanted.items():
+                free[home][name] -= amount
+        return home
+
+    pinned: dict[int, str] = {}
+    summed = [
+        [(block, sum_of(layout.bundles[i] for i in block)) for block in group] for group in layout.blocks
+    ]
+    for group in sorted(summed, key=lambda blocks: _demanding(blocks[0][1]), reverse=True):
+        untaken = set(free)
+        for block, wanted in group:
+            home = settle(wanted, untaken)
+            if home is None:
+                return pinned, wanted
+            untaken.remove(home)
+            pinned |= dict.fromkeys(block, home)
     # What only some nodes have is given out first, as Ray does, or the undemanding would sit in its place.
-    for bundle in sorted(layout.bundles, key=_demanding, reverse=True):
-        home = next((n for n, have in free.items() if _holds(have, bundle)), None)
-        if home is None:
-            return bundle
+    others = [bundle for index, bundle in enumerate(layout.bundles) if index not in pinned]
+    for bundle in sorted(others, key=_demanding, reverse=True):
+        if settle(bundle, free) is None:
+            return pinned, bundle
+    return pinned, None
+
+
+def sum_of(bundles: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Resources of several bundles together."""
+    total: dict[str, float] = {}
+    for bundle in bundles:
         for name, amount in bundle.items():
-            free[home][name] -= amount
-    return None
+            total[name] = total.get(name, 0.0) + amount
+    return total
 
 
 def placement_message(
@@ -147,11 +205,13 @@ def placement_message(
     lines = ["the groups do not fit on the cluster."]
     if bundle is not None:
         lines[0] = (
-            f"the groups do not fit on the cluster: no node has {_show(bundle)} left for one of the bundles."
+            f"the groups do not fit on the cluster: no node has {_show(bundle)} left for one of their parts."
         )
     lines.append("asked:")
     for group in groups:
         where = f", sharing with {group.colocate_with}" if group.colocate_with else ""
+        if group.per_node is not None:
+            where += f", {group.per_node} on each of {group.workers // group.per_node} node(s)"
         lines.append(f"  {group.name}: {group.workers} worker(s), each {_show(group.demand())}{where}")
     lines.append("available:")
     lines += [f"  node {name}: {_show(have)}" for name, have in nodes.items()] or ["  no node is alive"]

@@ -197,7 +197,14 @@ def test_defaults_of_a_program_yield_to_file_and_flags(tmp_path: Path) -> None:
 
 def test_number_of_processes() -> None:
     assert rlhf(environ={"NPROC_PER_NODE": "8"}).config.policy_workers == 8
-    assert rlhf(environ={"NPROC_PER_NODE": "8", "NNODES": "2"}).config.policy_workers == 16
+    two = rlhf(environ={"NPROC_PER_NODE": "8", "NNODES": "2"})
+    assert (two.config.policy_workers, two.config.policy_workers_per_node) == (16, 8)
+    assert two.notices == (
+        "NPROC_PER_NODE=8 NNODES=2 is read as --policy_workers 16 --policy_workers_per_node 8.",
+    )
+    each = rlhf("--policy_workers_per_node", "4", environ={"NPROC_PER_NODE": "8"})
+    assert (each.config.policy_workers, each.config.policy_workers_per_node) == (None, 4)
+    assert each.notices == ("NPROC_PER_NODE=8 does nothing: --policy_workers_per_node 4 is given.",)
     assert rlhf(environ={"CUDA_VISIBLE_DEVICES": "0,1"}).config.policy_workers is None
     both = rlhf(
         "--policy_workers", "4", "--per_device_train_batch_size", "2", environ={"NPROC_PER_NODE": "8"}

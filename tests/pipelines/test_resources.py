@@ -211,6 +211,72 @@ def test_nodes_reserved_for_a_role_decide_where_it_runs() -> None:
     assert_fits(groups, where)
 
 
+def per_node(groups: Groups) -> dict[str, int]:
+    return {spec.name: spec.per_node for spec in groups.specs if spec.per_node}
+
+
+def test_so_many_on_each_node() -> None:
+    where = cluster({"CPU": 96, "GPU": 8}, {"CPU": 96, "GPU": 8})
+    each = {"policy_workers_per_node": 4, "rollout_workers_per_node": 4}
+    groups = online(where, colocate=False, beta=0.0, **each)
+    assert counts(groups) == {"policy": 8, "rollout": 8, "reward": 4}
+    assert per_node(groups) == {"policy": 4, "rollout": 4}
+    assert_fits(groups, where)
+    placed = check_fits(make_layout(groups.specs), groups.specs, where.nodes)
+    for bundles in ([0, 1, 2, 3], [8, 9, 10, 11]):
+        assert {placed[bundle] for bundle in bundles} == {"10.0.0.1"}
+    assert counts(online(where, colocate=False, beta=0.0, policy_workers=4, **each))["rollout"] == 8
+    one = online(where, colocate=False, beta=0.0, policy_workers_per_node=2)
+    assert counts(one) == {"policy": 4, "rollout": 12, "reward": 4}, "the others take what is left"
+    assert_fits(one, where)
+    assert counts(sft(where, policy_workers_per_node=3)) == {"policy": 6}
+    assert per_node(sft(where, policy_workers_per_node=3)) == {"policy": 3}
+
+
+def test_so_many_on_each_node_where_groups_share_gpus() -> None:
+    where = cluster({"CPU": 96, "GPU": 8}, {"CPU": 96, "GPU": 8})
+    groups = online(where, policy_workers_per_node=4)
+    assert {k: v for k, v in counts(groups).items() if k != "reward"} == dict.fromkeys(
+        ("policy", "rollout", "reference"), 8
+    )
+    assert per_node(groups) == {"policy": 4}, "the others sit beside it"
+    groups = online(where, policy_workers_per_node=4, rollout_workers_per_node=8)
+    assert (counts(groups)["rollout"], gpus(groups)["rollout"]) == (16, 0.15)
+    assert_fits(groups, where)
+    for wrong in (
+        {"rollout_workers_per_node": 4},
+        {"policy_workers_per_node": 4, "rollout_workers_per_node": 2},
+        {"policy_workers_per_node": 4, "rollout_workers_per_node": 4, "rollout_workers": 4},
+    ):
+        with pytest.raises(ConfigError, match=r"--policy_workers_per_node.*--colocate false"):
+            online(where, **wrong)
+
+
+def test_so_many_on_each_node_without_gpus_or_on_nodes_of_a_role() -> None:
+    where = cluster({"CPU": 0}, {"CPU": 8}, {"CPU": 8})
+    groups = online(where, policy_workers_per_node=2, rollout_workers_per_node=1)
+    assert counts(groups) == {"policy": 4, "rollout": 2, "reference": 1, "reward": 4}
+    assert_fits(groups, where)
+    policy = {"CPU": 48, "GPU": 8, "policy": 8}
+    where = cluster(policy, policy, {"CPU": 48, "GPU": 8, "rollout": 8})
+    groups = online(where, beta=0.0, policy_workers_per_node=4, rollout_workers_per_node=6)
+    assert counts(groups) == {"policy": 8, "rollout": 6, "reward": 4}
+    assert_fits(groups, where)
+
+
+def test_more_on_each_node_than_it_has() -> None:
+    where = cluster({"CPU": 96, "GPU": 8}, {"CPU": 96, "GPU": 4})
+    with pytest.raises(
+        PlacementError, match=r"policy: 16 worker\(s\), each 1 CPU, 1 GPU, 8 on each of 2 node"
+    ):
+        assert_fits(sft(where, policy_workers=16, policy_workers_per_node=8), where)
+    assert_fits(sft(where, policy_workers_per_node=8), where)
+    with pytest.raises(
+        ConfigError, match=r"--policy_workers 6 is not a multiple of --policy_workers_per_node 4"
+    ):
+        sft(where, policy_workers=6, policy_workers_per_node=4)
+
+
 def test_a_role_that_no_node_declares_runs_anywhere() -> None:
     assert all(spec.resources == {} for spec in online(EIGHT_GPUS).specs)
 

@@ -21,6 +21,9 @@ from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
 
 GPUS = (8, 3, 5)
+EACH: dict[str, Any] = {
+    "colocate": False, "beta": 0.0, "policy_workers_per_node": 2, "rollout_workers_per_node": 1,
+}  # fmt: skip
 
 
 class Place:
@@ -78,6 +81,7 @@ def main() -> None:
             "gpus": info.gpus,
             "shared": reserved(online_groups(config(), info).specs),
             "apart": reserved(online_groups(config(colocate=False), info).specs),
+            "per_node": reserved(online_groups(config(**EACH), info).specs),
             "refused": refusal(),
             "workers": workers(),
             "given_back": describe().nodes == before,

@@ -58,6 +58,11 @@ def test_ranks_of_a_node_are_neighbours(found: dict[str, Any]) -> None:
     assert sorted(runs(found["shared"]["policy"])) == [3, 5, 8], "every GPU has its rank"
 
 
+def test_so_many_of_a_role_on_each_node(found: dict[str, Any]) -> None:
+    assert runs(found["per_node"]["policy"]) == [2, 2, 2]
+    assert runs(found["per_node"]["rollout"]) == [1, 1, 1]
+
+
 def test_colocated_workers_of_a_rank_share_its_bundle(found: dict[str, Any]) -> None:
     shared = found["shared"]
     assert shared["policy"] == shared["rollout"] == shared["reference"]

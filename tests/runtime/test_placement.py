@@ -71,6 +71,16 @@ def test_the_undemanding_do_not_take_the_place_of_those_with_few_nodes_to_go_to(
     assert find_homeless(make_layout(groups), nodes) is None
 
 
+def test_so_many_on_each_node_need_as_many_nodes() -> None:
+    three = {name: {"CPU": 4.0, "GPU": 2.0} for name in "abc"}
+    groups = [GroupSpec("rollout", 2, gpus=1), GroupSpec("policy", 3, gpus=1, per_node=1)]
+    placed = check_fits(make_layout(groups), groups, three)
+    assert placed == {2: "a", 3: "b", 4: "c"}, "Ray chooses for the rest"
+    groups = [GroupSpec("policy", 4, cpus=1, per_node=1)]
+    with pytest.raises(PlacementError, match=r"no node has 1 CPU left(.|\n)*, 1 on each of 4 node"):
+        check_fits(make_layout(groups), groups, three)
+
+
 def test_a_bundle_is_never_split_over_nodes() -> None:
     groups = [GroupSpec("policy", 1, cpus=9)]
     assert find_homeless(make_layout(groups), NODES) == {"CPU": 9}

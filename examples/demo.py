@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from raytune_rl import RLHFConfig, SFTConfig, run_rlhf, run_sft
+from raytune_rl import RLHFConfig, SFTConfig, guarded, run_rlhf, run_sft
 from raytune_rl.runtime.cluster import session
 from raytune_rl.tiny.arithmetic import write_dataset
 from raytune_rl.tiny.model import make_tiny_model
@@ -72,4 +72,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from raytune_rl import PreferenceConfig, parse, run_preference
+from raytune_rl import PreferenceConfig, guarded, parse, run_preference
 from raytune_rl.tiny.model import make_tiny_model
 from raytune_rl.tiny.preferences import write_preferences
 
@@ -43,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

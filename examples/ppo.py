@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from raytune_rl import PPOConfig, parse, run_ppo
+from raytune_rl import PPOConfig, guarded, parse, run_ppo
 from raytune_rl.tiny.arithmetic import write_dataset
 from raytune_rl.tiny.model import make_tiny_model
 
@@ -40,4 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from raytune_rl import SFTConfig, parse, run_sft
+from raytune_rl import SFTConfig, guarded, parse, run_sft
 from raytune_rl.tiny.arithmetic import write_dataset
 from raytune_rl.tiny.model import make_tiny_model
 
@@ -34,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raytune_rl.cli import guarded as guarded
     from raytune_rl.config import ExportConfig as ExportConfig
     from raytune_rl.config import InferConfig as InferConfig
     from raytune_rl.config import PPOConfig as PPOConfig
@@ -32,6 +33,7 @@ _WHERE = {
     "RLHFConfig": ("raytune_rl.config", "RLHFConfig"),
     "RewardCheckConfig": ("raytune_rl.config", "RewardCheckConfig"),
     "SFTConfig": ("raytune_rl.config", "SFTConfig"),
+    "guarded": ("raytune_rl.cli", "guarded"),
     "parse": ("raytune_rl.config.parser", "parse"),
     "ConfigError": ("raytune_rl.errors", "ConfigError"),
     "RaytuneError": ("raytune_rl.errors", "RaytuneError"),

@@ -54,8 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failed, 2 the request cannot be honoured, 130 interrupted.
     """
+    return guarded(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Runs a program's main function and says what went wrong in words, as `raytune-rl` does; a defect keeps
+    its traceback.
+
+    Returns:
+        The function's own exit status, or 1, 2 or 130 as `main`.
+    """
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return command()
     except ConfigError as error:
         print(f"raytune-rl: {error}", file=sys.stderr)
         return 2

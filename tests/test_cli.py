@@ -5,6 +5,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from raytune_rl import cli
 from raytune_rl.errors import ConfigError, DataError
 
 HEAVY = ("torch", "ray", "transformers", "vllm", "deepspeed", "datasets", "numpy", "peft", "matplotlib")
+ROOT = Path(__file__).parents[1]
 SFT = ["sft", "--model", "m", "--dataset", "d"]
 
 
@@ -174,6 +176,20 @@ def test_a_defect_keeps_its_traceback(pipelines: Pipelines) -> None:
     pipelines.error = ZeroDivisionError("ours")
     with pytest.raises(ZeroDivisionError):
         cli.main(SFT)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dpo", "ppo", "sft", "demo"])
+def test_examples_answer_mistakes_as_the_command_does(name: str) -> None:
+    assert "sys.exit(guarded(main))" in (ROOT / "examples" / f"{name}.py").read_text()
+
+
+def test_a_guarded_program(capsys: pytest.CaptureFixture[str]) -> None:
+    def mistaken() -> int:
+        raise ConfigError("Unknown flag --max_stepz.")
+
+    assert cli.guarded(lambda: 7) == 7
+    assert cli.guarded(mistaken) == 2
+    assert capsys.readouterr().err == "raytune-rl: Unknown flag --max_stepz.\n"
 
 
 def test_a_wrong_flag_runs_nothing(pipelines: Pipelines, capsys: pytest.CaptureFixture[str]) -> None:

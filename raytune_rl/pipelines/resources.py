@@ -75,7 +75,7 @@ def offline_groups(config: SFTConfig | PreferenceConfig, cluster: ClusterInfo) -
 def infer_groups(config: InferConfig, cluster: ClusterInfo) -> Groups:
     """The engines that a trained model is tried with."""
     on_gpu = cluster.has_gpus and config.gpus_per_rollout_worker != 0
-    gpus = _or(config.gpus_per_rollout_worker, float(config.vllm_tensor_parallel_size) if on_gpu else 0.0)
+    gpus = _gpus_of_an_engine(config) if on_gpu else config.gpus_per_rollout_worker or 0.0
     many = _room(cluster, gpus) if on_gpu and config.val_dataset else 1
     workers = _or(config.rollout_workers, many)
     spec = GroupSpec(
@@ -244,7 +244,7 @@ def _apart(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
     A critic is as large as the policy and trains as much: it has as many workers, unless the user says.
     """
     own = _or(config.gpus_per_policy_worker, 1.0)
-    engine = _or(config.gpus_per_rollout_worker, float(config.vllm_tensor_parallel_size))
+    engine = _gpus_of_an_engine(config)
     scorers: Counted = {}
     paired: dict[str, float] = {}
     for name in _beside(config):
@@ -278,6 +278,21 @@ def _apart(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
     return {"policy": (policy, own), "rollout": (engines, engine), **beside_policy, **scorers}
 
 
+def _gpus_of_an_engine(config: RLHFConfig | InferConfig) -> float:
+    """GPUs of a rollout worker that has its own.
+
+    Raises:
+        ConfigError: Fewer than its model is spread over.
+    """
+    parts, gpus = config.vllm_tensor_parallel_size, config.gpus_per_rollout_worker
+    if gpus is not None and gpus < parts > 1:
+        raise ConfigError(
+            f"--vllm_tensor_parallel_size {parts} needs {parts} GPUs for each engine, but "
+            f"--gpus_per_rollout_worker is {gpus:g}: leave that out."
+        )
+    return _or(gpus, float(parts))
+
+
 def _room(cluster: ClusterInfo, gpus: float, role: str | None = None, beside: float = 0.0) -> int:
     """Workers of so many GPUs that the nodes (of a role) hold, at least one.
 
@@ -297,10 +312,12 @@ def _room(cluster: ClusterInfo, gpus: float, role: str | None = None, beside: fl
 
 
 def _with_cpus(specs: Sequence[GroupSpec], cluster: ClusterInfo) -> tuple[GroupSpec, ...]:
-    """Gives workers whose cores the user did not set the largest share that lets all of them in."""
+    """Gives workers whose cores the user did not set the largest share that lets all of them in; the smallest
+    where none does, so that the refusal names what is really short.
+    """
     tried = [tuple(replace(spec, cpus=spec.cpus or share) for spec in specs) for share in CPU_SHARES]
     fitting = (specs for specs in tried if find_homeless(make_layout(specs), cluster.nodes) is None)
-    return next(fitting, tried[0])
+    return next(fitting, tried[-1])
 
 
 def _reserved_for(role: str, cluster: ClusterInfo) -> dict[str, float]:

@@ -98,6 +98,8 @@ def test_an_engine_over_several_gpus() -> None:
     assert gpus(groups) == {"policy": 1.0, "rollout": 2.0}
     with pytest.raises(ConfigError, match="--colocate false"):
         online(EIGHT_GPUS, vllm_tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="needs 2 GPUs for each engine, but --gpus_per_rollout_worker is 1"):
+        online(EIGHT_GPUS, colocate=False, vllm_tensor_parallel_size=2, gpus_per_rollout_worker=1)
 
 
 @pytest.mark.parametrize(("policy", "rollout"), [(2, 6), (6, 2)])
@@ -133,7 +135,7 @@ def test_busy_gpus_are_not_taken_for_no_gpus() -> None:
     busy = ClusterInfo(False, "", {"10.0.0.1": {"CPU": 96, "GPU": 0}}, 0, has_gpus=True)
     groups = online(busy)
     assert groups.on_gpu
-    with pytest.raises(PlacementError, match=r"policy: 1 worker\(s\), each 1 CPU, 0\.4 GPU"):
+    with pytest.raises(PlacementError, match=r"policy: 1 worker\(s\), each 0\.01 CPU, 0\.4 GPU"):
         assert_fits(groups, busy)
 
 
@@ -267,7 +269,7 @@ def test_so_many_on_each_node_without_gpus_or_on_nodes_of_a_role() -> None:
 def test_more_on_each_node_than_it_has() -> None:
     where = cluster({"CPU": 96, "GPU": 8}, {"CPU": 96, "GPU": 4})
     with pytest.raises(
-        PlacementError, match=r"policy: 16 worker\(s\), each 1 CPU, 1 GPU, 8 on each of 2 node"
+        PlacementError, match=r"policy: 16 worker\(s\), each 0\.01 CPU, 1 GPU, 8 on each of 2 node"
     ):
         assert_fits(sft(where, policy_workers=16, policy_workers_per_node=8), where)
     assert_fits(sft(where, policy_workers_per_node=8), where)

@@ -264,6 +264,9 @@ def test_images_install_the_lock_and_do_not_run_as_root(extra: str) -> None:
         ]
         assert sync < flash < own
         assert "--no-build-isolation" in steps[flash]
+        lock = (ROOT / "requirements" / "gpu.txt").read_text("utf-8")
+        for needed in ("setuptools", "wheel", "packaging", "psutil", "ninja"):  # by its build, undeclared
+            assert f"\n{needed}==" in lock, needed
         assert str(Requirement(wanted["flash-attn"][0])) in steps[flash]
     assert "/etc/profile.d/" in code, "a login shell must find ray, too"
     assert " wget" in code, "KubeRay's probes call it"

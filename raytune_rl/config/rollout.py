@@ -40,8 +40,12 @@ _OURS = {
 class EngineOptions(Options):
     """How one vLLM engine is built."""
 
-    vllm_gpu_memory_utilization: float = _vllm(
-        0.9, "Share of a GPU's memory for vLLM's weights and cache.", gt=0, le=1
+    vllm_gpu_memory_utilization: float | None = _vllm(
+        None,
+        "Share of a GPU's memory for vLLM's weights and cache. Not set: 0.9, or 0.5 where vLLM sits beside "
+        "the policy.",
+        gt=0,
+        le=1,
     )
     vllm_max_model_len: int | None = _vllm(
         None, "Longest prompt and completion together, in tokens. Not set: what the run needs.", ge=1

@@ -12,10 +12,12 @@ from raytune_rl.models.settings import TunerSettings
 from raytune_rl.pipelines.resources import Groups
 from raytune_rl.workers.policy import OptimizerSpec, PolicySpec
 from raytune_rl.workers.reward_model import RewardModelSpec, with_base
-from raytune_rl.workers.rollout import EngineSpec, MultiTurnSpec, Sampling
+from raytune_rl.workers.rollout import GPU_SHARE, EngineSpec, MultiTurnSpec, Sampling
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
 CPU_CACHE_BYTES = 256 * 2**20
+SHARED_GPU_SHARE = 0.5
+"""Of a GPU's memory, for the engines that sit beside the policy."""
 TOKENS_GPU, TOKENS_CPU = 16384, 2048
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
@@ -240,7 +242,7 @@ def engine_spec(
         store=store,
         pull_timeout_s=config.step_timeout,
         tensor_parallel_size=config.vllm_tensor_parallel_size,
-        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        gpu_memory_utilization=gpu_share(config, groups),
         kv_cache_bytes=None if on_gpu else CPU_CACHE_BYTES,
         max_num_seqs=config.vllm_max_num_seqs,
         enforce_eager=eager,
@@ -255,6 +257,18 @@ def engine_spec(
         more=config.vllm_engine_kwargs,
         multi_turn=multi_turn(config),
     )
+
+
+def gpu_share(config: RLHFConfig, groups: Groups) -> float:
+    """What vLLM may take of a GPU's memory: it refuses to start where less is free, and beside it the policy
+    holds its weights.
+    """
+    if config.vllm_gpu_memory_utilization is not None:
+        return config.vllm_gpu_memory_utilization
+    if not groups.colocated:
+        return GPU_SHARE
+    engines = -(-groups["rollout"].workers // groups["policy"].workers)
+    return int(100 * SHARED_GPU_SHARE / engines) / 100
 
 
 def multi_turn(config: RLHFConfig) -> MultiTurnSpec | None:
@@ -328,6 +342,11 @@ def machine_notices(config: TrainConfig, on_gpu: bool) -> list[str]:
             for name in ("sleep_level", "offload_model", "offload_optimizer")
             if getattr(config, name)
         ]
+        if config.vllm_gpu_memory_utilization is not None:
+            notices.append(
+                "--vllm_gpu_memory_utilization does nothing on a CPU: the engine's cache has "
+                f"{CPU_CACHE_BYTES // 2**20} MiB"
+            )
         if asleep:
             notices.append(f"{', '.join(asleep)}: there is no GPU memory to free on a CPU, nothing is moved")
     return notices

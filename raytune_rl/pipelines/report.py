@@ -59,9 +59,10 @@ def online_plan(
         config.max_completion_length,
     )
     arrive = "as an adapter" if launch.publish_mode(config, train.account.vision) == "adapter" else "whole"
+    share = f" in {launch.gpu_share(config, groups):g} of a GPU's memory" if groups.on_gpu else ""
     inside = {
         "policy": trainer(config, groups),
-        "rollout": f"vLLM, weights arrive {arrive}",
+        "rollout": f"vLLM{share}, weights arrive {arrive}",
         "reference": "frozen start model, for the KL term",
         "critic": "DeepSpeed, predicts what the rest of a completion will earn",
         "reward": " + ".join(config.reward_funcs),

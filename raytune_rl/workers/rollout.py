@@ -21,6 +21,9 @@ from raytune_rl.errors import StaleWeightsError
 from raytune_rl.multi_turn.scheduler import Request
 from raytune_rl.workers.conversation import Conversation, Conversations
 
+GPU_SHARE = 0.9
+"""Of a GPU's memory, for an engine that has the GPU to itself."""
+
 
 @dataclass(frozen=True)
 class MultiTurnSpec:
@@ -77,7 +80,7 @@ class EngineSpec:
     store: str | None
     pull_timeout_s: float
     tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = GPU_SHARE
     kv_cache_bytes: int | None = None
     max_num_seqs: int | None = None
     enforce_eager: bool = False

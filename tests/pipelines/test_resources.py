@@ -8,6 +8,7 @@ import pytest
 
 from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.errors import ConfigError, PlacementError
+from raytune_rl.pipelines import launch
 from raytune_rl.pipelines.resources import Groups, offline_groups, online_groups
 from raytune_rl.runtime.cluster import ClusterInfo
 from raytune_rl.runtime.placement import check_fits, make_layout
@@ -114,6 +115,17 @@ def test_several_engines_beside_one_policy_worker_share_the_engines_part() -> No
     groups = online(EIGHT_GPUS, policy_workers=4, rollout_workers=8)
     assert gpus(groups) == {"policy": 0.4, "rollout": 0.15, "reference": 0.3}
     assert [b["GPU"] for b in make_layout(groups.specs).bundles if "GPU" in b] == [1.0] * 4
+
+
+def test_what_an_engine_takes_of_a_gpus_memory() -> None:
+    def share(**settings: Any) -> float:
+        config = RLHFConfig(**TRAIN, reward_funcs="accuracy", **settings)
+        return launch.gpu_share(config, online_groups(config, EIGHT_GPUS))
+
+    assert share() == 0.5, "the policy is there too"
+    assert share(policy_workers=4, rollout_workers=8) == 0.25, "and so is another engine"
+    assert share(colocate=False) == 0.9
+    assert share(vllm_gpu_memory_utilization=0.7) == 0.7
 
 
 def test_shared_gpus_are_never_divided_beyond_one() -> None:

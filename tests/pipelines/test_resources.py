@@ -278,6 +278,22 @@ def test_so_many_on_each_node_without_gpus_or_on_nodes_of_a_role() -> None:
     assert_fits(groups, where)
 
 
+def test_numbers_that_follow_the_nodes_of_a_role() -> None:
+    policy = {"CPU": 48, "GPU": 8, "policy": 8}
+    rollout = {"CPU": 48, "GPU": 8, "rollout": 8}
+    for nodes in (1, 2):
+        where = cluster({"CPU": 0}, *([policy] * nodes), *([rollout] * nodes))
+        groups = online(
+            where,
+            policy_workers_per_node=8,
+            rollout_workers_per_node=7,
+            reference_workers=nodes,
+            colocate=False,
+        )
+        assert (counts(groups)["policy"], counts(groups)["rollout"]) == (8 * nodes, 7 * nodes)
+        assert_fits(groups, where)
+
+
 def test_more_on_each_node_than_it_has() -> None:
     where = cluster({"CPU": 96, "GPU": 8}, {"CPU": 96, "GPU": 4})
     with pytest.raises(

@@ -5,6 +5,7 @@ Nothing heavy is imported until a config stands, so that help and mistakes are a
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -91,9 +92,13 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(
             f"Unknown command {name!r}.{did_you_mean(name, _COMMANDS)} Commands: {', '.join(_COMMANDS)}."
         )
+    config_class = rlhf_class(rest) if name == "rlhf" else _COMMANDS[name][0]
     try:
-        parsed = parse(rest, rlhf_class(rest) if name == "rlhf" else _COMMANDS[name][0])
+        parsed = parse(rest, config_class)
     except SystemExit:
+        return 0
+    except BrokenPipeError:  # whoever reads the help has seen enough of it: `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     for notice in parsed.notices:
         print(f"raytune-rl: {notice}", file=sys.stderr)

@@ -123,6 +123,16 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--num_generations" not in shown
 
 
+def test_help_into_a_closed_pipe() -> None:
+    code = "import sys; from raytune_rl.cli import main; sys.exit(main(['rlhf', '--help']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as it:
+        assert it.stdout is not None
+        assert it.stderr is not None
+        it.stdout.close()
+        assert it.stderr.read() == b""
+    assert it.returncode == 0
+
+
 def test_preferences_have_a_pipeline_of_their_own(pipelines: Pipelines) -> None:
     assert cli.main(["rlhf", "--model", "m", "--dataset", "d", "--rlhf_type", "kto", "--beta", "0.3"]) == 0
     ((name, (config,), _),) = pipelines.calls

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,7 @@ def parse(
         SystemExit: with code 0, after printing the help that `--help` or `-h` asks for.
     """
     if any(word in ("--help", "-h") for word in argv):
-        sys.stdout.write(help_text(config_class))
+        print(help_text(config_class), end="", flush=True)
         raise SystemExit(0)
     environ = os.environ if environ is None else environ
     flags = flags_of(config_class)

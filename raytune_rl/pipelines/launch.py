@@ -85,7 +85,9 @@ def tuner(config: TrainConfig, dropout: float) -> TunerSettings:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         target_modules=config.target_modules,
+        target_regex=config.target_regex,
         modules_to_save=config.modules_to_save,
+        freeze_llm=config.freeze_llm,
         freeze_vit=config.freeze_vit,
         freeze_aligner=config.freeze_aligner,
     )
@@ -102,7 +104,7 @@ def optimizer(config: TrainConfig, total_steps: int) -> OptimizerSpec:
         epsilon=config.adam_epsilon,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        deepspeed=deepspeed.load(config.deepspeed),
+        deepspeed=deepspeed.for_engine(config.deepspeed),
     )
 
 
@@ -295,7 +297,7 @@ def image_notices(config: TrainConfig, on_gpu: bool, vision: bool) -> list[str]:
         if layout(config, on_gpu) == "packed":
             return ["the model takes images: its rows are padded, as they cannot be packed"]
         return []
-    names = ("freeze_vit", "freeze_aligner", "max_pixels", "root_image_dir", "inline_images")
+    names = ("freeze_llm", "freeze_vit", "freeze_aligner", "max_pixels", "root_image_dir", "inline_images")
     online = ("vllm_limit_mm_per_prompt",) if isinstance(config, RLHFConfig) else ()
     given = [f"--{name}" for name in (*names, *online) if config.is_set(name)]
     does = "do" if len(given) > 1 else "does"

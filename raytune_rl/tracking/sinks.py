@@ -24,9 +24,8 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(report_to: Sequence[str], run_dir: RunDir, resume_step: int | None) -> list[Sink]:
-    """Opens the named sinks; `none` (or nothing) is none of them, `all` is not offered because it hides what
-    runs.
+def check_sinks(report_to: Sequence[str]) -> list[str]:
+    """The named sinks, each once; to be called before the work begins whose scalars they get.
 
     Raises:
         ConfigError: A name is unknown, or its package is not installed.
@@ -39,8 +38,18 @@ def open_sinks(report_to: Sequence[str], run_dir: RunDir, resume_step: int | Non
             raise ConfigError(f"--report_to {name} is unknown; it takes {', '.join(SINKS)} or none.{hint}")
         if name != "tensorboard":
             _require(name)
+    return names
+
+
+def open_sinks(report_to: Sequence[str], run_dir: RunDir, resume_step: int | None) -> list[Sink]:
+    """Opens the named sinks; `none` (or nothing) is none of them, `all` is not offered because it hides what
+    runs.
+
+    Raises:
+        ConfigError: As `check_sinks`.
+    """
     sinks: list[Sink] = []
-    for name in names:
+    for name in check_sinks(report_to):
         if name == "tensorboard":
             sinks.append(TensorBoardSink(run_dir.runs, resume_step))
         elif name == "wandb":

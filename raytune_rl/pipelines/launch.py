@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from raytune_rl.algorithms.ppo import ValueSettings
@@ -53,6 +54,18 @@ def dtype(config: TrainConfig, on_gpu: bool) -> str:
     return config.torch_dtype or ("bfloat16" if on_gpu else "float32")
 
 
+def check_machine(config: TrainConfig, on_gpu: bool) -> None:
+    """Refuses what cannot be done here and has no stand-in.
+
+    Raises:
+        ConfigError: float16, which needs a scaled loss, on a CPU.
+    """
+    if config.torch_dtype == "float16" and not on_gpu:
+        raise ConfigError(
+            "--torch_dtype float16 trains on a GPU only: use float32 here, or bfloat16 (slower on most CPUs)."
+        )
+
+
 def layout(config: TrainConfig, on_gpu: bool, vision: bool = False) -> str:
     """Packed rows pay where a kernel knows their borders; with masks on a CPU they cost more than padding.
 
@@ -63,11 +76,16 @@ def layout(config: TrainConfig, on_gpu: bool, vision: bool = False) -> str:
     if isinstance(config, SFTConfig) and config.packing:
         return "packed"
     packed = (
-        on_gpu and resolved.attention(config) == "flash_attention_2"
+        on_gpu and resolved.attention(config) == "flash_attention_2" and _has_flash_attention()
         if config.padding_free is None
         else config.padding_free
     )
     return "packed" if packed else "padded"
+
+
+def _has_flash_attention() -> bool:
+    """Whether flash-attn is installed here, where the workers' environment is the same."""
+    return find_spec("flash_attn") is not None
 
 
 def max_tokens(config: TrainConfig, on_gpu: bool) -> int:
@@ -200,7 +218,9 @@ def publish_mode(config: RLHFConfig, vision: bool = False) -> str:
             "--vllm_enable_lora true: vLLM applies adapters to the language model only, but --freeze_vit or "
             "--freeze_aligner false trains others; leave it out, and the merged weights travel."
         )
-    plain = not (config.use_dora or config.modules_to_save or tower)
+    # Modules that the user names may lie in the tower too; all-linear keeps to the language model.
+    named = vision and (config.target_regex is not None or config.target_modules != ("all-linear",))
+    plain = not (config.use_dora or config.modules_to_save or tower or named)
     wanted = plain if config.vllm_enable_lora is None else config.vllm_enable_lora
     return "adapter" if wanted else "merged"
 
@@ -315,7 +335,7 @@ def machine_notices(config: TrainConfig, on_gpu: bool) -> list[str]:
     if on_gpu:
         return []
     notices = []
-    if config.torch_dtype in ("bfloat16", "float16"):
+    if config.torch_dtype == "bfloat16":
         notices.append(
             f"--torch_dtype {config.torch_dtype} is slow on a CPU without hardware for it; float32 is the "
             "fast choice here"

@@ -55,6 +55,10 @@ _STAGE3: dict[str, Any] = {
 }
 
 
+_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_UNUSED = ("optimizer", "scheduler")
+
+
 def _offload(to_cpu: bool) -> dict[str, Any]:
     return {"device": "cpu" if to_cpu else "none", "pin_memory": True}
 
@@ -101,17 +105,66 @@ def load(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
     return _json_object(path.read_text(encoding="utf-8"), f"--deepspeed {value}")
 
 
+def for_engine(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What DeepSpeed itself is told: without batch sizes, which are the run's own, and without what it does
+    not decide here (`unused`).
+    """
+    config = load(value)
+    return {key: part for key, part in config.items() if key not in (*_BATCH, *_UNUSED)}
+
+
+def unused(value: str | Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Sections that have no effect here: optimizer and schedule are those of the run's flags."""
+    return tuple(name for name in _UNUSED if name in load(value))
+
+
+def check(
+    value: str | Mapping[str, Any] | None,
+    *,
+    per_device_train_batch_size: int,
+    gradient_accumulation_steps: int | None,
+    max_grad_norm: float,
+) -> None:
+    """Compares a value of `--deepspeed` with the flags that say the same things.
+
+    Raises:
+        ConfigError: No such preset or file, or it says another thing than a flag.
+    """
+    config = load(value)
+    said = {
+        "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", per_device_train_batch_size),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", gradient_accumulation_steps),
+        "gradient_clipping": ("max_grad_norm", max_grad_norm),
+    }
+    for name, (flag, number) in said.items():
+        if config.get(name, "auto") not in ("auto", number):
+            other = "is not given" if number is None else f"is {number}"
+            raise ConfigError(
+                f"--deepspeed: the configuration sets {name} to {config[name]!r}, but --{flag} {other}: give "
+                f'--{flag} {config[name]} too, or write "auto" in the configuration.'
+            )
+    if config.get("train_batch_size", "auto") != "auto":
+        raise ConfigError(
+            f"--deepspeed: the configuration sets train_batch_size to {config['train_batch_size']!r}, which "
+            "follows from --per_device_train_batch_size, --gradient_accumulation_steps and the number of "
+            'workers: write "auto" or leave it out.'
+        )
+
+
 def stage(value: str | Mapping[str, Any] | None) -> int:
     """The ZeRO stage that a value of `--deepspeed` comes to; errors as in `load`."""
     return int(load(value).get("zero_optimization", {}).get("stage", 0))
 
 
-def fill_auto(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def fill_auto(
+    config: Mapping[str, Any], known: Mapping[str, Any], preferred: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Replaces `"auto"`, and what is missing, by the run's own values.
 
     Args:
         config: As `load` returns it.
         known: Values by dotted name, such as `{"gradient_clipping": 1.0, "bf16.enabled": True}`.
+        preferred: The same, but the configuration may have others.
 
     Returns:
         A new configuration. An `"auto"` that `known` does not name is left out: DeepSpeed's default holds.
@@ -120,18 +173,18 @@ def fill_auto(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, 
         ConfigError: the configuration has another value than the flags of the run.
     """
     filled = deepcopy(dict(config))
-    for name, value in known.items():
+    preferred = preferred or {}
+    for name, value in {**preferred, **known}.items():
         *parents, leaf = name.split(".")
         section = filled
         for parent in parents:
             section = section.setdefault(parent, {})
         if section.get(leaf, "auto") == "auto":
             section[leaf] = value
-        elif section[leaf] != value:
+        elif section[leaf] != value and name not in preferred:
             raise ConfigError(
-                f"--deepspeed: the configuration sets {name} to {section[leaf]!r}, but the run's flags say "
-                f"{value!r}: "
-                f'make them agree, or write "auto".'
+                f"--deepspeed: the configuration sets {name} to {section[leaf]!r}, but this run needs "
+                f'{value!r}: make them agree, or write "auto".'
             )
     return _without_auto(filled)
 

@@ -11,11 +11,13 @@ from typing import Any
 
 from raytune_rl.config.environment import visible_devices, whole_number
 from raytune_rl.config.flags import Flag
+from raytune_rl.config.not_offered import IDLE
 from raytune_rl.errors import ConfigError
 
 RENAMED = {
     "tuner_type": "train_type",
     "custom_register_path": "external_plugins",
+    "multi_turn_func": "multi_turn_scheduler",
     "tensor_parallel_size": "vllm_tensor_parallel_size",
     "gpu_memory_utilization": "vllm_gpu_memory_utilization",
     "max_model_len": "vllm_max_model_len",
@@ -30,23 +32,13 @@ RENAMED = {
 REMOVED = ("vllm_device", "num_infer_workers", "gc_collect_after_offload", "log_rollout_offpolicy_metrics")
 """Names without a setting of their own, read by `translate`."""
 
-EXTERNAL_SERVER = ("vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_server_group_port")
-
-# fmt: off
-NOT_BUILT = frozenset(
-    {
-        "aligner_lr", "async_generate", "cached_dataset", "chord_mu", "chord_phi",
-        "completion_length_limit_scope", "create_checkpoint_symlink", "ddp_timeout", "freeze_llm",
-        "freeze_parameters", "gym_env", "init_weights", "lazy_tokenize", "lora_bias", "lora_dtype",
-        "model_type", "move_model_batches",
-        "neftune_noise_alpha", "predict_with_generate",
-        "sequence_parallel_size", "target_regex",
-        "teacher_model", "template", "use_gym_env",
-        "vit_gradient_checkpointing", "vit_lr",
-    }
+EXTERNAL_SERVER = (
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_base_url",
+    "vllm_server_group_port",
+    "vllm_server_timeout",
 )
-# fmt: on
-"""Flags of ms-swift that people use and that are not here yet: refused as such, not as a misspelling."""
 
 
 def rename(name: str, flags: Mapping[str, Flag]) -> tuple[str, str | None]:
@@ -59,6 +51,8 @@ def rename(name: str, flags: Mapping[str, Flag]) -> tuple[str, str | None]:
 
 def known(name: str, flags: Mapping[str, Flag]) -> bool:
     """Whether `translate` reads this flag for a command that has these flags."""
+    if name in IDLE:
+        return "train_type" in flags
     return name in REMOVED and "rollout_workers" in flags
 
 
@@ -69,7 +63,7 @@ def translate(settings: dict[str, Any], environ: Mapping[str, str]) -> tuple[dic
         The new settings, and one notice per replacement.
     """
     settings = dict(settings)
-    notices: list[str] = []
+    notices: list[str] = [_idle(name, settings.pop(name)) for name in IDLE if name in settings]
     if "gc_collect_after_offload" in settings:
         del settings["gc_collect_after_offload"]
         notices.append(
@@ -88,6 +82,19 @@ def translate(settings: dict[str, Any], environ: Mapping[str, str]) -> tuple[dic
     if "vllm_device" in settings or "num_infer_workers" in settings:
         notices.extend(_place_rollout(settings, environ))
     return settings, notices
+
+
+def _idle(name: str, value: Any) -> str:
+    """The notice for a flag whose value says what happens anyway.
+
+    Raises:
+        ConfigError: It says something else.
+    """
+    allowed, why = IDLE[name]
+    said = " ".join(_words(value)).lower() or "true"
+    if allowed and said not in allowed:
+        raise ConfigError(f"--{name} {said} is not built here, only {' or '.join(allowed)}: {why}.")
+    return f"--{name} {said} does nothing: {why}."
 
 
 def _place_rollout(settings: dict[str, Any], environ: Mapping[str, str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from raytune_rl.config import resolved
+from raytune_rl.config import deepspeed, resolved
 from raytune_rl.config.base import Options
 from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.preference import unread
@@ -38,13 +38,30 @@ def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str
         names = ("eval_steps", "per_device_eval_batch_size", "num_generations_eval", "eval_temperature")
         why = "there is no validation data (--val_dataset or --split_dataset_ratio)"
         yield from _idle(config, names, why)
+    elif config.save_steps % resolved.eval_steps(config):
+        yield (
+            f"--save_steps {config.save_steps} and --eval_steps {resolved.eval_steps(config)}: only "
+            "checkpoints of steps that both divide are evaluated and can be the best one."
+        )
     if config.train_type == "full":
-        lora = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+        lora = (
+            "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "target_regex", "modules_to_save",
+        )  # fmt: skip
         yield from _idle(config, lora, "--train_type full trains every weight, without LoRA")
+    elif config.target_regex is not None:
+        yield from _idle(config, ("target_modules",), "--target_regex goes first")
     if isinstance(config, SFTConfig) and not config.streaming:
         yield from _idle(config, ("shuffle_buffer_size",), "it is for --streaming true")
     if config.max_steps > 0:
         yield from _idle(config, ("num_train_epochs",), "--max_steps goes first")
+    if config.lr_scheduler_type == "constant":
+        why = "--lr_scheduler_type constant has no warm-up; constant_with_warmup has"
+        yield from _idle(config, [n for n in ("warmup_ratio", "warmup_steps") if getattr(config, n)], why)
+    if unused := deepspeed.unused(config.deepspeed):
+        yield (
+            f"--deepspeed: {' and '.join(unused)} of the configuration {'do' if unused[1:] else 'does'} "
+            "nothing: AdamW and its schedule follow --learning_rate, --lr_scheduler_type and their like."
+        )
 
 
 def _preference(config: PreferenceConfig) -> Iterable[str]:

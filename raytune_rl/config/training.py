@@ -112,5 +112,10 @@ class TrainingOptions(Options):
             )
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ConfigError("--report_to none stands alone: leave out none, or the others.")
-        presets.load(self.deepspeed)
+        presets.check(
+            self.deepspeed,
+            per_device_train_batch_size=self.per_device_train_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            max_grad_norm=self.max_grad_norm,
+        )
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Literal, Self
 
@@ -25,6 +26,11 @@ class TunerOptions(Options):
     target_modules: tuple[str, ...] = _setting(
         ("all-linear",), "Modules that get an adapter: all-linear (all but the head) or name endings."
     )
+    target_regex: str | None = _setting(
+        None,
+        "Modules that get an adapter, as a regular expression that matches their whole name; it goes "
+        "before --target_modules.",
+    )
     modules_to_save: tuple[str, ...] = _setting(
         (), "Modules trained whole beside the adapter and saved with it, such as embed_tokens."
     )
@@ -36,6 +42,7 @@ class TunerOptions(Options):
     quant_bits: Literal[4] | None = _setting(
         None, "Bits of a quantised weight: 4 is NF4. Goes with --quant_method."
     )
+    freeze_llm: bool = _setting(False, "Vision models: leave the language model as it is.")
     freeze_vit: bool = _setting(True, "Vision models: leave the vision tower as it is.")
     freeze_aligner: bool = _setting(True, "Vision models: leave the projection from vision to text as it is.")
 
@@ -54,9 +61,18 @@ class TunerOptions(Options):
             for name in ("use_dora", "use_rslora"):
                 if getattr(self, name):
                     raise ConfigError(f"--{name} is a kind of LoRA: it needs --train_type lora, not full.")
-        elif not self.target_modules:
+        elif not self.target_modules and self.target_regex is None:
             raise ConfigError(
                 "--target_modules is empty, so --train_type lora has nothing to train: name modules or use "
                 "all-linear."
             )
+        if self.freeze_llm and self.freeze_vit and self.freeze_aligner and self.target_regex is None:
+            raise ConfigError(
+                "--freeze_llm true leaves nothing to train: add --freeze_vit false or --freeze_aligner false."
+            )
+        if self.target_regex is not None:
+            try:
+                re.compile(self.target_regex)
+            except re.error as error:
+                raise ConfigError(f"--target_regex {self.target_regex}: {error}.") from None
         return self

@@ -285,16 +285,17 @@ def _choose_dtype(
 def _choose_attention(
     asked: str | None, device: torch.device, dtype: torch.dtype, notices: list[str]
 ) -> str | None:
-    if asked in ("flash_attn", "flash_attention", "flash_attention_2"):
+    if asked is not None and asked.startswith("flash"):
+        second = asked in ("flash_attn", "flash_attention", "flash_attention_2")
         problem = None
         if device.type == "cpu":
             problem = "there is no GPU"
-        elif not is_flash_attn_2_available():
+        elif second and not is_flash_attn_2_available():
             problem = "flash-attn is not installed"
         elif dtype not in (torch.float16, torch.bfloat16):
             problem = "it needs float16 or bfloat16"
         if problem is None:
-            return "flash_attention_2"
+            return "flash_attention_2" if second else asked
         notices.append(f"attn_impl {asked} cannot run here ({problem}); using sdpa")
         return "sdpa"
     return asked

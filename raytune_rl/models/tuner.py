@@ -126,6 +126,11 @@ def _targets(model: PreTrainedModel, settings: TunerSettings) -> list[str]:
             hits = _all_of(model, nn.Linear if target == "all-linear" else nn.Embedding, settings)
         else:
             hits = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not hits and target.startswith("all-"):
+            raise ModelError(
+                f"target_modules '{target}': freeze_llm, freeze_vit and freeze_aligner leave no such module "
+                f"of {type(model).__name__} to train"
+            )
         if not hits:
             names = sorted({n.rsplit(".", 1)[-1] for n, m in modules.items() if isinstance(m, nn.Linear)})
             raise ModelError(

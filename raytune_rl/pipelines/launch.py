@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from raytune_rl.algorithms.ppo import ValueSettings
@@ -55,6 +56,18 @@ def dtype(config: TrainConfig, on_gpu: bool) -> str:
     return config.torch_dtype or ("bfloat16" if on_gpu else "float32")
 
 
+def check_machine(config: TrainConfig, on_gpu: bool) -> None:
+    """Refuses what cannot be done here and has no stand-in.
+
+    Raises:
+        ConfigError: float16, which needs a scaled loss, on a CPU.
+    """
+    if config.torch_dtype == "float16" and not on_gpu:
+        raise ConfigError(
+            "--torch_dtype float16 trains on a GPU only: use float32 here, or bfloat16 (slower on most CPUs)."
+        )
+
+
 def layout(config: TrainConfig, on_gpu: bool, vision: bool = False) -> str:
     """Packed rows pay where a kernel knows their borders; with masks on a CPU they cost more than padding.
 
@@ -65,11 +78,16 @@ def layout(config: TrainConfig, on_gpu: bool, vision: bool = False) -> str:
     if isinstance(config, SFTConfig) and config.packing:
         return "packed"
     packed = (
-        on_gpu and resolved.attention(config) == "flash_attention_2"
+        on_gpu and resolved.attention(config) == "flash_attention_2" and _has_flash_attention()
         if config.padding_free is None
         else config.padding_free
     )
     return "packed" if packed else "padded"
+
+
+def _has_flash_attention() -> bool:
+    """Whether flash-attn is installed here, where the workers' environment is the same."""
+    return find_spec("flash_attn") is not None
 
 
 def max_tokens(config: TrainConfig, on_gpu: bool) -> int:
@@ -87,7 +105,9 @@ def tuner(config: TrainConfig, dropout: float) -> TunerSettings:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         target_modules=config.target_modules,
+        target_regex=config.target_regex,
         modules_to_save=config.modules_to_save,
+        freeze_llm=config.freeze_llm,
         freeze_vit=config.freeze_vit,
         freeze_aligner=config.freeze_aligner,
     )
@@ -104,7 +124,7 @@ def optimizer(config: TrainConfig, total_steps: int) -> OptimizerSpec:
         epsilon=config.adam_epsilon,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        deepspeed=deepspeed.load(config.deepspeed),
+        deepspeed=deepspeed.for_engine(config.deepspeed),
     )
 
 
@@ -200,7 +220,9 @@ def publish_mode(config: RLHFConfig, vision: bool = False) -> str:
             "--vllm_enable_lora true: vLLM applies adapters to the language model only, but --freeze_vit or "
             "--freeze_aligner false trains others; leave it out, and the merged weights travel."
         )
-    plain = not (config.use_dora or config.modules_to_save or tower)
+    # Modules that the user names may lie in the tower too; all-linear keeps to the language model.
+    named = vision and (config.target_regex is not None or config.target_modules != ("all-linear",))
+    plain = not (config.use_dora or config.modules_to_save or tower or named)
     wanted = plain if config.vllm_enable_lora is None else config.vllm_enable_lora
     return "adapter" if wanted else "merged"
 
@@ -309,7 +331,7 @@ def image_notices(config: TrainConfig, on_gpu: bool, vision: bool) -> list[str]:
         if layout(config, on_gpu) == "packed":
             return ["the model takes images: its rows are padded, as they cannot be packed"]
         return []
-    names = ("freeze_vit", "freeze_aligner", "max_pixels", "root_image_dir", "inline_images")
+    names = ("freeze_llm", "freeze_vit", "freeze_aligner", "max_pixels", "root_image_dir", "inline_images")
     online = ("vllm_limit_mm_per_prompt",) if isinstance(config, RLHFConfig) else ()
     given = [f"--{name}" for name in (*names, *online) if config.is_set(name)]
     does = "do" if len(given) > 1 else "does"
@@ -327,7 +349,7 @@ def machine_notices(config: TrainConfig, on_gpu: bool) -> list[str]:
     if on_gpu:
         return []
     notices = []
-    if config.torch_dtype in ("bfloat16", "float16"):
+    if config.torch_dtype == "bfloat16":
         notices.append(
             f"--torch_dtype {config.torch_dtype} is slow on a CPU without hardware for it; float32 is the "
             "fast choice here"

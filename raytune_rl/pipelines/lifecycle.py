@@ -4,6 +4,7 @@ on.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ from raytune_rl.tracking.logger import RunLogger
 from raytune_rl.tracking.plots import write_plots
 from raytune_rl.tracking.progress import ProgressDisplay
 from raytune_rl.tracking.run_dir import RunDir
+from raytune_rl.tracking.sinks import check_sinks
 from raytune_rl.tracking.timer import StepTimer
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
@@ -112,7 +114,9 @@ def find_origin(config: TrainConfig) -> Origin:
 
     Raises:
         CheckpointError: The checkpoint asked for is not there or not whole.
+        ConfigError: The directory cannot be made, or what --report_to names is not installed.
     """
+    check_sinks(config.report_to)
     asked = config.resume_from_checkpoint
     found: Path | None = None
     notices: list[str] = []
@@ -183,6 +187,7 @@ class Run:
         self.first_metrics: dict[str, float] = dict(origin.state.get("first_metrics", {}))
         self.before: dict[str, float] = dict(origin.state.get("before", {}))
         self.after: dict[str, float] = {}
+        self._evaluated: int | None = None
         self.last_metrics: dict[str, float] = {}
         self.stop_requested = False
         self._best_by, self._greater = best_by, greater_is_better
@@ -223,29 +228,40 @@ class Run:
                 _set_handler(number, handler)
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """One optimizer step is done: shows it, and logs it where the user asked for a line."""
+        """One optimizer step is done: shows it, and logs it where the user asked for a line. A step with a
+        number that is not finite always gets one."""
         self.step += 1
         times = self.timer.finish()
         line = {**metrics, **times.metrics()}
         self.last_metrics = dict(line)
         if not self.first_metrics:
             self.first_metrics = {k: float(v) for k, v in line.items()}
-        if self.step == 1 or self.step % self.config.logging_steps == 0 or self.step == self.total_steps:
+        every = self.step == 1 or self.step % self.config.logging_steps == 0 or self.step == self.total_steps
+        strange = [
+            name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)
+        ]
+        if every or strange:
             self.logger.log(self.step, line)
+        if norms := [name for name in strange if name.endswith("grad_norm")]:
+            self.say(
+                f"step {self.step}/{self.total_steps} | {', '.join(norms)} is not finite: the step was left "
+                "out, the weights stay as they were"
+            )
         self.display.update(self.step, line, times)
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Held-out metrics, their names beginning with `eval_`."""
         if self.step == 0 and not self.before:
             self.before = dict(metrics)
-        self.after = dict(metrics)
+        self.after, self._evaluated = dict(metrics), self.step
         self.logger.log(self.step, metrics)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in SHOWN)
         self.say(f"step {self.step}/{self.total_steps} | held out: {shown}")
 
     def save(self, trained: Saves, state: Mapping[str, Any]) -> Path:
-        """Writes a checkpoint, whole or not at all, and removes the ones beyond the limit."""
-        metric = self.after.get(self._best_by)
+        """Writes a checkpoint, whole or not at all, and removes the ones beyond the limit. It may be the best
+        one only if these very weights were evaluated."""
+        metric = self.after.get(self._best_by) if self._evaluated == self.step else None
         record = self._record.after(self.dir.checkpoint(self.step), metric, self._greater)
         kept = {**state, **record.as_dict(), "first_metrics": self.first_metrics, "before": self.before}
         writer = CheckpointWriter(self.dir, self.step, kept)

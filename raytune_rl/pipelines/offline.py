@@ -61,6 +61,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         with stage("connecting to Ray"):
             cluster = stack.enter_context(session(config.ray_address))
         groups = offline_groups(config, cluster)
+        launch.check_machine(config, groups.on_gpu)
         origin = find_origin(config)
         with stage("reading and tokenizing the data"):
             where = (config, objective.shape.task, origin.run_dir.quarantine_jsonl)

@@ -64,6 +64,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
         with stage("connecting to Ray"):
             cluster = stack.enter_context(session(config.ray_address))
         groups = online_groups(config, cluster)
+        launch.check_machine(config, groups.on_gpu)
         origin = find_origin(config)
         with stage("reading and tokenizing the data"):
             train, held_out = prompt_sets(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -24,9 +25,8 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(report_to: Sequence[str], run_dir: RunDir, resume_step: int | None) -> list[Sink]:
-    """Opens the named sinks; `none` (or nothing) is none of them, `all` is not offered because it hides what
-    runs.
+def check_sinks(report_to: Sequence[str]) -> list[str]:
+    """The named sinks, each once; to be called before the work begins whose scalars they get.
 
     Raises:
         ConfigError: A name is unknown, or its package is not installed.
@@ -39,8 +39,18 @@ def open_sinks(report_to: Sequence[str], run_dir: RunDir, resume_step: int | Non
             raise ConfigError(f"--report_to {name} is unknown; it takes {', '.join(SINKS)} or none.{hint}")
         if name != "tensorboard":
             _require(name)
+    return names
+
+
+def open_sinks(report_to: Sequence[str], run_dir: RunDir, resume_step: int | None) -> list[Sink]:
+    """Opens the named sinks; `none` (or nothing) is none of them, `all` is not offered because it hides what
+    runs.
+
+    Raises:
+        ConfigError: As `check_sinks`.
+    """
     sinks: list[Sink] = []
-    for name in names:
+    for name in check_sinks(report_to):
         if name == "tensorboard":
             sinks.append(TensorBoardSink(run_dir.runs, resume_step))
         elif name == "wandb":
@@ -92,13 +102,14 @@ class WandbSink:
 
     def __init__(self, run_dir: RunDir) -> None:
         wandb: Any = _require("wandb")
-        self._run: Any = wandb.init(
-            dir=str(run_dir.path),
-            name=run_dir.path.name,
-            id=_run_id(run_dir),
-            resume="allow",
-            config=_config(run_dir),
-        )
+        with _starting("wandb", "WANDB_MODE"):
+            self._run: Any = wandb.init(
+                dir=str(run_dir.path),
+                name=run_dir.path.name,
+                id=_run_id(run_dir),
+                resume="allow",
+                config=_config(run_dir),
+            )
         self._run.define_metric("*", step_metric="train/global_step")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -114,9 +125,12 @@ class SwanlabSink:
 
     def __init__(self, run_dir: RunDir) -> None:
         self._swanlab: Any = _require("swanlab")
-        self._swanlab.init(
-            experiment_name=run_dir.path.name, logdir=str(run_dir.path / "swanlog"), config=_config(run_dir)
-        )
+        with _starting("swanlab", "SWANLAB_MODE"):
+            self._swanlab.init(
+                experiment_name=run_dir.path.name,
+                logdir=str(run_dir.path / "swanlog"),
+                config=_config(run_dir),
+            )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         self._swanlab.log({tag(name): value for name, value in scalars.items()}, step=step)
@@ -132,6 +146,19 @@ def _require(module: str) -> ModuleType:
         raise ConfigError(
             f"--report_to {module} needs the package {module}, which cannot be imported here ({error}). "
             f"Install it with `pip install {module}`, or leave {module} out of --report_to."
+        ) from error
+
+
+@contextmanager
+def _starting(name: str, mode: str) -> Iterator[None]:
+    """Whatever a service refuses at its start, no login before all, becomes the flag's error."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"--report_to {name} cannot start: {reason} Log in with `{name} login`, set {mode}=offline, or "
+            f"leave {name} out of --report_to."
         ) from error
 
 

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raytune_rl.config import SFTConfig, deepspeed
+from raytune_rl.config.notices import notices_for
 from raytune_rl.errors import ConfigError
 
 
@@ -80,8 +82,53 @@ def test_auto_is_filled_and_what_stays_auto_is_left_out() -> None:
 
 
 def test_a_configuration_that_contradicts_the_flags_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"gradient_clipping to 0.5.*say 1.0"):
+    with pytest.raises(ConfigError, match=r"gradient_clipping to 0.5.*needs 1.0"):
         deepspeed.fill_auto({"gradient_clipping": 0.5}, {"gradient_clipping": 1.0})
+
+
+def test_a_value_that_is_only_preferred_gives_way() -> None:
+    name = "zero_optimization.reduce_bucket_size"
+    for given, filled in (("auto", 10), (5, 5)):
+        config = {"zero_optimization": {"reduce_bucket_size": given}}
+        assert deepspeed.fill_auto(config, {}, {name: 10}) == {
+            "zero_optimization": {"reduce_bucket_size": filled}
+        }
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"gradient_accumulation_steps": 8}, "--gradient_accumulation_steps is not given"),
+        ({"train_micro_batch_size_per_gpu": 4}, "--per_device_train_batch_size is 1: give"),
+        ({"gradient_clipping": 0.5}, "--max_grad_norm is 1.0: give --max_grad_norm 0.5 too"),
+        ({"train_batch_size": 16}, "train_batch_size to 16, which follows from"),
+    ],
+)
+def test_a_file_that_contradicts_a_flag_names_the_flag(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        SFTConfig(model="m", dataset="d", deepspeed=config)
+    assert said in str(refused.value)
+
+
+def test_a_file_written_for_the_trainer_is_read() -> None:
+    """Numbers that agree with the flags, and sections that the flags decide here."""
+    config = SFTConfig(
+        model="m",
+        dataset="d",
+        gradient_accumulation_steps=8,
+        deepspeed={
+            "bf16": {"enabled": "auto"},
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+            "gradient_accumulation_steps": 8,
+            "gradient_clipping": 1.0,
+            "train_batch_size": "auto",
+            "zero_optimization": {"stage": 3, "reduce_bucket_size": 500000},
+        },
+    )
+    assert deepspeed.for_engine(config.deepspeed).keys() == {"bf16", "gradient_clipping", "zero_optimization"}
+    (notice,) = notices_for(config)
+    assert notice.startswith("--deepspeed: optimizer and scheduler of the configuration do nothing")
 
 
 def test_a_quantised_base_and_zero3_are_refused_together() -> None:

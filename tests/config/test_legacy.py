@@ -1,13 +1,18 @@
 """ms-swift's old flags."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from raytune_rl.config import RLHFConfig, SFTConfig
+from raytune_rl.config import ExportConfig, InferConfig, PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.flags import flags_of
-from raytune_rl.config.legacy import EXTERNAL_SERVER, NOT_BUILT, REMOVED, RENAMED
+from raytune_rl.config.legacy import EXTERNAL_SERVER, REMOVED, RENAMED
+from raytune_rl.config.not_offered import IDLE, NOT_BUILT
 from raytune_rl.config.parser import Parsed, parse
 from raytune_rl.errors import ConfigError
 
+CONFIGS = (SFTConfig, RLHFConfig, PPOConfig, PreferenceConfig, InferConfig, ExportConfig)
 BASE = ["--model", "m", "--dataset", "d", "--reward_funcs", "accuracy", "--num_generations", "2"]
 
 
@@ -19,8 +24,53 @@ def rlhf(*argv: str, environ: dict[str, str] | None = None) -> Parsed[RLHFConfig
 def test_the_tables_fit_the_settings() -> None:
     flags = flags_of(RLHFConfig)
     assert set(RENAMED.values()) <= set(flags)
-    for name in (*RENAMED, *REMOVED, *EXTERNAL_SERVER, *NOT_BUILT):
-        assert name not in flags
+    everywhere = {name for config in CONFIGS for name in flags_of(config)}
+    for name in (*RENAMED, *REMOVED, *EXTERNAL_SERVER, *NOT_BUILT, *IDLE):
+        assert name not in everywhere
+    assert not set(NOT_BUILT) & set(IDLE)
+
+
+def test_what_happens_anyway_is_read_and_anything_else_refused() -> None:
+    argv = ["--model", "m", "--dataset", "d"]
+    read = parse(
+        [*argv, "--save_strategy", "steps", "--lazy_tokenize", "--optim", "adamw_torch"],
+        SFTConfig,
+        environ={},
+    )
+    assert len(read.notices) == 3
+    assert all("does nothing" in notice for notice in read.notices)
+    for wrong in (["--save_strategy", "epoch"], ["--optim", "adafactor"], ["--logging_first_step", "false"]):
+        with pytest.raises(ConfigError, match="is not built here, only"):
+            parse([*argv, *wrong], SFTConfig, environ={})
+
+
+def test_what_is_not_built_is_refused_with_what_to_do_instead() -> None:
+    for words, said in (
+        (["--bf16", "true"], "--bf16 is a flag of ms-swift that is not built yet: say --torch_dtype."),
+        (["--neftune_noise_alpha", "5"], "that is not built yet."),
+        (["--vit_lr", "1e-6"], "one --learning_rate holds for all"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            parse(["--model", "m", "--dataset", "d", *words], SFTConfig, environ={})
+        assert said in str(refused.value)
+
+
+def test_no_flag_of_ms_swift_is_taken_for_a_misspelling() -> None:
+    """The flags that people use, beside those of the document: offered, read as another, or refused by
+    name.
+    """
+    names = (Path(__file__).parents[1] / "data" / "ms_swift_flags.txt").read_text().split()
+    assert len(names) > 150
+
+    def answer(name: str, config_class: type[Any]) -> str:
+        try:
+            parse(["--model", "m", "--dataset", "d", f"--{name}", "1"], config_class, environ={})
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    for config_class in (SFTConfig, RLHFConfig):
+        assert [name for name in names if "Unknown flag" in answer(name, config_class)] == []
 
 
 def test_renamed_flags_act_and_say_so_once() -> None:

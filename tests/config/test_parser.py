@@ -205,6 +205,10 @@ def test_number_of_processes() -> None:
     each = rlhf("--policy_workers_per_node", "4", environ={"NPROC_PER_NODE": "8"})
     assert (each.config.policy_workers, each.config.policy_workers_per_node) == (None, 4)
     assert each.notices == ("NPROC_PER_NODE=8 does nothing: --policy_workers_per_node 4 is given.",)
+    several = sft(environ={"NNODES": "2", "CUDA_VISIBLE_DEVICES": "0,1,2"})
+    assert several.config.policy_workers == 2
+    assert several.notices == ("NNODES=2 is read as --policy_workers 2 --policy_workers_per_node 1.",)
+    assert sft(environ={"CUDA_VISIBLE_DEVICES": "0,1,2"}).config.policy_workers == 3
     assert rlhf(environ={"CUDA_VISIBLE_DEVICES": "0,1"}).config.policy_workers is None
     both = rlhf(
         "--policy_workers", "4", "--per_device_train_batch_size", "2", environ={"NPROC_PER_NODE": "8"}
@@ -244,6 +248,12 @@ def test_image_settings_of_the_environment_give_way_to_flags() -> None:
         (["--eval_steps", "5"], "--eval_steps does nothing: there is no validation data"),
         (["--train_type", "full", "--lora_rank", "4"], "--lora_rank does nothing"),
         (["--max_steps", "4", "--num_train_epochs", "1"], "--num_train_epochs does nothing"),
+        (["--lr_scheduler_type", "constant", "--warmup_steps", "3"], "--warmup_steps does nothing"),
+        (["--target_regex", "a", "--target_modules", "b"], "--target_modules does nothing"),
+        (
+            ["--save_steps", "3", "--eval_steps", "2", "--val_dataset", "v", "--num_generations_eval", "1"],
+            "only checkpoints of steps that both divide",
+        ),
         (["--vllm_mode", "server"], "--vllm_mode server is read as --colocate false"),
         (["--colocate", "false", "--sleep_level", "1"], "--sleep_level does nothing"),
         (["--beta", "0", "--reference_workers", "2"], "--reference_workers does nothing"),

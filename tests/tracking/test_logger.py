@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,18 @@ def test_a_sink_that_is_not_installed_is_a_config_error(run: RunDir, name: str) 
     with pytest.raises(ConfigError, match=f"pip install {name}"):
         RunLogger(run, ["tensorboard", name], 10)
     assert list(run.runs.iterdir()) == [], "nothing is opened before all of it can be"
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_a_service_that_refuses_to_start_is_a_config_error(
+    run: RunDir, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**settings: Any) -> None:
+        raise RuntimeError("No API key\nconfigured.")
+
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=refuse))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"{name} cannot start: No API key configured. .*_MODE=offline"):
+        RunLogger(run, [name], 10)
 
 
 def test_an_unknown_sink_names_the_nearest(run: RunDir) -> None:

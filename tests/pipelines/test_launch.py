@@ -1,4 +1,4 @@
-"""What a vision model changes in what the groups are told."""
+"""What the groups are told: what a vision model changes in it, and what a machine cannot do."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ def test_adapters_in_the_tower_arrive_merged() -> None:
     assert launch.publish_mode(config(freeze_vit=False), vision=True) == "merged"
     assert launch.publish_mode(config(freeze_aligner=False), vision=True) == "merged"
     assert launch.publish_mode(config(freeze_vit=False), vision=False) == "adapter"
+    for named in ({"target_regex": ".*q_proj"}, {"target_modules": ("gate_proj",)}):
+        assert launch.publish_mode(config(**named), vision=True) == "merged"
+        assert launch.publish_mode(config(**named), vision=False) == "adapter"
     with pytest.raises(ConfigError, match="--vllm_enable_lora true: vLLM applies adapters to the language"):
         launch.publish_mode(config(freeze_vit=False, vllm_enable_lora=True), vision=True)
 
@@ -53,3 +56,22 @@ def test_the_loaders_processes_are_threads_that_make_pixels() -> None:
     assert told.startswith(
         "--dataloader_num_workers does nothing: rows of texts are prepared before training"
     )
+
+
+def test_rows_are_packed_where_a_kernel_knows_their_borders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention may be asked for where it is not installed: sdpa, which stands in, pays for padding
+    less than for a mask over the whole pack.
+    """
+    asked = config(attn_impl="flash_attn")
+    for installed, layout in ((True, "packed"), (False, "padded")):
+        monkeypatch.setattr(launch, "_has_flash_attention", lambda there=installed: there)
+        assert launch.layout(asked, on_gpu=True) == layout
+        assert launch.layout(asked, on_gpu=False) == "padded"
+        assert launch.layout(config(attn_impl="flash_attn", padding_free=True), on_gpu=True) == "packed"
+
+
+def test_float16_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match="--torch_dtype float16 trains on a GPU only"):
+        launch.check_machine(config(torch_dtype="float16"), on_gpu=False)
+    launch.check_machine(config(torch_dtype="float16"), on_gpu=True)
+    launch.check_machine(config(torch_dtype="bfloat16"), on_gpu=False)

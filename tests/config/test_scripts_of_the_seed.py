@@ -1,4 +1,4 @@
-"""The scripts for vision models are the document's commands; files that they name are replaced by ours."""
+"""Scripts of the document's commands that name files of ms-swift's checkout: they name ours instead."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     "sft_mllm.sh": "sft-mllm-1gpu",
     "sft_mllm_deepspeed.sh": "sft-mllm-8gpu",
+    "grpo_llm.sh": "rlhf-llm-1gpu",
+    "grpo_llm_deepspeed.sh": "rlhf-llm-8gpu",
     "grpo_mllm.sh": "rlhf-mllm-1gpu",
     "grpo_mllm_deepspeed.sh": "rlhf-mllm-8gpu",
 }
@@ -28,7 +30,8 @@ def read(script: str) -> SeedCommand:
     text = (ROOT / "examples" / "commands" / script).read_text()
     assert "\\ \n" not in text, "a blank behind the backslash ends the command for a shell"
     body = textwrap.indent(text.replace("raytune-rl ", "swift "), "   ")
-    (command,) = seed_commands(f"**MLLM**\n\n.. code-block:: bash\n\n{body}")
+    kind = "MLLM" if "_mllm" in script else "LLM"
+    (command,) = seed_commands(f"**{kind}**\n\n.. code-block:: bash\n\n{body}")
     return command
 
 

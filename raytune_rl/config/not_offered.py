@@ -1,0 +1,101 @@
+"""Flags of ms-swift, and of the Trainer below it, that have no setting here.
+
+Those of `IDLE` are read: what they may say happens anyway. Those of `NOT_BUILT` are refused, as what they
+are and not as a misspelling, with what to do instead where there is something.
+"""
+
+from __future__ import annotations
+
+_TRUE = ("true",)
+_FALSE = ("false",)
+_ANY: tuple[str, ...] = ()
+
+IDLE: dict[str, tuple[tuple[str, ...], str]] = {
+    "check_model": (_ANY, "no network is asked about a model that is there"),
+    "lazy_tokenize": (_ANY, "rows are tokenized before training, a stream's while it trains"),
+    "load_from_cache_file": (_ANY, "rows are prepared anew for each run, as their settings may differ"),
+    "remove_unused_columns": (_ANY, "columns that nobody reads are not carried along"),
+    "ddp_find_unused_parameters": (_ANY, "DeepSpeed needs no such hint"),
+    "dataloader_pin_memory": (_ANY, "rows are read from Ray's shared memory"),
+    "dataloader_persistent_workers": (_ANY, "rows are read from Ray's shared memory"),
+    "dataloader_prefetch_factor": (_ANY, "rows are read from Ray's shared memory"),
+    "enable_flattened_weight_sync": (_ANY, "weights always travel in large flat buckets"),
+    "save_strategy": (("steps",), "checkpoints are written every --save_steps steps and at the end"),
+    "eval_strategy": (("steps",), "evaluation runs every --eval_steps steps, given validation data"),
+    "logging_strategy": (("steps",), "lines are logged every --logging_steps steps"),
+    "logging_first_step": (_TRUE, "step 1 is always logged"),
+    "optim": (("adamw_torch", "adamw_torch_fused"), "the optimizer is PyTorch's AdamW"),
+    "ignore_data_skip": (_FALSE, "a resumed run goes on with the rows that come next"),
+    "resume_only_model": (_FALSE, "a resumed run takes up the optimizer too"),
+    "disable_auto_column_mapping": (_FALSE, "columns are found by their names; --columns renames others"),
+    "dataloader_drop_last": (_FALSE, "the last step of an epoch may hold fewer rows; none is dropped"),
+    "group_by_length": (_FALSE, "the rows of a step are grouped by length, its order is drawn"),
+}
+"""Name to the values that may follow it (none named: any) and why it does nothing."""
+
+_ONE_RATE = "one --learning_rate holds for all that is trained"
+_DTYPE = "say --torch_dtype"
+_TEMPLATE = "the model's own configuration and chat template say it"
+_GYM = "--multi_turn_scheduler lets an environment of your own answer"
+_TEACHER = "distillation (GKD) is not built"
+
+NOT_BUILT: dict[str, str] = {
+    # tuner
+    "adapter_name": "", "aligner_lr": _ONE_RATE, "vit_lr": _ONE_RATE, "lorap_lr_ratio": _ONE_RATE,
+    "freeze_parameters": "freeze parts by --freeze_llm, --freeze_vit, --freeze_aligner",
+    "freeze_parameters_ratio": "freeze parts by --freeze_llm, --freeze_vit, --freeze_aligner",
+    "freeze_parameters_regex": "freeze parts by --freeze_llm, --freeze_vit, --freeze_aligner",
+    "trainable_parameters": "name modules by --target_modules or --target_regex",
+    "trainable_parameters_regex": "name modules by --target_modules or --target_regex",
+    "init_weights": "adapters start at 0", "init_lora_weights": "adapters start at 0",
+    "lora_bias": "biases stay as they are", "lora_dtype": "adapters are trained in float32 beside their base",
+    "lora_ga_batch_size": "", "use_galore": "", "use_swift_lora": "", "lisa_activated_layers": "",
+    "llamapro_num_new_blocks": "", "adalora_target_r": "", "reft_rank": "", "boft_block_size": "",
+    "bnb_4bit_compute_dtype": "it is --torch_dtype", "bnb_4bit_quant_type": "it is nf4",
+    "bnb_4bit_use_double_quant": "it is true", "hqq_axis": "",
+    # training
+    "bf16": _DTYPE, "fp16": _DTYPE, "tf32": "", "optimizer": "the optimizer is AdamW",
+    "lr_scheduler_kwargs": "", "neftune_noise_alpha": "", "sequence_parallel_size": "",
+    "vit_gradient_checkpointing": "--gradient_checkpointing holds for the vision tower too",
+    "gradient_checkpointing_kwargs": "recomputation is never reentrant",
+    "ddp_timeout": "--step_timeout and --start_timeout are the deadlines", "ddp_backend": "",
+    "fsdp": "use --deepspeed zero3", "fsdp_config": "use --deepspeed zero3", "torch_compile": "",
+    "local_rank": "Ray starts the workers", "use_ray": "Ray always starts the workers",
+    "device_groups": "groups have sizes: --policy_workers, --rollout_workers and their like",
+    "device_map": "", "max_memory": "",
+    "metric_for_best_model": "it is the loss, in online RL the reward", "greater_is_better": "",
+    "load_best_model_at_end": "the summary names the best checkpoint",
+    "create_checkpoint_symlink": "the summary names the last and the best checkpoint",
+    "save_safetensors": "weights are always safetensors", "logging_dir": "it is runs/ in the run's folder",
+    "run_name": "a run has the name of its folder", "predict_with_generate": "raytune-rl infer answers rows",
+    "enable_channel_loss": "", "early_stop_interval": "", "eval_on_start": "it is always done",
+    "max_epochs": "use --num_train_epochs", "use_logits_to_keep": "logits are made a piece at a time",
+    "acc_strategy": "token_acc counts tokens",
+    "average_tokens_across_devices": "a loss is always such a mean",
+    "galore_rank": "", "loss_type_sft": "", "task_type": "", "num_labels": "", "problem_type": "",
+    "swanlab_project": "SwanLab's own SWANLAB_* variables say it",
+    "swanlab_token": "SwanLab's own SWANLAB_* variables say it",
+    "swanlab_exp_name": "SwanLab's own SWANLAB_* variables say it",
+    # model and data
+    "model_type": _TEMPLATE, "template": _TEMPLATE, "template_backend": _TEMPLATE, "model_revision": "",
+    "rope_scaling": "", "new_special_tokens": "", "max_model_len_override": "", "response_prefix": "",
+    "padding_side": "rows are laid out as they must be", "norm_bbox": "", "agent_template": _TEMPLATE,
+    "use_chat_template": "", "enable_thinking": "", "add_non_thinking_prefix": "",
+    "cached_dataset": "", "custom_dataset_info": "", "interleave_prob": "", "stopping_strategy": "",
+    "val_dataset_shuffle": "all are used",
+    "train_dataloader_shuffle": "use --dataset_shuffle",
+    "packing_length": "packs hold --max_length tokens", "packing_num_proc": "", "model_name": "",
+    "model_author": "", "download_mode": "",
+    # online RL
+    "async_generate": "", "move_model_batches": "", "chord_mu": "", "chord_phi": "",
+    "chord_sft_dataset": "", "use_gym_env": _GYM, "gym_env": _GYM, "context_manager": _GYM,
+    "completion_length_limit_scope": "each answer of several turns may have --max_completion_length tokens",
+    "infer_backend": "answers come from vLLM", "real_tau": "", "use_liger_loss": "",
+    "local_rollout_forward_batch_size": "use --max_tokens_per_micro_batch", "num_sample_generations": "",
+    "vllm_data_parallel_size": "use --rollout_workers", "vllm_pipeline_parallel_size": "",
+    "vllm_disable_custom_all_reduce": "use --vllm_engine_kwargs", "vllm_quantization": "",
+    "offload_bridge": "", "teacher_model": _TEACHER, "teacher_adapters": _TEACHER,
+    "teacher_deepspeed": _TEACHER, "teacher_model_server": _TEACHER, "teacher_kl_coef": _TEACHER,
+    "lmbda": _TEACHER, "sft_alpha": _TEACHER, "seq_kd": _TEACHER, "gkd_logits_topk": _TEACHER,
+}  # fmt: skip
+"""Name to what to do instead, or nothing."""

@@ -14,6 +14,7 @@ from raytune_rl.config.recipes import RECIPES, with_recipe
 from raytune_rl.errors import ConfigError
 
 _setting = partial(setting, "RL algorithm")
+_tuner = partial(setting, "Tuner")
 
 BUILT = ("grpo", *RECIPES)
 """The values of `rlhf_type` that run."""
@@ -115,6 +116,13 @@ class RLOptions(Options):
         None, "The same as a number of completions; give only one of the two.", ge=1
     )
     log_completions: bool = _setting(False, "Write prompts, completions and rewards to completions.jsonl.")
+    lora_dropout: float = _tuner(
+        0.0,
+        "Share of the adapter's inputs dropped while training. 0 here: log-probs under dropout cannot be "
+        "compared with those of the engine that sampled.",
+        ge=0,
+        lt=1,
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -148,7 +148,7 @@ def critic_spec(config: PPOConfig, groups: Groups, total_steps: int, vision: boo
         loss="ppo_value",
         loss_settings=ValueSettings(config.cliprange_value),
         temperature=1.0,
-        dropout=0.0,
+        dropout=config.lora_dropout,
         vision=vision,
     )
     start = replace(policy.model, adapters=())

@@ -96,7 +96,7 @@ def start_groups(
         loss=algorithm.loss,
         loss_settings=algorithm.settings,
         temperature=config.temperature,
-        dropout=0.0,
+        dropout=config.lora_dropout,
         publish_mode=launch.publish_mode(config, account.vision),
         vision=account.vision,
         banned=account.placeholder_ids,

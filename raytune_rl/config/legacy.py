@@ -20,6 +20,7 @@ RENAMED = {
     "gpu_memory_utilization": "vllm_gpu_memory_utilization",
     "max_model_len": "vllm_max_model_len",
     "response_length": "max_completion_length",
+    "max_new_tokens": "max_completion_length",
     "max_num_seqs": "vllm_max_num_seqs",
     "enforce_eager": "vllm_enforce_eager",
     "enable_prefix_caching": "vllm_enable_prefix_caching",
@@ -27,26 +28,57 @@ RENAMED = {
 }
 """Old name to the name here."""
 
-REMOVED = ("vllm_device", "num_infer_workers", "gc_collect_after_offload", "log_rollout_offpolicy_metrics")
+REMOVED = ("vllm_device", "num_infer_workers")
 """Names without a setting of their own, read by `translate`."""
+
+NO_EFFECT: Mapping[str, tuple[str, str]] = {
+    "gc_collect_after_offload": (
+        "rollout_workers",
+        "collecting by hand clashed with vLLM's allocator, and ms-swift has removed it too",
+    ),
+    "log_rollout_offpolicy_metrics": (
+        "rollout_workers",
+        "rollout_correction/* is measured on every step",
+    ),
+    "precompute_ref_log_probs": (
+        "ref_model",
+        "log-probs under the reference are always taken once, before the first step",
+    ),
+    "local_rollout_forward_batch_size": (
+        "num_ppo_epochs",
+        "forward passes are filled by tokens, up to --max_tokens_per_micro_batch",
+    ),
+    "num_sample_generations": (
+        "num_ppo_epochs",
+        "--log_completions true writes down every completion, and --val_dataset evaluates",
+    ),
+}
+"""Flag -> a flag that the commands have in which it is taken and does nothing, and why."""
 
 EXTERNAL_SERVER = ("vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_server_group_port")
 
 # fmt: off
 NOT_BUILT = frozenset(
     {
-        "aligner_lr", "async_generate", "cached_dataset", "chord_mu", "chord_phi",
+        "advantage_reweight", "aligner_lr", "async_generate", "cached_dataset",
         "completion_length_limit_scope", "create_checkpoint_symlink", "ddp_timeout", "freeze_llm",
-        "freeze_parameters", "gym_env", "init_weights", "lazy_tokenize", "lora_bias", "lora_dtype",
-        "model_type", "move_model_batches",
+        "freeze_parameters", "gym_env", "init_weights", "lazy_tokenize", "lmbda", "lora_bias", "lora_dtype",
+        "model_type", "move_model_batches", "offload_teacher_model", "real_tau", "reference_free",
         "neftune_noise_alpha", "predict_with_generate",
-        "sequence_parallel_size", "target_regex",
-        "teacher_model", "template", "use_gym_env",
+        "seq_kd", "sequence_parallel_size", "sft_alpha", "target_regex", "template", "use_gym_env",
         "vit_gradient_checkpointing", "vit_lr",
     }
 )
 # fmt: on
 """Flags of ms-swift that people use and that are not here yet: refused as such, not as a misspelling."""
+
+NOT_BUILT_FAMILIES = ("chord_", "fipo_", "gkd_", "rlsd_", "sdar_", "teacher_")
+"""Beginnings of names of algorithms of ms-swift that are not here yet."""
+
+
+def not_built(name: str) -> bool:
+    """Whether a flag is one of ms-swift that is not here yet."""
+    return name in NOT_BUILT or name.startswith(NOT_BUILT_FAMILIES)
 
 
 def rename(name: str, flags: Mapping[str, Flag]) -> tuple[str, str | None]:
@@ -59,6 +91,8 @@ def rename(name: str, flags: Mapping[str, Flag]) -> tuple[str, str | None]:
 
 def known(name: str, flags: Mapping[str, Flag]) -> bool:
     """Whether `translate` reads this flag for a command that has these flags."""
+    if name in NO_EFFECT:
+        return NO_EFFECT[name][0] in flags
     return name in REMOVED and "rollout_workers" in flags
 
 
@@ -70,17 +104,9 @@ def translate(settings: dict[str, Any], environ: Mapping[str, str]) -> tuple[dic
     """
     settings = dict(settings)
     notices: list[str] = []
-    if "gc_collect_after_offload" in settings:
-        del settings["gc_collect_after_offload"]
-        notices.append(
-            "--gc_collect_after_offload does nothing: collecting by hand clashed with vLLM's allocator, and "
-            "ms-swift has removed it too."
-        )
-    if "log_rollout_offpolicy_metrics" in settings:
-        del settings["log_rollout_offpolicy_metrics"]
-        notices.append(
-            "--log_rollout_offpolicy_metrics does nothing: rollout_correction/* is measured on every step."
-        )
+    for name in [name for name in settings if name in NO_EFFECT]:
+        del settings[name]
+        notices.append(f"--{name} does nothing: {NO_EFFECT[name][1]}.")
     scale = settings.get("scale_rewards")
     if str(scale).lower() in ("true", "false"):
         settings["scale_rewards"] = "group" if str(scale).lower() == "true" else "none"

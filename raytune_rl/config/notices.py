@@ -49,6 +49,16 @@ def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str
 
 def _preference(config: PreferenceConfig) -> Iterable[str]:
     yield from _idle(config, unread(config.rlhf_type), f"no part of --rlhf_type {config.rlhf_type}")
+    kinds = config.loss_type
+    alpha = config.f_divergence_type == "alpha_divergence"
+    for kind, used, name, owner in (
+        ("dpo", "discopop" in kinds, "discopop_tau", "--loss_type discopop"),
+        ("dpo", "bco_pair" in kinds, "bco_shift", "--loss_type bco_pair"),
+        ("dpo", alpha, "f_alpha_divergence_coef", "--f_divergence_type alpha_divergence"),
+        ("cpo", "simpo" in kinds, "simpo_gamma", "--loss_type simpo"),
+    ):
+        if config.rlhf_type == kind and not used:
+            yield from _idle(config, (name,), f"it belongs to {owner}")
     if not config.own_reference:
         names = ("reference_workers", "gpus_per_reference_worker", "cpus_per_reference_worker")
         yield from _idle(config, names, "there is no reference model of its own (--ref_model)")

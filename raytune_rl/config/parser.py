@@ -164,7 +164,7 @@ def _unknown(name: str, flags: Mapping[str, Flag], config_class: type[Options]) 
             "their own "
             "use --colocate false, with --rollout_workers for how many."
         )
-    if name in legacy.NOT_BUILT:
+    if legacy.not_built(name):
         return f"--{name} is a flag of ms-swift that is not built yet."
     commands = (
         SFTConfig,

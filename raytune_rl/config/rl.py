@@ -22,6 +22,9 @@ BUILT = ("grpo", *RECIPES)
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 """The values of `loss_type` that need no plugin."""
 
+NOT_BUILT = ("real", "fipo")
+"""Those of ms-swift that are not here yet."""
+
 
 class RLOptions(Options):
     """Policy losses, advantages and the KL to the reference, with ms-swift's names and defaults."""
@@ -179,6 +182,16 @@ def check_loss_type(loss_type: str, plugins: tuple[str, ...]) -> None:
     """
     if loss_type in LOSS_TYPES or plugins:
         return
+    if loss_type in NOT_BUILT:
+        raise ConfigError(
+            f"--loss_type {loss_type} is a loss of ms-swift that is not built yet; what there is: "
+            f"{', '.join(LOSS_TYPES)}."
+        )
+    if loss_type == "gspo":
+        raise ConfigError(
+            "--loss_type gspo: GSPO is --loss_type grpo --importance_sampling_level sequence; its paper has "
+            "--epsilon 3e-4 --epsilon_high 4e-4 --beta 0."
+        )
     raise ConfigError(
         f"--loss_type {loss_type} is not one of: {', '.join(LOSS_TYPES)}."
         f"{did_you_mean(loss_type, LOSS_TYPES)} A loss of your own comes from a file given to "

@@ -54,7 +54,12 @@ class PreferenceOptions(Options):
         (),
         "dpo: one or more of sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, "
         "aot_unpaired, apo_zero, apo_down, discopop, sft, added up. cpo: sigmoid, hinge, ipo or simpo. kto: "
-        "kto or apo_zero_unpaired. Not set: sigmoid, for kto kto.",
+        "kto or apo_zero_unpaired. Not set: sigmoid, for kto kto. Or the name of a loss that a file of "
+        "--external_plugins registers, for rows like those of --rlhf_type.",
+    )
+    loss_args: dict[str, Any] = _setting({}, "Settings of a loss from a plugin, as JSON: '{\"alpha\": 1}'.")
+    external_plugins: tuple[str, ...] = _setting(
+        (), "Python files to load first, which register losses by register_loss."
     )
     loss_weights: tuple[float, ...] = _setting(
         (), "dpo: one weight per value of --loss_type. Not set: 1 each."

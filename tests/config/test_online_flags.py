@@ -33,6 +33,7 @@ def notices(*argv: str) -> str:
         ("--ref_model_sync_steps 5", "they belong to --sync_ref_model true"),
         ("--max_resample_times 5", "it belongs to --dynamic_sample true"),
         ("--beta 0 --kl_in_reward true", "--kl_in_reward does nothing: with --beta 0"),
+        ("--beta 0 --ref_model r --ref_adapters a", "--ref_model, --ref_adapters do nothing: with --beta 0"),
         ("--cosine_max_len 5 --soft_cache_length 3", "they belong to --reward_funcs cosine"),
         ("--log_rollout_offpolicy_metrics true", "rollout_correction/* is measured on every step"),
         (
@@ -75,6 +76,7 @@ def test_nothing_is_said_where_all_acts() -> None:
         ("--teacher_kl_coef 1", "--teacher_kl_coef is a flag of ms-swift that is not built yet"),
         ("--sync_ref_model true", "with LoRA it is the model without adapter"),
         ("--sync_ref_model true --train_type full --beta 0", "there is none with --beta 0"),
+        ("--sync_ref_model true --train_type full --ref_adapters a", "mixes whole weights"),
         ("--chord_mu 0.5", "is a flag of ms-swift that is not built yet"),
     ],
 )

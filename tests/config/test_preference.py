@@ -86,6 +86,8 @@ def test_flags_of_another_algorithm_are_told() -> None:
         ("--loss_type discopop bco_pair --discopop_tau 0.1 --bco_shift true", ""),
         ("--rlhf_type cpo --loss_type simpo --simpo_gamma 2", ""),
         ("--rlhf_type simpo --simpo_gamma 2", ""),
+        ('--loss_args {"a":1}', "--loss_args does nothing: it is for a loss of --external_plugins."),
+        ("--rlhf_type simpo --loss_type mine --external_plugins mine.py", ""),
     ],
 )
 def test_constants_of_another_loss_are_told(argv: str, said: str) -> None:

@@ -41,7 +41,7 @@ NO_EFFECT: Mapping[str, tuple[str, str]] = {
         "rollout_correction/* is measured on every step",
     ),
     "precompute_ref_log_probs": (
-        "ref_model",
+        "rpo_alpha",
         "log-probs under the reference are always taken once, before the first step",
     ),
     "local_rollout_forward_batch_size": (

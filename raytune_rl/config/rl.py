@@ -88,6 +88,12 @@ class RLOptions(Options):
         "How the KL is estimated from a sampled token (Schulman 2020). Not set: k1 in the reward, k3 in the "
         "loss.",
     )
+    ref_model: str | None = _setting(
+        None, "The reference model of the KL. Not set: the model as it is before the first step."
+    )
+    ref_adapters: tuple[str, ...] = _setting(
+        (), "LoRA adapters of the reference model. Not set: those of --adapters, unless --ref_model is given."
+    )
     sync_ref_model: bool = _setting(
         False,
         "Let the reference follow the policy (--train_type full): mix the policy's weights into it at times. "

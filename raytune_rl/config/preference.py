@@ -70,7 +70,9 @@ class PreferenceOptions(Options):
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = _setting(
         "reverse_kl", "dpo: the divergence that ties the policy to the reference."
     )
-    f_alpha_divergence_coef: float = _setting(0.5, "dpo: alpha of alpha_divergence.", gt=0, lt=1)
+    f_alpha_divergence_coef: float = _setting(
+        0.5, "dpo: alpha of alpha_divergence; at 0 it is reverse_kl, at 1 forward_kl.", gt=0, lt=1
+    )
     rpo_alpha: float | None = _setting(
         None, "dpo: weight of the likelihood of the chosen answer, added to the loss. Not set: 0.", ge=0
     )
@@ -82,7 +84,9 @@ class PreferenceOptions(Options):
     )
     discopop_tau: float = _setting(0.05, "dpo: temperature of loss_type discopop.", gt=0)
     bco_shift: bool = _setting(
-        False, "dpo: loss_type bco_pair subtracts the mean reward of the step, as its authors do."
+        True,
+        "dpo: loss_type bco_pair subtracts the mean reward of the step, as its authors do; it is asked for "
+        "before each step. false: not, as TRL 1.x.",
     )
     desirable_weight: float = _setting(1.0, "kto: weight of desirable rows.", ge=0)
     undesirable_weight: float = _setting(1.0, "kto: weight of undesirable rows.", ge=0)

@@ -155,7 +155,6 @@ def test_pairs_about_pictures_under_losses_that_look_at_the_whole_step(toy: Toy,
         per_device_train_batch_size=8,
         loss_type=["aot", "aot_unpaired", "bco_pair"],
         loss_weights=[1, 0.5, 0.5],
-        bco_shift=True,
     )
     before, after = result.before, result.after
     assert before["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)

@@ -27,7 +27,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         )
     },
     "dpo exo_pair": {"loss_type": "exo_pair", "label_smoothing": 0.01},
-    "dpo bco_pair with its shift": {"loss_type": "bco_pair", "bco_shift": True},
+    "dpo bco_pair without its shift": {"loss_type": "bco_pair", "bco_shift": False},
     "dpo js_divergence": {"f_divergence_type": "js_divergence"},
     "dpo alpha_divergence": {"f_divergence_type": "alpha_divergence"},
     "dpo smoothed, desensitised to length": {"label_smoothing": 0.1, "ld_alpha": 0.5},

@@ -61,7 +61,7 @@ def test_what_the_loss_refuses_is_a_config_error() -> None:
 def test_every_value_that_a_loss_may_ask_for_has_a_source() -> None:
     asked = set()
     for kinds in (
-        {"loss_type": ["aot", "aot_unpaired", "bco_pair"], "bco_shift": True},
+        {"loss_type": ["aot", "aot_unpaired", "bco_pair"]},
         {"rlhf_type": "kto"},
     ):
         asked |= set(preference(config(**kinds)).row_values)

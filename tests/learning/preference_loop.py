@@ -131,9 +131,9 @@ class Learner:
         total = output.total(weights, values.get("row_weight"))
         return total, output.metrics.result()
 
-    def margin(self) -> float:
-        """How much likelier the model makes the right answers than the wrong ones, on rows it never saw:
-        log-probs (or scores) a unit, whatever the loss calls its reward."""
+    def sides(self) -> tuple[float, float]:
+        """What the model makes of right and of wrong answers that it never saw: mean log-prob (or score) of a
+        whole answer, whatever the loss calls its reward."""
         data = self.held_out
         rows = range(len(data.tokens))
         if self.scalar:
@@ -144,8 +144,8 @@ class Learner:
             values = np.array([float(row.sum()) for row in self.logprobs(data, rows)])
         if "label" in data.values:
             own, good = values[0::2], data.values["label"][0::2] > 0.5
-            return float(own[good].mean() - own[~good].mean())
-        return float((values[0::2] - values[1::2]).mean())
+            return float(own[good].mean()), float(own[~good].mean())
+        return float(values[0::2].mean()), float(values[1::2].mean())
 
     def learn(self, steps: int, size: int, rate: float) -> list[dict[str, float]]:
         """Trains; returns the metrics of every step."""

@@ -44,6 +44,10 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+WITH_LIKELIHOOD = ("dpo mpo", "dpo rpo", "cpo", "orpo")
+"""Those that make right answers likelier by themselves."""
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     root = tmp_path_factory.mktemp("preferences")
@@ -51,18 +55,28 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     return Start(model, write_preferences(root / "data", train=96, held_out=16))
 
 
-def gain(start: Start, name: str, broken: Broken | None = None) -> float:
-    """What training adds to the held-out margin."""
+def gains(start: Start, name: str, broken: Broken | None = None) -> tuple[float, float]:
+    """What training adds to right and to wrong answers."""
     config = PreferenceConfig(model="tiny", dataset="sums", rlhf_type=name.split()[0], **ALGORITHMS[name])
     learner = Learner(start, config, broken or Broken())
-    before = learner.margin()
+    before = learner.sides()
     learner.learn(steps=6, size=12, rate=2e-3)
-    return learner.margin() - before
+    after = learner.sides()
+    return after[0] - before[0], after[1] - before[1]
+
+
+def gain(start: Start, name: str, broken: Broken | None = None) -> float:
+    """What training adds to the held-out margin."""
+    right, wrong = gains(start, name, broken)
+    return right - wrong
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_held_out_margin_rises(start: Start, name: str) -> None:
-    assert gain(start, name) > 3.0
+    right, wrong = gains(start, name)
+    assert right - wrong > 3.0
+    if name in WITH_LIKELIHOOD:
+        assert right > 12.0, "nats; it would be less with the likelihood of the wrong answer"
 
 
 @pytest.mark.parametrize("name", ["dpo sigmoid", "kto", "orpo", "cpo", "simpo", "rm"])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# PPO with a trained reward model (raytune-rl rlhf --rlhf_type rm), eight GPUs that policy, critic, engine, reference and
-# reward model share. The critic starts as the reward model. Rewards by functions instead, or beside it:
+# PPO with a trained reward model (raytune-rl rlhf --rlhf_type rm), eight GPUs that policy, critic, engine and reward model
+# share; the reference is the policy without its adapter. The critic starts as the reward model. Rewards by functions too:
 # --reward_funcs accuracy format --reward_weights 1 1 0.5 (functions first, then models).
 raytune-rl rlhf \
     --rlhf_type ppo \

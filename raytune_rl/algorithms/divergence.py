@@ -25,8 +25,8 @@ def divergence_reward(log_ratio: Tensor, kind: Divergence, alpha: float = 0.5) -
     * reverse_kl: u, plain DPO.
     * forward_kl: 1 - e^-u.
     * js_divergence: log 2 + u - log(1 + e^u).
-    * alpha_divergence: (e^((a - 1) u) - 1) / (a - 1) with a in (0, 1), as in TRL and ms-swift; it is forward
-      KL at a = 0 and reverse KL at a = 1 (the paper's alpha is 1 - a).
+    * alpha_divergence: (1 - e^(-a u)) / a with a in (0, 1), as in ms-swift; it is reverse KL at a = 0 and
+      forward KL at a = 1. TRL 1.x counts from the other end: its alpha is 1 - a.
 
     Args:
         log_ratio: float64 [n], of whole completions.
@@ -37,5 +37,5 @@ def divergence_reward(log_ratio: Tensor, kind: Divergence, alpha: float = 0.5) -
         return log_ratio
     if kind == "js_divergence":
         return log_ratio - softplus(log_ratio) + torch.log(log_ratio.new_tensor(2.0))
-    power = -1.0 if kind == "forward_kl" else alpha - 1.0
+    power = -1.0 if kind == "forward_kl" else -alpha
     return torch.expm1((power * log_ratio).clamp(max=MAX_EXPONENT)) / power

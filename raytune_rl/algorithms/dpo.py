@@ -36,13 +36,13 @@ class DPOSettings:
         beta: temperature: how closely the policy stays with the reference.
         label_smoothing: probability that a label is wrong; of sigmoid, robust, exo_pair and aot.
         f_divergence_type: what ties the policy to the reference (`divergence`).
-        f_alpha_divergence_coef: of the alpha-divergence.
+        f_alpha_divergence_coef: alpha of the alpha-divergence, as the paper counts it.
         rpo_alpha: weight of the likelihood of the chosen completion, added to the whole; None: 0.
         ld_alpha: weight of the tokens beyond the length of the shorter completion; None: 1.
         discopop_tau: of discopop.
         bco_shift: bco_pair subtracts the row value "bco_shift" from rewards: BCO's delta, half the mean of
-            beta x plus half that of beta y over the step or a running mean; without it delta is 0, as in TRL
-            1.16.
+            beta x plus half that of beta y over the step (ms-swift: over all steps so far). Without it delta
+            is 0, as in TRL 1.x.
     """
 
     loss_type: tuple[str, ...] = ("sigmoid",)
@@ -54,7 +54,7 @@ class DPOSettings:
     rpo_alpha: float | None = None
     ld_alpha: float | None = None
     discopop_tau: float = 0.05
-    bco_shift: bool = False
+    bco_shift: bool = True
 
     def __post_init__(self) -> None:
         kinds = self.loss_type
@@ -83,16 +83,16 @@ class DPOSettings:
         if self.f_divergence_type == "alpha_divergence" and not 0 < self.f_alpha_divergence_coef < 1:
             raise ConfigError(
                 f"f_alpha_divergence_coef is {self.f_alpha_divergence_coef}; it must be between 0 "
-                "(forward_kl) and 1 (reverse_kl)"
+                "(reverse_kl) and 1 (forward_kl)"
             )
         if self.rpo_alpha is not None and self.rpo_alpha < 0:
             raise ConfigError(f"rpo_alpha is {self.rpo_alpha}; it must not be negative")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ConfigError(f"ld_alpha is {self.ld_alpha}; it must be in [0, 1]")
-        if self.ld_alpha is not None and (self.bco_shift or {"aot", "aot_unpaired"} & set(kinds)):
+        if self.ld_alpha is not None and (self.shifts or {"aot", "aot_unpaired"} & set(kinds)):
             raise ConfigError(
                 f"ld_alpha {self.ld_alpha} weighs tokens, but aot, aot_unpaired and bco_shift compare whole "
-                "completions over the step: leave out one of the two"
+                "completions over the step: leave out one of the two (bco_pair: bco_shift false)"
             )
         if self.discopop_tau <= 0:
             raise ConfigError(f"discopop_tau is {self.discopop_tau}; it divides, so it must be positive")
@@ -117,6 +117,11 @@ class DPOSettings:
         """Each loss type with its weight."""
         weights = (1.0,) * len(self.loss_type) if self.loss_weights is None else self.loss_weights
         return tuple(zip(self.loss_type, weights, strict=True))
+
+    @property
+    def shifts(self) -> bool:
+        """Whether BCO's delta takes part."""
+        return self.bco_shift and "bco_pair" in self.loss_type
 
     @property
     def likelihood(self) -> float:
@@ -169,7 +174,7 @@ def dpo_loss(inputs: LossInputs) -> LossOutput:
     counts = row_counts(inputs.row_of, inputs.n_rows).clamp(min=1)
     kind, alpha = settings.f_divergence_type, settings.f_alpha_divergence_coef
     zero = torch.zeros(inputs.n_rows, dtype=torch.float64, device=logprobs.device)
-    shift = inputs.row_values[BCO_SHIFT] if settings.bco_shift else zero
+    shift = inputs.row_values[BCO_SHIFT] if settings.shifts else zero
     ratios = Ratios(
         log_ratio,
         Pair(
@@ -197,7 +202,7 @@ def dpo_loss(inputs: LossInputs) -> LossOutput:
 def _rows(settings: DPOSettings) -> tuple[str, ...]:
     needs = {"aot": aot.REFERENCE, "aot_unpaired": aot.PARTNER}
     extra = tuple(needs[kind] for kind in settings.loss_type if kind in needs)
-    return (PAIR, *extra, *((BCO_SHIFT,) if settings.bco_shift else ()))
+    return (PAIR, *extra, *((BCO_SHIFT,) if settings.shifts else ()))
 
 
 DPO = register_loss(

@@ -10,7 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raytune_rl.algorithms.metrics import MetricSums, Stat, max_of, mean_of, row_counts, row_sums, total_of
+from raytune_rl.algorithms.metrics import (
+    MetricSums,
+    Stat,
+    max_of,
+    mean_of,
+    min_of,
+    row_counts,
+    row_sums,
+    total_of,
+)
 
 PREFIX = "rollout_correction/"
 # exp(20) is beyond any ratio that means something; past it chi2 would only say "inf".
@@ -26,10 +35,10 @@ def rollout_mismatch(
     `chi2_token` = E[e^(2 delta)] - 1, `logp_abs_diff_mean` = E|delta|; `logp_abs_diff_max` is the largest
     |delta|. Row means (E_s, with the row's mean log-probs): `training_ppl`, `rollout_ppl` (perplexities),
     `training_log_ppl`, `rollout_log_ppl`, `log_ppl_diff` = E[log ppl_train - log ppl_rollout],
-    `log_ppl_abs_diff`, `log_ppl_diff_max`, `ppl_ratio` = E[ppl_train / ppl_rollout], `chi2_seq` = E[e^(2
-    mean_t delta)] - 1. Exponents are clamped to +-20. Tokens to which the engine gave no finite log-prob
-    cannot be compared: they are left out and counted in `unscored_tokens`. A trainer log-prob that is not
-    finite is a defect and stays visible.
+    `log_ppl_abs_diff`, `log_ppl_diff_max`, `log_ppl_diff_min`, `ppl_ratio` = E[ppl_train / ppl_rollout],
+    `chi2_seq` = E[e^(2 mean_t delta)] - 1. Exponents are clamped to +-20. Tokens to which the engine gave no
+    finite log-prob cannot be compared: they are left out and counted in `unscored_tokens`. A trainer log-prob
+    that is not finite is a defect and stays visible.
 
     Args:
         train_logprobs: float [N], of the trainer under the sampling temperature, any gradient is ignored.
@@ -63,6 +72,7 @@ def rollout_mismatch(
         "log_ppl_diff": mean_of(log_ppl_diff),
         "log_ppl_abs_diff": mean_of(log_ppl_diff.abs()),
         "log_ppl_diff_max": max_of(log_ppl_diff),
+        "log_ppl_diff_min": min_of(log_ppl_diff),
         "ppl_ratio": mean_of(log_ppl_diff.clamp(-MAX_LOG, MAX_LOG).exp()),
         "chi2_seq": mean_of((-2 * log_ppl_diff.clamp(-MAX_LOG, MAX_LOG)).exp() - 1),
         "unscored_tokens": total_of(~scored),

@@ -106,8 +106,8 @@ def policy_loss(inputs: LossInputs, surrogate: Surrogate) -> LossOutput:
     KL too, as both are expectations over what the engine sampled; a row that is left out loses both.
 
     Returns:
-        Token loss, and the metrics of the surrogate, `kl`, `entropy/*` (over completions, as in ms-swift),
-        `rollout_correction/*`, `off_policy_masked` and `entropy_kept`.
+        Token loss, and the metrics of the surrogate, `kl`, `entropy/*` (over completions, as in ms-swift; of
+        the filter its `threshold`), `rollout_correction/*`, `off_policy_masked` and `entropy_kept`.
     """
     settings: PolicySettings = inputs.settings
     assert inputs.advantages is not None
@@ -118,7 +118,9 @@ def policy_loss(inputs: LossInputs, surrogate: Surrogate) -> LossOutput:
     stats: dict[str, Stat] = {}
 
     if settings.entropy_filter:
-        keep = inputs.columns["entropy"] >= inputs.row_values["entropy_threshold"][row_of]
+        threshold = inputs.row_values["entropy_threshold"]
+        keep = inputs.columns["entropy"] >= threshold[row_of]
+        stats["entropy/threshold"] = max_of(threshold[torch.isfinite(threshold)])
         token_loss = torch.where(keep, token_loss, 0.0)
         stats["entropy_kept"] = mean_of(keep)
     if settings.beta > 0:

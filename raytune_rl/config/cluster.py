@@ -90,7 +90,10 @@ class OnlineGroupsOptions(PolicyGroupOptions):
         ge=1,
     )
     reference_workers: int | None = _setting(
-        None, "Copies of the reference model. Not set: as needed; none when --beta is 0.", ge=1
+        None,
+        "Copies of the reference model. Not set: as needed; none when --beta is 0, or when the reference is "
+        "the policy with its LoRA adapter off.",
+        ge=1,
     )
     reward_model_workers: int | None = _setting(
         None, "Processes that each hold the reward models. Not set: chosen from what the cluster has.", ge=1

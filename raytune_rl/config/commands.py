@@ -62,6 +62,17 @@ class RLHFConfig(
         """Optimizer steps that one pass over a generation makes where no flag says its size."""
         return 1
 
+    @property
+    def own_reference(self) -> bool:
+        """Whether the reference of the KL is a model of its own: not if it is the policy without its adapter,
+        unless the user gives it workers.
+        """
+        asked = (
+            self.reference_workers, self.gpus_per_reference_worker, self.cpus_per_reference_worker
+        ) != (None, None, None)  # fmt: skip
+        other = bool(self.ref_model or self.ref_adapters or self.adapters)
+        return self.beta > 0 and (self.train_type == "full" or other or asked)
+
     @model_validator(mode="after")
     def _check_online(self) -> Self:
         if self.num_generations < 2 and not self.WITH_CRITIC:
@@ -82,6 +93,12 @@ class RLHFConfig(
                 else "with LoRA it is the model without adapter"
             )
             raise ConfigError(f"--sync_ref_model true moves the reference, but {why}.")
+        if self.sync_ref_model and self.ref_adapters:
+            raise ConfigError(
+                "--sync_ref_model true mixes whole weights, but --ref_adapters "
+                f"{' '.join(self.ref_adapters)} are weights beside them: merge them first (raytune-rl export "
+                "--merge_lora true)."
+            )
         if self.truncation_strategy == "right":
             raise ConfigError("--truncation_strategy right would cut off the question: use left or delete.")
         limit, prompt, completion = self.vllm_max_model_len, self.max_length, self.max_completion_length

@@ -11,7 +11,7 @@ from typing import Any
 
 from raytune_rl.config.environment import visible_devices, whole_number
 from raytune_rl.config.flags import Flag
-from raytune_rl.config.not_offered import IDLE
+from raytune_rl.config.not_offered import IDLE, IDLE_ONLY_WITH
 from raytune_rl.errors import ConfigError
 
 RENAMED = {
@@ -22,6 +22,7 @@ RENAMED = {
     "gpu_memory_utilization": "vllm_gpu_memory_utilization",
     "max_model_len": "vllm_max_model_len",
     "response_length": "max_completion_length",
+    "max_new_tokens": "max_completion_length",
     "max_num_seqs": "vllm_max_num_seqs",
     "enforce_eager": "vllm_enforce_eager",
     "enable_prefix_caching": "vllm_enable_prefix_caching",
@@ -29,7 +30,7 @@ RENAMED = {
 }
 """Old name to the name here."""
 
-REMOVED = ("vllm_device", "num_infer_workers", "gc_collect_after_offload", "log_rollout_offpolicy_metrics")
+REMOVED = ("vllm_device", "num_infer_workers")
 """Names without a setting of their own, read by `translate`."""
 
 EXTERNAL_SERVER = (
@@ -52,7 +53,7 @@ def rename(name: str, flags: Mapping[str, Flag]) -> tuple[str, str | None]:
 def known(name: str, flags: Mapping[str, Flag]) -> bool:
     """Whether `translate` reads this flag for a command that has these flags."""
     if name in IDLE:
-        return "train_type" in flags
+        return IDLE_ONLY_WITH.get(name, "train_type") in flags
     return name in REMOVED and "rollout_workers" in flags
 
 
@@ -63,18 +64,7 @@ def translate(settings: dict[str, Any], environ: Mapping[str, str]) -> tuple[dic
         The new settings, and one notice per replacement.
     """
     settings = dict(settings)
-    notices: list[str] = [_idle(name, settings.pop(name)) for name in IDLE if name in settings]
-    if "gc_collect_after_offload" in settings:
-        del settings["gc_collect_after_offload"]
-        notices.append(
-            "--gc_collect_after_offload does nothing: collecting by hand clashed with vLLM's allocator, and "
-            "ms-swift has removed it too."
-        )
-    if "log_rollout_offpolicy_metrics" in settings:
-        del settings["log_rollout_offpolicy_metrics"]
-        notices.append(
-            "--log_rollout_offpolicy_metrics does nothing: rollout_correction/* is measured on every step."
-        )
+    notices = [_idle(name, settings.pop(name)) for name in [n for n in settings if n in IDLE]]
     scale = settings.get("scale_rewards")
     if str(scale).lower() in ("true", "false"):
         settings["scale_rewards"] = "group" if str(scale).lower() == "true" else "none"

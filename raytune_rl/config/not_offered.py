@@ -30,8 +30,34 @@ IDLE: dict[str, tuple[tuple[str, ...], str]] = {
     "disable_auto_column_mapping": (_FALSE, "columns are found by their names; --columns renames others"),
     "dataloader_drop_last": (_FALSE, "the last step of an epoch may hold fewer rows; none is dropped"),
     "group_by_length": (_FALSE, "the rows of a step are grouped by length, its order is drawn"),
+    "gc_collect_after_offload": (
+        _ANY,
+        "collecting by hand clashed with vLLM's allocator, and ms-swift has removed it too",
+    ),
+    "log_rollout_offpolicy_metrics": (_ANY, "rollout_correction/* is measured on every step"),
+    "precompute_ref_log_probs": (
+        _ANY,
+        "log-probs under the reference are always taken once, before the first step",
+    ),
+    "local_rollout_forward_batch_size": (
+        _ANY,
+        "forward passes are filled by tokens, up to --max_tokens_per_micro_batch",
+    ),
+    "num_sample_generations": (
+        _ANY,
+        "--log_completions true writes down every completion, and --val_dataset evaluates",
+    ),
 }
 """Name to the values that may follow it (none named: any) and why it does nothing."""
+
+IDLE_ONLY_WITH = {
+    "gc_collect_after_offload": "rollout_workers",
+    "log_rollout_offpolicy_metrics": "rollout_workers",
+    "precompute_ref_log_probs": "rpo_alpha",
+    "local_rollout_forward_batch_size": "num_ppo_epochs",
+    "num_sample_generations": "num_ppo_epochs",
+}
+"""Of `IDLE`: a flag of the commands that read it; the others are read by every command that trains."""
 
 _ONE_RATE = "one --learning_rate holds for all that is trained"
 _DTYPE = "say --torch_dtype"
@@ -91,7 +117,7 @@ NOT_BUILT: dict[str, str] = {
     "chord_sft_dataset": "", "use_gym_env": _GYM, "gym_env": _GYM, "context_manager": _GYM,
     "completion_length_limit_scope": "each answer of several turns may have --max_completion_length tokens",
     "infer_backend": "answers come from vLLM", "real_tau": "", "use_liger_loss": "",
-    "local_rollout_forward_batch_size": "use --max_tokens_per_micro_batch", "num_sample_generations": "",
+    "advantage_reweight": "", "reference_free": "", "offload_teacher_model": _TEACHER,
     "vllm_data_parallel_size": "use --rollout_workers", "vllm_pipeline_parallel_size": "",
     "vllm_disable_custom_all_reduce": "use --vllm_engine_kwargs", "vllm_quantization": "",
     "offload_bridge": "", "teacher_model": _TEACHER, "teacher_adapters": _TEACHER,
@@ -99,3 +125,16 @@ NOT_BUILT: dict[str, str] = {
     "lmbda": _TEACHER, "sft_alpha": _TEACHER, "seq_kd": _TEACHER, "gkd_logits_topk": _TEACHER,
 }  # fmt: skip
 """Name to what to do instead, or nothing."""
+
+NOT_BUILT_FAMILIES = {
+    "chord_": "", "fipo_": "", "gkd_": _TEACHER, "rlsd_": "", "sdar_": "", "teacher_": _TEACHER,
+}  # fmt: skip
+"""Beginnings of names of ms-swift's algorithms that are not here, to the same."""
+
+
+def instead_of(name: str) -> str | None:
+    """What to do instead of a flag of ms-swift that is not here ("" if there is nothing); None for a name
+    that is none of ms-swift's.
+    """
+    families = (instead for start, instead in NOT_BUILT_FAMILIES.items() if name.startswith(start))
+    return NOT_BUILT.get(name, next(families, None))

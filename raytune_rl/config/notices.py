@@ -65,7 +65,22 @@ def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str
 
 
 def _preference(config: PreferenceConfig) -> Iterable[str]:
-    yield from _idle(config, unread(config.rlhf_type), f"no part of --rlhf_type {config.rlhf_type}")
+    # A loss of a plugin is named by --loss_type, whatever the algorithm whose rows it takes.
+    taken = {"loss_type"} if config.external_plugins else set()
+    idle = [name for name in unread(config.rlhf_type) if name not in taken]
+    yield from _idle(config, idle, f"no part of --rlhf_type {config.rlhf_type}")
+    if not config.external_plugins:
+        yield from _idle(config, ("loss_args",), "it is for a loss of --external_plugins")
+    kinds = config.loss_type
+    alpha = config.f_divergence_type == "alpha_divergence"
+    for kind, used, name, owner in (
+        ("dpo", "discopop" in kinds, "discopop_tau", "--loss_type discopop"),
+        ("dpo", "bco_pair" in kinds, "bco_shift", "--loss_type bco_pair"),
+        ("dpo", alpha, "f_alpha_divergence_coef", "--f_divergence_type alpha_divergence"),
+        ("cpo", "simpo" in kinds, "simpo_gamma", "--loss_type simpo"),
+    ):
+        if config.rlhf_type == kind and not used:
+            yield from _idle(config, (name,), f"it belongs to {owner}")
     if not config.own_reference:
         names = ("reference_workers", "gpus_per_reference_worker", "cpus_per_reference_worker")
         yield from _idle(config, names, "there is no reference model of its own (--ref_model)")
@@ -105,7 +120,7 @@ def _online(config: RLHFConfig) -> Iterable[str]:
     if config.beta == 0:
         without = (
             "reference_workers", "gpus_per_reference_worker", "cpus_per_reference_worker",
-            "kl_in_reward", "kl_estimator",
+            "kl_in_reward", "kl_estimator", "ref_model", "ref_adapters",
         )  # fmt: skip
         yield from _idle(config, without, "with --beta 0 there is no reference model")
     if not config.reward_model:

@@ -23,7 +23,7 @@ from raytune_rl.config.export import ExportConfig
 from raytune_rl.config.flags import Flag, flags_of
 from raytune_rl.config.help import help_text
 from raytune_rl.config.infer import InferConfig
-from raytune_rl.config.not_offered import NOT_BUILT
+from raytune_rl.config.not_offered import instead_of
 from raytune_rl.config.notices import notices_for
 from raytune_rl.config.preference import READS
 from raytune_rl.config.reward_check import RewardCheckConfig
@@ -177,15 +177,12 @@ def _unknown(name: str, flags: Mapping[str, Flag], config_class: type[Options]) 
     elsewhere = [c.COMMAND for c in commands if names & set(flags_of(c)) or legacy.known(name, flags_of(c))]
     if elsewhere:
         return f"--{name} is no flag of raytune-rl {config_class.COMMAND}, but of {' and '.join(elsewhere)}."
-    if name in NOT_BUILT:
-        return f"--{name} is a flag of ms-swift that is not built yet{_instead(name)}."
+    instead = instead_of(name)
+    if instead is not None:
+        return f"--{name} is a flag of ms-swift that is not built yet{f': {instead}' if instead else ''}."
     also = [old for old, new in legacy.RENAMED.items() if new in flags]
     near = did_you_mean(name, [*flags, *also], prefix="--")
     return f"Unknown flag --{name}.{near or f' raytune-rl {config_class.COMMAND} --help lists all of them.'}"
-
-
-def _instead(name: str) -> str:
-    return f": {NOT_BUILT[name]}" if NOT_BUILT[name] else ""
 
 
 def _located(error: ConfigError, from_file: set[str], path: str | None) -> ConfigError:

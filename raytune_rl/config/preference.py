@@ -54,7 +54,12 @@ class PreferenceOptions(Options):
         (),
         "dpo: one or more of sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, "
         "aot_unpaired, apo_zero, apo_down, discopop, sft, added up. cpo: sigmoid, hinge, ipo or simpo. kto: "
-        "kto or apo_zero_unpaired. Not set: sigmoid, for kto kto.",
+        "kto or apo_zero_unpaired. Not set: sigmoid, for kto kto. Or the name of a loss that a file of "
+        "--external_plugins registers, for rows like those of --rlhf_type.",
+    )
+    loss_args: dict[str, Any] = _setting({}, "Settings of a loss from a plugin, as JSON: '{\"alpha\": 1}'.")
+    external_plugins: tuple[str, ...] = _setting(
+        (), "Python files to load first, which register losses by register_loss."
     )
     loss_weights: tuple[float, ...] = _setting(
         (), "dpo: one weight per value of --loss_type. Not set: 1 each."
@@ -65,7 +70,9 @@ class PreferenceOptions(Options):
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = _setting(
         "reverse_kl", "dpo: the divergence that ties the policy to the reference."
     )
-    f_alpha_divergence_coef: float = _setting(0.5, "dpo: alpha of alpha_divergence.", gt=0, lt=1)
+    f_alpha_divergence_coef: float = _setting(
+        0.5, "dpo: alpha of alpha_divergence; at 0 it is reverse_kl, at 1 forward_kl.", gt=0, lt=1
+    )
     rpo_alpha: float | None = _setting(
         None, "dpo: weight of the likelihood of the chosen answer, added to the loss. Not set: 0.", ge=0
     )
@@ -77,7 +84,9 @@ class PreferenceOptions(Options):
     )
     discopop_tau: float = _setting(0.05, "dpo: temperature of loss_type discopop.", gt=0)
     bco_shift: bool = _setting(
-        False, "dpo: loss_type bco_pair subtracts the mean reward of the step, as its authors do."
+        True,
+        "dpo: loss_type bco_pair subtracts the mean reward of the step, as its authors do; it is asked for "
+        "before each step. false: not, as TRL 1.x.",
     )
     desirable_weight: float = _setting(1.0, "kto: weight of desirable rows.", ge=0)
     undesirable_weight: float = _setting(1.0, "kto: weight of undesirable rows.", ge=0)

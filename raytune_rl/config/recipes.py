@@ -17,10 +17,16 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 """`rlhf_type` -> the settings it stands for, each of which the user may override."""
 
+OF_A_CLIP = ("epsilon_high",)
+"""Settings that mean something else with `loss_type` cispo: its cap is no clip range, and has no default."""
+
 
 def with_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings, and those of the recipe that they name and do not override."""
-    return {**RECIPES.get(str(settings.get("rlhf_type")), {}), **settings}
+    recipe = RECIPES.get(str(settings.get("rlhf_type")), {})
+    if settings.get("loss_type") == "cispo":
+        recipe = {name: value for name, value in recipe.items() if name not in OF_A_CLIP}
+    return {**recipe, **settings}
 
 
 def recipe_in_words(name: str) -> str:

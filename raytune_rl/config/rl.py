@@ -14,12 +14,16 @@ from raytune_rl.config.recipes import RECIPES, with_recipe
 from raytune_rl.errors import ConfigError
 
 _setting = partial(setting, "RL algorithm")
+_tuner = partial(setting, "Tuner")
 
 BUILT = ("grpo", *RECIPES)
 """The values of `rlhf_type` that run."""
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 """The values of `loss_type` that need no plugin."""
+
+NOT_BUILT = ("real", "fipo")
+"""Those of ms-swift that are not here yet."""
 
 
 class RLOptions(Options):
@@ -84,6 +88,12 @@ class RLOptions(Options):
         "How the KL is estimated from a sampled token (Schulman 2020). Not set: k1 in the reward, k3 in the "
         "loss.",
     )
+    ref_model: str | None = _setting(
+        None, "The reference model of the KL. Not set: the model as it is before the first step."
+    )
+    ref_adapters: tuple[str, ...] = _setting(
+        (), "LoRA adapters of the reference model. Not set: those of --adapters, unless --ref_model is given."
+    )
     sync_ref_model: bool = _setting(
         False,
         "Let the reference follow the policy (--train_type full): mix the policy's weights into it at times. "
@@ -115,6 +125,13 @@ class RLOptions(Options):
         None, "The same as a number of completions; give only one of the two.", ge=1
     )
     log_completions: bool = _setting(False, "Write prompts, completions and rewards to completions.jsonl.")
+    lora_dropout: float = _tuner(
+        0.0,
+        "Share of the adapter's inputs dropped while training. 0 here: log-probs under dropout cannot be "
+        "compared with those of the engine that sampled.",
+        ge=0,
+        lt=1,
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -171,6 +188,16 @@ def check_loss_type(loss_type: str, plugins: tuple[str, ...]) -> None:
     """
     if loss_type in LOSS_TYPES or plugins:
         return
+    if loss_type in NOT_BUILT:
+        raise ConfigError(
+            f"--loss_type {loss_type} is a loss of ms-swift that is not built yet; what there is: "
+            f"{', '.join(LOSS_TYPES)}."
+        )
+    if loss_type == "gspo":
+        raise ConfigError(
+            "--loss_type gspo: GSPO is --loss_type grpo --importance_sampling_level sequence; its paper has "
+            "--epsilon 3e-4 --epsilon_high 4e-4 --beta 0."
+        )
     raise ConfigError(
         f"--loss_type {loss_type} is not one of: {', '.join(LOSS_TYPES)}."
         f"{did_you_mean(loss_type, LOSS_TYPES)} A loss of your own comes from a file given to "

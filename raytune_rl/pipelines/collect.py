@@ -155,9 +155,9 @@ class Collector:
     def score(self, batch: list[Trajectory], prompts: PromptSet, state: TrainerState) -> Experience:
         """The rewards of trajectories."""
         scored = self._groups.rewards.score(batch, prompts, state)
-        return Experience(
-            batch, scored, combine_rewards(scored.values, resolved.reward_weights(self._config))
-        )
+        weights = resolved.reward_weights(self._config)
+        apart = weights if self._config.scale_rewards == "gdpo" else ()
+        return Experience(batch, scored, combine_rewards(scored.values, weights), apart)
 
     def held_out(self, prompts: PromptSet, version: int, state: TrainerState) -> Experience:
         """Completions of all held-out prompts; the same seeds each time: what changes is the policy alone."""

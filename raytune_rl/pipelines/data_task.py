@@ -43,6 +43,8 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces
 
     facts = model_facts(config)
     tokenizer = facts.tokenizer
+    if config.own_reference and config.ref_model:
+        check_vocabulary(tokenizer, config.ref_model, config)
     images = ImageSettings(facts.vision, places.root, places.inline) if facts.vision else None
 
     def encode(examples: Any, report: Any, bad_rows: Path) -> tuple[Any, ...]:

@@ -20,11 +20,13 @@ class Experience:
         batch: The trajectories, those of one group together.
         scored: Their rewards by function.
         rewards: The weighted total of each, float64 `[n]`; NaN where there is none.
+        apart: The weights of the functions where each is compared on its own (GDPO), and not their total.
     """
 
     batch: list[Trajectory]
     scored: Scored
     rewards: NDArray[np.float64]
+    apart: tuple[float, ...] = ()
 
     @property
     def groups(self) -> list[int]:
@@ -32,11 +34,18 @@ class Experience:
         return list(dict.fromkeys(t.group for t in self.batch))
 
     def informative(self) -> set[int]:
-        """Groups with at least two different rewards: only these teach anything."""
+        """Groups with at least two different rewards: only these teach anything.
+
+        Where functions are compared apart, different values of one of them do, whatever the totals.
+        """
         if not self.batch:
             return set()
-        compared = group_advantages(self.rewards, [t.group for t in self.batch], "none")
-        return {int(g) for g, std in zip(compared.groups, compared.group_std, strict=True) if std > 0}
+        told = [self.scored.values[:, k] for k, weight in enumerate(self.apart) if weight]
+        found: set[int] = set()
+        for rewards in told if self.apart else [self.rewards]:
+            compared = group_advantages(rewards, [t.group for t in self.batch], "none")
+            found |= {int(g) for g, std in zip(compared.groups, compared.group_std, strict=True) if std > 0}
+        return found
 
     def of_groups(self, chosen: Collection[int]) -> Experience:
         """The part of these groups, in the order it has here."""
@@ -47,7 +56,7 @@ class Experience:
             values=self.scored.values[rows],
             failures=tuple(replace(f, row=place[f.row]) for f in self.scored.failures if f.row in place),
         )
-        return Experience([self.batch[row] for row in rows], scored, self.rewards[rows])
+        return Experience([self.batch[row] for row in rows], scored, self.rewards[rows], self.apart)
 
 
 def join(parts: Sequence[Experience]) -> Experience:
@@ -65,7 +74,7 @@ def join(parts: Sequence[Experience]) -> Experience:
         values=np.concatenate([part.scored.values for part in parts]),
         failures=tuple(failures),
     )
-    return Experience(batch, scored, np.concatenate([part.rewards for part in parts]))
+    return Experience(batch, scored, np.concatenate([part.rewards for part in parts]), parts[0].apart)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,13 @@ def reference_spec(
     return spec, ScoreSettings(1.0, config.step_timeout)
 
 
+def online_reference(config: RLHFConfig, policy: ModelSpec) -> ModelSpec:
+    """What a reference worker of online RL loads: what the policy starts from, unless the user names it."""
+    if not (config.ref_model or config.ref_adapters):
+        return policy
+    return replace(policy, path=config.ref_model or policy.path, adapters=config.ref_adapters)
+
+
 def dtype(config: TrainConfig, on_gpu: bool) -> str:
     """bfloat16 on GPU and float32 on CPU, unless the user says."""
     return config.torch_dtype or ("bfloat16" if on_gpu else "float32")
@@ -170,7 +177,7 @@ def critic_spec(config: PPOConfig, groups: Groups, total_steps: int, vision: boo
         loss="ppo_value",
         loss_settings=ValueSettings(config.cliprange_value),
         temperature=1.0,
-        dropout=0.0,
+        dropout=config.lora_dropout,
         vision=vision,
     )
     start = replace(policy.model, adapters=())

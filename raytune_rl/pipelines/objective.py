@@ -5,17 +5,21 @@ data and weights. The loop itself (`offline`) knows no algorithm.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.algorithms.aggregation import pair_weights, row_weights, single_weights
-from raytune_rl.algorithms.registry import Loss, get_loss
+from raytune_rl.algorithms.kto import LABEL, REFERENCE_POINT
+from raytune_rl.algorithms.registry import Loss, get_loss, loss_names
 from raytune_rl.config import PreferenceConfig
-from raytune_rl.config.preference import loss_settings
+from raytune_rl.config.preference import WITH_REFERENCE, loss_settings
 from raytune_rl.data.example import Task
+from raytune_rl.errors import ConfigError
+from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY
+from raytune_rl.rewards.plugins import load_plugins
 
 Weights = Mapping[str, NDArray[np.float64]]
 
@@ -71,12 +75,14 @@ class Objective:
         loss: The loss.
         settings: The loss's own settings.
         shape: Of the data.
+        plugin_files: Files that register the loss; empty for a built-in one.
     """
 
     title: str
     loss: Loss
     settings: Any
     shape: Shape
+    plugin_files: tuple[str, ...] = ()
 
     @property
     def needs_reference(self) -> bool:
@@ -110,8 +116,61 @@ def preference(config: PreferenceConfig) -> Objective:
     """What `rlhf_type` and its flags ask for.
 
     Raises:
-        ConfigError: A setting that the loss refuses.
+        ConfigError: A setting that the loss refuses, or a loss of a plugin that cannot be used here.
+        RewardError: A plugin file cannot be loaded.
     """
     title, name, shape = PREFERENCES[config.rlhf_type]
     loss = get_loss(name)
+    load_plugins(config.external_plugins)
+    known = loss_names()
+    own = [kind for kind in config.loss_type if kind in known and _of_a_plugin(get_loss(kind))]
+    if own:
+        return _own(config, loss, shape)
     return Objective(title, loss, loss.settings_type(**loss_settings(config)), shape)
+
+
+def _of_a_plugin(loss: Loss) -> bool:
+    return not loss.compute.__module__.startswith("raytune_rl.")
+
+
+def _own(config: PreferenceConfig, like: Loss, shape: Shape) -> Objective:
+    """A loss of a plugin, on the rows and with the forward pass of a built-in one."""
+    if len(config.loss_type) > 1:
+        raise ConfigError(
+            f"--loss_type {' '.join(config.loss_type)}: a loss of a plugin stands alone; only losses of dpo "
+            "are added up."
+        )
+    loss = get_loss(config.loss_type[0])
+    if (loss.rows, loss.forward) != (like.rows, like.forward):
+        raise ConfigError(
+            f"loss '{loss.name}' is made for {loss.rows} rows and {loss.forward}, but --rlhf_type "
+            f"{config.rlhf_type} gives {like.rows} rows and {like.forward}."
+        )
+    names = {field.name for field in fields(loss.settings_type)}
+    if unknown := sorted(config.loss_args.keys() - names):
+        raise ConfigError(
+            f"--loss_args: {', '.join(unknown)} is no setting of loss '{loss.name}', which has: "
+            f"{', '.join(sorted(names)) or 'none'}."
+        )
+    said = {name: value for name, value in loss_settings(config).items() if name in names - {"loss_type"}}
+    given = {**said, **config.loss_args}
+    try:
+        settings = loss.settings_type(**given)
+    except TypeError as error:
+        raise ConfigError(
+            f"--loss_args: loss '{loss.name}' cannot be set up with {given}: {error}."
+        ) from None
+    columns = set(loss.required_columns(settings))
+    wanted = columns | set(loss.required_rows(settings))
+    wanted |= {"advantages"} if loss.needs_advantages else set()
+    there = {*FROM_ORDER} if shape is PAIRS else {LABEL}
+    if config.rlhf_type in WITH_REFERENCE:
+        there.add("ref_logprobs")
+        if "ref_logprobs" in columns:  # what depends on where the policy is compares it with the reference
+            there |= FROM_POLICY.keys() - {REFERENCE_POINT} if shape is PAIRS else {REFERENCE_POINT}
+    if missing := sorted(wanted - there):
+        raise ConfigError(
+            f"loss '{loss.name}' needs {', '.join(missing)}, which --rlhf_type {config.rlhf_type} does not "
+            f"have; it has {', '.join(sorted(there))}."
+        )
+    return Objective(loss.name, loss, settings, shape, config.external_plugins)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,13 @@ class OfflineRun:
             groups,
             self.schedule.total_steps,
             loss=objective.loss.name,
-            loss_settings=objective.settings,
+            # A plugin's class exists only where its file was loaded.
+            loss_settings=vars(objective.settings) if objective.plugin_files else objective.settings,
             temperature=1.0,
             dropout=config.lora_dropout,
             vision=self.rows.rows.account.vision,
         )
+        spec = replace(spec, plugin_files=tuple(str(Path(f).resolve()) for f in objective.plugin_files))
         ranks = groups["policy"].workers
         workers = WorkerGroup(
             groups["policy"],

@@ -33,6 +33,7 @@ from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
 from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
 from raytune_rl.pipelines.online_groups import start_groups
+from raytune_rl.pipelines.reference_group import ReferenceGroup
 from raytune_rl.pipelines.resources import Groups, online_groups
 from raytune_rl.pipelines.rollouts import Trajectory, picture_places
 from raytune_rl.rewards.plugins import load_plugins
@@ -153,7 +154,7 @@ class OnlineRun:
         )
         if self.origin.checkpoint is not None:
             self.policy.load(self.origin.checkpoint)
-            if self.config.sync_ref_model and self.reference is not None:
+            if self.config.sync_ref_model and isinstance(self.reference, ReferenceGroup):
                 self.reference.load(self.origin.checkpoint / REFERENCE)
 
     # -- the loop
@@ -311,7 +312,7 @@ class OnlineRun:
         run, config = self.run, self.config
         per = self.schedule.batch.optimizer_steps_per_generation * config.num_iterations
         moves = config.sync_ref_model and due(run.step, per, config.ref_model_sync_steps)
-        if moves and self.reference is not None:
+        if moves and isinstance(self.reference, ReferenceGroup):
             self.reference.mix(self.published, config.ref_model_mixup_alpha)
         if last or run.stop_requested or due(run.step, per, resolved.eval_steps(config)):
             self.evaluate()
@@ -328,7 +329,7 @@ class OnlineRun:
     def save(self, directory: Path, only_model: bool) -> None:
         """Writes a checkpoint's model, and what else has to be as it was for an exact resume."""
         self.policy.save(directory, only_model)
-        if self.config.sync_ref_model and self.reference is not None and not only_model:
+        if self.config.sync_ref_model and isinstance(self.reference, ReferenceGroup) and not only_model:
             self.reference.save(directory / REFERENCE)
 
     def evaluate(self) -> None:

@@ -148,6 +148,7 @@ def in_words(config: RLHFConfig) -> list[tuple[str, str]]:
     if config.beta > 0:
         where = "off the reward" if resolved.kl_in_reward(config) else "in the loss"
         rows.append(("KL", f"{resolved.kl_estimator(config)} {where}, beta {config.beta:g}"))
+        rows.append(("reference", _reference(config)))
     if config.rollout_importance_sampling_mode is not None:
         low, top = config.rollout_importance_sampling_min, config.rollout_importance_sampling_threshold
         within = f"{low or 0:g} to {top:g}"
@@ -161,3 +162,11 @@ def in_words(config: RLHFConfig) -> list[tuple[str, str]]:
     if config.dynamic_sample:
         rows.append(("dynamic sampling", f"up to {config.max_resample_times} further draws a generation"))
     return rows
+
+
+def _reference(config: RLHFConfig) -> str:
+    if not config.own_reference:
+        return "the policy with its adapter off, no second copy"
+    if config.ref_model or config.ref_adapters:
+        return " with ".join((str(config.ref_model or config.model), *config.ref_adapters))
+    return "the model before its first step" + (", follows the policy" if config.sync_ref_model else "")

@@ -15,7 +15,7 @@ from raytune_rl.pipelines.actor_critic import ActorCritic, Critic
 from raytune_rl.pipelines.data import PromptSet
 from raytune_rl.pipelines.online_algorithms import Algorithm
 from raytune_rl.pipelines.policy_group import PolicyGroup
-from raytune_rl.pipelines.reference_group import ReferenceGroup
+from raytune_rl.pipelines.reference_group import AdapterOff, Reference, ReferenceGroup
 from raytune_rl.pipelines.resources import Groups
 from raytune_rl.pipelines.reward_models import RewardModelGroup, Scorer, Together
 from raytune_rl.pipelines.rollouts import RewardGroup, RolloutGroup
@@ -45,7 +45,7 @@ class OnlineGroups:
     policy: PolicyGroup
     rollout: RolloutGroup
     rewards: Scorer
-    reference: ReferenceGroup | None
+    reference: Reference | None
     turns: Turns
     store: Any
 
@@ -96,7 +96,7 @@ def start_groups(
         loss=algorithm.loss,
         loss_settings=algorithm.settings,
         temperature=config.temperature,
-        dropout=0.0,
+        dropout=config.lora_dropout,
         publish_mode=launch.publish_mode(config, account.vision),
         vision=account.vision,
         banned=account.placeholder_ids,
@@ -145,7 +145,7 @@ def start_groups(
         reference = group(
             "reference",
             ReferenceWorker,
-            lambda _: {"spec": spec.model, "settings": spec.score},
+            lambda _: {"spec": launch.online_reference(config, spec.model), "settings": spec.score},
             policy_env(groups.threads["reference"], groups.on_gpu),
         )
     budget = launch.max_tokens(config, groups.on_gpu)
@@ -175,5 +175,9 @@ def start_groups(
         multi_turn=config.multi_turn_scheduler is not None,
     )
     turns = Turns(config, groups, trainer, engines)
-    frozen = None if reference is None else ReferenceGroup(reference, budget, spec.model.layout)
+    frozen: Reference | None = None
+    if reference is not None:
+        frozen = ReferenceGroup(reference, budget, spec.model.layout)
+    elif config.beta > 0:
+        frozen = AdapterOff(trainer)
     return OnlineGroups(trainer, engines, Together(scorers), frozen, turns, store)

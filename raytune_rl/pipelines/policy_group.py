@@ -150,11 +150,20 @@ class PolicyGroup:
         rows: Sequence[RowPointer],
         lengths: Sequence[int],
         late: Mapping[str, Sequence[RowPointer]] | None = None,
+        *,
+        without_adapter: bool = False,
     ) -> RowLogprobs:
-        """Log-probs of every row under the present weights; `late` as in `score_rows`."""
-        layout = self._spec.model.layout
+        """Log-probs of every row under the present weights, or under the base model that an adapter was put
+        on; `late` as in `score_rows`."""
         return score_rows(
-            self._group, rows, lengths, self._max_tokens, layout, late=late or {}, collective=True
+            self._group,
+            rows,
+            lengths,
+            self._max_tokens,
+            self._spec.model.layout,
+            late=late or {},
+            collective=True,
+            method="base_logprobs" if without_adapter else "logprobs",
         )
 
     def entropies(

@@ -1,15 +1,51 @@
-"""The reference as the online pipeline sees it: log-probs for the KL, by any number of copies."""
+"""The reference as the online pipeline sees it: log-probs for the KL, by any number of copies or by the
+policy itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from raytune_rl.data.rows import RowPointer
-from raytune_rl.pipelines.policy_group import RowLogprobs, score_rows
+from raytune_rl.pipelines.policy_group import PolicyGroup, RowLogprobs, score_rows
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import fetch
 from raytune_rl.runtime.weights import Manifest
+
+
+class Reference(Protocol):
+    """Gives log-probs of rows under the model that the KL refers to."""
+
+    def logprobs(
+        self,
+        rows: Sequence[RowPointer],
+        lengths: Sequence[int],
+        late: Mapping[str, Sequence[RowPointer]] | None = None,
+    ) -> RowLogprobs:
+        """Log-probs of every row; `late` as in `score_rows`."""
+        ...
+
+
+class AdapterOff:
+    """The policy's own model without its LoRA adapter, which is what it started from: no second copy.
+
+    Args:
+        policy: Whose adapter was new when the run began.
+    """
+
+    def __init__(self, policy: PolicyGroup) -> None:
+        self._policy = policy
+
+    def logprobs(
+        self,
+        rows: Sequence[RowPointer],
+        lengths: Sequence[int],
+        late: Mapping[str, Sequence[RowPointer]] | None = None,
+    ) -> RowLogprobs:
+        """Log-probs of every row; `late` as in `score_rows`."""
+        return self._policy.logprobs(rows, lengths, late, without_adapter=True)
 
 
 class ReferenceGroup:

@@ -63,7 +63,7 @@ def online_plan(
     inside = {
         "policy": trainer(config, groups),
         "rollout": f"vLLM{share}, weights arrive {arrive}",
-        "reference": "frozen start model, for the KL term",
+        "reference": "for the KL term",
         "critic": "DeepSpeed, predicts what the rest of a completion will earn",
         "reward": " + ".join(config.reward_funcs),
         "reward_model": " + ".join(config.reward_model),

@@ -91,7 +91,7 @@ def infer_groups(config: InferConfig, cluster: ClusterInfo) -> Groups:
 
 
 def online_groups(config: RLHFConfig, cluster: ClusterInfo) -> Groups:
-    """Policy, rollout, reference (only where there is a KL term), critic (PPO), reward and reward model.
+    """Policy, rollout, reference (where the KL is to a model of its own), critic (PPO), reward, reward model.
 
     Raises:
         ConfigError: Colocation and tensor parallelism are asked for together, or colocated groups ask for
@@ -133,7 +133,7 @@ Counted = dict[str, tuple[int, float]]
 def _beside(config: RLHFConfig) -> list[str]:
     """Groups that hold a model, beside policy and rollout."""
     wanted = {
-        "reference": config.beta > 0,
+        "reference": config.own_reference,
         "critic": isinstance(config, PPOConfig),
         "reward_model": bool(config.reward_model),
     }

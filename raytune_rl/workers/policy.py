@@ -354,6 +354,15 @@ class PolicyWorker:
         self._engine.eval()
         return scoring.score(self._engine, batch, self._spec.model, self._spec.score, self._images)
 
+    def base_logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
+        """The same of the base model: the adapter is off, and what it saves beside itself as it was."""
+        from raytune_rl.models.unwrap import peft_model
+
+        peft = peft_model(self._engine)
+        assert peft is not None
+        with peft.disable_adapter():
+            return self.logprobs(batch)
+
     def entropies(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """The same, and the entropy at every loss token."""
         self._engine.eval()

@@ -67,7 +67,8 @@ SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired")
 
 
 def settings_for(kind: str, **more: Any) -> DPOSettings:
-    return DPOSettings(loss_type=(kind,), beta=BETA, label_smoothing=EPS if kind in SMOOTHED else 0.0, **more)
+    given = {"label_smoothing": EPS if kind in SMOOTHED else 0.0, "bco_shift": False}
+    return DPOSettings(loss_type=(kind,), beta=BETA, **{**given, **more})
 
 
 def log_ratios(given: LossInputs) -> np.ndarray:
@@ -124,8 +125,8 @@ DIVERGENCES: dict[str, Callable[[float], float]] = {
 @pytest.mark.parametrize("kind", list(DIVERGENCES))
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust", "exo_pair"])
 def test_divergences(kind: str, loss_type: str) -> None:
-    """f-DPO: the reward is f'(pi / pi_ref). TRL's alpha is 1 less the paper's, here 0.7."""
-    more = {"f_divergence_type": kind, "f_alpha_divergence_coef": 0.3}
+    """f-DPO: the reward is f'(pi / pi_ref); alpha is the paper's, here 0.7."""
+    more = {"f_divergence_type": kind, "f_alpha_divergence_coef": 0.7}
     given = make_pairs(LENGTHS, settings_for(loss_type, **more), seed=9)
     f, base = DIVERGENCES[kind], DIVERGENCES[kind](1.0)
     offset = base if loss_type == "ipo" else 0.0  # lengths differ, so the constant does not cancel
@@ -148,19 +149,27 @@ def test_divergences_at_the_reference_and_beyond() -> None:
         assert slope[0].item() == pytest.approx(0.5 if kind == "js_divergence" else 1.0)
         assert torch.isfinite(g).all()
         assert torch.isfinite(slope).all()
-    near_one = divergence_reward(torch.tensor([0.7], dtype=F64), "alpha_divergence", 1 - 1e-9)
-    assert near_one.item() == pytest.approx(0.7, rel=1e-6), "alpha to 1 is reverse KL"
+    at = torch.tensor([0.7], dtype=F64)
+    for alpha, limit in ((1e-9, "reverse_kl"), (1 - 1e-9, "forward_kl")):
+        near = divergence_reward(at, "alpha_divergence", alpha).item()
+        assert near == pytest.approx(divergence_reward(at, limit).item(), rel=1e-6)  # type: ignore[arg-type]
 
 
 def test_combination_with_weights_and_likelihood() -> None:
     """MPO: 0.8 sigmoid + 0.2 bco_pair + 1 sft, and RPO's term; sft is the mean over all chosen tokens."""
     mixed = DPOSettings(
-        loss_type=("sigmoid", "bco_pair", "sft"), loss_weights=(0.8, 0.2, 1.0), beta=BETA, rpo_alpha=0.5
+        loss_type=("sigmoid", "bco_pair", "sft"),
+        loss_weights=(0.8, 0.2, 1.0),
+        beta=BETA,
+        rpo_alpha=0.5,
+        bco_shift=False,
     )
     given = make_pairs(LENGTHS, mixed, seed=10)
     loss, grad, metrics = run(given)
     single = {
-        kind: run(replace(given, settings=DPOSettings(loss_type=(kind,), beta=BETA)))
+        kind: run(
+            replace(given, settings=replace(mixed, loss_type=(kind,), loss_weights=None, rpo_alpha=None))
+        )
         for kind in ("sigmoid", "bco_pair")
     }
     chosen = given.row_of % 2 == 0
@@ -207,6 +216,9 @@ def test_ld_alpha_discounts_what_goes_beyond_the_shorter_side() -> None:
 
 
 def test_bco_shift() -> None:
+    """BCO: rewards less delta, by default, as its authors have it."""
+    assert DPOSettings(loss_type=("bco_pair",)).shifts
+    assert not DPOSettings().shifts, "only where bco_pair takes part"
     shift = 0.7
     given = make_pairs(LENGTHS, settings_for("bco_pair", bco_shift=True), seed=12, bco_shift=[shift] * 8)
     loss, grad, _ = run(given)
@@ -385,6 +397,7 @@ def test_torn_pairs_are_an_error(order: list[int]) -> None:
         ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}, "between 0"),
         ({"rpo_alpha": -1.0}, "rpo_alpha"),
         ({"ld_alpha": 1.5}, "ld_alpha"),
+        ({"loss_type": ("bco_pair",), "ld_alpha": 0.5}, "bco_shift false"),
         ({"discopop_tau": 0.0}, "discopop_tau"),
     ],
 )

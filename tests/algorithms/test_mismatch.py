@@ -48,6 +48,7 @@ def test_closed_forms() -> None:
         "log_ppl_diff": mean([r - t for t, r, _ in pairs]),
         "log_ppl_abs_diff": mean([abs(r - t) for t, r, _ in pairs]),
         "log_ppl_diff_max": max(r - t for t, r, _ in pairs),
+        "log_ppl_diff_min": min(r - t for t, r, _ in pairs),
         "ppl_ratio": mean([math.exp(-t) / math.exp(-r) for t, r, _ in pairs]),
         "chi2_seq": mean([math.exp(2 * (t - r)) for t, r, _ in pairs]) - 1,
         "unscored_tokens": 0.0,

@@ -317,6 +317,7 @@ def test_entropy_filter() -> None:
     assert no_kl is not None
     torch.testing.assert_close(out.token_loss, torch.where(entropy >= 0.6, bare, bare - no_kl))
     assert out.metrics.result()["entropy_kept"] == pytest.approx((entropy >= 0.6).double().mean().item())
+    assert out.metrics.result()["entropy/threshold"] == 0.6
 
 
 def test_what_is_missing_is_named() -> None:

@@ -186,6 +186,36 @@ def test_every_way_to_shard_gives_one_loss_curve_and_one_checkpoint(
         assert worlds[1].train(rows, range(3, 5)) == pytest.approx(rest, abs=2e-5)
 
 
+@pytest.mark.parametrize(("variant", "whole"), [("zero2", ()), ("zero2", ("lm_head",)), ("zero3", ())])
+def test_without_its_adapter_the_policy_is_what_it_started_from(
+    worlds: dict[int, World],
+    straight: tuple[Rows, list[float]],
+    tiny: Tiny,
+    variant: str,
+    whole: tuple[str, ...],
+) -> None:
+    """The reference of online RL; asking for it changes neither the adapter nor what is learned."""
+    rows = straight[0]
+    more = {"train_type": "lora", "learning_rate": 1e-2, "modules_to_save": whole, "model": str(tiny.untied)}
+    spec = spec_of(sft(tiny, variant, **more))
+    world = worlds[2]
+
+    def sums(**how: bool) -> np.ndarray:
+        return world.policy.logprobs(rows.pointers, rows.lengths, **how).sums
+
+    world.become(spec)
+    start = sums()
+    world.train(rows, range(2))
+    moved = sums()
+    assert np.abs(moved - start).max() > 0.1
+    np.testing.assert_allclose(sums(without_adapter=True), start, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(sums(), moved)
+    rest = world.train(rows, range(2, 4))
+    world.become(spec)
+    world.train(rows, range(2))
+    assert world.train(rows, range(2, 4)) == rest
+
+
 @pytest.mark.parametrize("wire", ["merged", "adapter"])
 def test_a_sharded_adapter_is_published_and_saved(
     worlds: dict[int, World], straight: tuple[Rows, list[float]], tiny: Tiny, tmp_path: Path, wire: str

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from raytune_rl.config import RLHFConfig
+from raytune_rl.config import PPOConfig, RLHFConfig
 from raytune_rl.errors import ConfigError
-from raytune_rl.pipelines import online
+from raytune_rl.pipelines import online, ppo
 from raytune_rl.tiny.shapes import write_shapes
 from raytune_rl.tiny.vision import make_tiny_vision_model
 from tests.cluster.test_online import GAP, PLUGIN, steps
@@ -82,6 +82,25 @@ def test_mixed_prompts_are_sampled_and_trained_on_alike(cluster: None, tmp_path:
 
     prompts = {json.loads(line)["prompt"] for line in (result.run_dir / "completions.jsonl").open()}
     assert {prompt.count("<|image_pad|>") for prompt in prompts} == {0, 1, 2}
+
+
+def test_ppo_on_pictures(cluster: None, tmp_path: Path) -> None:
+    """Policy, critic and reference (the policy without its adapter) see the pictures of mixed prompts."""
+    given = config(tmp_path, max_steps=4).model_dump(exclude_unset=True)
+    for name in ("train_type", "freeze_vit", "freeze_aligner", "num_iterations"):
+        given.pop(name)
+    result = ppo.run(
+        PPOConfig(**{**given, "num_ppo_epochs": 2, "num_generations": 2, "critic_learning_rate": 3e-3})
+    )
+    told = steps(result)
+    assert sorted(told) == [1, 2, 3, 4]
+    assert max(line[GAP] for line in told.values()) < 1e-4
+    assert told[1]["kl"] == pytest.approx(0, abs=1e-6)
+    assert told[3]["objective/kl"] != 0
+    for first in (1, 3):
+        assert told[first + 1]["loss/value_avg"] < told[first]["loss/value_avg"], "the same rows again"
+        assert told[first]["reward_std"] > 0
+    assert (result.last_checkpoint / "critic" / "adapter_model.safetensors").is_file()  # type: ignore[operator]
 
 
 def test_a_prompt_with_more_images_than_allowed_stops_before_anything_starts(

@@ -197,7 +197,7 @@ def test_resume_is_exact(uninterrupted: Any, tiny: Tiny) -> None:
 @pytest.mark.parametrize("wire", ["adapter", "merged"])
 def test_lora_weights_arrive_either_way(cluster: None, tiny: Tiny, tmp_path: Path, wire: str) -> None:
     """LoRA, several optimizer steps a generation and two iterations: off-policy, so old log-probs are
-    kept.
+    kept. The reference is the policy without its adapter, or, if the user asks for one, a copy.
     """
     result = online.run(
         config(
@@ -206,7 +206,7 @@ def test_lora_weights_arrive_either_way(cluster: None, tiny: Tiny, tmp_path: Pat
             model=str(tiny.tied),
             train_type="lora",
             vllm_enable_lora=wire == "adapter",
-            beta=0.0,
+            reference_workers=1 if wire == "merged" else None,
             steps_per_generation=2,
             num_iterations=2,
             max_steps=8,
@@ -220,7 +220,8 @@ def test_lora_weights_arrive_either_way(cluster: None, tiny: Tiny, tmp_path: Pat
     for step in first_of_generation:
         assert lines[step][GAP] < 1e-4
     assert lines[5]["weight_version"] == 1
-    assert "kl" not in lines[1], "beta 0: there is no reference"
+    assert lines[1]["kl"] == pytest.approx(0, abs=1e-6), "the policy starts as its reference"
+    assert lines[5]["kl"] > 1e-5, "and moves away from it"
     assert lines[1]["clip_ratio/region_mean"] == 0, "the first step of a generation is on-policy"
     ratios = [lines[s]["rollout_correction/logp_abs_diff_max"] for s in first_of_generation]
     assert max(ratios) > 0, "both sides computed them on their own"

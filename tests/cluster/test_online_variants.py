@@ -160,7 +160,9 @@ def test_a_loss_of_a_plugin_with_every_filter(cluster: None, tiny: Tiny, tmp_pat
     lines = steps(result)
     assert sorted(lines) == [1, 2, 3, 4]
     for line in lines.values():
+        assert "kl" not in line, "beta 0: there is no reference"
         assert 0.5 <= line["entropy_kept"] < 0.55, "the top half of the step's tokens, and ties"
+        assert 0 < line["entropy/threshold"] < np.log(512)
         assert 0 < line["entropy/min"] < line["entropy/mean"] < np.log(512)
         assert line["rollout_correction/clipped_frac"] == 0
         assert np.isfinite(line["grad_norm"])

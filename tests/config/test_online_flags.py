@@ -33,6 +33,7 @@ def notices(*argv: str) -> str:
         ("--ref_model_sync_steps 5", "they belong to --sync_ref_model true"),
         ("--max_resample_times 5", "it belongs to --dynamic_sample true"),
         ("--beta 0 --kl_in_reward true", "--kl_in_reward does nothing: with --beta 0"),
+        ("--beta 0 --ref_model r --ref_adapters a", "--ref_model, --ref_adapters do nothing: with --beta 0"),
         ("--cosine_max_len 5 --soft_cache_length 3", "they belong to --reward_funcs cosine"),
         ("--log_rollout_offpolicy_metrics true", "rollout_correction/* is measured on every step"),
         (
@@ -51,6 +52,11 @@ def test_what_does_nothing_is_said(argv: str, said: str) -> None:
     assert said in notices(*argv.split())
 
 
+def test_an_adapter_trains_without_dropout_unless_told() -> None:
+    assert parse(BASE, RLHFConfig, environ={}).config.lora_dropout == 0.0
+    assert parse([*BASE, "--lora_dropout", "0.1"], RLHFConfig, environ={}).config.lora_dropout == 0.1
+
+
 def test_nothing_is_said_where_all_acts() -> None:
     assert notices("--loss_type", "sapo", "--tau_pos", "2", "--dynamic_sample", "true") == ""
     assert notices("--scale_rewards", "none", "--kl_in_reward", "true", "--kl_estimator", "k2") == ""
@@ -61,9 +67,16 @@ def test_nothing_is_said_where_all_acts() -> None:
     [
         ("--reward_funcs soft_overlong", "soft_overlong needs --soft_cache_length"),
         ('--vllm_engine_kwargs {"max_num_seqs":4}', "max_num_seqs \\(--vllm_max_num_seqs\\)"),
-        ("--loss_type real", "--loss_type real is not one of"),
+        ("--loss_type rael", "--loss_type rael is not one of"),
+        ("--loss_type real", "--loss_type real is a loss of ms-swift that is not built yet"),
+        ("--loss_type gspo", "GSPO is --loss_type grpo --importance_sampling_level sequence"),
+        ("--rlhf_type dapo --loss_type cispo", "cispo needs --epsilon_high"),
+        ("--real_tau 0.5", "--real_tau is a flag of ms-swift that is not built yet"),
+        ("--fipo_decay_rate 32", "--fipo_decay_rate is a flag of ms-swift that is not built yet"),
+        ("--teacher_kl_coef 1", "--teacher_kl_coef is a flag of ms-swift that is not built yet"),
         ("--sync_ref_model true", "with LoRA it is the model without adapter"),
         ("--sync_ref_model true --train_type full --beta 0", "there is none with --beta 0"),
+        ("--sync_ref_model true --train_type full --ref_adapters a", "mixes whole weights"),
         ("--chord_mu 0.5", "is a flag of ms-swift that is not built yet"),
     ],
 )

@@ -75,6 +75,27 @@ def test_flags_of_another_algorithm_are_told() -> None:
     assert any("--reference_workers does nothing" in notice for notice in notices)
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--discopop_tau 0.1", "--discopop_tau does nothing: it belongs to --loss_type discopop."),
+        ("--bco_shift true", "--bco_shift does nothing: it belongs to --loss_type bco_pair."),
+        ("--f_alpha_divergence_coef 0.3", "it belongs to --f_divergence_type alpha_divergence."),
+        ("--rlhf_type cpo --simpo_gamma 2", "--simpo_gamma does nothing: it belongs to --loss_type simpo."),
+        ("--precompute_ref_log_probs true", "are always taken once, before the first step."),
+        ("--loss_type discopop bco_pair --discopop_tau 0.1 --bco_shift true", ""),
+        ("--rlhf_type cpo --loss_type simpo --simpo_gamma 2", ""),
+        ("--rlhf_type simpo --simpo_gamma 2", ""),
+        ('--loss_args {"a":1}', "--loss_args does nothing: it is for a loss of --external_plugins."),
+        ("--rlhf_type simpo --loss_type mine --external_plugins mine.py", ""),
+    ],
+)
+def test_constants_of_another_loss_are_told(argv: str, said: str) -> None:
+    notices = "\n".join(parsed(*argv.split()).notices)
+    assert said in notices
+    assert bool(said) == bool(notices)
+
+
 def test_flags_of_sampling_are_refused_and_named() -> None:
     with pytest.raises(ConfigError) as wrong:
         parsed("--num_generations", "4")

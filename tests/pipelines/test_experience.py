@@ -1,5 +1,7 @@
 """Groups are taken apart and put together without losing a trajectory, and filled up with such that teach."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -32,6 +34,18 @@ def experience(*groups: list[float], first_prompt: int = 0) -> Experience:
 def test_only_different_rewards_teach() -> None:
     found = experience([1.0, 1.0], [0.0, 1.0], [NAN, NAN], [NAN, 1.0], [0.3, NAN, 0.2])
     assert found.informative() == {1, 4}
+
+
+def test_rewards_compared_apart_teach_whatever_their_total() -> None:
+    """GDPO: two functions that contradict each other to the same total still tell completions apart."""
+    found = experience([1.0, 1.0], [1.0, 1.0], [NAN, 1.0])
+    values = np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [NAN, 1.0], [NAN, 1.0]])
+    two = replace(found, scored=replace(found.scored, values=values))
+    assert two.informative() == set()
+    assert replace(two, apart=(1.0, 1.0)).informative() == {0}
+    assert replace(two, apart=(0.0, 0.0)).informative() == set(), "functions without weight teach nothing"
+    part = replace(two, apart=(1.0, 1.0)).of_groups({0, 1})
+    assert join([part, part]).informative() == {0, 2}
 
 
 def test_parts_keep_rewards_and_failures_with_their_trajectory() -> None:

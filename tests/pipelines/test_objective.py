@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,14 @@ from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.config import PreferenceConfig
 from raytune_rl.config.preference import READS, WITH_REFERENCE
 from raytune_rl.errors import ConfigError
-from raytune_rl.pipelines.objective import LABELLED, PAIRS, PREFERENCES, preference, supervised
+from raytune_rl.pipelines.objective import (
+    LABELLED,
+    PAIRS,
+    PREFERENCES,
+    Objective,
+    preference,
+    supervised,
+)
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
 
 
@@ -53,7 +61,7 @@ def test_what_the_loss_refuses_is_a_config_error() -> None:
 def test_every_value_that_a_loss_may_ask_for_has_a_source() -> None:
     asked = set()
     for kinds in (
-        {"loss_type": ["aot", "aot_unpaired", "bco_pair"], "bco_shift": True},
+        {"loss_type": ["aot", "aot_unpaired", "bco_pair"]},
         {"rlhf_type": "kto"},
     ):
         asked |= set(preference(config(**kinds)).row_values)
@@ -82,3 +90,63 @@ def test_baselines_of_a_step() -> None:
     assert told["bco_shift"].tolist() == [0.125] * 4
     assert told["reference_point"].tolist() == [0.25] * 4
     assert FROM_ORDER["pair"](4).tolist() == [1, -1, 2, -2]
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from raytune_rl.algorithms.metrics import MetricSums
+from raytune_rl.algorithms.pairs import on_chosen, split_pairs
+from raytune_rl.algorithms.preference import preference_metrics
+from raytune_rl.algorithms.registry import Loss, LossOutput, register_loss
+from raytune_rl.algorithms.rows import sum_rows
+
+@dataclass(frozen=True)
+class Settings:
+    beta: float = 1.0
+    power: int = 1
+    asks: tuple = ("pair",)
+
+def compute(inputs):
+    gap = inputs.logprobs - inputs.columns["ref_logprobs"]
+    ratio = split_pairs(sum_rows(gap, inputs.row_of, inputs.n_rows))
+    loss = (1 - inputs.settings.beta * ratio.margin).abs() ** inputs.settings.power
+    return LossOutput(None, preference_metrics(ratio, ratio, inputs.settings.beta), on_chosen(loss))
+
+def columns(settings):
+    return ("ref_logprobs",)
+
+def rows(settings):
+    return tuple(settings.asks)
+
+register_loss(Loss("my_pairs", Settings, compute, columns, required_rows=rows, rows="pairs"))
+register_loss(Loss("my_rows", Settings, compute, required_rows=lambda s: ("label",)))
+"""
+
+
+def test_a_loss_of_a_plugin_takes_the_rows_of_an_algorithm(tmp_path: Path) -> None:
+    file = tmp_path / "my_pairs.py"
+    file.write_text(PLUGIN)
+
+    def mine(**settings: Any) -> Objective:
+        return preference(config(**{"loss_type": "my_pairs", "external_plugins": str(file), **settings}))
+
+    made = mine(beta=0.3, loss_args={"power": 2})
+    assert (made.title, made.loss.name, made.shape) == ("my_pairs", "my_pairs", PAIRS)
+    assert (made.settings.beta, made.settings.power) == (0.3, 2)
+    assert made.needs_reference
+    assert made.plugin_files == (str(file),)
+    assert mine(loss_args={"asks": ("pair", "aot_partner")}).row_values == ("pair", "aot_partner")
+    assert mine(loss_type="my_rows", rlhf_type="kto").shape is LABELLED
+    assert preference(config(external_plugins=str(file))).loss.name == "dpo", "only where it is named"
+    for wrong, message in (
+        ({"rlhf_type": "cpo"}, "needs ref_logprobs, which --rlhf_type cpo does not have"),
+        ({"rlhf_type": "kto"}, "made for pairs rows and logprobs, but --rlhf_type kto gives single rows"),
+        ({"rlhf_type": "rm"}, "but --rlhf_type rm gives pairs rows and scores"),
+        ({"loss_type": ["sigmoid", "my_pairs"]}, "stands alone"),
+        ({"loss_args": {"powr": 2}}, "powr is no setting of loss 'my_pairs', which has: asks, beta, power"),
+        ({"loss_args": {"asks": ("pair", "label")}}, "needs label"),
+        ({"loss_args": {"asks": ("pair", "reference_point")}}, "needs reference_point"),
+        ({"loss_type": "other"}, "other; choose from"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mine(**wrong)

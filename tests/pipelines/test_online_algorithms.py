@@ -164,7 +164,19 @@ def test_the_plan_says_what_is_on() -> None:
         "importance ratio": "of the token",
         "advantage": "grpo, scaled by group",
         "KL": "k3 in the loss, beta 0.04",
+        "reference": "the policy with its adapter off, no second copy",
     }
+    for more, said in (
+        ({"train_type": "full"}, "the model before its first step"),
+        (
+            {"train_type": "full", "sync_ref_model": True},
+            "the model before its first step, follows the policy",
+        ),
+        ({"adapters": "a"}, "the model before its first step"),
+        ({"adapters": "a", "ref_adapters": "a"}, "m with a"),
+        ({"ref_model": "r"}, "r"),
+    ):
+        assert dict(in_words(config(**more)))["reference"] == said
     rich = dict(
         in_words(
             config(

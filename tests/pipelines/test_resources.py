@@ -22,11 +22,13 @@ def cluster(*nodes: dict[str, float]) -> ClusterInfo:
 
 
 def online(where: ClusterInfo, **settings: Any) -> Groups:
-    return online_groups(RLHFConfig(**TRAIN, reward_funcs="accuracy", **settings), where)
+    full = {"train_type": "full", "reward_funcs": "accuracy"}
+    return online_groups(RLHFConfig(**{**TRAIN, **full, **settings}), where)
 
 
 def ppo(where: ClusterInfo, **settings: Any) -> Groups:
-    return online_groups(PPOConfig(**{**TRAIN, "reward_funcs": "accuracy", **settings}), where)
+    full = {"train_type": "full", "reward_funcs": "accuracy"}
+    return online_groups(PPOConfig(**{**TRAIN, **full, **settings}), where)
 
 
 def sft(where: ClusterInfo, **settings: Any) -> Groups:
@@ -67,6 +69,20 @@ def test_without_a_kl_term_there_is_no_reference() -> None:
     for where in (LAPTOP, ONE_GPU, EIGHT_GPUS):
         assert "reference" not in online(where, beta=0.0)
     assert gpus(online(ONE_GPU, beta=0.0)) == {"policy": 0.7, "rollout": 0.3}
+
+
+def test_an_adapter_needs_no_second_copy_unless_the_reference_is_another_model() -> None:
+    for where in (LAPTOP, ONE_GPU, EIGHT_GPUS):
+        assert "reference" not in online(where, train_type="lora")
+        assert "reference" not in ppo(where, train_type="lora")
+    for another in (
+        {"adapters": ["a"]},
+        {"ref_model": "r"},
+        {"ref_adapters": ["a"]},
+        {"reference_workers": 1},
+    ):
+        assert counts(online(ONE_GPU, train_type="lora", **another))["reference"] == 1
+        assert "reference" not in online(ONE_GPU, train_type="lora", beta=0.0, **another)
 
 
 @pytest.mark.parametrize(("where", "number"), [(ONE_GPU, 1), (EIGHT_GPUS, 8)])
@@ -384,7 +400,7 @@ def test_apart_the_critic_has_as_many_gpus_as_the_policy_unless_told() -> None:
 def test_reward_models_have_a_group_and_may_stand_alone() -> None:
     groups = online(LAPTOP, reward_model="rm")
     assert counts(groups)["reward_model"] == 1
-    groups = online_groups(RLHFConfig(**TRAIN, reward_model=("a", "b")), EIGHT_GPUS)
+    groups = online_groups(RLHFConfig(**TRAIN, train_type="full", reward_model=("a", "b")), EIGHT_GPUS)
     assert counts(groups) == {"policy": 8, "rollout": 8, "reference": 8, "reward_model": 8}
     assert_fits(groups, EIGHT_GPUS)
     groups = ppo(ONE_GPU, reward_model="rm")

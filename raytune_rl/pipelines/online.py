@@ -35,6 +35,7 @@ from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
 from raytune_rl.pipelines.online_groups import start_groups
 from raytune_rl.pipelines.resources import Groups, online_groups
 from raytune_rl.pipelines.rollouts import Trajectory, picture_places
+from raytune_rl.rewards.judge import plugin_class
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.rewards.preflight import preflight
 from raytune_rl.rewards.types import TrainerState
@@ -55,10 +56,13 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
     """
     algorithm = algorithm_of(config)
     with stage("loading the reward functions"):
-        if config.multi_turn_scheduler is not None:
-            # As the rollout workers will: a wrong name ends the run here.
+        if config.multi_turn_scheduler is not None or config.reward_model_plugin:
+            # As the workers will: a wrong name ends the run here.
             load_plugins(config.external_plugins)
+        if config.multi_turn_scheduler is not None:
             make_scheduler(config.multi_turn_scheduler, config.max_turns)
+        for name in config.reward_model_plugin:
+            plugin_class(name)
         needs = preflight(config.reward_funcs, config.external_plugins, config.args())
     with ExitStack() as stack:
         with stage("connecting to Ray"):

@@ -20,8 +20,13 @@ from raytune_rl.tracking.plots import file_name, read_scalars
 from raytune_rl.tracking.run_dir import RunDir
 
 MOST_COMPLETIONS = 4000
-"""Rows the page holds; of a longer run it has the best, the worst and the newest."""
-_FIRST = ("reward", "loss", "eval_reward", "eval_loss", "kl", "completions/mean_length")
+MOST_CHARACTERS = 12_000_000
+"""What the page holds; of a longer run, or of longer completions, the best, the worst and the newest."""
+_FIRST = (
+    "reward", "loss", "eval_reward", "eval_loss", "kl", "completions/mean_length", "reward_std", "grad_norm",
+    "token_acc",
+)  # fmt: skip
+_SHOWN = 6
 _TEMPLATE = "report.html.j2"
 
 
@@ -60,13 +65,17 @@ def most_changed(rows: Sequence[Mapping[str, Any]], count: int = 20) -> list[Cha
     return sorted(found, key=lambda c: -abs(c.change))[:count]
 
 
-def keep(rows: Sequence[Mapping[str, Any]], most: int = MOST_COMPLETIONS) -> list[Mapping[str, Any]]:
+def keep(
+    rows: Sequence[Mapping[str, Any]], most: int = MOST_COMPLETIONS, characters: int = MOST_CHARACTERS
+) -> list[Mapping[str, Any]]:
     """All rows, or the third with the best rewards, that with the worst and that with the newest steps, in
-    their order; rows without a reward count as the worst.
+    their order; rows without a reward count as the worst. Rows of mean length then have about `characters`.
     """
+    written = sum(len(row["prompt"]) + len(row["completion"]) for row in rows)
+    most = min(most, characters * len(rows) // max(written, 1))
     if len(rows) <= most:
         return list(rows)
-    part = most // 3
+    part = max(most // 3, 1)
     ranked = sorted(range(len(rows)), key=lambda i: _worth(rows[i]))
     chosen = {*ranked[:part], *ranked[-part:], *range(len(rows) - part, len(rows))}
     return [rows[i] for i in sorted(chosen)]
@@ -97,8 +106,8 @@ def write_report(run_dir: RunDir, summary: Mapping[str, Any] | None = None) -> P
     text = page.render(
         name=run_dir.path.name,
         summary=dict(summary or {}),
-        main=curves[: len(_FIRST)],
-        others=curves[len(_FIRST) :],
+        main=curves[:_SHOWN],
+        others=curves[_SHOWN:],
         settings={key: json.dumps(value, ensure_ascii=False) for key, value in sorted(settings.items())},
         total=len(rows),
         shown=len(kept),

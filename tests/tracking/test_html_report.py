@@ -46,6 +46,8 @@ def test_a_long_run_keeps_best_worst_and_newest() -> None:
     assert sum(r["reward"] == 9.0 for r in kept) >= 9
     assert kept[-1]["reward"] is None
     assert keep(rows, most=91) == rows
+    long = [row(i, "p", "c" * 99, float(i)) for i in range(90)]
+    assert 20 <= len(keep(long, characters=3000)) <= 30, "long completions: fewer of them"
 
 
 def test_the_page_holds_everything_and_executes_nothing(run: RunDir) -> None:
@@ -69,7 +71,7 @@ def test_the_page_holds_everything_and_executes_nothing(run: RunDir) -> None:
     assert "m&lt;odel&gt;" in page
     assert "secret" not in page
     assert page.count("data:image/png;base64,") == 2
-    assert not re.search(r'(src|href)="(?!data:)', page), "the file must need nothing else"
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "the file must need nothing else"
 
 
 def test_an_empty_run_has_a_page_too(run: RunDir) -> None:

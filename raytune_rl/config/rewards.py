@@ -41,6 +41,12 @@ class RewardOptions(Options):
         "Seconds that one reward function may take for one completion; over it the sample is a failure.",
         gt=0,
     )
+    reward_memory_limit: float = _setting(
+        16.0,
+        "GiB of address space that a process of reward functions may have; over it the sample is a failure. "
+        "A plugin that imports torch takes some 4 to 10 of them, most of it never used.",
+        gt=0,
+    )
     cosine_min_len_value_correct: float = _setting(1.0, "cosine: of a right answer of 0 tokens.")
     cosine_max_len_value_correct: float = _setting(0.5, "cosine: of a right answer of --cosine_max_len.")
     cosine_min_len_value_wrong: float = _setting(-0.5, "cosine: of a wrong answer of 0 tokens.")

@@ -255,9 +255,10 @@ def completion_rows(
     texts: Sequence[str],
     compared: AdvantageResult | None,
     dialogues: Sequence[Mapping[str, Any]] = (),
+    images: Sequence[Sequence[str]] = (),
 ) -> list[CompletionRow]:
     """One row a completion, for completions.jsonl; without advantages for what was replaced, with all
-    messages where the model had several turns."""
+    messages where the model had several turns, and the names of its pictures if the data has any."""
     scored, rewards = experience.scored, experience.rewards
     return [
         CompletionRow(
@@ -270,7 +271,10 @@ def completion_rows(
             advantage=None if compared is None else float(compared.advantages[i]),
             weight_version=t.version,
             finish_reason=t.finish_reason,
-            extra={"num_turns": t.turns, **dialogues[i]} if dialogues else {},
+            extra={
+                **({"num_turns": t.turns, **dialogues[i]} if dialogues else {}),
+                **({"images": list(images[i])} if images else {}),
+            },
         )
         for i, (t, text) in enumerate(zip(experience.batch, texts, strict=True))
     ]

@@ -250,6 +250,11 @@ class Sandbox:
         self._pool = self._new_pool()
 
 
+def memory_limit_bytes(gib: float) -> int:
+    """`--reward_memory_limit` in bytes."""
+    return int(gib * 2**30)
+
+
 def _how_it_died(exit_code: int) -> str:
     if exit_code < 0:
         name = signal.Signals(-exit_code).name

@@ -190,7 +190,7 @@ def make_scheduler(name: str, max_turns: int | None, tokenizer: Any = None) -> M
         raise ConfigError(f"--multi_turn_scheduler {name}: {type(error).__name__}: {error}") from error
     if hasattr(scheduler, "run"):
         raise ConfigError(
-            f"--multi_turn_scheduler {name} defines run(), to lead conversations itself. Here rollout workers do "
-            "that: define on_trajectory_start, on_turn_end, check_finished and step."
+            f"--multi_turn_scheduler {name} defines run(), to lead conversations itself. Rollout workers do "
+            "that here: define on_trajectory_start, on_turn_end, check_finished and step."
         )
     return scheduler

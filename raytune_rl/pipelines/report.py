@@ -355,10 +355,14 @@ def next_commands(config: TrainConfig, result: RunResult) -> dict[str, str]:
     commands = {}
     if result.status == "interrupted" and result.last_checkpoint is not None and not config.save_only_model:
         commands["resume"] = f"add to the same command: --resume_from_checkpoint {result.last_checkpoint}"
-    if config.train_type == "lora" and result.last_checkpoint is not None:
-        commands["merge the adapter"] = (
-            f"raytune-rl export --adapters {_show(result.last_checkpoint)} --merge_lora true"
-        )
+    if result.last_checkpoint is None:
+        return commands
+    made = _show(result.best_checkpoint or result.last_checkpoint)
+    adapter = config.train_type == "lora"
+    if not (isinstance(config, PreferenceConfig) and config.rlhf_type == "rm"):
+        commands["try it"] = f"raytune-rl infer {'--adapters' if adapter else '--model'} {made}"
+    if adapter:
+        commands["merge the adapter"] = f"raytune-rl export --adapters {made} --merge_lora true"
     return commands
 
 

@@ -139,7 +139,7 @@ class _Classifier:
         from raytune_rl.models.settings import TunerSettings
         from raytune_rl.models.tuner import apply_tuner
 
-        name, spec = spec.path, with_base(spec)
+        name, spec = spec.path, with_base(local(spec))
         loaded = scoring.load(spec, "scores")
         model: Any = loaded.model
         self.notices = loaded.notices
@@ -205,6 +205,7 @@ class _Judged:
         from raytune_rl.models.tuner import apply_tuner
         from raytune_rl.workers.judge import Judge, is_classifier
 
+        spec = local(spec)
         scalar = is_classifier(spec.path)
         spec = with_base(spec, scores=scalar)
         loaded = scoring.load(spec, "scores" if scalar else "logprobs")
@@ -221,6 +222,13 @@ class _Judged:
     ) -> tuple[NDArray[np.float64], dict[int, str]]:
         """Scores, float64 `[n]`, and why a row has none."""
         return self._judge.score([dict(one) for one in conversations], state)
+
+
+def local(spec: ModelSpec) -> ModelSpec:
+    """The spec with a folder on this machine, where it named a hub's model or adapter."""
+    from raytune_rl.models.hub import resolve_path
+
+    return replace(spec, path=resolve_path(spec.path, use_hf=spec.use_hf))
 
 
 def with_base(spec: ModelSpec, *, scores: bool = True) -> ModelSpec:

@@ -89,6 +89,7 @@ def as_returned(
     ids: Sequence[int],
     mask: Sequence[int] | None,
     new: Sequence[Mapping[str, Any]],
+    stops: Sequence[int],
 ) -> Continuation:
     """The scheduler says with which tokens the conversation goes on: what they have in common with the
     sampled ones from the first on is the model's, the rest the environment's.
@@ -99,6 +100,8 @@ def as_returned(
         ids: Ids to stand in its place.
         mask: For each of `ids` whether it is trained on; None: all that were sampled.
         new: Messages behind them; without any the model goes on from the last of `ids`.
+        stops: Ids that end a turn; one between what was sampled and what was added to the same turn is taken
+            off.
 
     Raises:
         ValueError: The mask has another length, or trains on what the model did not sample.
@@ -110,9 +113,12 @@ def as_returned(
         raise ValueError(f"response_loss_mask has {len(mask)} entries for {len(ids)} response_token_ids")
     if mask is not None and any(mask[kept:]):
         raise ValueError("response_loss_mask trains on tokens that the model did not sample")
+    added = tuple(ids[kept:])
+    if added and not new and kept and sampled[kept - 1] in stops:
+        kept -= 1
     untrained = () if mask is None else tuple(i for i in range(kept) if not mask[i])
     behind = follow_up(chat, ids, new).added if new else ()
-    return Continuation(kept, (*ids[kept:], *behind), untrained)
+    return Continuation(kept, (*added, *behind), untrained)
 
 
 def _last_true(count: int, holds: Callable[[int], bool]) -> int:

@@ -22,6 +22,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from raytune_rl.errors import ConfigError
@@ -88,6 +89,10 @@ class MultiTurnScheduler:
     def __init__(self, max_turns: int | None = None, tokenizer: Any = None, **kwargs: Any) -> None:
         self.max_turns = max_turns
         self.tokenizer = tokenizer
+        # Where schedulers for ms-swift before 4.0 look for it.
+        self.infer_engine = SimpleNamespace(
+            tokenizer=tokenizer, default_template=SimpleNamespace(tokenizer=tokenizer)
+        )
 
     def on_trajectory_start(self, requests: Sequence[Request]) -> Any:
         """Called with all conversations before their first turn. May change their messages, of prompts

@@ -178,6 +178,7 @@ class Conversations:
         logprobs = {"content": [{"logprob": value} for value in spoken.logprobs.tolist()]}
         choice = Choice(Answer(spoken.text), spoken.tokens.tolist(), spoken.finish_reason, logprobs)
         request, scheduler = one.request, self._scheduler
+        sampled = spoken.tokens.tolist()  # schedulers extend the list that they are shown
 
         def decide() -> Continuation | None:
             told = _result(scheduler.on_turn_end(request, choice, turn)) or {}
@@ -196,18 +197,18 @@ class Conversations:
             if mask and not ids:
                 raise ValueError("step() returned response_loss_mask without response_token_ids")
             if ids:
-                return as_returned(self._chat, choice.token_ids, ids, mask or None, new)
+                return as_returned(self._chat, sampled, ids, mask or None, new, self._stops)
             if new and content != said:
                 raise ValueError("step() both changed the model's answer and added messages to it")
             if new:
-                return follow_up(self._chat, choice.token_ids, new)
+                return follow_up(self._chat, sampled, new)
             if content == said:
                 raise ValueError("step() neither added a message nor changed the model's answer")
             earlier = said[: len(said) - len(spoken.text)]  # of a turn that already went on once
             if not content.startswith(earlier):
                 raise ValueError("step() changed what was said before the model's last words")
             own = content[len(earlier) :]
-            return go_on(self._chat.tokenizer, choice.token_ids, self._stops, spoken.text, own)
+            return go_on(self._chat.tokenizer, sampled, self._stops, spoken.text, own)
 
         return decide
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ class Judge:
             found = found.tolist() if hasattr(found, "tolist") else list(found)
             if len(found) != len(inputs):
                 raise RewardError(f"returned {len(found)} values for {len(inputs)} completions")
+            if odd := [v for v in found if not isinstance(v, (numbers.Real, Unscored, type(None)))]:
+                raise RewardError(f"returned a {type(odd[0]).__name__} in place of a number")
         except Exception as error:  # noqa: BLE001, a plugin is the user's: it may raise anything
             why = f"--reward_model_plugin {self._name}: {describe_error(error)}"
             return values, dict.fromkeys(range(len(inputs)), why)

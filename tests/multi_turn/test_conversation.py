@@ -205,6 +205,23 @@ def test_a_scheduler_may_give_tokens_and_say_which_are_trained() -> None:
     assert one.last_text == "1234 wait,6"
 
 
+def test_a_list_of_tokens_that_is_extended_in_place_is_still_the_environments() -> None:
+    class Extends(MultiTurnScheduler):
+        def step(self, infer_request: Request, response_choice: Choice, current_turn: int) -> Any:
+            ids = response_choice.token_ids
+            mask = [1] * len(ids)
+            ids.extend(TOKENIZER.encode("42", add_special_tokens=False))
+            infer_request.messages[-1]["content"] += "42"
+            mask += [0] * (len(ids) - len(mask))
+            return {"infer_request": infer_request, "response_token_ids": ids, "response_loss_mask": mask}
+
+    (one,) = hold(Extends(max_turns=2), Script("6*7=", "!"))
+    assert TOKENIZER.decode(one.tokens) == "6*7=42!<|im_end|>", "no end in the middle of a turn"
+    own = [t for t, trained in zip(one.tokens, one.trained, strict=True) if trained]
+    assert TOKENIZER.decode(own) == "6*7=!<|im_end|>"
+    assert len(one.logprobs) == len(own)
+
+
 @pytest.mark.parametrize(
     ("returned", "reason"),
     [

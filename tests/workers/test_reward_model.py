@@ -142,6 +142,7 @@ class Broken(GenRMPlugin):
         return [1 / 0 for _ in inputs]
 
 rm_plugins.update(theirs=Theirs, graded=Graded, broken=Broken, scores=DefaultRMPlugin)
+rm_plugins["vectors"] = DefaultRMPlugin
 """
 
 
@@ -162,14 +163,16 @@ def judged(plugin_file: str, **plugins: Path) -> RewardModelWorker:
 
 
 def test_plugins_of_ms_swift_ask_models_in_their_own_way(base: Path, full: Path, plugin_file: str) -> None:
-    asked = judged(plugin_file, theirs=base, graded=base, scores=full, broken=base)
+    asked = judged(plugin_file, theirs=base, graded=base, scores=full, broken=base, vectors=base)
     found = asked.judge(conversations(), TrainerState(1, 2))
     np.testing.assert_array_equal(found.values[:, 0], [len(text) for text in TEXTS])
     want = transformers_scores(AutoModelForSequenceClassification.from_pretrained(full), full)
     np.testing.assert_allclose(found.values[:, 2], want, rtol=0, atol=1e-5)
-    assert np.isnan(found.values[:, 3]).all()
-    assert {f.function for f in found.failures} == {"broken"}
-    assert "ZeroDivisionError" in found.failures[0].message
+    assert np.isnan(found.values[:, 3:]).all()
+    reasons = {f.function: f.message for f in found.failures}
+    assert reasons.keys() == {"broken", "vectors"}
+    assert "ZeroDivisionError" in reasons["broken"]
+    assert "a list in place of a number" in reasons["vectors"], "it is no classifier"
     # What the engine said to a batch of unequal prompts is what the model says to each of them alone.
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     grader = GenRMPlugin(model, JudgeTemplate(tokenizer, 10_000))

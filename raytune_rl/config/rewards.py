@@ -44,8 +44,8 @@ class RewardOptions(Options):
     reward_memory_limit: float = _setting(
         16.0,
         "GiB of address space that a process of reward functions may have; over it the sample is a failure. "
-        "A plugin that imports torch takes some 4 to 10 of them, most of it never used.",
-        gt=0,
+        "A plugin that imports torch takes some 4 to 10 of them, most of it never used. 0: no limit.",
+        ge=0,
     )
     cosine_min_len_value_correct: float = _setting(1.0, "cosine: of a right answer of 0 tokens.")
     cosine_max_len_value_correct: float = _setting(0.5, "cosine: of a right answer of --cosine_max_len.")

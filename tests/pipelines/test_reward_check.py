@@ -24,10 +24,13 @@ class Picky(ORM):
             raise ValueError("no level 3 here")
         return [None if value == 2 else 0.25 for value in level]
 
+def greedy(completions, level, **kwargs):
+    return [float(len(bytearray(3 << 30)) > 0) if value == 2 else 1.0 for value in level]
+
 def broken(completions, **kwargs):
     raise KeyError("always")
 
-orms.update(picky=Picky, broken=broken)
+orms.update(greedy=greedy, picky=Picky, broken=broken)
 """
 
 
@@ -76,6 +79,14 @@ def test_solutions_as_they_stand_in_tags_and_nothing(data: Path) -> None:
 def test_a_function_that_never_works_is_an_error(data: Path) -> None:
     with pytest.raises(RewardError, match=r"`broken` scored nothing at all: KeyError: 'always'"):
         check(data, "broken", "format")
+
+
+def test_memory_is_limited_and_the_limit_can_be_lifted(data: Path) -> None:
+    found, told = check(data, "greedy", reward_memory_limit=2)
+    assert [f.row for f in found["empty"].failures] == [1], "one sample's own"
+    assert "MemoryError" in told
+    found, _ = check(data, "greedy", reward_memory_limit=0)
+    assert (found["empty"].values == 1).all()
 
 
 def test_what_is_missing_is_said(data: Path) -> None:

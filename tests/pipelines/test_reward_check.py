@@ -83,7 +83,7 @@ def test_a_function_that_never_works_is_an_error(data: Path) -> None:
 
 def test_memory_is_limited_and_the_limit_can_be_lifted(data: Path) -> None:
     found, told = check(data, "greedy", reward_memory_limit=2)
-    assert [f.row for f in found["empty"].failures] == [1], "one sample's own"
+    assert len(found["empty"].failures) == 1, "one sample costs itself only"
     assert "MemoryError" in told
     found, _ = check(data, "greedy", reward_memory_limit=0)
     assert (found["empty"].values == 1).all()

@@ -4,6 +4,7 @@ values out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raytune_rl.algorithms.advantages import AdvantageResult
-from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
+from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule
 from raytune_rl.pipelines import launch
 from raytune_rl.pipelines.data import Account, PromptSet
@@ -194,18 +195,27 @@ _GRADED = ("CosineReward", "RepetitionPenalty", "SoftOverlong")
 
 
 def evaluation_metrics(experience: Experience) -> dict[str, float]:
-    """The same of an evaluation, under `eval_`, and pass@k of each reward that is either 0 or 1: the share of
-    prompts of whose k completions at least one has 1.
+    """The same of an evaluation, under `eval_`, and pass@k of each reward that is either 0 or 1: how likely
+    one of k completions of a prompt has 1 at least, on average over prompts; for k as many as were sampled,
+    and the powers of two below.
     """
     found = {**_rewards(experience), **_lengths(experience.batch)}
     _, group_of = np.unique([t.group for t in experience.batch], return_inverse=True)
-    count = np.bincount(group_of)
+    each = int(np.bincount(group_of).max())
     for column, label in enumerate(experience.scored.labels):
         values = experience.scored.values[:, column]
         if label not in _GRADED and set(np.unique(values[np.isfinite(values)])) <= {0.0, 1.0}:
-            passed = np.bincount(group_of, weights=values == 1.0) > 0
-            found[f"rewards/{label}/pass@{int(count.max())}"] = float(passed.mean())
+            right = np.bincount(group_of, weights=values == 1.0).astype(int)
+            for k in (*(2**i for i in range(1, each.bit_length()) if 2**i < each), each):
+                found[f"rewards/{label}/pass@{k}"] = float(np.mean([pass_at(k, each, c) for c in right]))
     return {f"eval_{name}": value for name, value in found.items()}
+
+
+def pass_at(k: int, n: int, right: int) -> float:
+    """How likely at least one of k completions is right, given that `right` of n were: the unbiased estimate
+    1 - C(n - right, k) / C(n, k) of Chen et al. 2021, "Evaluating large language models trained on code".
+    """
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def step_metrics(run: Run, step: StepReport, steps_per_epoch: int) -> dict[str, float]:
@@ -311,8 +321,10 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
         changes["reward (held out)"] = Change(
             result.before.get("eval_reward"), result.after.get("eval_reward")
         )
+    most = f"pass@{resolved.num_generations_eval(config)}"
+    fewer = {name for name in result.before if "/pass@" in name and not name.endswith(f"/{most}")}
     for name in result.before:
-        if name.startswith("eval_rewards/") and not name.endswith("/std"):
+        if name.startswith("eval_rewards/") and not name.endswith("/std") and name not in fewer:
             label = name.removeprefix("eval_rewards/").removesuffix("/mean")
             changes[f"{label} (held out)"] = Change(result.before[name], result.after.get(name))
     return RunSummary(

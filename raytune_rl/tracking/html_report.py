@@ -86,7 +86,7 @@ def write_report(run_dir: RunDir, summary: Mapping[str, Any] | None = None) -> P
 
     Args:
         run_dir: The run; its pictures, log, settings and completions are read.
-        summary: Facts to stand on top, such as the status; None for none.
+        summary: Facts to stand on top, such as the status; None for those of the log's last line.
     """
     from jinja2 import Environment, PackageLoader, select_autoescape
 
@@ -105,7 +105,7 @@ def write_report(run_dir: RunDir, summary: Mapping[str, Any] | None = None) -> P
     ).get_template(_TEMPLATE)
     text = page.render(
         name=run_dir.path.name,
-        summary=dict(summary or {}),
+        summary=dict(_end_of(run_dir) if summary is None else summary),
         main=curves[:_SHOWN],
         others=curves[_SHOWN:],
         settings={key: json.dumps(value, ensure_ascii=False) for key, value in sorted(settings.items())},
@@ -118,6 +118,12 @@ def write_report(run_dir: RunDir, summary: Mapping[str, Any] | None = None) -> P
     path = run_dir.path / "report.html"
     write_atomic(path, text)
     return path
+
+
+def _end_of(run_dir: RunDir) -> dict[str, Any]:
+    """Status and steps as a finished run has logged them; nothing of one that was cut off."""
+    ends = [row for row in read_jsonl(run_dir.logging_jsonl) if "status" in row]
+    return {"status": ends[-1]["status"], "steps": ends[-1].get("global_step")} if ends else {}
 
 
 def _picture(run_dir: RunDir, name: str) -> str | None:

@@ -53,15 +53,16 @@ class Changed:
 
 def most_changed(rows: Sequence[Mapping[str, Any]], count: int = 20) -> list[Changed]:
     """Prompts that were sampled at two or more steps, by how much their mean reward changed, either way."""
-    by_prompt: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    by_prompt: dict[tuple[str, ...], dict[int, list[Mapping[str, Any]]]] = {}
     for row in rows:
         if _finite(row.get("reward")):
-            by_prompt.setdefault(str(row["prompt"]), {}).setdefault(int(row["step"]), []).append(row)
+            prompt = (str(row["prompt"]), *row.get("images", ()))  # the same question, of another picture
+            by_prompt.setdefault(prompt, {}).setdefault(int(row["step"]), []).append(row)
     found = []
     for prompt, steps in by_prompt.items():
         if len(steps) > 1:
             first, last = steps[min(steps)], steps[max(steps)]
-            found.append(Changed(prompt, _mean(first), _mean(last), _best(first), _best(last)))
+            found.append(Changed(prompt[0], _mean(first), _mean(last), _best(first), _best(last)))
     return sorted(found, key=lambda c: -abs(c.change))[:count]
 
 

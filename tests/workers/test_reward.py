@@ -31,7 +31,7 @@ def contract(completions, **kwargs):
     state = kwargs["trainer_state"]
     assert (state.global_step, state.max_steps) == (3, 9)
     assert all(len(kwargs[name]) == len(completions) for name in wanted - {"trainer_state"})
-    return [float(kwargs["is_truncated"][i]) + 10 * len(kwargs["problem"][i]) for i in range(len(completions))]
+    return [10 * len(p) + t for p, t in zip(kwargs["problem"], kwargs["is_truncated"], strict=True)]
 
 def last_turn(completions, messages, **kwargs):
     assert [turns[-1] for turns in messages] == [{"role": "assistant", "content": c} for c in completions]

@@ -124,10 +124,10 @@ def _online(config: RLHFConfig) -> Iterable[str]:
         )  # fmt: skip
         yield from _idle(config, without, "with --beta 0 there is no reference model")
     if not config.reward_model:
-        own = [name for name in type(config).model_fields if "reward_model_worker" in name]
+        own = [name for name in type(config).model_fields if "reward_model_" in name]
         yield from _idle(config, own, "there is no --reward_model")
     if not config.reward_funcs:
-        own = ["reward_workers", "cpus_per_reward_worker", "reward_timeout"]
+        own = ["reward_workers", "cpus_per_reward_worker", "reward_timeout", "reward_memory_limit"]
         yield from _idle(config, own, "there are no --reward_funcs")
     yield from _loss(config)
     if not config.external_plugins:  # whose rewards may read any of these

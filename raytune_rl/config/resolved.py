@@ -91,6 +91,13 @@ def critic_learning_rate(config: PPOConfig) -> float:
     return learning_rate(config) if config.critic_learning_rate is None else config.critic_learning_rate
 
 
+def critic_start(config: PPOConfig) -> str | None:
+    """The first reward model that is asked for its score: where the critic starts from; None without one."""
+    asked = config.reward_model_plugin or ("default",) * len(config.reward_model)
+    models = (model for model, plugin in zip(config.reward_model, asked, strict=True) if plugin == "default")
+    return next(models, None)
+
+
 def colocate(config: RLHFConfig) -> bool | None:
     """Whether rollout shares the policy's GPUs, as the user says in either of two flags; `None`: not said."""
     if config.colocate is not None:

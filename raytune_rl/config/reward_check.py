@@ -42,4 +42,6 @@ class RewardCheckConfig(RewardOptions):
         for name in ("dataset", "reward_funcs"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} is required.")
+        if self.reward_model:
+            raise ConfigError("--reward_model: reward-check tries reward functions only: leave it out.")
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import model_validator
 
@@ -28,15 +28,24 @@ class RewardOptions(Options):
     reward_model: tuple[str, ...] = _setting(
         (),
         "Reward models, beside or instead of --reward_funcs: folders or hub ids of sequence classifiers with "
-        "one label, or adapters of such.",
+        "one label, adapters of such, or language models (see --reward_model_plugin).",
     )
-    reward_model_plugin: tuple[Literal["default"], ...] = _setting(
-        (), "How each reward model is asked; default: its score of the whole conversation."
+    reward_model_plugin: tuple[str, ...] = _setting(
+        (),
+        "How each reward model is asked. default: its score of the whole conversation; genrm: a language "
+        "model grades it in words, read from its last 'Reward: x', x from 0 to 1; or a class that a plugin "
+        "registers by rm_plugins['name'] = Class.",
     )
     reward_timeout: float = _setting(
         30.0,
         "Seconds that one reward function may take for one completion; over it the sample is a failure.",
         gt=0,
+    )
+    reward_memory_limit: float = _setting(
+        16.0,
+        "GiB of address space that a process of reward functions may have; over it the sample is a failure. "
+        "A plugin that imports torch takes some 4 to 10 of them, most of it never used. 0: no limit.",
+        ge=0,
     )
     cosine_min_len_value_correct: float = _setting(1.0, "cosine: of a right answer of 0 tokens.")
     cosine_max_len_value_correct: float = _setting(0.5, "cosine: of a right answer of --cosine_max_len.")

@@ -20,10 +20,12 @@ class Continuation:
     Attributes:
         kept: How many of the sampled tokens stay, from the first.
         added: Ids of what is put behind them, by the environment.
+        untrained: Positions among the kept ones that are not trained on.
     """
 
     kept: int
     added: tuple[int, ...]
+    untrained: tuple[int, ...] = ()
 
 
 def follow_up(chat: ChatTemplate, sampled: Sequence[int], new: Sequence[Mapping[str, Any]]) -> Continuation:
@@ -79,6 +81,44 @@ def go_on(
         kept -= 1
     added = tokenizer.encode(content[len(text_of(kept)) :], add_special_tokens=False)
     return Continuation(kept, tuple(added))
+
+
+def as_returned(
+    chat: ChatTemplate,
+    sampled: Sequence[int],
+    ids: Sequence[int],
+    mask: Sequence[int] | None,
+    new: Sequence[Mapping[str, Any]],
+    stops: Sequence[int],
+) -> Continuation:
+    """The scheduler says with which tokens the conversation goes on: what they have in common with the
+    sampled ones from the first on is the model's, the rest the environment's.
+
+    Args:
+        chat: The model's chat template.
+        sampled: Ids of the model's turn.
+        ids: Ids to stand in its place.
+        mask: For each of `ids` whether it is trained on; None: all that were sampled.
+        new: Messages behind them; without any the model goes on from the last of `ids`.
+        stops: Ids that end a turn; one between what was sampled and what was added to the same turn is taken
+            off.
+
+    Raises:
+        ValueError: The mask has another length, or trains on what the model did not sample.
+        DataError: As in `follow_up`.
+    """
+    kept = next((i for i, (a, b) in enumerate(zip(sampled, ids, strict=False)) if a != b), None)
+    kept = min(len(sampled), len(ids)) if kept is None else kept
+    if mask is not None and len(mask) != len(ids):
+        raise ValueError(f"response_loss_mask has {len(mask)} entries for {len(ids)} response_token_ids")
+    if mask is not None and any(mask[kept:]):
+        raise ValueError("response_loss_mask trains on tokens that the model did not sample")
+    added = tuple(ids[kept:])
+    if added and not new and kept and sampled[kept - 1] in stops:
+        kept -= 1
+    untrained = () if mask is None else tuple(i for i in range(kept) if not mask[i])
+    behind = follow_up(chat, ids, new).added if new else ()
+    return Continuation(kept, (*added, *behind), untrained)
 
 
 def _last_true(count: int, holds: Callable[[int], bool]) -> int:

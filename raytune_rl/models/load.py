@@ -150,6 +150,8 @@ def load_model(
     if liger and where.type != "cpu":
         _apply_liger(model)
     _mend_generation_config(model, notices)
+    # PEFT writes it into an adapter as the base: found from any directory, and by others if it is a hub's.
+    model.name_or_path = str(Path(local).absolute()) if Path(path).expanduser().is_dir() else path
     return LoadedModel(model.eval(), local, tuple(notices), new_head)
 
 

@@ -167,8 +167,8 @@ def policy_spec(
 
 
 def critic_spec(config: PPOConfig, groups: Groups, total_steps: int, vision: bool = False) -> PolicySpec:
-    """What a critic rank is told. It starts from the reward model if there is one, which knows already what
-    is good, else from the policy's base with a new head.
+    """What a critic rank is told. It starts from the first reward model that is a classifier, which knows
+    already what is good, else from the policy's base with a new head.
     """
     policy = policy_spec(
         config,
@@ -181,8 +181,8 @@ def critic_spec(config: PPOConfig, groups: Groups, total_steps: int, vision: boo
         vision=vision,
     )
     start = replace(policy.model, adapters=())
-    if config.reward_model:
-        start = with_base(replace(start, path=config.reward_model[0]))
+    if (judge := resolved.critic_start(config)) is not None:
+        start = with_base(replace(start, path=judge))
     rate = resolved.critic_learning_rate(config)
     return replace(policy, model=start, optimizer=replace(policy.optimizer, learning_rate=rate))
 
@@ -210,6 +210,8 @@ def reward_model_spec(config: RLHFConfig, groups: Groups) -> RewardModelSpec:
         ),
         max_tokens=max_tokens(config, groups.on_gpu),
         timeout_s=config.step_timeout,
+        plugins=config.reward_model_plugin,
+        plugin_files=config.external_plugins,
     )
 
 

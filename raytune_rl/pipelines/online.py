@@ -36,8 +36,10 @@ from raytune_rl.pipelines.online_groups import start_groups
 from raytune_rl.pipelines.reference_group import ReferenceGroup
 from raytune_rl.pipelines.resources import Groups, online_groups
 from raytune_rl.pipelines.rollouts import Trajectory, picture_places
+from raytune_rl.rewards.judge import plugin_class
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.rewards.preflight import preflight
+from raytune_rl.rewards.sandbox import memory_limit_bytes
 from raytune_rl.rewards.types import TrainerState
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.wait import Pending, fetch
@@ -56,11 +58,15 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
     """
     algorithm = algorithm_of(config)
     with stage("loading the reward functions"):
-        if config.multi_turn_scheduler is not None:
-            # As the rollout workers will: a wrong name ends the run here.
+        if config.multi_turn_scheduler is not None or config.reward_model_plugin:
+            # As the workers will: a wrong name ends the run here.
             load_plugins(config.external_plugins)
+        if config.multi_turn_scheduler is not None:
             make_scheduler(config.multi_turn_scheduler, config.max_turns)
-        needs = preflight(config.reward_funcs, config.external_plugins, config.args())
+        for name in config.reward_model_plugin:
+            plugin_class(name)
+        limit = memory_limit_bytes(config.reward_memory_limit)
+        needs = preflight(config.reward_funcs, config.external_plugins, config.args(), limit)
     with ExitStack() as stack:
         with stage("connecting to Ray"):
             cluster = stack.enter_context(session(config.ray_address))
@@ -71,7 +77,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
             train, held_out = prompt_sets(
                 config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here
             )
-        needs.check(train.account.columns)
+        needs.check([*train.account.columns, *(["images"] if train.account.images.shown else [])])
         launch.check_readable(config, train.account.images.shown)
         schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)

@@ -20,6 +20,7 @@ from raytune_rl.pipelines.resources import Groups
 from raytune_rl.pipelines.reward_models import RewardModelGroup, Scorer, Together
 from raytune_rl.pipelines.rollouts import RewardGroup, RolloutGroup
 from raytune_rl.pipelines.turns import Turns
+from raytune_rl.rewards.sandbox import memory_limit_bytes
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.weights import start_store
 from raytune_rl.workers.policy import PolicyWorker, policy_env
@@ -126,6 +127,7 @@ def start_groups(
                 "plugin_files": config.external_plugins,
                 "config_dict": config.args(),
                 "timeout_s": config.reward_timeout,
+                "memory_limit_bytes": memory_limit_bytes(config.reward_memory_limit),
             },
             {"OMP_NUM_THREADS": "1"},
         )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.algorithms.advantages import AdvantageResult, group_advantages
 from raytune_rl.algorithms.ppo import missing_eos
-from raytune_rl.config import PPOConfig
+from raytune_rl.config import PPOConfig, resolved
 from raytune_rl.pipelines import online
 from raytune_rl.pipelines.actor_critic import ActorCritic
 from raytune_rl.pipelines.collect import Collected
@@ -38,7 +38,7 @@ def run(config: PPOConfig, notices: Sequence[str] = ()) -> RunResult:
         RaytuneError: By name, whatever went wrong.
     """
     told = list(notices)
-    if config.adapters and not config.reward_model:
+    if config.adapters and resolved.critic_start(config) is None:
         told.append("the critic starts from --model without --adapters, which are the policy's")
     return online.run(config, told, PPORun)
 

@@ -4,6 +4,7 @@ values out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raytune_rl.algorithms.advantages import AdvantageResult
-from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
+from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule
 from raytune_rl.pipelines import launch
 from raytune_rl.pipelines.data import Account, PromptSet
@@ -202,18 +203,27 @@ _GRADED = ("CosineReward", "RepetitionPenalty", "SoftOverlong")
 
 
 def evaluation_metrics(experience: Experience) -> dict[str, float]:
-    """The same of an evaluation, under `eval_`, and pass@k of each reward that is either 0 or 1: the share of
-    prompts of whose k completions at least one has 1.
+    """The same of an evaluation, under `eval_`, and pass@k of each reward that is either 0 or 1: how likely
+    one of k completions of a prompt has 1 at least, on average over prompts; for k as many as were sampled,
+    and the powers of two below.
     """
     found = {**_rewards(experience), **_lengths(experience.batch)}
     _, group_of = np.unique([t.group for t in experience.batch], return_inverse=True)
-    count = np.bincount(group_of)
+    each = int(np.bincount(group_of).max())
     for column, label in enumerate(experience.scored.labels):
         values = experience.scored.values[:, column]
         if label not in _GRADED and set(np.unique(values[np.isfinite(values)])) <= {0.0, 1.0}:
-            passed = np.bincount(group_of, weights=values == 1.0) > 0
-            found[f"rewards/{label}/pass@{int(count.max())}"] = float(passed.mean())
+            right = np.bincount(group_of, weights=values == 1.0).astype(int)
+            for k in (*(2**i for i in range(1, each.bit_length()) if 2**i < each), each):
+                found[f"rewards/{label}/pass@{k}"] = float(np.mean([pass_at(k, each, c) for c in right]))
     return {f"eval_{name}": value for name, value in found.items()}
+
+
+def pass_at(k: int, n: int, right: int) -> float:
+    """How likely at least one of k completions is right, given that `right` of n were: the unbiased estimate
+    1 - C(n - right, k) / C(n, k) of Chen et al. 2021, "Evaluating large language models trained on code".
+    """
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def step_metrics(run: Run, step: StepReport, steps_per_epoch: int) -> dict[str, float]:
@@ -263,9 +273,10 @@ def completion_rows(
     texts: Sequence[str],
     compared: AdvantageResult | None,
     dialogues: Sequence[Mapping[str, Any]] = (),
+    images: Sequence[Sequence[str]] = (),
 ) -> list[CompletionRow]:
     """One row a completion, for completions.jsonl; without advantages for what was replaced, with all
-    messages where the model had several turns."""
+    messages where the model had several turns, and the names of its pictures if the data has any."""
     scored, rewards = experience.scored, experience.rewards
     return [
         CompletionRow(
@@ -278,7 +289,10 @@ def completion_rows(
             advantage=None if compared is None else float(compared.advantages[i]),
             weight_version=t.version,
             finish_reason=t.finish_reason,
-            extra={"num_turns": t.turns, **dialogues[i]} if dialogues else {},
+            extra={
+                **({"num_turns": t.turns, **dialogues[i]} if dialogues else {}),
+                **({"images": list(images[i])} if images else {}),
+            },
         )
         for i, (t, text) in enumerate(zip(experience.batch, texts, strict=True))
     ]
@@ -315,8 +329,10 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
         changes["reward (held out)"] = Change(
             result.before.get("eval_reward"), result.after.get("eval_reward")
         )
+    most = f"pass@{resolved.num_generations_eval(config)}"
+    fewer = {name for name in result.before if "/pass@" in name and not name.endswith(f"/{most}")}
     for name in result.before:
-        if name.startswith("eval_rewards/") and not name.endswith("/std"):
+        if name.startswith("eval_rewards/") and not name.endswith("/std") and name not in fewer:
             label = name.removeprefix("eval_rewards/").removesuffix("/mean")
             changes[f"{label} (held out)"] = Change(result.before[name], result.after.get(name))
     return RunSummary(
@@ -359,10 +375,14 @@ def next_commands(config: TrainConfig, result: RunResult) -> dict[str, str]:
     commands = {}
     if result.status == "interrupted" and result.last_checkpoint is not None and not config.save_only_model:
         commands["resume"] = f"add to the same command: --resume_from_checkpoint {result.last_checkpoint}"
-    if config.train_type == "lora" and result.last_checkpoint is not None:
-        commands["merge the adapter"] = (
-            f"raytune-rl export --adapters {_show(result.last_checkpoint)} --merge_lora true"
-        )
+    if result.last_checkpoint is None:
+        return commands
+    made = _show(result.best_checkpoint or result.last_checkpoint)
+    adapter = config.train_type == "lora"
+    if not (isinstance(config, PreferenceConfig) and config.rlhf_type == "rm"):
+        commands["try it"] = f"raytune-rl infer {'--adapters' if adapter else '--model'} {made}"
+    if adapter:
+        commands["merge the adapter"] = f"raytune-rl export --adapters {made} --merge_lora true"
     return commands
 
 

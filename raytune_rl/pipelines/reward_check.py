@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from raytune_rl.data.example import Example
 from raytune_rl.data.load import load_examples
 from raytune_rl.errors import RewardError
 from raytune_rl.rewards.preflight import RewardNeeds
-from raytune_rl.rewards.sandbox import Sandbox
+from raytune_rl.rewards.sandbox import Sandbox, memory_limit_bytes
 from raytune_rl.rewards.types import Failure, TrainerState, with_completions
 from raytune_rl.tracking.text import number
 
@@ -56,7 +56,14 @@ def run(config: RewardCheckConfig, console: Console | None = None) -> tuple[Trie
         RaytuneError: The data cannot be read.
     """
     console = console or Console()
-    sandbox = Sandbox(config.reward_funcs, config.external_plugins, config.args(), config.reward_timeout)
+    limit = memory_limit_bytes(config.reward_memory_limit)
+    sandbox = Sandbox(
+        config.reward_funcs,
+        config.external_plugins,
+        config.args(),
+        config.reward_timeout,
+        memory_limit_bytes=limit,
+    )
     try:
         loaded = load_examples(
             config.dataset,
@@ -69,9 +76,9 @@ def run(config: RewardCheckConfig, console: Console | None = None) -> tuple[Trie
         examples = loaded.examples[: config.rows or None]
         names = list(dict.fromkeys(name for example in examples for name in example.extra))
         RewardNeeds(sandbox.names, sandbox.required).check([*names, "messages"])
-        count = _token_counter(config)
+        ids = _tokenizer(config)
         tried = tuple(
-            _score(sandbox, kind, texts, examples, names, count)
+            _score(sandbox, kind, texts, examples, names, ids)
             for kind, texts in _completions(examples).items()
         )
     finally:
@@ -91,13 +98,13 @@ def _completions(examples: Sequence[Example]) -> dict[str, list[str]]:
     return {**kinds, "empty": [""] * len(examples)}
 
 
-def _token_counter(config: RewardCheckConfig) -> Callable[[str], int]:
+def _tokenizer(config: RewardCheckConfig) -> Callable[[str], list[int]]:
     if config.model is None:
-        return lambda text: -(-len(text.encode()) // 4)
+        return lambda text: [0] * -(-len(text.encode()) // 4)
     from raytune_rl.models.load import load_tokenizer, resolve_path
 
     tokenizer: Any = load_tokenizer(resolve_path(config.model, use_hf=config.use_hf))
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
 def _score(
@@ -106,14 +113,14 @@ def _score(
     texts: Sequence[str],
     examples: Sequence[Example],
     names: Sequence[str],
-    count: Callable[[str], int],
+    ids: Callable[[str], list[int]],
 ) -> Tried:
     values, failures = [], []
     seconds = np.zeros(len(sandbox.names))
     for start in range(0, len(texts), CHUNK):
         rows = range(start, min(start + CHUNK, len(texts)))
         part = [texts[row] for row in rows]
-        scores = sandbox.score(part, _columns(part, rows, examples, names, count))
+        scores = sandbox.score(part, _columns(part, rows, examples, names, ids))
         values.append(scores.values)
         failures += [Failure(start + f.row, f.function, f.kind, f.message) for f in scores.failures]
         seconds += scores.seconds
@@ -125,8 +132,9 @@ def _columns(
     rows: Sequence[int],
     examples: Sequence[Example],
     names: Sequence[str],
-    count: Callable[[str], int],
+    ids: Callable[[str], list[int]],
 ) -> dict[str, Any]:
+    tokens = [ids(text) for text in texts]
     return {
         **{name: [examples[row].extra.get(name) for row in rows] for name in names},
         "messages": with_completions(
@@ -136,7 +144,10 @@ def _columns(
         "request_id": [f"{row}-0" for row in rows],
         "finish_reason": ["stop"] * len(rows),
         "is_truncated": [False] * len(rows),
-        "completion_tokens": [count(text) for text in texts],
+        "completion_tokens": [len(row) for row in tokens],
+        "response_token_ids": tokens,
+        "num_turns": [1] * len(rows),
+        "rollout_infos": [{} for _ in rows],
         "trainer_state": TrainerState(0, 1),
     }
 
@@ -152,14 +163,22 @@ def _show(
 ) -> None:
     bad_rows = f", {number(bad)} bad rows left out" if bad else ""
     console.print(f"{number(len(examples))} of {number(there)} rows of {' '.join(config.dataset)}{bad_rows}")
-    if config.model is None and any("completion_tokens" in r for r in sandbox.required):
+    wanted = {column for required in sandbox.required for column in required}
+    if config.model is None and wanted & {"completion_tokens", "response_token_ids"}:
         console.print(Text("Note: without --model a token is taken for four bytes", style="yellow"))
     weights = config.reward_weights or (1.0,) * len(sandbox.names)
     for found in tried:
-        table = Table(box=box.SIMPLE_HEAD, title=f"Completion: {found.kind}", title_justify="left")
-        for heading in ("reward", "mean", "lowest", "highest", "values", "none", "failed", "ms each"):
-            justify = "left" if heading in ("reward", "values") else "right"
-            table.add_column(heading, justify=justify, no_wrap=heading != "values")  # type: ignore[arg-type]
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
+            title=f"Completion: {found.kind}",
+            title_justify="left",
+        )
+        for heading in ("reward", "mean", "low", "high", "values", "none", "failed", "ms"):
+            text, narrow = heading in ("reward", "values"), heading != "values"
+            justify: Literal["left", "right"] = "left" if text else "right"
+            table.add_column(heading, justify=justify, no_wrap=narrow, min_width=None if narrow else 16)
         for column, name in enumerate(sandbox.names):
             failed = sum(f.function == name for f in found.failures)
             spent = 1000 * found.seconds[column] / max(len(examples), 1)

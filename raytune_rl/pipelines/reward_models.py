@@ -44,6 +44,8 @@ class RewardModelGroup:
                     [trajectories[i].text.row for i in share],
                     [prompts.extra],
                     [trajectories[i].prompt for i in share],
+                    None if (held := trajectories[share[0]].dialogue) is None else [held.ref],
+                    state,
                     what=f"scoring {len(share)} completions",
                 )
                 pending.append(call)

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from raytune_rl.data.pictures import ROW_COLUMN
+from raytune_rl.data.pictures import ROW_COLUMN, pictures_of
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import RaytuneError
 from raytune_rl.pipelines.data import PromptSet
@@ -242,6 +242,8 @@ class RewardGroup:
                     [t.prompt for t in mine],
                     reward_columns(mine, state),
                     [mine[0].dialogue.ref] if mine[0].dialogue is not None else None,
+                    [mine[0].data.ref],
+                    [mine[0].pictures.ref] if mine[0].pictures is not None else None,
                     what=f"scoring {len(mine)} completions",
                 )
                 pending.append(call)
@@ -282,6 +284,16 @@ def read_texts(trajectories: Sequence[Trajectory], timeout_s: float) -> list[str
 def read_dialogues(trajectories: Sequence[Trajectory], timeout_s: float) -> list[dict[str, Any]]:
     """The messages of all turns, and what the scheduler said about them, for the log; empty for one turn."""
     return _read([t.dialogue for t in trajectories if t.dialogue is not None], timeout_s)
+
+
+def read_image_names(trajectories: Sequence[Trajectory], timeout_s: float) -> list[list[str]]:
+    """Paths of the pictures of each one's prompt, or digests of their bytes, for the log; empty where no
+    prompt has any."""
+    places = [t.pictures for t in trajectories if t.pictures is not None]
+    if not places:
+        return []
+    columns = fetch(Pending(places[0].ref, "the object store", "reading names of pictures", timeout_s))
+    return [[p.path or f"{p.digest:016x}" for p in pictures_of(columns, place.row)] for place in places]
 
 
 def _read(places: Sequence[RowPointer], timeout_s: float) -> list[Any]:

@@ -59,13 +59,17 @@ class MathAccuracy(ORM):
         self._score(r"\boxed{1}", "1")  # compiles the patterns now and not within the first sample's time
 
     def __call__(
-        self, completions: list[str], solution: list[str | None], **kwargs: Any
+        self, completions: list[str], solution: list[str | float | None], **kwargs: Any
     ) -> list[float | Unscored]:
         return [self._guarded(text, gold) for text, gold in zip(completions, solution, strict=True)]
 
-    def _guarded(self, text: str, gold: str | None) -> float | Unscored:
+    def _guarded(self, text: str, gold: str | float | None) -> float | Unscored:
         if gold is None:
             return Unscored("the row has no `solution`")
+        if isinstance(gold, (int, float)) and not isinstance(gold, bool):
+            gold = str(gold)  # JSON has numbers
+        if not isinstance(gold, str):
+            return Unscored(f"the `solution` is a {type(gold).__name__}, not a text or a number")
         try:
             with _cpu_limit(SAMPLE_CPU_LIMIT_S):
                 return self._score(text, gold)

@@ -41,7 +41,7 @@ class CosineReward(ORM):
     def __call__(
         self,
         completions: list[str],
-        solution: list[str | None],
+        solution: list[str | float | None],
         completion_tokens: list[int],
         **kwargs: Any,
     ) -> list[float | Unscored]:

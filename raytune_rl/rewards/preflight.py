@@ -45,13 +45,18 @@ class RewardNeeds:
                 )
 
 
-def preflight(names: Sequence[str], plugin_files: Sequence[str], config: dict[str, Any]) -> RewardNeeds:
+def preflight(
+    names: Sequence[str],
+    plugin_files: Sequence[str],
+    config: dict[str, Any],
+    memory_limit_bytes: int | None = None,
+) -> RewardNeeds:
     """Loads plugins and builds the functions in a child process, as the reward workers will.
 
     Raises:
         RewardError: A name is unknown, a plugin cannot be loaded, or a function cannot be made.
     """
-    sandbox = Sandbox(names, plugin_files, config, timeout_s=1.0)
+    sandbox = Sandbox(names, plugin_files, config, timeout_s=1.0, memory_limit_bytes=memory_limit_bytes)
     try:
         return RewardNeeds(sandbox.names, sandbox.required)
     finally:

@@ -39,7 +39,7 @@ class RepetitionPenalty(ORM):
         if total < 1:
             return 0.0
         distinct = len({tuple(found[start : start + self._n]) for start in range(total)})
-        return self._max_penalty * (1 - distinct / total)
+        return self._max_penalty * (1 - distinct / total) or 0.0  # not -0.0
 
 
 def words(text: str) -> list[str]:

@@ -250,6 +250,11 @@ class Sandbox:
         self._pool = self._new_pool()
 
 
+def memory_limit_bytes(gib: float) -> int | None:
+    """`--reward_memory_limit` in bytes; 0 is no limit."""
+    return int(gib * 2**30) or None
+
+
 def _how_it_died(exit_code: int) -> str:
     if exit_code < 0:
         name = signal.Signals(-exit_code).name

@@ -25,9 +25,11 @@ from raytune_rl.errors import RewardError
 from raytune_rl.multi_turn.scheduler import MultiTurnScheduler, Request, multi_turns
 from raytune_rl.rewards import registry
 from raytune_rl.rewards.base import ORM, AsyncORM
+from raytune_rl.rewards.judge import DefaultRMPlugin, GenRMPlugin, RequestConfig, rm_plugins
+from raytune_rl.rewards.judge_engine import JudgeEngine
 
 _BUILT_IN = tuple(registry.orms.values())
-_REGISTRIES = ("rm_plugins", "prms", "envs", "context_managers", "loss_map", "callbacks")
+_REGISTRIES = ("prms", "envs", "context_managers", "loss_map", "callbacks")
 
 
 def real_swift_installed() -> bool:
@@ -69,6 +71,12 @@ def _get_logger(*args: Any, **kwargs: Any) -> logging.Logger:
     return logging.getLogger("raytune_rl.plugin")
 
 
+def _to_device(inputs: Any, device: Any, **kwargs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return {name: _to_device(value, device) for name, value in inputs.items()}
+    return inputs.to(device) if hasattr(inputs, "to") else inputs
+
+
 class _Finder(MetaPathFinder, Loader):
     def __init__(self, others: dict[str, dict[str, Any]]) -> None:
         self._names: dict[str, Any] = {
@@ -78,6 +86,12 @@ class _Finder(MetaPathFinder, Loader):
             "multi_turns": multi_turns,
             "MultiTurnScheduler": MultiTurnScheduler,
             "RolloutInferRequest": Request,
+            "rm_plugins": rm_plugins,
+            "DefaultRMPlugin": DefaultRMPlugin,
+            "GenRMPlugin": GenRMPlugin,
+            "RequestConfig": RequestConfig,
+            **dict.fromkeys(("PtEngine", "TransformersEngine"), JudgeEngine),
+            "to_device": _to_device,
             **{entry.__name__: entry for entry in _BUILT_IN},
             "get_logger": _get_logger,
             **others,

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 RUN_COLUMNS = (
     "prompt_id", "request_id", "finish_reason", "is_truncated", "completion_tokens", "trainer_state",
-    "num_turns", "rollout_infos",
+    "num_turns", "rollout_infos", "response_token_ids",
 )  # fmt: skip
-"""What reward functions receive beside the data set's columns: names of ms-swift, and `completion_tokens`."""
+"""What reward functions receive beside the data set's columns: names of ms-swift, and `completion_tokens`.
+`response_token_ids` are the tokens that the model sampled, of all its turns. Rows with pictures have `images`
+too, see `workers.reward`."""
 
 FailureKind = Literal["exception", "timeout", "crash", "invalid"]
 

@@ -20,8 +20,13 @@ from raytune_rl.tracking.plots import file_name, read_scalars
 from raytune_rl.tracking.run_dir import RunDir
 
 MOST_COMPLETIONS = 4000
-"""Rows the page holds; of a longer run it has the best, the worst and the newest."""
-_FIRST = ("reward", "loss", "eval_reward", "eval_loss", "kl", "completions/mean_length")
+MOST_CHARACTERS = 12_000_000
+"""What the page holds; of a longer run, or of longer completions, the best, the worst and the newest."""
+_FIRST = (
+    "reward", "loss", "eval_reward", "eval_loss", "kl", "completions/mean_length", "reward_std", "grad_norm",
+    "token_acc",
+)  # fmt: skip
+_SHOWN = 6
 _TEMPLATE = "report.html.j2"
 
 
@@ -48,25 +53,30 @@ class Changed:
 
 def most_changed(rows: Sequence[Mapping[str, Any]], count: int = 20) -> list[Changed]:
     """Prompts that were sampled at two or more steps, by how much their mean reward changed, either way."""
-    by_prompt: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    by_prompt: dict[tuple[str, ...], dict[int, list[Mapping[str, Any]]]] = {}
     for row in rows:
         if _finite(row.get("reward")):
-            by_prompt.setdefault(str(row["prompt"]), {}).setdefault(int(row["step"]), []).append(row)
+            prompt = (str(row["prompt"]), *row.get("images", ()))  # the same question, of another picture
+            by_prompt.setdefault(prompt, {}).setdefault(int(row["step"]), []).append(row)
     found = []
     for prompt, steps in by_prompt.items():
         if len(steps) > 1:
             first, last = steps[min(steps)], steps[max(steps)]
-            found.append(Changed(prompt, _mean(first), _mean(last), _best(first), _best(last)))
+            found.append(Changed(prompt[0], _mean(first), _mean(last), _best(first), _best(last)))
     return sorted(found, key=lambda c: -abs(c.change))[:count]
 
 
-def keep(rows: Sequence[Mapping[str, Any]], most: int = MOST_COMPLETIONS) -> list[Mapping[str, Any]]:
+def keep(
+    rows: Sequence[Mapping[str, Any]], most: int = MOST_COMPLETIONS, characters: int = MOST_CHARACTERS
+) -> list[Mapping[str, Any]]:
     """All rows, or the third with the best rewards, that with the worst and that with the newest steps, in
-    their order; rows without a reward count as the worst.
+    their order; rows without a reward count as the worst. Rows of mean length then have about `characters`.
     """
+    written = sum(len(row["prompt"]) + len(row["completion"]) for row in rows)
+    most = min(most, characters * len(rows) // max(written, 1))
     if len(rows) <= most:
         return list(rows)
-    part = most // 3
+    part = max(most // 3, 1)
     ranked = sorted(range(len(rows)), key=lambda i: _worth(rows[i]))
     chosen = {*ranked[:part], *ranked[-part:], *range(len(rows) - part, len(rows))}
     return [rows[i] for i in sorted(chosen)]
@@ -77,7 +87,7 @@ def write_report(run_dir: RunDir, summary: Mapping[str, Any] | None = None) -> P
 
     Args:
         run_dir: The run; its pictures, log, settings and completions are read.
-        summary: Facts to stand on top, such as the status; None for none.
+        summary: Facts to stand on top, such as the status; None for those of the log's last line.
     """
     from jinja2 import Environment, PackageLoader, select_autoescape
 
@@ -96,9 +106,9 @@ def write_report(run_dir: RunDir, summary: Mapping[str, Any] | None = None) -> P
     ).get_template(_TEMPLATE)
     text = page.render(
         name=run_dir.path.name,
-        summary=dict(summary or {}),
-        main=curves[: len(_FIRST)],
-        others=curves[len(_FIRST) :],
+        summary=dict(_end_of(run_dir) if summary is None else summary),
+        main=curves[:_SHOWN],
+        others=curves[_SHOWN:],
         settings={key: json.dumps(value, ensure_ascii=False) for key, value in sorted(settings.items())},
         total=len(rows),
         shown=len(kept),
@@ -109,6 +119,12 @@ def write_report(run_dir: RunDir, summary: Mapping[str, Any] | None = None) -> P
     path = run_dir.path / "report.html"
     write_atomic(path, text)
     return path
+
+
+def _end_of(run_dir: RunDir) -> dict[str, Any]:
+    """Status and steps as a finished run has logged them; nothing of one that was cut off."""
+    ends = [row for row in read_jsonl(run_dir.logging_jsonl) if "status" in row]
+    return {"status": ends[-1]["status"], "steps": ends[-1].get("global_step")} if ends else {}
 
 
 def _picture(run_dir: RunDir, name: str) -> str | None:

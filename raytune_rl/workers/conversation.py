@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.data.chat import ChatTemplate
-from raytune_rl.data.turns import Continuation, follow_up, go_on
+from raytune_rl.data.example import Message
+from raytune_rl.data.turns import Continuation, as_returned, follow_up, go_on
+from raytune_rl.errors import RewardError
 from raytune_rl.multi_turn.scheduler import Answer, Choice, MultiTurnScheduler, Request
 
 HOOKS_AT_ONCE = 16
@@ -65,7 +67,20 @@ class Conversation:
         self.logprobs = np.concatenate([self.logprobs, spoken.logprobs])
         self.turns += 1
         self.finish_reason = spoken.finish_reason
-        self.request.messages.append({"role": "assistant", "content": spoken.text})
+        messages = self.request.messages
+        if messages and messages[-1].get("role") == "assistant":  # the same turn goes on
+            messages[-1] = {**messages[-1], "content": messages[-1]["content"] + spoken.text}
+        else:
+            messages.append({"role": "assistant", "content": spoken.text})
+
+    def untrain(self, positions: Sequence[int]) -> None:
+        """Takes tokens out of the training that the model did sample."""
+        if not positions:
+            return
+        entries = np.cumsum(self.trained)[list(positions)] - 1
+        self.logprobs = np.delete(self.logprobs, entries)
+        self.trained = self.trained.copy()
+        self.trained[list(positions)] = False
 
     def drop(self, count: int) -> None:
         """Takes back the last tokens of the model's turn."""
@@ -109,6 +124,30 @@ class Conversations:
         self._timeout_s = timeout_s
         self._hooks = ThreadPoolExecutor(HOOKS_AT_ONCE, thread_name_prefix="multi_turn")
 
+    def begin(self, requests: Sequence[Request]) -> list[NDArray[np.int32] | None]:
+        """Lets the scheduler prepare conversations. The prompt of each that it changed, int32 ids, else None.
+
+        Raises:
+            RewardError: The hook raised, or did not answer in time.
+            DataError: The chat template refuses what it made of the messages.
+        """
+        before = [copy.deepcopy(request.messages) for request in requests]
+        try:
+            self._ask([(None, lambda: _result(self._scheduler.on_trajectory_start(list(requests))))])
+        except Exception as error:
+            raise RewardError(
+                f"--multi_turn_scheduler: on_trajectory_start: {type(error).__name__}: {error}"
+            ) from error
+        return [
+            None if request.messages == old else self._prompt(request.messages)
+            for request, old in zip(requests, before, strict=True)
+        ]
+
+    def _prompt(self, messages: Sequence[dict[str, Any]]) -> NDArray[np.int32]:
+        turns = [Message(turn["role"], turn["content"]) for turn in messages]
+        text = self._chat.render(turns, generation_prompt=True)
+        return np.asarray(self._chat.tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+
     def hold(self, speak: Speak, requests: Sequence[Request], max_tokens: int) -> list[Conversation]:
         """Runs all conversations, a turn of each at a time.
 
@@ -118,7 +157,6 @@ class Conversations:
             max_tokens: Most tokens behind a prompt, the environment's included.
         """
         held = [Conversation(request) for request in requests]
-        self._ask([(None, lambda: self._scheduler.on_trajectory_start(list(requests)))])
         alive, turn = list(range(len(held))), 1
         while alive:
             said = [held[i].tokens for i in alive]
@@ -137,25 +175,40 @@ class Conversations:
 
     def _decision(self, one: Conversation, spoken: Turn, turn: int) -> Callable[[], Continuation | None]:
         """What a thread does for one conversation: asks the hooks, and tells how it goes on, or None."""
-        choice = Choice(Answer(spoken.text), spoken.tokens.tolist(), spoken.finish_reason)
-        request = one.request
+        logprobs = {"content": [{"logprob": value} for value in spoken.logprobs.tolist()]}
+        choice = Choice(Answer(spoken.text), spoken.tokens.tolist(), spoken.finish_reason, logprobs)
+        request, scheduler = one.request, self._scheduler
+        sampled = spoken.tokens.tolist()  # schedulers extend the list that they are shown
 
         def decide() -> Continuation | None:
-            if _result(self._scheduler.check_finished(request, choice, turn)):
+            told = _result(scheduler.on_turn_end(request, choice, turn)) or {}
+            request.rollout_infos.update(told.get("rollout_infos") or {})
+            finished = bool(_result(scheduler.check_finished(request, choice, turn)))
+            most = scheduler.max_turns
+            if told.get("done", finished) or (most is not None and turn >= most):
                 return None
-            before = len(request.messages)
-            answer = _result(self._scheduler.step(request, choice, turn)) or {}
+            before, said = len(request.messages), request.messages[-1]["content"]
+            answer = _answer(_result(scheduler.step(request, choice, turn)))
             changed = answer.get("infer_request", request)
             request.messages = list(changed.messages)
             request.rollout_infos.update(answer.get("rollout_infos") or {})
             new, content = request.messages[before:], request.messages[before - 1]["content"]
-            if new and content != spoken.text:
+            ids, mask = answer.get("response_token_ids"), answer.get("response_loss_mask")
+            if mask and not ids:
+                raise ValueError("step() returned response_loss_mask without response_token_ids")
+            if ids:
+                return as_returned(self._chat, sampled, ids, mask or None, new, self._stops)
+            if new and content != said:
                 raise ValueError("step() both changed the model's answer and added messages to it")
             if new:
-                return follow_up(self._chat, choice.token_ids, new)
-            if content == spoken.text:
+                return follow_up(self._chat, sampled, new)
+            if content == said:
                 raise ValueError("step() neither added a message nor changed the model's answer")
-            return go_on(self._chat.tokenizer, choice.token_ids, self._stops, spoken.text, content)
+            earlier = said[: len(said) - len(spoken.text)]  # of a turn that already went on once
+            if not content.startswith(earlier):
+                raise ValueError("step() changed what was said before the model's last words")
+            own = content[len(earlier) :]
+            return go_on(self._chat.tokenizer, sampled, self._stops, spoken.text, own)
 
         return decide
 
@@ -199,8 +252,26 @@ def _go_on(one: Conversation, spoken: Turn, decision: Continuation, max_tokens: 
         one.finish_reason = "length"
         return False
     one.drop(dropped)
+    start = len(one.tokens) - decision.kept
+    one.untrain([start + position for position in decision.untrained])
     one.add_from_others(decision.added)
     return True
+
+
+_RETURNED = {
+    "infer_request", "rollout_infos", "response_token_ids", "response_loss_mask", "rollout_logprobs",
+}  # fmt: skip
+
+
+def _answer(returned: Any) -> Mapping[str, Any]:
+    """What step() returned, as a mapping; earlier versions of ms-swift return the request itself."""
+    if returned is None:
+        return {}
+    if not isinstance(returned, Mapping):
+        return {"infer_request": returned}
+    if unknown := sorted(returned.keys() - _RETURNED):
+        raise ValueError(f"step() returned {', '.join(unknown)}, which has no effect here")
+    return returned
 
 
 def _result(value: Any) -> Any:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from raytune_rl.data.pictures import Picture, pictures_of
+from raytune_rl.data.ragged import Columns
 from raytune_rl.errors import DeadlineExceededError, RewardError
 from raytune_rl.rewards.sandbox import Sandbox
 from raytune_rl.rewards.types import RewardBatch, Scores, take_rows, with_completions
@@ -53,6 +55,8 @@ class RewardWorker:
         column_rows: Sequence[int],
         extra: dict[str, Any],
         dialogues_ref: Any = None,
+        tokens_ref: Any = None,
+        pictures_ref: Any = None,
     ) -> Scores:
         """Scores the completions `rows`.
 
@@ -68,6 +72,10 @@ class RewardWorker:
                 values for all of them (`trainer_state`, a `TrainerState`).
             dialogues_ref: Of conversations of several turns, in the same three ways: `{"messages",
                 "rollout_infos"}` each, in the order of the completions. Rewards see both columns.
+            tokens_ref: {"tokens", "loss_mask"} of the completions, in the same three ways. Rewards see
+                "response_token_ids", what the model sampled.
+            pictures_ref: Columns of `data.pictures`, one entry a prompt. Rewards see "images", of each
+                completion a list of {"path", "bytes"}, one of which is None.
 
         Returns:
             The scores, row `i` of them for `rows[i]`.
@@ -95,6 +103,15 @@ class RewardWorker:
                 selected[name] = [dialogues[row][name] for row in rows]
         elif "messages" in selected:
             selected["messages"] = with_completions(selected["messages"], chosen)
+        if dialogues_ref is None:
+            selected["rollout_infos"] = [{} for _ in rows]
+        if tokens_ref is not None:
+            made: Columns = _fetch(tokens_ref, "tokens")
+            ids, sampled = made["tokens"], made["loss_mask"]
+            selected["response_token_ids"] = [ids[row][sampled[row]].tolist() for row in rows]
+        if pictures_ref is not None:
+            shown: Columns = _fetch(pictures_ref, "pictures")
+            selected["images"] = [[_image(p) for p in pictures_of(shown, row)] for row in column_rows]
         batch = RewardBatch(chosen, {**selected, **extra})
         return self._sandbox.score(batch.texts, batch.columns)
 
@@ -113,6 +130,11 @@ class RewardWorker:
     def close(self) -> None:
         """Ends the child processes."""
         self._sandbox.close()
+
+
+def _image(picture: Picture) -> dict[str, Any]:
+    data = None if picture.data is None else bytes(picture.data)
+    return {"path": picture.path, "bytes": data}
 
 
 def _fetch(value: Any, what: str) -> Any:

@@ -1,4 +1,5 @@
-"""The reward model worker: scores completions with classifiers of one output. Stateless.
+"""The reward model worker: scores completions with classifiers of one output, or by what a language model
+says of them. Stateless.
 
 A completion is judged as the last turn of its conversation, written with the reward model's own chat template
 and tokenized with its own tokenizer: exactly as the rows that it was trained on.
@@ -8,22 +9,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
 from raytune_rl.errors import ConfigError, ModelError
-from raytune_rl.rewards.types import Failure, Scores
+from raytune_rl.rewards.plugins import load_plugins
+from raytune_rl.rewards.types import Failure, Scores, TrainerState
 from raytune_rl.workers import scoring
 from raytune_rl.workers.scoring import ModelSpec
 
-if TYPE_CHECKING:
-    from raytune_rl.data.example import Example
+DEFAULT = "default"
+"""The plugin that takes a classifier's score of the whole conversation."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,16 @@ class RewardModelSpec:
         labels: A name for each, for metrics.
         max_tokens: Token budget of a pass.
         timeout_s: Deadline for reading texts from the object store, seconds.
+        plugins: How each model is asked, by registered name; empty: as "default".
+        plugin_files: Files that may register further ones.
     """
 
     models: tuple[ModelSpec, ...]
     labels: tuple[str, ...]
     max_tokens: int
     timeout_s: float
+    plugins: tuple[str, ...] = ()
+    plugin_files: tuple[str, ...] = ()
 
 
 class RewardModelWorker:
@@ -48,11 +54,20 @@ class RewardModelWorker:
 
     Raises:
         ModelError: One cannot be loaded, or is not a reward model: it has no head that gives one score.
+        RewardError: A plugin cannot be loaded.
     """
 
     def __init__(self, spec: RewardModelSpec) -> None:
         self._spec = spec
-        self._models = [_Classifier(model, spec.max_tokens) for model in spec.models]
+        plugins = spec.plugins or (DEFAULT,) * len(spec.models)
+        if any(plugin != DEFAULT for plugin in plugins):
+            load_plugins(spec.plugin_files)
+        self._models: list[_Classifier | _Judged] = [
+            _Classifier(model, spec.max_tokens)
+            if plugin == DEFAULT
+            else _Judged(model, plugin, spec.max_tokens)
+            for model, plugin in zip(spec.models, plugins, strict=True)
+        ]
 
     def ping(self) -> tuple[str, ...]:
         """Proves that the models are loaded; what there is to say of them."""
@@ -64,36 +79,40 @@ class RewardModelWorker:
         rows: Sequence[int],
         columns: Sequence[Any],
         column_rows: Sequence[int],
+        dialogues: Sequence[Any] | None = None,
+        state: TrainerState | None = None,
     ) -> Scores:
         """Scores the completions `rows`.
 
         Args:
             texts: `[ObjectRef]` of the completions, list of str.
             rows: Which of them to score, in this order.
-            columns: `[ObjectRef]` of the prompts' columns; "messages" is read, and "tools" if it is there.
+            columns: `[ObjectRef]` of the prompts' columns; "messages" is read, and "tools" if it is there. A
+                plugin sees them all.
             column_rows: For each entry of `rows`, the prompt it belongs to.
+            dialogues: Of conversations of several turns, `[ObjectRef]` of their messages.
+            state: How far the run has come, for plugins.
 
         Returns:
             The scores, row `i` of them for `rows[i]`; NaN, and a failure with the reason, where a model
             cannot read the conversation.
         """
-        from raytune_rl.data.example import Example, Message
-
-        completions, prompts = ray.get([texts[0], columns[0]], timeout=self._spec.timeout_s)
-        examples = []
+        refs = [texts[0], columns[0], *(dialogues or ())]
+        completions, prompts, *held = ray.get(refs, timeout=self._spec.timeout_s)
+        conversations: list[dict[str, Any]] = []
         for row, prompt in zip(rows, column_rows, strict=True):
-            turns = (*prompts["messages"][prompt], {"role": "assistant", "content": completions[row]})
-            plain = tuple(Message(turn["role"], turn["content"]) for turn in turns)
-            tools = prompts["tools"][prompt] if "tools" in prompts else ()
-            examples.append(Example(plain, tools=tuple(tools or ())))
-        return self.judge(examples)
+            told = {name: column[prompt] for name, column in prompts.items()}
+            answer = {"role": "assistant", "content": completions[row]}
+            turns = held[0][row]["messages"] if held else [*told["messages"], answer]
+            conversations.append({**told, "messages": turns})
+        return self.judge(conversations, state)
 
-    def judge(self, examples: Sequence[Example]) -> Scores:
-        """Scores conversations that end with the assistant."""
+    def judge(self, conversations: Sequence[Mapping[str, Any]], state: TrainerState | None = None) -> Scores:
+        """Scores conversations that end with the assistant: "messages", and what else the row has."""
         values, failures, seconds = [], [], []
         for name, label, model in zip(self._names(), self._spec.labels, self._models, strict=True):
             started = time.perf_counter()
-            found, reasons = model.score(examples)
+            found, reasons = model.score(conversations, state)
             values.append(found)
             failures += [Failure(row, label, "invalid", f"{name}: {why}") for row, why in reasons.items()]
             seconds.append(time.perf_counter() - started)
@@ -120,7 +139,7 @@ class _Classifier:
         from raytune_rl.models.settings import TunerSettings
         from raytune_rl.models.tuner import apply_tuner
 
-        name, spec = spec.path, with_base(spec)
+        name, spec = spec.path, with_base(local(spec))
         loaded = scoring.load(spec, "scores")
         model: Any = loaded.model
         self.notices = loaded.notices
@@ -135,15 +154,25 @@ class _Classifier:
         self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._max_tokens = max_tokens
 
-    def score(self, examples: Sequence[Example]) -> tuple[NDArray[np.float64], dict[int, str]]:
+    def score(
+        self, conversations: Sequence[Mapping[str, Any]], state: TrainerState | None = None
+    ) -> tuple[NDArray[np.float64], dict[int, str]]:
         """Scores, float64 `[n]`, and why a row has none."""
         import torch
 
         from raytune_rl.data.collate import collate
         from raytune_rl.data.encode_rows import Failure as Unreadable
         from raytune_rl.data.encode_rows import encode_chunk
+        from raytune_rl.data.example import Example, Message
         from raytune_rl.data.microbatch import plan_micro_batches
 
+        examples = [
+            Example(
+                tuple(Message(turn["role"], turn["content"]) for turn in one["messages"]),
+                tools=tuple(one.get("tools") or ()),
+            )
+            for one in conversations
+        ]
         values = np.full(len(examples), np.nan)
         reasons: dict[int, str] = {}
         tokens: dict[int, NDArray] = {}
@@ -167,8 +196,44 @@ class _Classifier:
         return values, reasons
 
 
-def with_base(spec: ModelSpec) -> ModelSpec:
-    """The spec of an adapter's base with the adapter on it, which brings a head; any other spec as it is.
+class _Judged:
+    """One model with the plugin that asks it."""
+
+    def __init__(self, spec: ModelSpec, plugin: str, max_tokens: int) -> None:
+        from raytune_rl.models.load import load_tokenizer
+        from raytune_rl.models.settings import TunerSettings
+        from raytune_rl.models.tuner import apply_tuner
+        from raytune_rl.workers.judge import Judge, is_classifier
+
+        spec = local(spec)
+        scalar = is_classifier(spec.path)
+        spec = with_base(spec, scores=scalar)
+        loaded = scoring.load(spec, "scores" if scalar else "logprobs")
+        model: Any = loaded.model
+        if spec.adapters:
+            model = apply_tuner(model, TunerSettings(lora_dropout=0.0), spec.adapters).model
+        self.notices = loaded.notices
+        home = spec.adapters[0] if spec.adapters and _has_tokenizer(spec.adapters[0]) else loaded.path
+        tokenizer = load_tokenizer(home, trust_remote_code=spec.trust_remote_code)
+        self._judge = Judge(plugin, model.eval().requires_grad_(False), tokenizer, max_tokens)
+
+    def score(
+        self, conversations: Sequence[Mapping[str, Any]], state: TrainerState | None = None
+    ) -> tuple[NDArray[np.float64], dict[int, str]]:
+        """Scores, float64 `[n]`, and why a row has none."""
+        return self._judge.score([dict(one) for one in conversations], state)
+
+
+def local(spec: ModelSpec) -> ModelSpec:
+    """The spec with a folder on this machine, where it named a hub's model or adapter."""
+    from raytune_rl.models.hub import resolve_path
+
+    return replace(spec, path=resolve_path(spec.path, use_hf=spec.use_hf))
+
+
+def with_base(spec: ModelSpec, *, scores: bool = True) -> ModelSpec:
+    """The spec of an adapter's base with the adapter on it, which brings a head if it `scores`; any other
+    spec as it is.
 
     Raises:
         ConfigError: The adapter does not name its base.
@@ -178,7 +243,7 @@ def with_base(spec: ModelSpec) -> ModelSpec:
     if not file.is_file():
         return spec
     adapter = json.loads(file.read_text(encoding="utf-8"))
-    if adapter.get("task_type") != "SEQ_CLS":
+    if scores and adapter.get("task_type") != "SEQ_CLS":
         raise _no_reward_model(spec.path)
     base = adapter.get("base_model_name_or_path")
     if not base:
@@ -189,7 +254,7 @@ def with_base(spec: ModelSpec) -> ModelSpec:
 def _no_reward_model(path: str) -> ModelError:
     return ModelError(
         f"'{path}' is not a reward model: it has no head that gives one score. Train one with "
-        "raytune-rl rlhf --rlhf_type rm"
+        "raytune-rl rlhf --rlhf_type rm, or ask a language model with --reward_model_plugin genrm"
     )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raytune_rl.data.example import Message
 from raytune_rl.data.pictures import Picture, pictures_of
 from raytune_rl.data.ragged import Columns, Ragged
-from raytune_rl.errors import StaleWeightsError
+from raytune_rl.errors import DataError, StaleWeightsError
 from raytune_rl.multi_turn.scheduler import Request
 from raytune_rl.workers.conversation import Conversation, Conversations
 
@@ -221,8 +221,9 @@ class RolloutWorker:
         from raytune_rl.rewards.plugins import load_plugins
 
         load_plugins(spec.plugin_files)
-        scheduler = make_scheduler(spec.scheduler, spec.max_turns)
-        return Conversations(scheduler, ChatTemplate.of(self._engine.tokenizer), spec.timeout_s)
+        tokenizer = self._engine.tokenizer
+        scheduler = make_scheduler(spec.scheduler, spec.max_turns, tokenizer)
+        return Conversations(scheduler, ChatTemplate.of(tokenizer), spec.timeout_s)
 
     def ping(self) -> dict[str, Any]:
         """Proves that the engine is up; tells the version it serves (None: none acknowledged yet)."""
@@ -282,13 +283,14 @@ class RolloutWorker:
             )
         asked = [Asked(r, sample, seed) for r in requests for sample, seed in enumerate(r.seeds)]
         inputs = {r.row: read_prompt(prompts, r.row) for r in requests}
-        held = self._hold(asked, [inputs[a.request.row] for a in asked], sampling, extra or {})
+        prompts_of = [inputs[a.request.row] for a in asked]
+        held = self._hold(asked, prompts_of, sampling, extra or {})
         metas = [
             CompletionMeta(
                 prompt_id=a.request.prompt_id,
                 sample=a.sample,
                 row=row,
-                prompt_tokens=len(inputs[a.request.row].tokens),
+                prompt_tokens=len(prompts_of[row].tokens),
                 completion_tokens=one.sampled,
                 finish_reason=one.finish_reason,
                 version=version,
@@ -298,7 +300,7 @@ class RolloutWorker:
             )
             for row, (a, one) in enumerate(zip(asked, held, strict=True))
         ]
-        ids = [inputs[a.request.row].tokens for a in asked]
+        ids = [prompt.tokens for prompt in prompts_of]
         columns: Columns = {
             "tokens": Ragged.from_rows(
                 [np.concatenate([p, one.tokens]) for p, one in zip(ids, held, strict=True)], np.int32
@@ -319,11 +321,13 @@ class RolloutWorker:
     def _hold(
         self,
         asked: Sequence[Asked],
-        prompts: Sequence[EnginePrompt],
+        prompts: list[EnginePrompt],
         sampling: Sampling,
         extra: Mapping[str, Sequence[Any]],
     ) -> list[Conversation]:
-        """One turn of the model for each prompt, or a conversation."""
+        """One turn of the model for each prompt, or a conversation; a prompt that the scheduler changes takes
+        its place among `prompts`.
+        """
 
         def speak(
             which: Sequence[int], said: Sequence[NDArray[np.int32]], limits: Sequence[int], turn: int
@@ -333,6 +337,9 @@ class RolloutWorker:
 
         if self._conversations is not None:
             requests = [a.conversation(extra) for a in asked]
+            for number, changed in enumerate(self._conversations.begin(requests)):
+                if changed is not None:
+                    prompts[number] = self._fitting(prompts[number], changed, sampling.max_tokens)
             return self._conversations.hold(speak, requests, sampling.max_tokens)
         held = [Conversation(Request([])) for _ in asked]
         everything = range(len(asked))
@@ -341,6 +348,17 @@ class RolloutWorker:
         for one, spoken in zip(held, turns, strict=True):
             one.add(spoken)
         return held
+
+    def _fitting(self, prompt: EnginePrompt, changed: NDArray[np.int32], more: int) -> EnginePrompt:
+        longest = self._engine.max_model_len
+        if prompt.pictures:
+            raise DataError("--multi_turn_scheduler changed a prompt with pictures, which only texts can be")
+        if len(changed) + more > longest:
+            raise DataError(
+                f"--multi_turn_scheduler made a prompt of {len(changed)} tokens. With {more} for the answer "
+                f"it does not fit the {longest} that the engine takes: raise --vllm_max_model_len"
+            )
+        return EnginePrompt(changed, changed)
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,11 @@ class VllmEngine:
         self._engine.wake_up()
 
     @property
+    def max_model_len(self) -> int:
+        """Longest prompt and completion together, tokens."""
+        return self._spec.max_model_len
+
+    @property
     def tokenizer(self) -> Any:
         """The model's."""
         return self._engine.get_tokenizer()

@@ -19,6 +19,20 @@ from tests.cluster.test_online import GAP, PLUGIN, steps
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 
+# Rewards see each completion's pictures and the tokens that were sampled.
+SEES = """
+
+class Sees(ORM):
+    def __call__(self, completions, images, response_token_ids, completion_tokens, **kwargs):
+        assert [len(ids) for ids in response_token_ids] == completion_tokens
+        for row in images:
+            assert all(bool(image["path"]) != bool(image["bytes"]) for image in row)
+        return [float(len(row)) for row in images]
+
+orms["sees"] = Sees
+"""
+
+
 def mixed_rows(directory: Path) -> Path:
     """Prompts with one picture and no tag, with two and their tags, and with none."""
     shapes = [json.loads(line) for line in write_shapes(directory, train=16).rl.read_text().splitlines()]
@@ -36,12 +50,13 @@ def mixed_rows(directory: Path) -> Path:
 
 
 def config(root: Path, **settings: object) -> RLHFConfig:
-    (root / "plugin.py").write_text(PLUGIN)
+    (root / "plugin.py").write_text(PLUGIN + SEES)
     small = {
         "model": str(make_tiny_vision_model(root / "model")),
         "dataset": f"{mixed_rows(root / 'data')}#4",
         "dataset_shuffle": False,
-        "reward_funcs": ["digits"],
+        "reward_funcs": ["digits", "sees"],
+        "reward_weights": [1.0, 0.0],
         "external_plugins": [str(root / "plugin.py")],
         "train_type": "full",
         "freeze_vit": False,
@@ -73,6 +88,12 @@ def test_mixed_prompts_are_sampled_and_trained_on_alike(cluster: None, tmp_path:
     assert max(line[GAP] for line in told.values()) < 1e-4
     assert max(line["grad_norm"] for line in told.values()) > 0
     assert told[6]["kl"] > 0
+    rows = [json.loads(line) for line in (result.run_dir / "completions.jsonl").read_text().splitlines()]
+    assert [len(row["images"]) for row in rows] == [row["rewards"]["Sees"] for row in rows]
+    assert {len(row["images"]) for row in rows} == {0, 1, 2}
+    assert len({name for row in rows for name in row["images"]}) == 3, (
+        "a picture is named the same everywhere"
+    )
 
     before = load_file(tmp_path / "model" / "model.safetensors")
     after = load_file(result.last_checkpoint / "model.safetensors")

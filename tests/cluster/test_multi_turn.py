@@ -20,6 +20,14 @@ from swift.plugin import ORM, orms
 from swift.plugin.multi_turn import MultiTurnScheduler, multi_turns
 
 class Echo(MultiTurnScheduler):
+    async def on_trajectory_start(self, requests):
+        for request in requests:
+            if request.uuid.endswith("-2"):
+                request.messages[-1]["content"] = "please, " + request.messages[-1]["content"]
+
+    def on_turn_end(self, infer_request, response_choice, current_turn):
+        return {"rollout_infos": {"turns": current_turn}}
+
     def step(self, infer_request, response_choice, current_turn):
         if infer_request.uuid == "0-1":
             raise OSError("the tool is broken")
@@ -35,6 +43,7 @@ class Calls(ORM):
             assert turns[-1]["content"] == said
             assert sum(m["role"] == "assistant" for m in turns) == tried
             assert all(m["content"] == f"it is {gold}" for m in turns if m["role"] == "tool")
+        assert [info["turns"] for info in rollout_infos] == num_turns
         return [info.get("calls", 0) + len(said) / 64 for info, said in zip(rollout_infos, completions)]
 
 orms["calls"] = Calls
@@ -54,6 +63,7 @@ def config(tiny: Tiny, output: Path, scheduler: str) -> RLHFConfig:
         num_generations=4,
         per_device_train_batch_size=8,
         max_completion_length=96,
+        vllm_max_model_len=160,
         stop_words=tuple("aeiot"),
         learning_rate=3e-3,
         max_steps=2,
@@ -77,6 +87,8 @@ def test_only_sampled_tokens_are_trained_on_and_both_sides_agree_on_them(
         assert line["num_turns"] > 1.5
         assert line["scheduler_failures"] == 1
     assert {row["num_turns"] for row in rows} >= {1, 3}
+    asked = [row["messages"][0]["content"] for row in rows]
+    assert sum(text.startswith("please, ") for text in asked) == len(rows) / 4
     for row in rows:
         said = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
         assert row["completion"] == said[-1]

@@ -130,14 +130,36 @@ def test_resume_is_exact(finished: Any) -> None:
             assert again[step][name] == whole[step][name], (step, name)
 
 
-def test_grpo_may_have_a_reward_model_alone(
+JUDGE = """
+from swift.plugin import GenRMPlugin, rm_plugins
+from swift.llm import RequestConfig
+
+class Graded(GenRMPlugin):
+    request_config = RequestConfig(max_tokens=8)
+
+    def prepare_rm_inputs(self, inputs):
+        assert all(one["messages"][-1]["role"] == "assistant" and one["solution"] for one in inputs)
+        return [{"messages": one["messages"] + [{"role": "user", "content": "?"}]} for one in inputs]
+
+    def compute_rewards(self, results):
+        return [len(result.choices[0].message.content) for result in results]
+
+rm_plugins["graded"] = Graded
+"""
+
+
+def test_grpo_may_have_reward_models_alone_a_classifier_and_one_that_speaks(
     cluster: None, tiny: Tiny, reward_model: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "judge.py").write_text(JUDGE)
     result = online.run(
         RLHFConfig(
             model=str(tiny.untied),
             dataset=str(tiny.data.train),
-            reward_model=[str(reward_model)],
+            reward_model=[str(reward_model), str(tiny.tied)],
+            reward_model_plugin=["default", "graded"],
+            reward_weights=[1.0, 0.25],
+            external_plugins=[str(tmp_path / "judge.py")],
             train_type="full",
             num_generations=4,
             per_device_train_batch_size=8,
@@ -148,7 +170,9 @@ def test_grpo_may_have_a_reward_model_alone(
         )
     )
     line = steps(result)[1]
-    assert line["reward"] == line["rewards/RewardModel/mean"]
+    classified, graded = line["rewards/RewardModel1/mean"], line["rewards/RewardModel2/mean"]
+    assert line["reward"] == pytest.approx(classified + 0.25 * graded)
+    assert graded > 0
     assert line["reward_std"] > 0
     assert line["grad_norm"] > 0
     assert line["reward_failures"] == 0

@@ -91,5 +91,8 @@ def test_reward_models_count_as_rewards() -> None:
         RLHFConfig(**GIVEN, **models, reward_weights=[1, 1])
     with pytest.raises(ConfigError, match="--reward_model_plugin has 1 values for 2"):
         RLHFConfig(**GIVEN, **models, reward_model_plugin=["default"])
-    with pytest.raises(ConfigError, match="--reward_model_plugin"):
-        RLHFConfig(**GIVEN, reward_model=["a"], reward_model_plugin=["genrm"])
+    both = PPOConfig(**GIVEN, **models, reward_model_plugin=["genrm", "default"])
+    assert resolved.critic_start(both) == "b"
+    assert (
+        resolved.critic_start(PPOConfig(**GIVEN, reward_model=["a"], reward_model_plugin=["genrm"])) is None
+    )

@@ -124,12 +124,130 @@ def test_without_room_for_an_answer_nothing_is_added() -> None:
 
 
 def test_a_doubt_is_put_in_the_models_mouth() -> None:
-    (one,) = hold(MathTipTrick(), Script("<think>a</think><answer>1</answer>", " it is 2"))
+    (one,) = hold(MathTipTrick(), Script("<think>a</think><answer>7</answer>", " it is 2"))
     assert TOKENIZER.decode(one.tokens) == f"<think>a{MathTipTrick.tip} it is 2<|im_end|>"
+    assert one.last_text == f"<think>a{MathTipTrick.tip} it is 2", "one turn, which was continued"
     doubt = [t for t, trained in zip(one.tokens, one.trained, strict=True) if not trained]
     assert TOKENIZER.decode(doubt) == MathTipTrick.tip
     assert len(one.logprobs) == one.sampled
     assert one.turns == 2
+    for right in ("<think>a</think><answer> 1 </answer>", "it is \\boxed{{1}}"):
+        assert hold(MathTipTrick(), Script(right))[0].turns == 1, "the solution is 1"
+
+
+def test_a_turn_may_go_on_more_than_once() -> None:
+    class Again(MultiTurnScheduler):
+        def step(self, infer_request: Request, response_choice: Choice, current_turn: int) -> Any:
+            said = infer_request.messages[-1]["content"]
+            infer_request.messages[-1]["content"] = f"{said} and"
+            return infer_request  # as ms-swift 3.7 had it
+
+    (one,) = hold(Again(max_turns=3), Script("one", "two", "three"))
+    assert one.failure == ""
+    assert one.last_text == "one and" + "two and" + "three"
+    assert TOKENIZER.decode(one.tokens) == "one andtwo andthree<|im_end|>"
+    assert len(one.logprobs) == one.sampled
+
+
+class Environment(MultiTurnScheduler):
+    """A game, by the hooks of ms-swift 4: it sets the prompt, moves, and tells when it is over."""
+
+    async def on_trajectory_start(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            request.messages = [{"role": "user", "content": f"board {request.uuid}"}]
+
+    async def on_turn_end(self, request: Request, response_choice: Choice, current_turn: int) -> Any:
+        assert len(response_choice.logprobs["content"]) == len(response_choice.token_ids)  # type: ignore[index]
+        return {"done": current_turn == 2, "rollout_infos": {"score": current_turn}}
+
+    def check_finished(self, infer_request: Request, response_choice: Choice, current_turn: int) -> bool:
+        return True
+
+    def step(self, infer_request: Request, response_choice: Choice, current_turn: int) -> Mapping[str, Any]:
+        infer_request.messages.append({"role": "user", "content": "next"})
+        return {"infer_request": infer_request}
+
+
+def test_an_environment_sets_the_prompt_and_says_when_it_is_over() -> None:
+    scheduler = Environment()
+    requests = [Request([{"role": "user", "content": "?"}], {}, name) for name in ("a", "b")]
+    conversations = Conversations(scheduler, CHAT, 5)
+    prompts = conversations.begin(requests)
+    assert [TOKENIZER.decode(prompt) for prompt in prompts if prompt is not None] == [
+        f"<|im_start|>user\nboard {name}<|im_end|>\n<|im_start|>assistant\n" for name in ("a", "b")
+    ]
+    held = conversations.hold(Script("move"), requests, 100)
+    assert [one.turns for one in held] == [2, 2]
+    assert [one.request.rollout_infos for one in held] == [{"score": 2}] * 2
+    assert conversations.begin([]) == []
+    assert Conversations(Tool(), CHAT, 5).begin(requests) == [None, None]
+
+
+def test_a_scheduler_may_give_tokens_and_say_which_are_trained() -> None:
+    class Tokens(MultiTurnScheduler):
+        def step(self, infer_request: Request, response_choice: Choice, current_turn: int) -> Any:
+            tip = TOKENIZER.encode(" wait,", add_special_tokens=False)
+            kept = response_choice.token_ids[:-2]
+            infer_request.messages[-1]["content"] = TOKENIZER.decode(kept) + " wait,"
+            return {
+                "infer_request": infer_request,
+                "response_token_ids": kept + tip,
+                "response_loss_mask": [0] + [1] * (len(kept) - 1) + [0] * len(tip),
+                "rollout_logprobs": [0.0] * len(kept),
+            }
+
+    (one,) = hold(Tokens(max_turns=2), Script("12345", "6"))
+    assert one.failure == ""
+    assert TOKENIZER.decode(one.tokens) == "1234 wait,6<|im_end|>"
+    own = [t for t, trained in zip(one.tokens, one.trained, strict=True) if trained]
+    assert TOKENIZER.decode(own) == "2346<|im_end|>"
+    assert one.logprobs.tolist() == [-2 / 8, -3 / 8, -4 / 8, -1 / 8, -2 / 8]
+    assert one.last_text == "1234 wait,6"
+
+
+def test_a_list_of_tokens_that_is_extended_in_place_is_still_the_environments() -> None:
+    class Extends(MultiTurnScheduler):
+        def step(self, infer_request: Request, response_choice: Choice, current_turn: int) -> Any:
+            ids = response_choice.token_ids
+            mask = [1] * len(ids)
+            ids.extend(TOKENIZER.encode("42", add_special_tokens=False))
+            infer_request.messages[-1]["content"] += "42"
+            mask += [0] * (len(ids) - len(mask))
+            return {"infer_request": infer_request, "response_token_ids": ids, "response_loss_mask": mask}
+
+    (one,) = hold(Extends(max_turns=2), Script("6*7=", "!"))
+    assert TOKENIZER.decode(one.tokens) == "6*7=42!<|im_end|>", "no end in the middle of a turn"
+    own = [t for t, trained in zip(one.tokens, one.trained, strict=True) if trained]
+    assert TOKENIZER.decode(own) == "6*7=!<|im_end|>"
+    assert len(one.logprobs) == len(own)
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        ({"response_loss_mask": [1]}, "without response_token_ids"),
+        ({"response_token_ids": [5], "response_loss_mask": [1, 1]}, "2 entries for 1"),
+        ({"response_token_ids": [5], "response_loss_mask": [1]}, "did not sample"),
+        ({"loss_mask": [1]}, "loss_mask, which has no effect"),
+    ],
+)
+def test_tokens_that_do_not_fit_end_the_conversation(returned: dict[str, Any], reason: str) -> None:
+    class Wrong(MultiTurnScheduler):
+        def step(self, infer_request: Request, response_choice: Choice, current_turn: int) -> Any:
+            infer_request.messages.append({"role": "user", "content": "next"})
+            return returned
+
+    (one,) = hold(Wrong(), Script("12"))
+    assert reason in one.failure
+    assert one.turns == 1
+
+
+def test_max_turns_ends_it_whatever_the_scheduler_says() -> None:
+    class Never(Tool):
+        def check_finished(self, *args: Any) -> bool:
+            return False
+
+    assert hold(Never(max_turns=2), Script("tool"))[0].turns == 2
 
 
 class Broken(Tool):
@@ -184,11 +302,15 @@ def test_an_unknown_scheduler_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean math_tip_trick"):
         make_scheduler("math_tip", None)
     multi_turns["refuses"] = lambda max_turns: 1 / 0
+    multi_turns["leads"] = type("Leads", (MultiTurnScheduler,), {"run": None})
     try:
         with pytest.raises(ConfigError, match="ZeroDivisionError"):
             make_scheduler("refuses", 3)
+        with pytest.raises(ConfigError, match=r"defines run\(\).*define on_trajectory_start"):
+            make_scheduler("leads", 3)
     finally:
-        del multi_turns["refuses"]
+        del multi_turns["refuses"], multi_turns["leads"]
+    assert make_scheduler("math_tip_trick", 3, TOKENIZER).tokenizer is TOKENIZER
 
 
 def test_the_example_works_out_what_the_model_asks() -> None:

@@ -120,5 +120,8 @@ def test_evaluation_counts_prompts_of_which_one_completion_passes() -> None:
     metrics = report.evaluation_metrics(experience([1.0, 0.0], [0.0, 0.0], [NAN, 1.0], [1.0, 1.0]))
     assert metrics["eval_rewards/F/pass@2"] == 0.75
     assert metrics["eval_reward"] == pytest.approx(4 / 7)
+    four = report.evaluation_metrics(experience([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, NAN]))
+    assert four["eval_rewards/F/pass@2"] == pytest.approx((1 / 2 + 5 / 6) / 2), "pairs with a right one"
+    assert four["eval_rewards/F/pass@4"] == 1
     graded = report.evaluation_metrics(experience([0.5, 1.0]))
     assert not [name for name in graded if "pass@" in name], "a grade between 0 and 1 is neither"

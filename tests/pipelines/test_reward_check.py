@@ -14,6 +14,7 @@ from raytune_rl.config import RewardCheckConfig
 from raytune_rl.errors import ConfigError, RewardError
 from raytune_rl.pipelines import reward_check
 from raytune_rl.rewards.preflight import RewardNeeds, preflight
+from raytune_rl.rewards.sandbox import memory_limit_bytes
 
 PLUGIN = """
 from swift.rewards import ORM, orms
@@ -24,10 +25,13 @@ class Picky(ORM):
             raise ValueError("no level 3 here")
         return [None if value == 2 else 0.25 for value in level]
 
+def greedy(completions, level, **kwargs):
+    return [float(len(bytearray(3 << 30)) > 0) if value == 2 else 1.0 for value in level]
+
 def broken(completions, **kwargs):
     raise KeyError("always")
 
-orms.update(picky=Picky, broken=broken)
+orms.update(greedy=greedy, picky=Picky, broken=broken)
 """
 
 
@@ -76,6 +80,13 @@ def test_solutions_as_they_stand_in_tags_and_nothing(data: Path) -> None:
 def test_a_function_that_never_works_is_an_error(data: Path) -> None:
     with pytest.raises(RewardError, match=r"`broken` scored nothing at all: KeyError: 'always'"):
         check(data, "broken", "format")
+
+
+def test_memory_is_limited_and_the_limit_can_be_lifted(data: Path) -> None:
+    found, told = check(data, "greedy", reward_memory_limit=2)
+    assert len(found["empty"].failures) == 1, "one sample costs itself only"
+    assert "MemoryError" in told
+    assert memory_limit_bytes(0) is None
 
 
 def test_what_is_missing_is_said(data: Path) -> None:

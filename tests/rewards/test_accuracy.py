@@ -69,3 +69,13 @@ def test_an_expression_that_takes_too_long_is_stopped_and_the_timer_is_off_after
     assert slow.kind == "timeout"
     assert quick == 1.0
     assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("solution", [72, 72.0, "72"])
+def test_a_solution_may_be_a_number(solution):
+    assert MathAccuracy()([r"\boxed{72}"], [solution]) == [1.0]
+
+
+def test_a_solution_that_is_neither_text_nor_number_says_so():
+    (found,) = MathAccuracy()([r"\boxed{72}"], [["72"]])
+    assert "is a list, not a text or a number" in found.message

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from raytune_rl.errors import RewardError
+from raytune_rl.rewards.judge import rm_plugins
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.rewards.registry import build, orms
 
@@ -15,9 +16,12 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin.py"
 @pytest.fixture(autouse=True)
 def restore(monkeypatch):
     before, modules, path = dict(orms), set(sys.modules), list(sys.path)
+    judges = dict(rm_plugins)
     yield
     orms.clear()
     orms.update(before)
+    rm_plugins.clear()
+    rm_plugins.update(judges)
     sys.path[:] = path
     for name in set(sys.modules) - modules:
         if name.startswith("raytune_rl_plugin_"):
@@ -38,7 +42,7 @@ def test_ms_swift_3_style(plugin):
     # The imports of a 3.x example file: most of them are there for other examples in the same file.
     file = plugin("""
         from typing import List
-        from swift.llm import PtEngine, RequestConfig, to_device
+        from swift.llm import PtEngine, RequestConfig, Template, to_device
         from swift.llm.infer.protocol import ChatCompletionResponse
         from swift.plugin import ORM, orms, rm_plugins
         from swift.plugin.multi_turn import MultiTurnScheduler, multi_turns
@@ -55,8 +59,11 @@ def test_ms_swift_3_style(plugin):
             pass
 
         class MyRM(DefaultRMPlugin):
-            def __init__(self, model):
-                super().__init__(model)
+            def __init__(self, model, template):
+                super().__init__(model, template)
+
+        class MyTemplate(Template):
+            pass
 
         orms['longer'] = Longer
         rm_plugins['mine'] = MyRM
@@ -65,8 +72,9 @@ def test_ms_swift_3_style(plugin):
     load_plugins([file])
     (longer,) = build(["longer"], {})
     assert longer(["ab", "a"], {"target": [2, 2], "messages": [None, None]}) == [1.0, 0.0]
-    with pytest.raises(RewardError, match=r"`swift.plugin.rm_plugin.DefaultRMPlugin`"):
-        sys.modules["raytune_rl_plugin_mine"].MyRM(None)
+    assert rm_plugins["mine"](None, None).template is None
+    with pytest.raises(RewardError, match=r"`swift.llm.Template`"):
+        sys.modules["raytune_rl_plugin_mine"].MyTemplate(None)
 
 
 def test_ms_swift_4_style_class_async_and_function(plugin):

@@ -32,6 +32,8 @@ def test_most_changed_compares_a_prompts_first_and_last_step() -> None:
         row(3, "down", "poor", 0.5),
         row(3, "down", "none", None),
         row(1, "once", "x", 5.0),
+        row(1, "what is it?", "a cat", 1.0, images=["cat.png"]),
+        row(3, "what is it?", "a dog", 0.0, images=["dog.png"]),
     ]
     changed = most_changed(rows)
     assert [(c.prompt, c.change) for c in changed] == [("up", 1.5), ("down", -0.5)]
@@ -46,6 +48,8 @@ def test_a_long_run_keeps_best_worst_and_newest() -> None:
     assert sum(r["reward"] == 9.0 for r in kept) >= 9
     assert kept[-1]["reward"] is None
     assert keep(rows, most=91) == rows
+    long = [row(i, "p", "c" * 99, float(i)) for i in range(90)]
+    assert 20 <= len(keep(long, characters=3000)) <= 30, "long completions: fewer of them"
 
 
 def test_the_page_holds_everything_and_executes_nothing(run: RunDir) -> None:
@@ -69,7 +73,7 @@ def test_the_page_holds_everything_and_executes_nothing(run: RunDir) -> None:
     assert "m&lt;odel&gt;" in page
     assert "secret" not in page
     assert page.count("data:image/png;base64,") == 2
-    assert not re.search(r'(src|href)="(?!data:)', page), "the file must need nothing else"
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "the file must need nothing else"
 
 
 def test_an_empty_run_has_a_page_too(run: RunDir) -> None:

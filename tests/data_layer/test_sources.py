@@ -241,3 +241,20 @@ def test_a_local_path_imports_no_hub(tmp_path):
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
+    """Whatever the pieces, they may end inside a string, an escape, a number or white space."""
+    monkeypatch.setattr("raytune_rl.data.files._BLOCK", 1)
+    rows = [{"a": 'ü\n"\\' * number, "n": 12.5e3, "b": [True, None]} for number in range(9)]
+    path = tmp_path / "a.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps(rows, indent=indent), encoding="utf-8-sig")
+        assert [row.fields for row in read_rows(parse_spec(str(path)))] == rows
+    lines = [row.line for row in read_rows(parse_spec(str(path)))]
+    text = path.read_text(encoding="utf-8-sig").splitlines()
+    assert [text[line - 1].strip() for line in lines] == ["{"] * 9
+    path.write_text('[{"a": 1}, {"a": "never closed}]')
+    good, broken = read_rows(parse_spec(str(path)))
+    assert good.fields == {"a": 1}
+    assert broken.reason.startswith("broken JSON: Unterminated string")

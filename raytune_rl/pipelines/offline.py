@@ -62,11 +62,11 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
             cluster = stack.enter_context(session(config.ray_address))
         groups = offline_groups(config, cluster)
         origin = find_origin(config)
-        with stage("reading and tokenizing the data"):
+        with stage("reading and tokenizing the data") as tell:
             where = (config, objective.shape.task, origin.run_dir.quarantine_jsonl)
             stream = stream_of(*where, cluster.started_here, origin, stack)
             if stream is None:
-                train, held_out = token_sets(*where, one_machine=cluster.started_here)
+                train, held_out = token_sets(*where, one_machine=cluster.started_here, tell=tell)
             else:
                 train, held_out = stream.next(), held_out_of(*where, cluster.started_here)  # type: ignore[arg-type]
         packs = packs_of(config, train)

@@ -152,7 +152,7 @@ def data_section(
         )
         lines.append(("images", f"{train.images.shown:,}, {train.images.distinct:,} distinct{mib}"))
     if train.quarantine:
-        lines.append(("bad rows are in", train.quarantine))
+        lines.append(("rows left out are in", train.quarantine))
     if held_out is not None:
         lines.append(("held out", f"{held_out_rows:,} {unit}"))
     return Section("Data", lines)

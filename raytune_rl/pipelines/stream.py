@@ -98,5 +98,9 @@ def _added(before: Account, window: Account) -> Account:
     ]
     dropped = dict(Counter(before.dropped) + Counter(window.dropped))
     return replace(
-        before, sources=tuple(sources), dropped=dropped, quarantine=window.quarantine or before.quarantine
+        before,
+        sources=tuple(sources),
+        dropped=dropped,
+        unusable=before.unusable + window.unusable,
+        quarantine=window.quarantine or before.quarantine,
     )

@@ -242,7 +242,7 @@ def test_processes_return_results_in_order():
     items = ["x" * (i % 7) for i in range(2000)]
     done = []
     result = map_chunks(_lengths, 10, items, num_proc=2, parallel_from=0, progress=done.append)
-    assert result == [10 + i % 7 for i in range(2000)]
+    assert list(result) == [10 + i % 7 for i in range(2000)]
     assert sum(done) == 2000
 
 

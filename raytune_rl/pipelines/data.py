@@ -80,7 +80,6 @@ class Account:
         images: The rows' pictures.
         placeholder_ids: Tokens that stand for features of pictures: no completion may have them.
         columns: The data's columns that rewards receive.
-        unusable: Of the rows in `dropped`, those that are at fault themselves, not too long.
     """
 
     sources: tuple[SourceCounts, ...]
@@ -93,12 +92,17 @@ class Account:
     images: ImageCounts = field(default_factory=ImageCounts)
     placeholder_ids: tuple[int, ...] = ()
     columns: tuple[str, ...] = ()
-    unusable: int = 0
 
-    @property
-    def bad(self) -> int:
-        """Rows that could not be used."""
-        return sum(source.bad for source in self.sources) + self.unusable
+
+def quarantined(train: Account, held_out: Account | None) -> int:
+    """Rows left out of both sets: could not be read, understood or encoded, or are too long.
+
+    Sets that were split from the same rows were read once, so what could not be read counts once.
+    """
+    read = [train] if held_out is None or held_out.sources == train.sources else [train, held_out]
+    encoded = [train] if held_out is None else [train, held_out]
+    bad = sum(source.bad for account in read for source in account.sources)
+    return bad + sum(count for account in encoded for count in account.dropped.values())
 
 
 @dataclass(frozen=True)

@@ -309,5 +309,4 @@ def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | No
         facts.takes_images,
         ImageCounts(*count_pictures(encoded.images)),
         () if facts.vision is None else facts.vision.placeholder_ids,
-        unusable=sum(drop.unusable for drop in encoded.dropped),
     )

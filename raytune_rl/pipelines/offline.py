@@ -95,7 +95,8 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
             started.train()
             result = started.run.finish()
         account = train.account if stream is None or stream.account is None else stream.account
-        summary = offline_report.summary_of(config, objective, started.run, account, result)
+        accounts = (account, held_out.account if held_out else None)
+        summary = offline_report.summary_of(config, objective, started.run, accounts, result)
         summary.show(started.run.console)
         return result
 

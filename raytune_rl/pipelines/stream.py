@@ -101,6 +101,5 @@ def _added(before: Account, window: Account) -> Account:
         before,
         sources=tuple(sources),
         dropped=dropped,
-        unusable=before.unusable + window.unusable,
         quarantine=window.quarantine or before.quarantine,
     )

@@ -79,7 +79,7 @@ def parse_text(value: str, column: str) -> Any:
     """
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(value)

@@ -56,6 +56,8 @@ def _json_line(path: Path, number: int, raw: bytes) -> Row | BadRow:
         return BadRow(str(path), number, f"not UTF-8: {error.reason} at byte {error.start}", shown)
     except json.JSONDecodeError as error:
         return BadRow(str(path), number, f"broken JSON: {error.msg} at column {error.colno}", shown)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        return BadRow(str(path), number, f"JSON beyond what can be read: {error}", shown[:2000])
     return _as_row(path, number, value, shown)
 
 
@@ -77,10 +79,11 @@ def read_json(path: Path) -> Iterator[Row | BadRow]:
         return
     try:
         with path.open(encoding="utf-8-sig") as file:
-            yield from _json_values(path, file)
+            text = _Text(file)
+            yield from _json_values(path, text)
     except UnicodeDecodeError as error:
-        reason = f"not UTF-8: {error.reason} at byte {error.start}"
-        yield BadRow(str(path), 1, f"{reason}; nothing after it can be read", "")
+        reason = f"not UTF-8 here or soon after: {error.reason}; nothing after it can be read"
+        yield BadRow(str(path), text.line, reason, "")
 
 
 def _is_json_lines(path: Path) -> bool:
@@ -97,9 +100,8 @@ def _is_json_lines(path: Path) -> bool:
         return False
 
 
-def _json_values(path: Path, file: TextIO) -> Iterator[Row | BadRow]:
+def _json_values(path: Path, text: _Text) -> Iterator[Row | BadRow]:
     """Decodes element by element: the line of each is wanted, and memory shall hold few of them."""
-    text = _Text(file)
     in_list = text.peek() == "["
     if in_list:
         text.drop(1)
@@ -163,6 +165,8 @@ class _Text:
                     raise json.JSONDecodeError(
                         error.msg, self._held[self._at :], error.pos - self._at
                     ) from None
+            except (ValueError, RecursionError) as error:
+                raise json.JSONDecodeError(str(error), self._held[self._at :], 0) from None
 
     def ahead(self, count: int) -> str:
         return self._held[self._at : self._at + count]
@@ -187,7 +191,8 @@ def read_csv(path: Path) -> Iterator[Row | BadRow]:
     # The module's own limit of 128 KiB a field is less than a long conversation.
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as text:
+    # A byte that is no UTF-8 is its record's fault alone, so it is looked for in each record.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         records = csv.reader(text, delimiter=delimiter)
         try:
             header = next(records, [])
@@ -199,13 +204,17 @@ def read_csv(path: Path) -> Iterator[Row | BadRow]:
                 if record:
                     yield _csv_row(path, line, header, record)
                 line = records.line_num + 1
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             yield BadRow(
                 str(path), records.line_num + 1, f"broken CSV: {error}; nothing after it can be read", ""
             )
 
 
 def _csv_row(path: Path, line: int, header: list[str], record: list[str]) -> Row | BadRow:
+    try:
+        "".join((*header, *record)).encode()
+    except UnicodeEncodeError:
+        return BadRow(str(path), line, "not UTF-8", json.dumps(record))
     if len(record) != len(header):
         reason = f"{len(record)} fields, but the header has {len(header)}"
         return BadRow(str(path), line, reason, json.dumps(record, ensure_ascii=False))

@@ -251,7 +251,9 @@ class Quarantine:
             return
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a" if self._adds else "w", encoding="utf-8")
+            self._file = self._path.open(
+                "a" if self._adds else "w", encoding="utf-8", errors="backslashreplace"
+            )
             self.written_to = self._path
         if (error.source, error.line) in self._held:
             return

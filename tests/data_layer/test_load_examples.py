@@ -61,6 +61,12 @@ def test_bytes_in_a_bad_row_do_not_break_the_quarantine(tmp_path):
     assert entry["line"] == 2
 
 
+def test_a_bad_row_with_half_a_character_can_be_set_aside(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"x": "\\ud800"}\n{"query": "q"}\n')
+    load_examples([str(tmp_path / "a.jsonl")], task="grpo", quarantine_path=tmp_path / "bad.jsonl")
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["row"] == {"x": "\ud800"}
+
+
 def test_shuffling_depends_on_the_seed_alone(data):
     first, again = (load_examples([str(data)], task="grpo", seed=1) for _ in range(2))
     other = load_examples([str(data)], task="grpo", seed=2)

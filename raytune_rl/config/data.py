@@ -61,6 +61,16 @@ class DataOptions(Options):
     dataset_shuffle: bool = _setting(True, "Shuffle the training rows anew in each epoch.")
     data_seed: int = _setting(42, "Seed of the order of rows and of every draw from the data.", ge=0)
     dataset_num_proc: int = _setting(1, "Processes that encode rows.", ge=1)
+    load_from_cache_file: bool = _setting(
+        True,
+        "SFT and preferences: take from disk what an earlier run encoded of the same files, model and "
+        "settings. false: encode anew.",
+    )
+    dataset_cache_dir: str | None = _setting(
+        None,
+        "SFT and preferences: folder of encoded rows, about as large as the data; what lies in it may be "
+        "deleted. Not set: RAYTUNE_RL_CACHE, else ~/.cache/raytune_rl.",
+    )
     dataloader_num_workers: int | None = _setting(
         None,
         "Vision models: threads per policy worker that make the pixels of coming micro-batches. Not set: 1.",

@@ -13,7 +13,6 @@ _ANY: tuple[str, ...] = ()
 IDLE: dict[str, tuple[tuple[str, ...], str]] = {
     "check_model": (_ANY, "no network is asked about a model that is there"),
     "lazy_tokenize": (_ANY, "rows are tokenized before training, a stream's while it trains"),
-    "load_from_cache_file": (_ANY, "rows are prepared anew for each run, as their settings may differ"),
     "remove_unused_columns": (_ANY, "columns that nobody reads are not carried along"),
     "ddp_find_unused_parameters": (_ANY, "DeepSpeed needs no such hint"),
     "dataloader_pin_memory": (_ANY, "rows are read from Ray's shared memory"),

@@ -5,6 +5,8 @@ The config keeps what the user asked for; these say what it comes to. Nothing he
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Literal
 
 from raytune_rl.config.batching import sft_accumulation
@@ -27,6 +29,13 @@ def gradient_accumulation_steps(config: TrainConfig, world_size: int) -> int:
     if isinstance(config, RLHFConfig):
         return 1
     return sft_accumulation(config.per_device_train_batch_size, world_size)
+
+
+def dataset_cache_dir(config: TrainConfig) -> str:
+    """Where encoded data lies: as given, else by RAYTUNE_RL_CACHE, else in the user's cache folder."""
+    named = config.dataset_cache_dir or os.environ.get("RAYTUNE_RL_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.path.abspath(os.path.expanduser(named or Path(home) / "raytune_rl"))  # noqa: PTH100, PTH111
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:

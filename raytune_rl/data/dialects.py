@@ -1,7 +1,8 @@
 """The ways in which people write down a conversation, brought to `Message`.
 
-Known: `{role, content}` (with OpenAI content lists and tool calls), ShareGPT `{from, value}`, and pairs
-`{human, assistant}`. A conversation may also be the text of any of these, as CSV files hold it.
+Known: `{role, content}` (with the content lists and tool calls of OpenAI and of Anthropic), ShareGPT
+`{from, value}`, and pairs `{human, assistant}`. A conversation may also be the text of any of these, as CSV
+files hold it.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def parse_text(value: str, column: str) -> Any:
     """
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(value)
@@ -117,10 +118,13 @@ def _add_message(conversation: Conversation, name: Any, content: Any, rest: dict
     if role == "tool_call":
         _add_call(conversation, content)
         return
-    loss = rest.pop("loss", None)
-    if loss is not None and not isinstance(loss, bool):
-        raise FormatError(f"'loss' is {loss!r}; it is true or false")
+    loss = _loss(rest)
     calls = tuple(_openai_call(call) for call in rest.pop("tool_calls", None) or ())
+    if isinstance(content, list | tuple):
+        said, used = _without_tool_parts(content, conversation)
+        if content and not said and not used:  # it held results of tools only
+            return
+        content, calls = said, (*calls, *used)
     if content is None and calls:
         content = ""
     text = _flatten(content, conversation) if isinstance(content, list | tuple) else content
@@ -129,6 +133,45 @@ def _add_message(conversation: Conversation, name: Any, content: Any, rest: dict
             f"the content of the {role} turn is {'missing' if text is None else repr(text)}, not text"
         )
     conversation.messages.append(Message(role, text, loss, calls, rest))
+
+
+def _loss(rest: dict[str, Any]) -> bool | None:
+    """Whether a turn says of itself that it is trained on, by `loss` or by a `loss_scale` of 1 or 0."""
+    loss, scale = rest.pop("loss", None), rest.pop("loss_scale", None)
+    if loss is not None and not isinstance(loss, bool):
+        raise FormatError(f"'loss' is {loss!r}; it is true or false")
+    if scale is None:
+        return loss
+    if scale not in (0, 1) or (loss is not None and loss != bool(scale)):
+        raise FormatError(
+            f"'loss_scale' of a turn is {scale!r}; it is 0 or 1, and as 'loss' says if both are there"
+        )
+    return bool(scale)
+
+
+def _without_tool_parts(
+    parts: Sequence[Any], conversation: Conversation
+) -> tuple[list[Any], tuple[dict[str, Any], ...]]:
+    """Of Anthropic's content lists the parts that are said, and the calls made (`tool_use`). Results of tools
+    (`tool_result`) become turns of their own, before it."""
+    said: list[Any] = []
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "tool_use":
+            calls.append(
+                _openai_call({"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")})
+            )
+        elif kind == "tool_result":
+            result = part.get("content")
+            text = _flatten(result, conversation) if isinstance(result, list | tuple) else result or ""
+            if not isinstance(text, str):
+                raise FormatError("a tool_result needs a text as its content")
+            identity = {"tool_call_id": part["tool_use_id"]} if part.get("tool_use_id") else {}
+            conversation.messages.append(Message("tool", text, other=identity))
+        else:
+            said.append(part)
+    return said, tuple(calls)
 
 
 def _add_call(conversation: Conversation, content: Any) -> None:
@@ -173,7 +216,11 @@ def _flatten(parts: Sequence[Any], conversation: Conversation) -> str:
         if kind in ("text", "input_text") and isinstance(present.get("text"), str):
             pieces.append(present["text"])
         elif f"{medium}s" in TAGS:
-            value = next((present[key] for key in (kind, medium, "url", "path") if key in present), None)
+            value = next(
+                (present[key] for key in (kind, medium, "url", "path", "source") if key in present), None
+            )
+            if isinstance(value, dict) and value.get("type") == "base64":  # Anthropic's
+                value = f"data:{value.get('media_type')};base64,{value.get('data')}"
             conversation.media[f"{medium}s"].append(_checked_ref(value, medium))
             pieces.append(TAGS[f"{medium}s"])
         else:

@@ -1,14 +1,18 @@
 """Examples to tokens: prompts for the rollout, and whole conversations with a loss mask for SFT.
 
 The text is always the whole rendered conversation, tokenized once, so that the ids are what the model will
-see. Rows are left out only for a reason, and every one is named in `dropped`.
+see. Rows are left out only for a reason, and every one is named in `dropped`. They are made one after the
+other, and written down as they come: with a folder to write to, memory does not grow with their number.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +21,15 @@ from numpy.typing import NDArray
 from raytune_rl.data.chat import ChatTemplate
 from raytune_rl.data.encode_rows import EncodedRow, Failure, Job, LossScale, Truncation, encode_chunk
 from raytune_rl.data.example import Example, RowError
+from raytune_rl.data.mapped import RaggedWriter, int_array
 from raytune_rl.data.parallel import map_chunks
-from raytune_rl.data.pictures import Picture, picture_columns
+from raytune_rl.data.pictures import PictureWriter
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.data.vision import VisionProcessor
 from raytune_rl.errors import ConfigError, DataError
+
+_LOOKED_AT = 64
+"""Examples that tell whether a data set shows pictures."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,14 @@ class EncodedSFT:
     Attributes:
         tokens: Ragged int32 `[n]`.
         loss_mask: Ragged bool with the offsets of `tokens`; at least one True a row, never at its index 0.
+        loss_lengths: Tokens of each row that are trained on, int64 `[n]`.
         index, dropped, notices, images: As in `EncodedPrompts`.
         values: What the data says of each row, by name, float64 `[n]`: "label", "margin".
     """
 
     tokens: Ragged
     loss_mask: Ragged
+    loss_lengths: NDArray[np.int64]
     index: NDArray[np.int64]
     dropped: tuple[Dropped, ...] = ()
     notices: tuple[str, ...] = ()
@@ -145,18 +155,30 @@ def encode_prompts(
             "use 'left' or 'delete'"
         )
     job = make_job(tokenizer, max_length, truncation_strategy, None, images)
-    rows, index, dropped = run_job(job, examples, strict, num_proc, progress)
-    kept = [examples[i] for i in index]
-    names = dict.fromkeys(name for example in kept for name in example.extra)
-    given = [row.tokens if row.given is None else row.given for row in rows]
+    prompts, given = (RaggedWriter(name, np.int32, None) for name in ("prompt", "given"))
+    pictures = PictureWriter()
+    index: list[int] = []
+    dropped: list[Dropped] = []
+    for number, row in enumerate(run_job(job, examples, strict, num_proc, progress)):
+        if isinstance(row, Dropped):
+            dropped.append(row)
+            continue
+        index.append(number)
+        prompts.append(row.tokens)
+        given.append(row.tokens if row.given is None else row.given)
+        pictures.append(row.pictures)
+    some_left(index, dropped, "rows")
+    extra = [examples[i].extra for i in index]
+    names = dict.fromkeys(name for columns in extra for name in columns)
+    shown = pictures.close()
     return EncodedPrompts(
-        prompts=Ragged.from_rows([row.tokens for row in rows], np.int32),
-        extra={name: [example.extra.get(name) for example in kept] for name in names},
-        index=index,
-        dropped=dropped,
+        prompts=prompts.close(),
+        extra={name: [columns.get(name) for columns in extra] for name in names},
+        index=int_array(index),
+        dropped=tuple(dropped),
         notices=notices_of(job),
-        images=picture_columns(row.pictures for row in rows),
-        given=Ragged.from_rows(given, np.int32) if any(row.pictures for row in rows) else None,
+        images=shown,
+        given=given.close() if shown else None,
     )
 
 
@@ -171,6 +193,7 @@ def encode_sft(
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
     images: ImageSettings | None = None,
+    folder: Path | None = None,
 ) -> EncodedSFT:
     """Writes every conversation with the model's chat template, tokenizes it and marks what is trained on.
 
@@ -185,6 +208,8 @@ def encode_sft(
             the first, 'error' stops. A row in which truncation leaves nothing to train on is dropped.
         loss_scale: 'default' trains on every assistant turn, 'last_round' on those after the last user turn,
             'all' on every token. A message's own `loss` goes before the first two.
+        folder: Where the columns are to lie as files (see `data.mapped`), which the result then maps; in
+            memory without it.
 
     Raises:
         RowError: A row cannot be encoded, or its assistant turns cannot be told from the rest.
@@ -195,15 +220,69 @@ def encode_sft(
     if loss_scale not in ("default", "last_round", "all"):
         raise ConfigError(f"loss_scale is {loss_scale!r}; it is default, last_round or all")
     job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, images)
-    rows, index, dropped = run_job(job, examples, strict, num_proc, progress)
-    return EncodedSFT(
-        tokens=Ragged.from_rows([row.tokens for row in rows], np.int32),
-        loss_mask=Ragged.from_rows([row.mask for row in rows], np.bool_),
-        index=index,
-        dropped=dropped,
-        notices=notices_of(job),
-        images=picture_columns(row.pictures for row in rows),
-    )
+    writer = RowWriter(folder)
+    for number, row in enumerate(run_job(job, examples, strict, num_proc, progress)):
+        if isinstance(row, Dropped):
+            writer.dropped.append(row)
+        else:
+            writer.append(number, row)
+    return writer.close(notices_of(job))
+
+
+class RowWriter:
+    """Writes rows down as they come, to files or to memory, and gives them back as columns."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.dropped: list[Dropped] = []
+        self._tokens = RaggedWriter("tokens", np.int32, folder)
+        self._mask = RaggedWriter("loss_mask", np.bool_, folder)
+        self._pictures = PictureWriter(folder)
+        self._trained = array("q")
+        self._index = array("q")
+
+    def append(self, number: int, *rows: EncodedRow) -> None:
+        """Adds what example `number` has become, one row or several."""
+        self._index.append(number)
+        for row in rows:
+            self._tokens.append(row.tokens)
+            self._mask.append(row.mask)
+            self._pictures.append(row.pictures)
+            self._trained.append(int(row.mask.sum()))
+
+    def close(
+        self,
+        notices: tuple[str, ...],
+        values: dict[str, NDArray[np.float64]] | None = None,
+        units: str = "rows",
+    ) -> EncodedSFT:
+        """What has been written.
+
+        Raises:
+            DataError: Every example was dropped.
+        """
+        some_left(self._index, self.dropped, units)
+        return EncodedSFT(
+            tokens=self._tokens.close(),
+            loss_mask=self._mask.close(),
+            loss_lengths=int_array(self._trained),
+            index=int_array(self._index),
+            dropped=tuple(self.dropped),
+            notices=notices,
+            images=self._pictures.close(),
+            values=values or {},
+        )
+
+
+def some_left(index: Sequence[int], dropped: Sequence[Dropped], units: str) -> None:
+    """Raises:
+    DataError: Every example was dropped; the message has the first one's reason.
+    """
+    if dropped and not index:
+        first = dropped[0]
+        raise DataError(
+            f"none of {len(dropped)} {units} can be used. "
+            f"The first: {first.source}:{first.line}: {first.reason}{first.detail and ': ' + first.detail}"
+        )
 
 
 def make_job(
@@ -225,42 +304,30 @@ def run_job(
     strict: bool,
     num_proc: int,
     progress: Callable[[int], None] | None,
-) -> tuple[list[EncodedRow], NDArray[np.int64], tuple[Dropped, ...]]:
+) -> Iterator[EncodedRow | Dropped]:
+    """What becomes of each example, in their order.
+
+    Raises:
+        RowError: A row cannot be encoded, and that is to stop the run.
+        ConfigError: A length below 1, or an unknown truncation.
+    """
     if job.max_length is not None and job.max_length < 1:
         raise ConfigError(f"max_length is {job.max_length}; it must be at least 1")
     if job.truncation not in ("delete", "left", "right", "error"):
         raise ConfigError(f"truncation_strategy is {job.truncation!r}; it is delete, left, right or error")
     # A picture costs as much as hundreds of texts: small chunks, and processes sooner.
-    heavy = {"chunk_rows": 16, "parallel_from": 64} if any(e.images for e in examples) else {}
+    shows = job.vision is not None and any(example.images for example in islice(examples, _LOOKED_AT))
+    heavy = {"chunk_rows": 16, "parallel_from": 64} if shows else {}
     results = map_chunks(encode_chunk, job, examples, num_proc=num_proc, progress=progress, **heavy)
-    rows: list[EncodedRow] = []
-    index: list[int] = []
-    dropped: list[Dropped] = []
-    for number, (example, result) in enumerate(zip(examples, results, strict=True)):
+    for number, result in enumerate(results):
         if not isinstance(result, Failure):
-            rows.append(replace(result, pictures=_own_bytes(result.pictures, example)))
-            index.append(number)
-        elif result.stops == "always" or (strict and result.stops == "strict"):
+            yield result
+            continue
+        example = examples[number]
+        if result.stops == "always" or (strict and result.stops == "strict"):
             raise RowError(example.source, example.line, str(result))
-        else:
-            unusable = result.stops == "strict"
-            dropped.append(Dropped(example.source, example.line, result.reason, unusable, result.detail))
-    if examples and not rows:
-        first = dropped[0]
-        raise DataError(
-            f"none of {len(examples)} rows can be encoded. "
-            f"The first: {first.source}:{first.line}: {first.reason}{first.detail and ': ' + first.detail}"
-        )
-    return rows, np.array(index, dtype=np.int64), tuple(dropped)
-
-
-def _own_bytes(pictures: tuple[Picture, ...], example: Example) -> tuple[Picture, ...]:
-    """The pictures with the example's bytes for the equal ones that came back from a worker process, so that
-    memory holds them once."""
-    return tuple(
-        replace(picture, data=ref) if isinstance(ref, bytes) else picture
-        for picture, ref in zip(pictures, example.images, strict=bool(pictures))
-    )
+        unusable = result.stops == "strict"
+        yield Dropped(example.source, example.line, result.reason, unusable, result.detail)
 
 
 def notices_of(job: Job) -> tuple[str, ...]:

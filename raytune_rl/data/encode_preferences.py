@@ -8,18 +8,27 @@ twice. In what is returned, `index` and `dropped` are of the examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.data.encode import Dropped, EncodedSFT, ImageSettings, make_job, notices_of, run_job
+from raytune_rl.data.encode import (
+    Dropped,
+    EncodedSFT,
+    ImageSettings,
+    RowWriter,
+    make_job,
+    notices_of,
+    run_job,
+)
 from raytune_rl.data.encode_rows import EncodedRow, LossScale, Truncation
-from raytune_rl.data.example import Example
-from raytune_rl.data.pictures import picture_columns
-from raytune_rl.data.ragged import Ragged
+from raytune_rl.data.example import Example, RowError
+from raytune_rl.data.spool import Spool
 from raytune_rl.errors import DataError
 
 
@@ -32,13 +41,15 @@ def encode_pairs(
     *,
     strict: bool = True,
     num_proc: int = 1,
+    progress: Callable[[int], None] | None = None,
     images: ImageSettings | None = None,
+    folder: Path | None = None,
 ) -> EncodedSFT:
     """Tokenizes both sides of every pair and marks their answers.
 
     Args:
         examples: With `rejected`.
-        tokenizer, strict, num_proc, images: As in `encode_sft`.
+        tokenizer, strict, num_proc, progress, images, folder: As in `encode_sft`.
         max_length: Most tokens either side may have; None is no limit.
         truncation_strategy: For longer ones: 'delete' drops the pair; 'right' cuts each side's answer; 'left'
             cuts the same tokens off the prompt of both, so that it stays one prompt. Pairs that would lose a
@@ -49,31 +60,71 @@ def encode_pairs(
     Raises:
         RowError, ModelError, ConfigError, DataError: As in `encode_sft`.
     """
-    sides = [side for e in examples for side in (e, replace(e, messages=e.rejected))]
     job = make_job(tokenizer, None, truncation_strategy, loss_scale, images)
-    rows, index, dropped = run_job(job, sides, strict, num_proc, None)
-    there: dict[int, EncodedRow] = dict(zip(index.tolist(), rows, strict=True))
-    lost = zip((n for n in range(len(sides)) if n not in there), dropped, strict=True)
-    reasons = {number // 2: drop for number, drop in reversed(list(lost))}
-    kept: list[int] = []
-    both: list[EncodedRow] = []
-    for number, example in enumerate(examples):
-        if number in reasons:
-            continue
-        pair = fit_pair(there[2 * number], there[2 * number + 1], max_length, truncation_strategy)
-        if isinstance(pair, str):
-            reasons[number] = Dropped(example.source, example.line, pair)
+    results = run_job(job, _Sides(examples), strict, num_proc, progress)
+    writer = RowWriter(folder)
+    margins: list[float] = []
+    graded = False
+    for number, (example, chosen, rejected) in enumerate(zip(examples, results, results, strict=True)):
+        outcome = _pair(example, chosen, rejected, max_length, truncation_strategy)
+        if not isinstance(outcome, Dropped):
+            writer.append(number, *outcome)
+            margins.append(_margin(example) or 0.0)
+            graded = graded or "margin" in example.extra
+        elif strict and outcome.unusable:
+            raise RowError(example.source, example.line, f"{outcome.reason}: {outcome.detail}")
         else:
-            kept.append(number)
-            both += pair
-    if examples and not kept:
-        first = reasons[0]
-        raise DataError(
-            f"none of {len(examples)} pairs can be used. The first: {first.source}:{first.line}: "
-            f"{first.reason}"
-        )
-    values = _margins([examples[number] for number in kept])
-    return _encoded(both, kept, [reasons[number] for number in sorted(reasons)], notices_of(job), values)
+            writer.dropped.append(outcome)
+    values = {"margin": np.repeat(np.array(margins), 2)} if graded else {}
+    return writer.close(notices_of(job), values, "pairs")
+
+
+def _pair(
+    example: Example,
+    chosen: EncodedRow | Dropped,
+    rejected: EncodedRow | Dropped,
+    max_length: int | None,
+    how: Truncation,
+) -> tuple[EncodedRow, EncodedRow] | Dropped:
+    """Both sides as they are trained on, or why the pair is left out."""
+    if isinstance(chosen, Dropped):
+        return chosen
+    if isinstance(rejected, Dropped):
+        return rejected
+    if _margin(example) is None:
+        found = f"it is {example.extra['margin']!r:.80}"
+        return Dropped(example.source, example.line, "'margin' must be a number", True, found)
+    pair = fit_pair(chosen, rejected, max_length, how)
+    return Dropped(example.source, example.line, pair) if isinstance(pair, str) else pair
+
+
+def _margin(example: Example) -> float | None:
+    """By how much the chosen answer is better: the column `margin`, 0 without it; None if it is no number."""
+    try:
+        margin = float(example.extra.get("margin") or 0.0)
+    except (TypeError, ValueError):
+        return None
+    return margin if np.isfinite(margin) else None
+
+
+class _Sides(Sequence[Example]):
+    """The sides of pairs as examples: side 2k is the chosen one, side 2k + 1 the rejected one."""
+
+    def __init__(self, pairs: Sequence[Example]) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return 2 * len(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        pair = self._pairs[index // 2]
+        return replace(pair, messages=pair.rejected) if index % 2 else pair
 
 
 def encode_labelled(
@@ -85,7 +136,9 @@ def encode_labelled(
     *,
     strict: bool = True,
     num_proc: int = 1,
+    progress: Callable[[int], None] | None = None,
     images: ImageSettings | None = None,
+    folder: Path | None = None,
 ) -> EncodedSFT:
     """Tokenizes labelled rows; arguments and errors as in `encode_sft`.
 
@@ -93,11 +146,23 @@ def encode_labelled(
         DataError: All rows have the same prompt, so that none has an answer to another one.
     """
     job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, images)
-    rows, index, dropped = run_job(job, examples, strict, num_proc, None)
-    both = [row for pair in zip(rows, mismatched(rows, max_length), strict=True) for row in pair]
-    labels = np.array([float(bool(examples[number].label)) for number in index])
-    values = {"label": np.repeat(labels, 2)}
-    return _encoded(both, index.tolist(), dropped, notices_of(job), values)
+    writer = RowWriter(folder)
+    rows: Spool[EncodedRow] = Spool()
+    index: list[int] = []
+    labels: list[float] = []
+    for number, (example, row) in enumerate(
+        zip(examples, run_job(job, examples, strict, num_proc, progress), strict=True)
+    ):
+        if isinstance(row, Dropped):
+            writer.dropped.append(row)
+        else:
+            rows.append(row)
+            index.append(number)
+            labels.append(float(bool(example.label)))
+    if rows:
+        for number, row, other in zip(index, rows, mismatched(rows, max_length), strict=True):
+            writer.append(number, row, other)
+    return writer.close(notices_of(job), {"label": np.repeat(np.array(labels), 2)})
 
 
 def fit_pair(
@@ -126,26 +191,28 @@ def fit_pair(
     return sides[0], sides[1]
 
 
-def mismatched(rows: Sequence[EncodedRow], max_length: int | None) -> list[EncodedRow]:
+def mismatched(rows: Sequence[EncodedRow], max_length: int | None) -> Iterator[EncodedRow]:
     """For each row its prompt with the answer of the nearest row before it (in a circle) that has another
     prompt, cut to `max_length`.
 
     Raises:
         DataError: No row has another prompt.
     """
-    starts = [_start(row) for row in rows]
-    prompts = [row.tokens[:start].tobytes() for row, start in zip(rows, starts, strict=True)]
+    prompts = [_digest(row.tokens[: _start(row)]) for row in rows]
     if len(set(prompts)) < 2:
         raise DataError("KTO needs rows with at least two different prompts: their answers are compared")
-    made = []
-    for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        other = number - 1
-        while prompts[other] == prompts[number]:
-            other -= 1
-        tokens = np.concatenate([row.tokens[:start], rows[other].tokens[starts[other] :]])
-        mask = np.concatenate([np.zeros(start, dtype=np.bool_), rows[other].mask[starts[other] :]])
-        made.append(_part(EncodedRow(tokens, mask, row.pictures), slice(None, max_length)))
-    return made
+    for number, row in enumerate(rows):
+        near = number - 1
+        while prompts[near] == prompts[number]:
+            near -= 1
+        other, start = rows[near], _start(row)
+        tokens = np.concatenate([row.tokens[:start], other.tokens[_start(other) :]])
+        mask = np.concatenate([np.zeros(start, dtype=np.bool_), other.mask[_start(other) :]])
+        yield _part(EncodedRow(tokens, mask, row.pictures), slice(None, max_length))
+
+
+def _digest(tokens: NDArray[np.int32]) -> bytes:
+    return blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 def _start(row: EncodedRow) -> int:
@@ -155,32 +222,3 @@ def _start(row: EncodedRow) -> int:
 
 def _part(row: EncodedRow, kept: slice) -> EncodedRow:
     return replace(row, tokens=row.tokens[kept], mask=row.mask[kept])
-
-
-def _margins(examples: Sequence[Example]) -> dict[str, NDArray[np.float64]]:
-    """The column `margin`, if any row has it: by how much the chosen answer is better."""
-    if not any("margin" in example.extra for example in examples):
-        return {}
-    try:
-        margins = [float(example.extra.get("margin") or 0.0) for example in examples]
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the column 'margin' must hold numbers: {error}") from error
-    return {"margin": np.repeat(np.array(margins), 2)}
-
-
-def _encoded(
-    rows: Sequence[EncodedRow],
-    index: Sequence[int],
-    dropped: Sequence[Dropped],
-    notices: tuple[str, ...],
-    values: dict[str, NDArray[np.float64]],
-) -> EncodedSFT:
-    return EncodedSFT(
-        tokens=Ragged.from_rows([row.tokens for row in rows], np.int32),
-        loss_mask=Ragged.from_rows([row.mask for row in rows], np.bool_),
-        index=np.array(index, dtype=np.int64),
-        dropped=tuple(dropped),
-        notices=notices,
-        images=picture_columns(row.pictures for row in rows),
-        values=values,
-    )

@@ -103,6 +103,10 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
         return job.chat.render(messages, example.tools, generation_prompt=generation_prompt)
 
     text = render(example.messages, generation_prompt=job.loss_scale is None)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text holds {error.object[error.start]!r}, half of a character") from error
     if job.vision is not None and not example.images:
         for token in job.vision.placeholders:
             if token in text:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from raytune_rl.data.example import BadRow, Row
 from raytune_rl.errors import DataError
@@ -16,7 +16,11 @@ Reader = Callable[[Path], Iterator[Row | BadRow]]
 
 _SPACE = re.compile(r"\s*")
 _ARROW_FILE_MAGIC = b"ARROW1"
-_TABLE_ROWS = 1024
+_TABLE_ROWS = 128  # rows may hold pictures
+_HEAD = 4096
+_BLOCK = 2**20
+_LONGEST_WORD = 16
+"""More characters than a word or an escape of JSON has."""
 
 
 def read_file(path: Path) -> Iterator[Row | BadRow]:
@@ -52,6 +56,8 @@ def _json_line(path: Path, number: int, raw: bytes) -> Row | BadRow:
         return BadRow(str(path), number, f"not UTF-8: {error.reason} at byte {error.start}", shown)
     except json.JSONDecodeError as error:
         return BadRow(str(path), number, f"broken JSON: {error.msg} at column {error.colno}", shown)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        return BadRow(str(path), number, f"JSON beyond what can be read: {error}", shown[:2000])
     return _as_row(path, number, value, shown)
 
 
@@ -72,15 +78,21 @@ def read_json(path: Path) -> Iterator[Row | BadRow]:
         yield from read_jsonl(path)
         return
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = _Text(file)
+            yield from _json_values(path, text)
     except UnicodeDecodeError as error:
-        yield BadRow(str(path), 1, f"not UTF-8: {error.reason} at byte {error.start}", "")
-        return
-    yield from _json_values(path, text)
+        reason = f"not UTF-8 here or soon after: {error.reason}; nothing after it can be read"
+        yield BadRow(str(path), text.line, reason, "")
 
 
 def _is_json_lines(path: Path) -> bool:
     with path.open("rb") as lines:
+        # A list may be one line of any length: its first character is enough to know it.
+        head = lines.read(_HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if head[:1] == b"[":
+            return False
+        lines.seek(0)
         first = next((line for line in lines if line.strip()), b"")
     try:
         return isinstance(json.loads(first.decode("utf-8-sig")), dict)
@@ -88,39 +100,90 @@ def _is_json_lines(path: Path) -> bool:
         return False
 
 
-def _json_values(path: Path, text: str) -> Iterator[Row | BadRow]:
-    """Decodes element by element, because the line of each element is wanted."""
-    decoder = json.JSONDecoder()
-    at = _skip(text, 0)
-    in_list = text[at : at + 1] == "["
+def _json_values(path: Path, text: _Text) -> Iterator[Row | BadRow]:
+    """Decodes element by element: the line of each is wanted, and memory shall hold few of them."""
+    in_list = text.peek() == "["
     if in_list:
-        at = _skip(text, at + 1)
-    line, counted = 1, 0
-    while at < len(text) and not (in_list and text[at] == "]"):
-        line, counted = line + text.count("\n", counted, at), at
+        text.drop(1)
+    while (next_one := text.peek()) and not (in_list and next_one == "]"):
         try:
-            value, end = decoder.raw_decode(text, at)
+            value, end = text.decode()
         except json.JSONDecodeError as error:
             reason = f"broken JSON: {error.msg} at column {error.colno}; nothing after it can be read"
-            yield BadRow(str(path), error.lineno, reason, text[at : at + 200])
+            yield BadRow(str(path), text.line + error.lineno - 1, reason, text.ahead(200))
             return
-        yield _as_row(path, line, value, text[at : min(end, at + 2000)])
-        at = _skip(text, end)
-        if in_list and text[at : at + 1] == ",":
-            at = _skip(text, at + 1)
-        elif in_list and text[at : at + 1] != "]":
-            broken = line + text.count("\n", counted, at)
-            yield BadRow(
-                str(path), broken, "broken JSON: the list needs a comma or its end here", text[at : at + 200]
-            )
+        yield _as_row(path, text.line, value, text.ahead(min(end, 2000)))
+        text.drop(end)
+        following = text.peek()
+        if in_list and following == ",":
+            text.drop(1)
+        elif in_list and following not in ("]", ""):
+            reason = "broken JSON: the list needs a comma or its end here; nothing after it can be read"
+            yield BadRow(str(path), text.line, reason, text.ahead(200))
             return
-    if in_list and at >= len(text):
-        yield BadRow(str(path), 1 + text.count("\n"), "broken JSON: the list is never closed", "")
+    if in_list and not text.peek():
+        yield BadRow(str(path), text.line, "broken JSON: the list is never closed", "")
 
 
-def _skip(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
+class _Text:
+    """A text file of which memory holds what is being decoded.
+
+    Attributes:
+        line: The line, from 1, of the first character that was not dropped.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self.line = 1
+        self._file = file
+        self._held, self._at = "", 0
+        self._ended = False
+        self._decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """The first character that is no white space, to which it moves; empty at the end."""
+        while True:
+            found = _SPACE.match(self._held, self._at)
+            self.drop(0 if found is None else found.end() - self._at)
+            if self._at < len(self._held) or not self._read():
+                return self._held[self._at : self._at + 1]
+
+    def decode(self) -> tuple[Any, int]:
+        """The value that begins here, and its length in characters.
+
+        Raises:
+            json.JSONDecodeError: It is broken; its place is counted from here.
+        """
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._held, self._at)
+                if end < len(self._held) or not self._read():  # a number may go on
+                    return value, end - self._at
+            except json.JSONDecodeError as error:
+                # Cut off where the text in memory ends, most likely: a string that is not closed, say.
+                cut_off = error.pos > len(self._held) - _LONGEST_WORD or "string" in error.msg
+                if not (cut_off and self._read()):
+                    raise json.JSONDecodeError(
+                        error.msg, self._held[self._at :], error.pos - self._at
+                    ) from None
+            except (ValueError, RecursionError) as error:
+                raise json.JSONDecodeError(str(error), self._held[self._at :], 0) from None
+
+    def ahead(self, count: int) -> str:
+        return self._held[self._at : self._at + count]
+
+    def drop(self, count: int) -> None:
+        self.line += self._held.count("\n", self._at, self._at + count)
+        self._at += count
+
+    def _read(self) -> bool:
+        """Reads as much again as is still wanted, at least a block; false at the end."""
+        kept = self._held[self._at :]
+        block = "" if self._ended else self._file.read(max(_BLOCK, len(kept)))
+        if not block:
+            self._ended = True
+            return False
+        self._held, self._at = kept + block, 0
+        return True
 
 
 def read_csv(path: Path) -> Iterator[Row | BadRow]:
@@ -128,7 +191,8 @@ def read_csv(path: Path) -> Iterator[Row | BadRow]:
     # The module's own limit of 128 KiB a field is less than a long conversation.
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as text:
+    # A byte that is no UTF-8 is its record's fault alone, so it is looked for in each record.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         records = csv.reader(text, delimiter=delimiter)
         try:
             header = next(records, [])
@@ -140,13 +204,17 @@ def read_csv(path: Path) -> Iterator[Row | BadRow]:
                 if record:
                     yield _csv_row(path, line, header, record)
                 line = records.line_num + 1
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             yield BadRow(
                 str(path), records.line_num + 1, f"broken CSV: {error}; nothing after it can be read", ""
             )
 
 
 def _csv_row(path: Path, line: int, header: list[str], record: list[str]) -> Row | BadRow:
+    try:
+        "".join((*header, *record)).encode()
+    except UnicodeEncodeError:
+        return BadRow(str(path), line, "not UTF-8", json.dumps(record))
     if len(record) != len(header):
         reason = f"{len(record)} fields, but the header has {len(header)}"
         return BadRow(str(path), line, reason, json.dumps(record, ensure_ascii=False))

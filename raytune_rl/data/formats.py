@@ -9,7 +9,7 @@ from typing import Any
 from raytune_rl.data.columns import ColumnMap, columns_of
 from raytune_rl.data.dialects import Conversation, FormatError, parse_text
 from raytune_rl.data.example import PROMPT_TASKS, Example, MediaRef, Message, Row, RowError, Task
-from raytune_rl.data.media_tags import TAGS, media_refs, place_tags
+from raytune_rl.data.media_tags import GROUNDING, TAGS, legacy_images, media_refs, place_tags
 from raytune_rl.data.preference_rows import read_label, rejected_turns, with_chosen
 from raytune_rl.data.row_formats import Parts, format_of
 
@@ -65,6 +65,13 @@ class Converter:
         used = {*parsed.used, *(name for kind in (*TAGS, "tools") if (name := parts.column(kind)))}
         messages = self._for_task(self._with_system(parsed.conversation.messages))
         media = {kind: _media(parts, kind, parsed.conversation) for kind in TAGS}
+        messages, named = legacy_images(messages)
+        if named:
+            if media["images"]:
+                raise FormatError("images stand both in <img> tags and beside the text; keep one of them")
+            media["images"] = named
+            self.notices["rows name images between <img> and </img>; each is read as an image"] += 1
+        _check_grounding(fields, messages)
         for kind, refs in media.items():
             messages, added = place_tags(messages, kind, len(refs))
             if added:
@@ -122,6 +129,17 @@ def _survives(name: str, value: Any, used: set[str]) -> bool:
     if value is None and any(columns_of(part, [name]) for part in _STRUCTURE):
         return False
     return name not in used or name.lower() == "solution"
+
+
+def _check_grounding(fields: Mapping[str, Any], messages: Sequence[Message]) -> None:
+    """Placeholders that nothing fills in would be learned as they stand."""
+    if any(name.lower() == "objects" and value for name, value in fields.items()):
+        for mark in GROUNDING:
+            if any(mark in message.content for message in messages):
+                raise FormatError(
+                    f"{mark} is not filled in from the column 'objects': write names and coordinates as "
+                    "text, as the model is to say them"
+                )
 
 
 def _media(parts: Parts, kind: str, conversation: Conversation) -> tuple[MediaRef, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from raytune_rl.data.example import Row
@@ -26,6 +27,26 @@ def read_hub(spec: DatasetSpec) -> Iterator[Row]:
     Raises:
         DataError: The hub cannot be reached, or the data set, the subset or its training split is not there.
     """
+    for source, table in _tables(spec):
+        number = 0
+        for batch in table.with_format("arrow").iter(batch_size=_BATCH_ROWS):
+            for fields in batch.to_pylist():
+                number += 1
+                yield Row(fields, source, number)
+
+
+def hub_files(spec: DatasetSpec) -> list[Path]:
+    """The files on this machine that hold the rows of a hub's data set, downloaded if they were not there;
+    empty if there are none.
+
+    Raises:
+        DataError: As `read_hub`.
+    """
+    return [Path(file["filename"]) for _, table in _tables(spec) for file in table.cache_files]
+
+
+def _tables(spec: DatasetSpec) -> Iterator[tuple[str, Any]]:
+    """What to call a subset, and its training split."""
     import datasets
 
     location = _located(spec)
@@ -35,12 +56,7 @@ def read_hub(spec: DatasetSpec) -> Iterator[Row]:
             return datasets.load_dataset(location, name, split="train")
 
         table = _asked(spec, subset, load)
-        source = f"{spec.hub}::{spec.hub_id}" + (f":{subset}" if subset else "") + "[train]"
-        number = 0
-        for batch in table.with_format("arrow").iter(batch_size=_BATCH_ROWS):
-            for fields in batch.to_pylist():
-                number += 1
-                yield Row(fields, source, number)
+        yield f"{spec.hub}::{spec.hub_id}" + (f":{subset}" if subset else "") + "[train]", table
 
 
 def _located(spec: DatasetSpec) -> str:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raytune_rl.data.example import BadRow, Example, Row, RowError, Task
 from raytune_rl.data.formats import Converter
 from raytune_rl.data.registered import asked, question_of
-from raytune_rl.data.sources import parse_spec, read_rows, sample
+from raytune_rl.data.sources import drawn, parse_spec, read_rows
+from raytune_rl.data.spool import Chosen, Spool
 from raytune_rl.errors import ConfigError, DataError
 from raytune_rl.tracking.files import read_jsonl
 
 logger = logging.getLogger(__name__)
+
+_TOLD_EVERY = 1000
+"""Rows between two words on how far reading is."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class LoadReport:
 class Loaded:
     """Examples in the order in which the run numbers them, and the account of all rows."""
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     report: LoadReport
 
 
@@ -94,8 +99,11 @@ def load_examples(
     seed: int = 42,
     quarantine_path: Path | None = None,
     use_hf: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> Loaded:
     """Loads, understands, samples and shuffles data sets.
+
+    Rows are read one by one and their examples wait on disk: memory does not grow with their number.
 
     Args:
         specs: Values of `--dataset`.
@@ -107,6 +115,7 @@ def load_examples(
         seed: For both.
         quarantine_path: A JSONL file, written only if there are bad rows: source, line, reason, row.
         use_hf: Ids without a prefix lie on Hugging Face instead of ModelScope.
+        progress: Called now and then with the number of rows read since the last call.
 
     Raises:
         RowError: A bad row under `strict`; it names file, line and reason.
@@ -115,28 +124,32 @@ def load_examples(
     """
     convert = Converter(task, system=resolve_system(system), columns=columns)
     quarantine = Quarantine(quarantine_path)
-    examples: list[Example] = []
+    examples: Spool[Example] = Spool()
+    orders: list[NDArray[np.int64]] = []
     sources: list[SourceReport] = []
     notices: list[str] = []
     try:
         for number, text in enumerate(specs):
             spec = parse_spec(text, use_hf=use_hf)
             question = question_of(spec, columns or {}, notices.append)
-            good: list[Example] = []
+            first = len(examples)
             rows = 0
             for row in read_rows(spec, announce=notices.append):
                 # Without shuffling `#N` is the first N good rows: what comes after need not be read.
-                if not shuffle and spec.sample is not None and len(good) == spec.sample:
+                if not shuffle and spec.sample is not None and len(examples) - first == spec.sample:
                     break
                 rows += 1
                 example = convert_row(convert, asked(row, question), strict, quarantine)
                 if example is not None:
-                    good.append(example)
+                    examples.append(example)
+                if progress is not None and rows % _TOLD_EVERY == 0:
+                    progress(_TOLD_EVERY)
+            good = len(examples) - first
             if not good:
                 raise DataError(_nothing_usable(text, rows, quarantine))
-            taken = sample(good, spec.sample, shuffle=shuffle, seed=[seed, number])
-            sources.append(SourceReport(text, rows, len(good), rows - len(good), len(taken)))
-            examples += taken
+            taken = drawn(good, spec.sample, shuffle=shuffle, seed=[seed, number])
+            sources.append(SourceReport(text, rows, good, rows - good, len(taken)))
+            orders.append(first + taken)
     finally:
         quarantine.close()
     if unseen := convert.unseen_columns():
@@ -144,12 +157,13 @@ def load_examples(
             f"--columns names {', '.join(map(repr, unseen))}, which no row has; "
             f"there are {', '.join(map(repr, sorted(convert.seen_columns)))}"
         )
+    order = np.concatenate([*orders, np.empty(0, dtype=np.int64)])
     if shuffle:
-        examples = [examples[i] for i in np.random.default_rng([seed, len(specs)]).permutation(len(examples))]
+        order = order[np.random.default_rng([seed, len(specs)]).permutation(len(order))]
     notices += [f"{count} {sentence}" for sentence, count in convert.notices.items()]
     report = LoadReport(tuple(sources), dict(quarantine.reasons), tuple(notices), quarantine.written_to)
     _log(report)
-    return Loaded(tuple(examples), report)
+    return Loaded(Chosen(examples, order), report)
 
 
 def account_of(
@@ -164,7 +178,7 @@ def account_of(
 
 def split_examples(
     examples: Sequence[Example], ratio: float, seed: int
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Splits off `max(int(len * ratio), 1)` examples for validation, as `--split_dataset_ratio` does; 0
     splits none.
 
@@ -177,15 +191,15 @@ def split_examples(
     if not 0 <= ratio < 1:
         raise ConfigError(f"--split_dataset_ratio is {ratio}; it is at least 0 and below 1")
     if ratio == 0:
-        return tuple(examples), ()
+        return examples, ()
     count = max(int(len(examples) * ratio), 1)
     if count >= len(examples):
         raise ConfigError(
             f"--split_dataset_ratio {ratio} of {len(examples)} examples leaves nothing to train on"
         )
-    held_out = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
-    train = tuple(example for i, example in enumerate(examples) if i not in held_out)
-    return train, tuple(example for i, example in enumerate(examples) if i in held_out)
+    held_out = np.zeros(len(examples), dtype=np.bool_)
+    held_out[np.random.default_rng(seed).permutation(len(examples))[:count]] = True
+    return Chosen(examples, np.flatnonzero(~held_out)), Chosen(examples, np.flatnonzero(held_out))
 
 
 def convert_row(
@@ -237,7 +251,9 @@ class Quarantine:
             return
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a" if self._adds else "w", encoding="utf-8")
+            self._file = self._path.open(
+                "a" if self._adds else "w", encoding="utf-8", errors="backslashreplace"
+            )
             self.written_to = self._path
         if (error.source, error.line) in self._held:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,11 @@ from raytune_rl.data.example import MediaRef, Message
 
 #: Column to the tag that stands for one medium of it.
 TAGS: dict[str, str] = {"images": "<image>", "videos": "<video>", "audios": "<audio>"}
+
+_LEGACY = re.compile(r"<img>\s*(\S.*?)\s*</img>", re.DOTALL)
+
+#: What ms-swift replaces by the names and boxes of the column `objects`.
+GROUNDING = ("<ref-object>", "<bbox>")
 
 
 def media_ref(value: Any) -> MediaRef:
@@ -40,6 +46,16 @@ def media_refs(value: Any) -> tuple[MediaRef, ...]:
     if isinstance(value, list | tuple):
         return tuple(media_ref(item) for item in value)
     return (media_ref(value),)
+
+
+def legacy_images(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[MediaRef, ...]]:
+    """Messages in which `<img>a.png</img>`, as older ms-swift data name a picture, has become a tag; and the
+    pictures named so, in their order."""
+    refs = tuple(ref for message in messages for ref in _LEGACY.findall(message.content))
+    if not refs:
+        return tuple(messages), ()
+    tag = TAGS["images"]
+    return tuple(replace(m, content=_LEGACY.sub(tag, m.content)) for m in messages), refs
 
 
 def place_tags(messages: Sequence[Message], column: str, count: int) -> tuple[tuple[Message, ...], bool]:

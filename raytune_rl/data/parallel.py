@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from itertools import chain
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -16,6 +16,8 @@ R = TypeVar("R")
 CHUNK_ROWS = 512
 #: Below this many items starting processes takes longer than the work.
 PARALLEL_FROM = 4096
+#: Chunks that are under way at once for each process, so that none waits for the reader.
+AHEAD = 2
 
 _shared: dict[str, Any] = {}
 
@@ -29,37 +31,50 @@ def map_chunks(
     progress: Callable[[int], None] | None = None,
     parallel_from: int | None = None,
     chunk_rows: int = CHUNK_ROWS,
-) -> list[R]:
-    """`function(shared, chunk)` over all chunks of the items, results in their order whatever the number of
-    processes.
+) -> Iterator[R]:
+    """The results of `function(shared, chunk)` over all chunks of the items, one by one and in their order
+    whatever the number of processes. Memory holds a few chunks, not all.
 
     Args:
         function: A module-level function that returns one result an item.
         shared: What every call needs (a tokenizer), sent to each process once.
-        items: The work.
+        items: The work; read chunk by chunk.
         num_proc: Processes; 1 works in this one.
         progress: Called with the number of items of each finished chunk.
         parallel_from: Fewer items than this are done in this process; `PARALLEL_FROM` unless given.
         chunk_rows: Items a call.
     """
-    chunks = [items[start : start + chunk_rows] for start in range(0, len(items), chunk_rows)]
+    chunks = (list(items[start : start + chunk_rows]) for start in range(0, len(items), chunk_rows))
     threshold = PARALLEL_FROM if parallel_from is None else parallel_from
-    if num_proc <= 1 or len(items) < threshold:
-        return _collect((function(shared, chunk) for chunk in chunks), progress)
-    # Spawned, not forked: the driver has threads (Ray, tokenizers), and a fork may inherit a held lock.
-    with ProcessPoolExecutor(
-        min(num_proc, len(chunks)), multiprocessing.get_context("spawn"), _start, (function, shared)
-    ) as pool:
-        return _collect(pool.map(_work, chunks), progress)
-
-
-def _collect(results: Iterator[list[R]], progress: Callable[[int], None] | None) -> list[R]:
-    done: list[list[R]] = []
-    for result in results:
-        done.append(result)
+    alone = num_proc <= 1 or len(items) < threshold
+    done = (
+        (function(shared, chunk) for chunk in chunks)
+        if alone
+        else _spread(function, shared, chunks, num_proc)
+    )
+    for results in done:
+        yield from results
         if progress is not None:
-            progress(len(result))
-    return list(chain.from_iterable(done))
+            progress(len(results))
+
+
+def _spread(
+    function: Callable[[Any, Sequence[T]], list[R]], shared: Any, chunks: Iterator[list[T]], num_proc: int
+) -> Iterator[list[R]]:
+    # Spawned, not forked: the driver has threads (Ray, tokenizers), and a fork may inherit a held lock.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_proc, context, _start, (function, shared)) as pool:
+        under_way: deque[Future[list[R]]] = deque()
+        try:
+            for chunk in chunks:
+                under_way.append(pool.submit(_work, chunk))
+                if len(under_way) > AHEAD * num_proc:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:  # a bad row may have ended it: what was asked for ahead is not wanted any more
+            for future in under_way:
+                future.cancel()
 
 
 def _start(function: Callable[[Any, Sequence[T]], list[R]], shared: Any) -> None:

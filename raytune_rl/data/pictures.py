@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raytune_rl.data.mapped import ArrayWriter, RaggedWriter
 from raytune_rl.data.media import EncodedImage, ImageError, fetch_image, shown
 from raytune_rl.data.ragged import Columns, Ragged
 
@@ -58,24 +60,67 @@ class Picture:
         return found.data
 
 
-def picture_columns(rows: Iterable[Sequence[Picture]]) -> Columns:
-    """The columns for rows of pictures; none at all when no row has one."""
-    numbers: dict[int, int] = {}
-    distinct: list[Picture] = []
-    indices: list[list[int]] = []
-    for row in rows:
+class PictureWriter:
+    """The columns for rows of pictures, row after row: in files, or in memory where there is no folder."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._rows_before = 0
+        self._numbers: dict[int, int] = {}
+        self._is_path: list[bool] = []
+        self._columns: tuple[RaggedWriter, RaggedWriter] | None = None
+
+    def append(self, row: Sequence[Picture]) -> None:
+        """Adds a row."""
+        if self._columns is None:
+            if not row:
+                self._rows_before += 1
+                return
+            names = ((ROW_COLUMN, np.int32), (_DATA, np.uint8))
+            rows, data = (RaggedWriter(name, kind, self._folder) for name, kind in names)
+            self._columns = rows, data
+            for _ in range(self._rows_before):
+                rows.append(np.empty(0, dtype=np.int32))
+        rows, data = self._columns
         for picture in row:
-            if numbers.setdefault(picture.digest, len(distinct)) == len(distinct):
-                distinct.append(picture)
-        indices.append([numbers[picture.digest] for picture in row])
-    if not distinct:
-        return {}
-    return {
-        ROW_COLUMN: Ragged.from_rows(indices, np.int32),
-        _DATA: Ragged.from_rows([_flat(picture) for picture in distinct], np.uint8),
-        _IS_PATH: np.array([picture.path is not None for picture in distinct]),
-        _DIGEST: np.array([picture.digest for picture in distinct], dtype=np.uint64),
-    }
+            if self._numbers.setdefault(picture.digest, len(self._is_path)) == len(self._is_path):
+                data.append(_flat(picture))
+                self._is_path.append(picture.path is not None)
+        rows.append(np.array([self._numbers[picture.digest] for picture in row], dtype=np.int32))
+
+    def close(self) -> Columns:
+        """The columns; none at all when no row has a picture."""
+        if self._columns is None:
+            return {}
+        rows, data = self._columns
+        is_path, digest = (
+            ArrayWriter(_IS_PATH, np.bool_, self._folder),
+            ArrayWriter(_DIGEST, np.uint64, self._folder),
+        )
+        is_path.extend(np.array(self._is_path))
+        digest.extend(np.array(list(self._numbers), dtype=np.uint64))
+        return {
+            ROW_COLUMN: rows.close(),
+            _DATA: data.close(),
+            _IS_PATH: is_path.close(),
+            _DIGEST: digest.close(),
+        }
+
+
+def picture_columns(rows: Iterable[Sequence[Picture]]) -> Columns:
+    """The columns for rows of pictures, in memory."""
+    writer = PictureWriter()
+    for row in rows:
+        writer.append(row)
+    return writer.close()
+
+
+def picture_paths(columns: Columns) -> list[str]:
+    """The files of the table that are named by their path."""
+    data = columns.get(_DATA)
+    if not isinstance(data, Ragged):
+        return []
+    return [bytes(data[number].data).decode() for number in np.flatnonzero(np.asarray(columns[_IS_PATH]))]
 
 
 def pictures_of(columns: Columns, row: int) -> list[Picture]:

@@ -12,6 +12,7 @@ For a prompt task (GRPO, PPO) the response is not read at all; it survives in `e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -188,6 +189,8 @@ def _text(parts: Parts, column: str) -> str:
     value = parts.fields[column]
     if value is None:
         return ""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FormatError(f"column {column!r} holds {value}: a missing value, no text")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):

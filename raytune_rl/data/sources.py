@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raytune_rl.data.example import BadRow, Row, RowError
 from raytune_rl.data.files import read_file
@@ -13,7 +15,7 @@ from raytune_rl.data.folders import data_files
 from raytune_rl.data.specs import DatasetSpec, parse_spec
 from raytune_rl.errors import DataError
 
-__all__ = ["BadRow", "DatasetSpec", "Row", "load_rows", "parse_spec", "read_rows", "sample"]
+__all__ = ["BadRow", "DatasetSpec", "Row", "drawn", "load_rows", "parse_spec", "read_rows", "sample"]
 
 T = TypeVar("T")
 
@@ -35,35 +37,46 @@ def read_rows(
 
         yield from read_hub(spec)
         return
-    if spec.path.is_dir():
-        files, notice = data_files(spec.path, spec.subsets)
-        if notice:
-            announce(notice)
-    elif spec.subsets:
-        raise DataError(
-            f"data set {spec.text!r}: a file has no subsets; leave out ':{'/'.join(spec.subsets)}'"
-        )
-    else:
-        files = [spec.path]
+    files, notice = local_files(spec, spec.path)
+    if notice:
+        announce(notice)
     for file in files:
         yield from read_file(file)
 
 
-def sample(items: Sequence[T], count: int | None, *, shuffle: bool, seed: int | Sequence[int]) -> list[T]:
-    """`#N` of ms-swift: N of the items, or more than there are.
+def local_files(spec: DatasetSpec, path: Path) -> tuple[list[Path], str | None]:
+    """The files of a local data set in the order in which they are read, and a sentence when some were left
+    out.
+
+    Raises:
+        DataError: There are none, or a subset is not there.
+    """
+    if path.is_dir():
+        return data_files(path, spec.subsets)
+    if spec.subsets:
+        raise DataError(
+            f"data set {spec.text!r}: a file has no subsets; leave out ':{'/'.join(spec.subsets)}'"
+        )
+    return [path], None
+
+
+def drawn(length: int, count: int | None, *, shuffle: bool, seed: int | Sequence[int]) -> NDArray[np.int64]:
+    """`#N` of ms-swift: which of `length` items, int64 `[N]`; or more than there are.
 
     Fewer than all: a random choice without repetition, in random order, or the first N without `shuffle`.
     More than all: the whole set as often as it fits, then such a choice for the rest. None: all of them.
     """
-    if count is None or not items:
-        return list(items)
-    repeats, rest = divmod(count, len(items))
-    chosen = list(items) * repeats
-    if shuffle:
-        chosen += [items[i] for i in np.random.default_rng(seed).permutation(len(items))[:rest]]
-    else:
-        chosen += list(items[:rest])
-    return chosen
+    every = np.arange(length, dtype=np.int64)
+    if count is None or not length:
+        return every
+    repeats, rest = divmod(count, length)
+    some = np.random.default_rng(seed).permutation(length) if shuffle else every
+    return np.concatenate([np.tile(every, repeats), some[:rest]])
+
+
+def sample(items: Sequence[T], count: int | None, *, shuffle: bool, seed: int | Sequence[int]) -> list[T]:
+    """The items that `drawn` chooses."""
+    return [items[i] for i in drawn(len(items), count, shuffle=shuffle, seed=seed)]
 
 
 def load_rows(text: str, *, use_hf: bool = False, shuffle: bool = True, seed: int = 42) -> list[Row]:

@@ -1,27 +1,28 @@
 """Data for the pipelines: prepared in a Ray task, so that token arrays never pass through the driver.
 
-The task reads, understands and tokenizes; the columns stay in the object store and the driver gets lengths
-and an account of every row.
+The task reads, understands and tokenizes, and the driver gets lengths and an account of every row. The
+columns of rows lie on disk: on a machine that all workers share they are mapped from there, and a reference
+is the name of a folder; elsewhere they go into the object store.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
+from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.data.example import Task
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import ConfigError
-from raytune_rl.runtime.wait import Pending, fetch
+from raytune_rl.runtime.wait import Pending, fetch, stream_refs
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
@@ -49,17 +50,19 @@ class ImageCounts:
 
 @dataclass(frozen=True)
 class ImagePlaces:
-    """Where pictures' files are looked for, and whether their bytes travel instead of their paths."""
+    """Where pictures' files are looked for, whether their bytes travel instead of their paths, and whether
+    every worker sees the driver's files."""
 
     root: str
     inline: bool
+    one_machine: bool
 
     @classmethod
     def of(cls, config: TrainConfig, one_machine: bool) -> ImagePlaces:
         """On a cluster that was started here every worker sees the driver's files; elsewhere it may not."""
         inline = config.inline_images
         root = Path(config.root_image_dir or ".").expanduser().absolute()
-        return cls(str(root), not one_machine if inline is None else inline)
+        return cls(str(root), not one_machine if inline is None else inline, one_machine)
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,16 @@ class Account:
     placeholder_ids: tuple[int, ...] = ()
     columns: tuple[str, ...] = ()
 
-    @property
-    def bad(self) -> int:
-        """Rows in quarantine."""
-        return sum(source.bad for source in self.sources)
+
+def quarantined(train: Account, held_out: Account | None) -> int:
+    """Rows left out of both sets: could not be read, understood or encoded, or are too long.
+
+    Sets that were split from the same rows were read once, so what could not be read counts once.
+    """
+    read = [train] if held_out is None or held_out.sources == train.sources else [train, held_out]
+    encoded = [train] if held_out is None else [train, held_out]
+    bad = sum(source.bad for account in read for source in account.sources)
+    return bad + sum(count for account in encoded for count in account.dropped.values())
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Tokenized conversations in the object store.
+    """Tokenized conversations.
 
     Attributes:
         columns: Reference to {"tokens": Ragged int32, "loss_mask": Ragged bool}, and the columns of
@@ -165,7 +174,12 @@ def prompt_sets(
 
 
 def token_sets(
-    config: SFTConfig | PreferenceConfig, task: Task, quarantine: Path, *, one_machine: bool = False
+    config: SFTConfig | PreferenceConfig,
+    task: Task,
+    quarantine: Path,
+    *,
+    one_machine: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[TokenSet, TokenSet | None]:
     """The rows to train on, and the held-out ones if the user gave any.
 
@@ -175,13 +189,34 @@ def token_sets(
             `data.encode_preferences`).
         quarantine: File for bad rows.
         one_machine: Whether every worker sees the driver's files.
+        tell: Takes sentences on how far it is.
     """
     from raytune_rl.pipelines.data_task import encode_rows_task
 
     places = ImagePlaces.of(config, one_machine)
-    refs = on_this_node(encode_rows_task, 4, config, task, str(quarantine), places)
-    train, held_out = refs[:2], refs[2:]
-    return token_set(train, config), token_set(held_out, config) if _has_rows(held_out[1], config) else None
+    cache = resolved.dataset_cache_dir(config)
+    items = stream_refs(
+        Pending(
+            on_this_node(encode_rows_task, "streaming", config, task, str(quarantine), places, cache),
+            "the data task",
+            "reading and tokenizing the data",
+            config.step_timeout,
+        )
+    )
+    sets = [TokenSet(columns, *facts) for facts, columns in _facts_and_columns(items, config, tell)]
+    return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def _facts_and_columns(
+    items: Iterator[Any], config: TrainConfig, tell: Callable[[str], None]
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The facts of each set and the reference to its columns; what is said in between is passed on."""
+    for ref in items:
+        item = _wait(ref, config)
+        if isinstance(item, str):
+            tell(item)
+        else:
+            yield item, next(items)
 
 
 def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_positions: int | None) -> int:
@@ -208,10 +243,10 @@ def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_p
     return limit or needed
 
 
-def on_this_node(function: Callable[..., tuple[Any, ...]], returns: int, *arguments: Any) -> list[Any]:
+def on_this_node(function: Callable[..., Any], returns: int | Literal["streaming"], *arguments: Any) -> Any:
     """Runs a task on the driver's own node and in its folder, where the user's paths mean what he thinks."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    task = ray.remote(_in_folder).options(
+    task = ray.remote(_yielded_in_folder if returns == "streaming" else _in_folder).options(
         num_cpus=0, num_returns=returns, scheduling_strategy=here, max_retries=0
     )
     return task.remote(str(Path.cwd()), function, *arguments)
@@ -220,6 +255,11 @@ def on_this_node(function: Callable[..., tuple[Any, ...]], returns: int, *argume
 def _in_folder(folder: str, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
     with contextlib.chdir(folder):
         return function(*arguments)
+
+
+def _yielded_in_folder(folder: str, function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
+    with contextlib.chdir(folder):
+        yield from function(*arguments)
 
 
 def _wait(ref: Any, config: TrainConfig) -> Any:

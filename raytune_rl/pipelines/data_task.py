@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.data.example import Task
-from raytune_rl.errors import ConfigError
+from raytune_rl.data.mapped import MappedColumns, open_columns, written_whole
+from raytune_rl.data.ragged import Columns
+from raytune_rl.errors import ConfigError, DataError
 from raytune_rl.pipelines.data import Account, ImageCounts, ImagePlaces, SourceCounts, TrainConfig
+from raytune_rl.pipelines.encoded_cache import SETS, EncodedSet, Facts, read_entry, write_entry, write_facts
+from raytune_rl.pipelines.told import Counted, Tell, while_told
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class ModelFacts:
     vision: Any = None
 
 
-RowsEncoder = Callable[[Any, Any, Path], tuple[Any, ...]]
+RowsEncoder = Callable[..., tuple[Columns, Facts]]
 
 
 def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces) -> tuple[Any, ...]:
@@ -67,21 +69,114 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces
         account = replace(_account(report, found, facts, path), columns=tuple(extra))
         return columns, extra, texts, (found.prompts.lengths, account)
 
-    train, held_out = _load(config, "grpo", Path(quarantine))
     train_path, held_out_path = _quarantines(config, Path(quarantine))
+    for stale in (train_path, held_out_path):  # of an earlier start of the same run
+        stale.unlink(missing_ok=True)
+    train, held_out = _load(config, "grpo", Path(quarantine))
     made = encode(train[0], train[1], train_path)
     return (*made, *(encode(held_out[0], held_out[1], held_out_path) if held_out else (None,) * 4))
 
 
 def encode_rows_task(
-    config: SFTConfig | PreferenceConfig, task: Task, quarantine: str, places: ImagePlaces
-) -> tuple[Any, ...]:
-    """Rows to train on and held out: each the columns, and (lengths, trained lengths, account, values)."""
+    config: SFTConfig | PreferenceConfig, task: Task, quarantine: str, places: ImagePlaces, cache: str
+) -> Iterator[Any]:
+    """Rows to train on and, if there are any, held out: of each its facts, then its columns. In between,
+    sentences on how far it is.
+
+    What has been encoded before is taken from `cache`, a folder, where it is kept too.
+    """
+    for item in while_told(
+        lambda tell: _encoded_sets(config, task, Path(quarantine), places, Path(cache), tell)
+    ):
+        if isinstance(item, str):
+            yield item
+            continue
+        yield item.facts
+        shared = isinstance(item.columns, MappedColumns) and places.one_machine
+        yield item.columns if shared else dict(item.columns)
+
+
+def _encoded_sets(
+    config: SFTConfig | PreferenceConfig,
+    task: Task,
+    quarantine: Path,
+    places: ImagePlaces,
+    cache: Path,
+    tell: Tell,
+) -> list[EncodedSet]:
+    bad_rows = dict(zip(SETS, _quarantines(config, quarantine), strict=True))
+    for path in bad_rows.values():  # of an earlier start of the same run
+        path.unlink(missing_ok=True)
+    if isinstance(config, PreferenceConfig) and config.own_reference and config.ref_model:
+        check_vocabulary(model_facts(config).tokenizer, config.ref_model, config)
+    key = _key(config, task, places)
+    if key is None:
+        return [made for _, made in _encode(config, task, bad_rows, places, None, tell)]
+    entry = cache / key
+    found = read_entry(entry, bad_rows) if config.load_from_cache_file else None
+    if found is not None:
+        notice = f"data as encoded before, from {entry} (--load_from_cache_file false encodes it anew)"
+        return [replace(one, facts=_with_notice(one.facts, notice)) for one in found]
+    try:
+        with written_whole(entry) as folder:
+            made = dict(_encode(config, task, bad_rows, places, folder, tell))
+            write_entry(folder, {name: one.facts[2] for name, one in made.items()}, bad_rows)
+    except OSError as error:
+        raise DataError(
+            f"encoded rows cannot be written to {cache}: {error}. Make room, or name another folder with "
+            "--dataset_cache_dir (and with TMPDIR, where rows wait before they are encoded)"
+        ) from error
+    return [replace(one, columns=open_columns(str(entry / name))) for name, one in made.items()]
+
+
+def _with_notice(facts: Facts, notice: str) -> Facts:
+    lengths, trained, account, values = facts
+    return lengths, trained, replace(account, notices=(notice, *account.notices)), values
+
+
+def _key(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces) -> str | None:
+    """The name of what these data become; None where that cannot be told."""
+    from raytune_rl.data.fingerprint import fingerprint
+    from raytune_rl.data.load import resolve_system
+    from raytune_rl.models import load
+
+    assert config.model is not None
+    names = (
+        "dataset", "val_dataset", "split_dataset_ratio", "columns", "max_length", "loss_scale", "strict",
+        "max_pixels", "dataset_shuffle", "data_seed", "trust_remote_code",
+    )  # fmt: skip
+    settings = {name: getattr(config, name) for name in names} | {
+        "task": task,
+        "system": resolve_system(config.system),
+        "truncation": resolved.truncation_strategy(config),
+        "places": (places.root, places.inline),
+    }
+    model = Path(load.resolve_path(config.model, use_hf=config.use_hf))
+    return fingerprint(settings, (*config.dataset, *config.val_dataset), model, use_hf=config.use_hf)
+
+
+def _encode(
+    config: SFTConfig | PreferenceConfig,
+    task: Task,
+    bad_rows: Mapping[str, Path],
+    places: ImagePlaces,
+    folder: Path | None,
+    tell: Tell,
+) -> Iterator[tuple[str, EncodedSet]]:
+    """The sets by name, encoded anew; into `folder`, or into memory without one."""
     encode = rows_encoder(config, task, places)
-    train, held_out = _load(config, task, Path(quarantine))
-    train_path, held_out_path = _quarantines(config, Path(quarantine))
-    made = encode(train[0], train[1], train_path)
-    return (*made, *(encode(held_out[0], held_out[1], held_out_path) if held_out else (None,) * 2))
+    for name, part in zip(SETS, _load(config, task, bad_rows["train"], tell), strict=True):
+        if part is None:
+            continue
+        inside = None if folder is None else folder / name
+        if inside is not None:
+            inside.mkdir()
+        examples, report = part
+        progress = Counted("tokenized", tell, len(examples))
+        columns, facts = encode(examples, report, bad_rows[name], progress, inside)
+        if folder is not None:
+            write_facts(folder, name, facts[1], facts[3])
+        yield name, EncodedSet(columns, facts)
 
 
 def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces) -> RowsEncoder:
@@ -90,12 +185,16 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Image
     from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 
     facts = model_facts(config)
-    if isinstance(config, PreferenceConfig) and config.own_reference and config.ref_model:
-        check_vocabulary(facts.tokenizer, config.ref_model, config)
     images = ImageSettings(facts.vision, places.root, places.inline) if facts.vision else None
     encoders: dict[str, Any] = {"sft": encode_sft, "pairs": encode_pairs, "labels": encode_labelled}
 
-    def encode(examples: Any, report: Any, bad_rows: Path) -> tuple[Any, ...]:
+    def encode(
+        examples: Any,
+        report: Any,
+        bad_rows: Path,
+        progress: Callable[[int], None] | None = None,
+        folder: Path | None = None,
+    ) -> tuple[Columns, Facts]:
         found = encoders[task](
             examples,
             facts.tokenizer,
@@ -104,12 +203,14 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Image
             config.loss_scale,
             strict=config.strict,
             num_proc=config.dataset_num_proc,
+            progress=progress,
             images=images,
+            folder=folder,
         )
         path = quarantine_dropped(found.dropped, bad_rows) or report.quarantine_path
-        counts = np.add.reduceat(found.loss_mask.values.astype(np.int64), found.loss_mask.offsets[:-1])
         columns = {"tokens": found.tokens, "loss_mask": found.loss_mask, **found.images}
-        return columns, (found.tokens.lengths, counts, _account(report, found, facts, path), found.values)
+        account = _account(report, found, facts, path)
+        return columns, (found.tokens.lengths, found.loss_lengths, account, found.values)
 
     return encode
 
@@ -150,11 +251,10 @@ def check_vocabulary(tokenizer: Any, ref_model: str, config: TrainConfig) -> Non
 
 
 def quarantine_dropped(dropped: Any, path: Path) -> Path | None:
-    """Adds rows that could not be encoded to the quarantine file; the file if there are any."""
+    """Adds rows that were left out while encoding to the quarantine file; the file if there are any."""
     lines = [
         {"source": drop.source, "line": drop.line, "reason": f"{drop.reason}: {drop.detail}".rstrip(": ")}
         for drop in dropped
-        if drop.unusable
     ]
     if not lines:
         return None
@@ -169,7 +269,7 @@ def _quarantines(config: TrainConfig, quarantine: Path) -> tuple[Path, Path]:
     return quarantine, quarantine.with_name("quarantine-val.jsonl") if config.val_dataset else quarantine
 
 
-def _load(config: TrainConfig, task: Task, quarantine: Path) -> tuple[Any, Any]:
+def _load(config: TrainConfig, task: Task, quarantine: Path, tell: Tell = lambda _: None) -> tuple[Any, Any]:
     """(examples, report) to train on, and held out or None."""
     from raytune_rl.data.load import load_examples, split_examples
 
@@ -184,8 +284,10 @@ def _load(config: TrainConfig, task: Task, quarantine: Path) -> tuple[Any, Any]:
             seed=config.data_seed,
             quarantine_path=path,
             use_hf=config.use_hf,
+            progress=progress,
         )
 
+    progress = Counted("read", tell)
     train = load(config.dataset, config.dataset_shuffle, quarantine)
     if config.val_dataset:
         held_out = load(config.val_dataset, False, _quarantines(config, quarantine)[1])

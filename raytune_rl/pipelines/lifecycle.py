@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,18 +42,31 @@ TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 SHOWN = ("eval_reward", "eval_loss", "eval_token_acc", "eval_rewards/accuracies", "eval_rewards/margins")
 """Held-out metrics that are printed."""
 WAITING = Console(stderr=True)
+LOGGED_EVERY_S = 10.0
+"""Seconds between two lines in a log on how far a stage is."""
 STOPPING = b"Stopping: the present step is finished and saved first. Press Ctrl-C again to stop at once.\n"
 
 
 @contextmanager
-def stage(what: str) -> Iterator[None]:
-    """Says what a run is doing while it has no display yet: a spinner on a terminal, a line in a log."""
+def stage(what: str) -> Iterator[Callable[[str], None]]:
+    """Says what a run is doing while it has no display yet: a spinner on a terminal, a line in a log.
+
+    Gives what takes sentences on how far it is; a log gets one of them now and then.
+    """
     if WAITING.is_terminal:
-        with WAITING.status(f"{what} ..."):
-            yield
-    else:
-        print(f"{what} ...", file=sys.stderr, flush=True)
-        yield
+        with WAITING.status(f"{what} ...") as status:
+            yield lambda sentence: status.update(f"{what} ... {sentence}")
+        return
+    print(f"{what} ...", file=sys.stderr, flush=True)
+    last = time.monotonic()
+
+    def tell(sentence: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOGGED_EVERY_S:
+            last = time.monotonic()
+            print(f"{what}: {sentence}", file=sys.stderr, flush=True)
+
+    yield tell
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,11 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         groups = offline_groups(config, cluster)
         launch.check_machine(config, groups.on_gpu)
         origin = find_origin(config)
-        with stage("reading and tokenizing the data"):
+        with stage("reading and tokenizing the data") as tell:
             where = (config, objective.shape.task, origin.run_dir.quarantine_jsonl)
             stream = stream_of(*where, cluster.started_here, origin, stack)
             if stream is None:
-                train, held_out = token_sets(*where, one_machine=cluster.started_here)
+                train, held_out = token_sets(*where, one_machine=cluster.started_here, tell=tell)
             else:
                 train, held_out = stream.next(), held_out_of(*where, cluster.started_here)  # type: ignore[arg-type]
         packs = packs_of(config, train)
@@ -97,7 +97,8 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
             started.train()
             result = started.run.finish()
         account = train.account if stream is None or stream.account is None else stream.account
-        summary = offline_report.summary_of(config, objective, started.run, account, result)
+        accounts = (account, held_out.account if held_out else None)
+        summary = offline_report.summary_of(config, objective, started.run, accounts, result)
         summary.show(started.run.console)
         return result
 

@@ -10,7 +10,7 @@ import numpy as np
 from raytune_rl.config import PreferenceConfig, SFTConfig
 from raytune_rl.config.batching import SFTSchedule
 from raytune_rl.data.packing import Packs
-from raytune_rl.pipelines.data import Account, TokenSet
+from raytune_rl.pipelines.data import Account, TokenSet, quarantined
 from raytune_rl.pipelines.report import (
     cluster_section,
     data_section,
@@ -102,7 +102,7 @@ def summary_of(
     config: OfflineConfig,
     objective: Objective,
     run: Run,
-    account: Account,
+    accounts: tuple[Account, Account | None],
     result: RunResult,
 ) -> RunSummary:
     """The end of a run over rows in one screen."""
@@ -120,7 +120,7 @@ def summary_of(
         seconds=run.seconds,
         output_dir=result.run_dir,
         changes=changes,
-        quarantined=account.bad,
+        quarantined=quarantined(*accounts),
         non_finite=dict(run.logger.non_finite),
         last_checkpoint=result.last_checkpoint,
         best_checkpoint=result.best_checkpoint,

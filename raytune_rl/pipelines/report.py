@@ -15,7 +15,7 @@ from raytune_rl.algorithms.advantages import AdvantageResult
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule
 from raytune_rl.pipelines import launch
-from raytune_rl.pipelines.data import Account, PromptSet
+from raytune_rl.pipelines.data import Account, PromptSet, quarantined
 from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.online_algorithms import in_words
 from raytune_rl.pipelines.resources import Groups
@@ -161,10 +161,23 @@ def data_section(
         )
         lines.append(("images", f"{train.images.shown:,}, {train.images.distinct:,} distinct{mib}"))
     if train.quarantine:
-        lines.append(("bad rows are in", train.quarantine))
+        lines.append(("rows left out are in", train.quarantine))
     if held_out is not None:
-        lines.append(("held out", f"{held_out_rows:,} {unit}"))
+        lines += _held_out_lines(train, held_out, held_out_rows, unit)
     return Section("Data", lines)
+
+
+def _held_out_lines(train: Account, held_out: Account, rows: int, unit: str) -> list[tuple[str, str]]:
+    lines = []
+    if held_out.sources != train.sources:
+        lines += [(s.name, f"{s.rows:,} rows, {s.bad:,} bad, {s.taken:,} taken") for s in held_out.sources]
+    lines.append(("held out", f"{rows:,} {unit}"))
+    lines += [
+        (f"{reason} (held out)", f"{count:,} {unit} left out") for reason, count in held_out.dropped.items()
+    ]
+    if held_out.quarantine and held_out.quarantine != train.quarantine:
+        lines.append(("rows left out are in", held_out.quarantine))
+    return lines
 
 
 def output_section(config: TrainConfig, origin: Origin) -> Section:
@@ -344,7 +357,7 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
         output_dir=result.run_dir,
         changes=changes,
         prompts=PromptCounts(counts.pop("dispatched", 0), counts.pop("finished", 0), counts),
-        quarantined=online.prompts.account.bad,
+        quarantined=quarantined(online.prompts.account, online.held_out.account if online.held_out else None),
         reward_failures=dict(online.collector.reward_failures),
         weight_versions=online.version + 1,
         max_logp_gap=online.max_gap,

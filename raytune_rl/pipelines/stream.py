@@ -98,5 +98,8 @@ def _added(before: Account, window: Account) -> Account:
     ]
     dropped = dict(Counter(before.dropped) + Counter(window.dropped))
     return replace(
-        before, sources=tuple(sources), dropped=dropped, quarantine=window.quarantine or before.quarantine
+        before,
+        sources=tuple(sources),
+        dropped=dropped,
+        quarantine=window.quarantine or before.quarantine,
     )

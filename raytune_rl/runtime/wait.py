@@ -128,6 +128,16 @@ def stream(pending: Pending) -> Iterator[Any]:
     Raises:
         RaytuneError: As `fetch`.
     """
+    for ref in stream_refs(pending):
+        yield fetch(replace(pending, ref=ref))
+
+
+def stream_refs(pending: Pending) -> Iterator[Any]:
+    """Yields references to what a generator yields, each once it is there; `timeout_s` is for each item.
+
+    Raises:
+        DeadlineExceededError: Nothing came for so long.
+    """
     items = pending.ref
     while True:
         ready, _ = ray.wait([items], timeout=pending.timeout_s, fetch_local=False)
@@ -137,10 +147,9 @@ def stream(pending: Pending) -> Iterator[Any]:
                 "limit is set by --step_timeout."
             )
         try:
-            ref = next(items)
+            yield next(items)
         except StopIteration:
             return
-        yield fetch(replace(pending, ref=ref))
 
 
 def _first_ref(pending: Pending) -> Any:

@@ -48,7 +48,7 @@ def test_the_command_trains(
     assert cli.main(["rlhf", *words]) == 0
     said = capsys.readouterr()
     assert "bfloat16" in said.out
-    assert "--gc_collect_after_offload does nothing" in said.out + said.err
+    assert "--gc_collect_after_offload true does nothing" in said.out + said.err
 
     (run,) = (tmp_path / "output").iterdir()
     lines = [json.loads(line) for line in (run / "logging.jsonl").read_text().splitlines()]

@@ -19,6 +19,20 @@ FORGETFUL_TEMPLATE = (
     "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# What Qwen3 does: a thought, if only an empty one, before what is said after the last question, none before.
+QWEN3_TEMPLATE = (
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') "
+    "if '</think>' in m.content else '' %}"
+    "{% if m.role != 'assistant' %}{{ m.content }}"
+    "{% elif loop.index0 > ns.last and (loop.last or thought) %}"
+    "<think>\n{{ thought }}\n</think>\n\n{{ said }}"
+    "{% else %}{{ said }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 CORPUS = [
     "What is the weather like today? It is sunny, and the wind is calm.",
     "user assistant system tool\n\nThe answer is 42.\nGood morning, how are you? Fine, thank you.",
@@ -59,6 +73,11 @@ def llama3():
 @pytest.fixture(scope="session")
 def forgetful():
     return chatml_tokenizer(FORGETFUL_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def qwen3():
+    return chatml_tokenizer(QWEN3_TEMPLATE)
 
 
 @pytest.fixture(scope="session")

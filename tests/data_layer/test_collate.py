@@ -95,15 +95,14 @@ def tiny_qwen2(attention):
 
 
 def log_probs(model, batch: MicroBatch) -> torch.Tensor:
-    with torch.no_grad():
-        hidden = model.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
-        states = hidden.flatten(0, 1)[batch.predict_index]
-        return model.lm_head(states).log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+    hidden = model.model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    states = hidden.flatten(0, 1)[batch.predict_index]
+    return model.lm_head(states).log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -112,6 +111,21 @@ def test_padded_and_packed_give_the_log_probs_of_each_row_alone(attention):
     alone = torch.cat([log_probs(model, make("padded", [r], [m])) for r, m in zip(ROWS, MASKS, strict=True)])
     for layout in ("padded", "packed"):
         torch.testing.assert_close(log_probs(model, make(layout)), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padded_and_packed_give_the_gradient_of_the_rows_one_by_one(attention):
+    def gradient(batches):
+        model = tiny_qwen2(attention)
+        loss = -sum(log_probs(model, batch).sum() for batch in batches) / sum(map(sum, MASKS))
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    loss, alone = gradient([make("padded", [r], [m]) for r, m in zip(ROWS, MASKS, strict=True)])
+    for layout in ("padded", "packed"):
+        found = gradient([make(layout)])
+        assert found[0] == pytest.approx(loss, abs=1e-5)
+        torch.testing.assert_close(found[1], alone, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

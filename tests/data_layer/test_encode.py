@@ -113,6 +113,28 @@ def test_a_template_that_rewrites_history_is_refused_unless_only_the_last_round_
     assert trained_text(forgetful, encoded) == ["<think>hm</think>Fine.<|im_end|>"]
 
 
+def test_the_thought_that_qwen3_writes_is_trained_on_with_the_answer(qwen3):
+    thinking = Message("assistant", "<think>\nhm\n</think>\n\nFine.")
+    alone = encode_sft([example(USER_1, BOT_1), example(USER_1, thinking)], qwen3)
+    assert trained_text(qwen3, alone, 0) == [f"<think>\n\n</think>\n\n{BOT_1.content}<|im_end|>"]
+    assert trained_text(qwen3, alone, 1) == ["<think>\nhm\n</think>\n\nFine.<|im_end|>"]
+    row = example(USER_1, thinking, USER_2, BOT_2, line=7)
+    with pytest.raises(RowError, match=r"data.jsonl:7: .*turn 1 differently.*--loss_scale last_round"):
+        encode_sft([row], qwen3)
+    last = encode_sft([row], qwen3, loss_scale="last_round")
+    assert trained_text(qwen3, last) == [f"<think>\n\n</think>\n\n{BOT_2.content}<|im_end|>"]
+    text = qwen3.decode(last.tokens[0])
+    assert "hm" not in text
+    assert "Fine.<|im_end|>" in text, "what came before is seen, not learned"
+
+
+def test_half_a_character_is_an_error_of_its_row(chatml):
+    rows = [example(USER_1, BOT_1), example(Message("user", "\ud800"), BOT_1, line=9)]
+    with pytest.raises(RowError, match=r"data.jsonl:9: the text holds '\\ud800', half of a character"):
+        encode_sft(rows, chatml)
+    assert encode_sft(rows, chatml, strict=False).index.tolist() == [0]
+
+
 def test_a_tokenizer_without_offsets_gives_the_same_mask(chatml, llama3):
     class WithoutOffsets:
         def __init__(self, inner):
@@ -242,7 +264,7 @@ def test_processes_return_results_in_order():
     items = ["x" * (i % 7) for i in range(2000)]
     done = []
     result = map_chunks(_lengths, 10, items, num_proc=2, parallel_from=0, progress=done.append)
-    assert result == [10 + i % 7 for i in range(2000)]
+    assert list(result) == [10 + i % 7 for i in range(2000)]
     assert sum(done) == 2000
 
 

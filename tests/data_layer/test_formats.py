@@ -60,6 +60,84 @@ def test_every_dialect_says_the_same(fields):
     assert (example.source, example.line) == ("d.jsonl", 3)
 
 
+def test_anthropic_content_lists():
+    fields = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Weather?"}]},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "text", "text": "I look."},
+                    {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Paris"}},
+                ],
+            },
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "sunny"}]},
+            {"role": "assistant", "content": "Sunny. And this?"},
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "image",
+                        "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"},
+                    },
+                    {"type": "text", "text": "Say it."},
+                ],
+            },
+            {"role": "assistant", "content": "A square."},
+        ]
+    }
+    example = convert(fields)
+    assert turns(example) == [
+        ("user", "Weather?"), ("assistant", "I look."), ("tool", "sunny"), ("assistant", "Sunny. And this?"),
+        ("user", "<image>Say it."), ("assistant", "A square."),
+    ]  # fmt: skip
+    (call,) = example.messages[1].tool_calls
+    assert call == {
+        "id": "t1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": {"city": "Paris"}},
+    }
+    assert example.messages[2].other == {"tool_call_id": "t1"}
+    assert example.images == ("data:image/png;base64,QUJD",)
+
+
+def test_a_turn_may_say_by_loss_scale_whether_it_is_learned():
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss_scale": 0.0}]
+    assert convert({"messages": said}).messages[1].loss is False
+    said[1]["loss_scale"] = 0.5
+    with pytest.raises(RowError, match=r"'loss_scale' of a turn is 0\.5; it is 0 or 1"):
+        convert({"messages": said})
+
+
+def test_images_between_img_tags_are_images():
+    converter = Converter("sft")
+    fields = {"query": "<img>a.png</img>What? <img>\nb.png</img>", "response": "x"}
+    example = converter(Row(fields, "d.jsonl", 1))
+    assert turns(example)[0] == ("user", "<image>What? <image>")
+    assert example.images == ("a.png", "b.png")
+    assert list(converter.notices) == ["rows name images between <img> and </img>; each is read as an image"]
+    with pytest.raises(RowError, match="both in <img> tags and beside"):
+        convert({**fields, "images": ["c.png"]})
+
+
+def test_placeholders_that_nothing_fills_in_are_refused():
+    fields = {
+        "query": "Find <ref-object>",
+        "response": "<bbox>",
+        "objects": {"ref": ["a"], "bbox": [[1, 2, 3, 4]]},
+    }
+    with pytest.raises(RowError, match="<ref-object> is not filled in"):
+        convert(fields)
+    assert convert({**fields, "objects": None}).messages[1].content == "<bbox>"
+
+
+@pytest.mark.parametrize("missing", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_no_text(missing):
+    with pytest.raises(RowError, match="column 'response' holds"):
+        convert({"query": "q", "response": missing})
+    assert turns(convert({"query": "1+1?", "response": 2}))[1] == ("assistant", "2")
+
+
 def test_alpaca_joins_instruction_and_input():
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "text": "Add. 1 2 3"}
     example = convert(row)

@@ -50,6 +50,26 @@ def test_broken_jsonl_lines_are_named_and_the_rest_is_read(tmp_path):
         load_rows(str(path))
 
 
+@pytest.mark.parametrize("value", ["[" * 10**5 + "]" * 10**5, "9" * 5000])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_json_beyond_what_python_reads_is_a_bad_row(tmp_path, value, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_text(f'{{"a": 1}}\n{{"a": {value}}}\n')
+    good, broken = read_rows(parse_spec(str(path)))
+    assert (good.fields, broken.line) == ({"a": 1}, 2)
+    path.write_text(f'[{{"a": 1}},\n{{"a": {value}}}]')
+    *_, broken = read_rows(parse_spec(str(path)))
+    assert isinstance(broken, BadRow)
+
+
+def test_a_byte_in_csv_that_is_no_utf8_is_its_records_fault(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"query,response\nq,a\nq,\xe9\nq,b\n")
+    one, broken, two = read_rows(parse_spec(str(path)))
+    assert (broken.line, broken.reason) == (3, "not UTF-8")
+    assert (one.fields["response"], two.fields["response"]) == ("a", "b")
+
+
 def test_json_list_elements_know_their_line(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[\n  {"a": 1},\n  {\n    "a": 2\n  }, {"a": 3}\n]\n')
@@ -241,3 +261,20 @@ def test_a_local_path_imports_no_hub(tmp_path):
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
+    """Whatever the pieces, they may end inside a string, an escape, a number or white space."""
+    monkeypatch.setattr("raytune_rl.data.files._BLOCK", 1)
+    rows = [{"a": 'ü\n"\\' * number, "n": 12.5e3, "b": [True, None]} for number in range(9)]
+    path = tmp_path / "a.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps(rows, indent=indent), encoding="utf-8-sig")
+        assert [row.fields for row in read_rows(parse_spec(str(path)))] == rows
+    lines = [row.line for row in read_rows(parse_spec(str(path)))]
+    text = path.read_text(encoding="utf-8-sig").splitlines()
+    assert [text[line - 1].strip() for line in lines] == ["{"] * 9
+    path.write_text('[{"a": 1}, {"a": "never closed}]')
+    good, broken = read_rows(parse_spec(str(path)))
+    assert good.fields == {"a": 1}
+    assert broken.reason.startswith("broken JSON: Unterminated string")

@@ -159,7 +159,7 @@ def test_a_broken_picture_names_row_and_path_and_is_counted_by_kind(
     assert encoded.reasons == {"an image cannot be read": 2}
     assert [drop.unusable for drop in encoded.dropped] == [True, True]
     assert "gone.png" in encoded.dropped[1].detail
-    with pytest.raises(DataError, match=r"none of 1 rows can be encoded.*gone\.png"):
+    with pytest.raises(DataError, match=r"none of 1 rows can be used.*gone\.png"):
         encode(vision, gone, strict=False)
 
 

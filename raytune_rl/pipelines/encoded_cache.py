@@ -1,0 +1,119 @@
+"""Encoded rows on disk, under the name of all that they depend on: encoded once, found again by later runs.
+
+An entry is a folder that is whole or absent:
+
+    train/, held_out/              the columns (see `data.mapped`)
+    train.facts/, held_out.facts/  one number a row: trained tokens, and what the data say of the row
+    entry.json                     the accounts, and the picture files as they were
+    quarantine.jsonl               what was wrong with the rows left out (and quarantine-val.jsonl)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.data.mapped import open_columns
+from raytune_rl.data.pictures import picture_paths
+from raytune_rl.data.ragged import Columns, Ragged
+from raytune_rl.errors import DataError
+from raytune_rl.pipelines.data import Account, ImageCounts, SourceCounts
+from raytune_rl.tracking.files import plain
+
+Facts = tuple[NDArray[np.int64], NDArray[np.int64], Account, dict[str, NDArray[np.float64]]]
+"""Lengths, trained lengths, what became of the rows, and what the data say of each."""
+
+SETS = ("train", "held_out")
+_ENTRY, _TRAINED = "entry.json", "loss_lengths"
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """Rows to train on, or held out: their columns and facts."""
+
+    columns: Columns
+    facts: Facts
+
+
+def write_facts(folder: Path, name: str, trained: NDArray[np.int64], values: dict[str, NDArray[Any]]) -> None:
+    """Puts the numbers of a set into an entry that is being made."""
+    place = folder / f"{name}.facts"
+    place.mkdir()
+    for column, numbers in {_TRAINED: trained, **values}.items():
+        np.save(place / f"{column}.npy", numbers, allow_pickle=False)
+
+
+def write_entry(folder: Path, accounts: dict[str, Account], quarantines: dict[str, Path]) -> None:
+    """Completes an entry whose columns and facts are there; `quarantines` by the name of the set."""
+    files = {path for name in accounts for path in picture_paths(open_columns(str(folder / name)))}
+    for path in quarantines.values():
+        if path.exists():
+            shutil.copyfile(path, folder / path.name)
+    said = {
+        "accounts": {name: asdict(account) for name, account in accounts.items()},
+        "pictures": {path: _state(path) for path in sorted(files)},
+    }
+    (folder / _ENTRY).write_text(json.dumps(plain(said)), encoding="utf-8")
+
+
+def read_entry(folder: Path, quarantines: dict[str, Path]) -> list[EncodedSet] | None:
+    """The sets of an entry, with its bad rows written to `quarantines`; None if it is not there, is damaged,
+    or shows pictures that have changed."""
+    try:
+        said = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))
+        if any(_state(path) != state for path, state in said["pictures"].items()):
+            return None
+        found = [_read_set(folder, name, said["accounts"][name]) for name in SETS if name in said["accounts"]]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, DataError):
+        return None
+    for place in quarantines.values():
+        if (folder / place.name).exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / place.name, place)
+    return [
+        EncodedSet(s.columns, (*s.facts[:2], _here(s.facts[2], quarantines[name]), s.facts[3]))
+        for name, s in zip(SETS, found, strict=False)
+    ]
+
+
+def _read_set(folder: Path, name: str, account: dict[str, Any]) -> EncodedSet:
+    columns = open_columns(str(folder / name))
+    tokens = columns["tokens"]
+    assert isinstance(tokens, Ragged)
+    facts = folder / f"{name}.facts"
+    values = {path.stem: np.load(path, allow_pickle=False) for path in facts.glob("*.npy")}
+    trained = values.pop(_TRAINED)
+    return EncodedSet(columns, (tokens.lengths, trained, _account(account), values))
+
+
+def _account(said: dict[str, Any]) -> Account:
+    tuples = ("notices", "stop_token_ids", "placeholder_ids", "columns")
+    return Account(
+        **{
+            **said,
+            **{name: tuple(said[name]) for name in tuples},
+            "sources": tuple(SourceCounts(**source) for source in said["sources"]),
+            "images": ImageCounts(**said["images"]),
+        }
+    )
+
+
+def _here(account: Account, quarantine: Path) -> Account:
+    """The account with the bad rows where this run has them."""
+    return account if account.quarantine is None else replace(account, quarantine=str(quarantine))
+
+
+def _state(path: str) -> list[int] | None:
+    """What shows that a file was written again; None if it is gone."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 (thousands of them)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]

@@ -1,0 +1,158 @@
+"""Rows are encoded once: the data task as a run calls it, without Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raytune_rl.config import SFTConfig
+from raytune_rl.data import encode
+from raytune_rl.data.example import RowError
+from raytune_rl.data.mapped import MappedColumns, open_columns
+from raytune_rl.data.ragged import Ragged
+from raytune_rl.errors import DataError
+from raytune_rl.pipelines.data import ImagePlaces, quarantined
+from raytune_rl.pipelines.data_task import encode_rows_task
+from raytune_rl.tiny.model import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("cache") / "model", hidden=32, layers=1)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [{"query": f"q {n}", "response": "seven " * (90 if n == 3 else n % 5 + 1)} for n in range(20)]
+    lines = [json.dumps(row) for row in rows]
+    lines[6] = '{"query": '
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+class Task:
+    """Calls the data task; counts how often rows were encoded."""
+
+    def __init__(self, tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cache, self.quarantine = tmp_path / "cache", tmp_path / "run" / "quarantine.jsonl"
+        self.settings: dict[str, Any] = {
+            "model": str(model), "dataset": str(data), "strict": False, "max_length": 60,
+            "split_dataset_ratio": 0.2, "root_image_dir": str(tmp_path),
+        }  # fmt: skip
+        self.encoded = 0
+
+        def counting(*args: Any, **options: Any) -> Any:
+            self.encoded += 1
+            return real(*args, **options)
+
+        real = encode.run_job
+        monkeypatch.setattr(encode, "run_job", counting)
+
+    def __call__(self, one_machine: bool = True, **changed: Any) -> list[Any]:
+        config = SFTConfig(**{**self.settings, **changed})
+        places = ImagePlaces.of(config, one_machine)
+        items = encode_rows_task(config, "sft", str(self.quarantine), places, str(self.cache))
+        return [item for item in items if not isinstance(item, str)]
+
+
+@pytest.fixture
+def task(tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    return Task(tmp_path, model, data, monkeypatch)
+
+
+def same(one: list[Any], two: list[Any]) -> bool:
+    for a, b in zip(one[1::2], two[1::2], strict=True):
+        if a.keys() != b.keys():
+            return False
+        for name in a:
+            x, y = a[name], b[name]
+            pairs = [(x.values, y.values), (x.offsets, y.offsets)] if isinstance(x, Ragged) else [(x, y)]
+            if not all(np.array_equal(p, q) for p, q in pairs):
+                return False
+    return all(np.array_equal(a[i], b[i]) for a, b in zip(one[::2], two[::2], strict=True) for i in (0, 1))
+
+
+def test_a_second_run_takes_what_the_first_has_encoded(task: Task) -> None:
+    first = task()
+    assert task.encoded == 2, "the rows to train on and the held-out ones"
+    bad_rows = task.quarantine.read_text()
+    assert sorted(json.loads(line)["line"] for line in bad_rows.splitlines()) == [4, 7]
+    task.quarantine.unlink()
+    again = task()
+    assert task.encoded == 2
+    assert same(first, again)
+    assert task.quarantine.read_text() == bad_rows, "a run finds its bad rows beside it"
+    before, after = first[0][2], again[0][2]
+    assert "--load_from_cache_file false" in after.notices[0]
+    assert (after.sources, after.dropped) == (before.sources, before.dropped)
+    assert quarantined(after, again[2][2]) == len(bad_rows.splitlines())
+    assert after.dropped == {"longer than max_length 60": 1}
+    assert same(first, task(load_from_cache_file=False))
+    assert task.encoded == 4
+
+
+def test_on_one_machine_columns_are_a_folder_and_elsewhere_arrays(task: Task) -> None:
+    mapped, arrays = task(), task(one_machine=False, inline_images=False)
+    assert all(isinstance(columns, MappedColumns) for columns in mapped[1::2])
+    assert not any(isinstance(columns, MappedColumns) for columns in arrays[1::2])
+    assert same(mapped, arrays)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_length": 61},
+        {"system": "Be brief."},
+        {"loss_scale": "all"},
+        {"data_seed": 1},
+        {"dataset_shuffle": False},
+    ],
+)
+def test_other_settings_are_other_rows(task: Task, changed: dict[str, Any]) -> None:
+    task()
+    task(**changed)
+    assert task.encoded == 4
+    task(dataset_num_proc=2)
+    assert task.encoded == 4, "the number of processes makes no difference"
+
+
+def test_other_content_is_found_out_whatever_the_time_stamp_says(task: Task, data: Path, model: Path) -> None:
+    task()
+    stamp = data.stat()
+    data.write_text(data.read_text().replace("q 5", "p 5"))
+    os.utime(data, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    task()
+    assert task.encoded == 4
+    template = model / "chat_template.jinja"
+    before = template.read_text()
+    template.write_text("{# changed #}" + before)
+    try:
+        task()
+        assert task.encoded == 6
+    finally:
+        template.write_text(before)
+
+
+def test_damage_is_mended(task: Task) -> None:
+    task()
+    (entry,) = task.cache.iterdir()
+    (entry / "train" / "tokens.values.npy").write_bytes(b"")
+    open_columns.cache_clear()
+    assert len(task()[1]["tokens"]) == 15
+    assert task.encoded == 4
+
+
+def test_a_run_that_stops_leaves_nothing(task: Task) -> None:
+    with pytest.raises(RowError, match=r"a\.jsonl:7: broken JSON"):
+        task(strict=True)
+    assert list(task.cache.iterdir()) == []
+    task.cache.rmdir()
+    task.cache.write_text("a file")
+    with pytest.raises(DataError, match="--dataset_cache_dir"):
+        task()

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from raytune_rl.config import PPOConfig, RLHFConfig
-from raytune_rl.pipelines import launch
+from raytune_rl.pipelines import launch, wire
 from raytune_rl.pipelines.actor_critic import ActorCritic, Critic
 from raytune_rl.pipelines.data import PromptSet
 from raytune_rl.pipelines.online_algorithms import Algorithm
@@ -97,7 +97,7 @@ def start_groups(
         loss_settings=algorithm.settings,
         temperature=config.temperature,
         dropout=0.0,
-        publish_mode=launch.publish_mode(config, account.vision),
+        publish_mode=wire.publish_mode(config, account.vision),
         vision=account.vision,
         banned=account.placeholder_ids,
     )

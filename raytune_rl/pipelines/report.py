@@ -13,7 +13,7 @@ import numpy as np
 from raytune_rl.algorithms.advantages import AdvantageResult
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.batching import GRPOSchedule
-from raytune_rl.pipelines import launch
+from raytune_rl.pipelines import launch, wire
 from raytune_rl.pipelines.data import Account, PromptSet
 from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.online_algorithms import in_words
@@ -57,7 +57,7 @@ def online_plan(
         longest,
         config.max_completion_length,
     )
-    arrive = "as an adapter" if launch.publish_mode(config, train.account.vision) == "adapter" else "whole"
+    arrive = "as an adapter" if wire.publish_mode(config, train.account.vision) == "adapter" else "whole"
     inside = {
         "policy": trainer(config, groups),
         "rollout": f"vLLM, weights arrive {arrive}",

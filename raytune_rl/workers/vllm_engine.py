@@ -34,6 +34,7 @@ from raytune_rl.errors import ConfigError, DataError, StaleWeightsError
 from raytune_rl.models.load import resolve_path
 from raytune_rl.runtime.weights import Manifest, find_manifest, read
 from raytune_rl.workers import vllm_plugin
+from raytune_rl.models.served import LORA_RANKS
 from raytune_rl.workers.rollout import EnginePrompt, EngineSpec, Piece, Sampling
 from raytune_rl.workers.vllm_images import EngineImages, check_prompt
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
@@ -292,4 +293,4 @@ def to_sampled(output: Any) -> Sampled:
 
 def _vllm_rank(rank: int) -> int:
     """vLLM takes a few maximal ranks only: the smallest that holds `rank`."""
-    return next(allowed for allowed in (8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
+    return next(allowed for allowed in LORA_RANKS if allowed >= rank)

@@ -194,10 +194,17 @@ def test_resume_is_exact(uninterrupted: Any, tiny: Tiny) -> None:
     assert len(list(result.run_dir.glob("superseded-checkpoint-4-*"))) == 1
 
 
-@pytest.mark.parametrize("wire", ["adapter", "merged"])
-def test_lora_weights_arrive_either_way(cluster: None, tiny: Tiny, tmp_path: Path, wire: str) -> None:
+ALONE: dict[str, Any] = {"vllm_enable_lora": True}
+MERGED: dict[str, Any] = {"quant_method": "bnb", "quant_bits": 4, "vllm_tensor_parallel_size": 2}
+
+
+@pytest.mark.parametrize("settings", [ALONE, MERGED], ids=["adapter", "merged"])
+def test_lora_weights_arrive_either_way(
+    cluster: None, tiny: Tiny, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """LoRA, several optimizer steps a generation and two iterations: off-policy, so old log-probs are
-    kept.
+    kept. Merged with a base that is quantised for the policy alone; the engine's two workers are processes of
+    their own, each of which pulls the weights itself.
     """
     result = online.run(
         config(
@@ -205,7 +212,7 @@ def test_lora_weights_arrive_either_way(cluster: None, tiny: Tiny, tmp_path: Pat
             tmp_path,
             model=str(tiny.tied),
             train_type="lora",
-            vllm_enable_lora=wire == "adapter",
+            **settings,
             beta=0.0,
             steps_per_generation=2,
             num_iterations=2,

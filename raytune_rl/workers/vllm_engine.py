@@ -122,7 +122,9 @@ class VllmEngine:
         self._engine.sleep(level=self._spec.sleep_level)
 
     def wake(self) -> None:
-        """Allocates weights and cache again."""
+        """Allocates weights and cache again. What is to be published comes with the next load; a base that
+        only gets adapters is read again from its files if it was dropped.
+        """
         self._engine.wake_up()
 
     @property
@@ -138,6 +140,8 @@ class VllmEngine:
         limits: Sequence[int],
     ) -> list[Sampled]:
         """Completes each prompt once, with its own seed and limit. Order of answers is that of the prompts.
+        if self._spec.sleep_level == 2 and self._spec.lora_rank:
+            self._engine.collective_rpc("reload_weights")
 
         Raises:
             ImageError: A picture's file is gone or is not the one that was tokenized.

@@ -20,6 +20,7 @@ from raytune_rl.pipelines.experience import Experience, fill_with_signal
 from raytune_rl.pipelines.online_groups import OnlineGroups
 from raytune_rl.pipelines.rollouts import Trajectory
 from raytune_rl.rewards.types import TrainerState
+from raytune_rl.tracking.summary import PromptCounts
 from raytune_rl.tracking.timer import StepTimer
 
 EVALUATION = 2**31
@@ -79,6 +80,11 @@ class Collector:
             "reward_failures": dict(self.reward_failures),
             "short_generations": self.short,
         }
+
+    def account(self) -> PromptCounts:
+        """What became of every prompt that was sampled from for training."""
+        counts = dict(self.prompt_counts)
+        return PromptCounts(counts.pop("dispatched", 0), counts.pop("finished", 0), counts)
 
     def collect(self, generation: int, version: int, state: TrainerState, timer: StepTimer) -> Collected:
         """Samples and scores a generation with a weight version."""

@@ -262,10 +262,11 @@ class Run:
         last = self._record.last_model_checkpoint
         return step_of(Path(last)) if last else 0
 
-    def finish(self) -> RunResult:
-        """Closes the log with its last line and gives the result."""
+    def finish(self, facts: Mapping[str, Any] | None = None) -> RunResult:
+        """Closes the log with its last line, `facts` among it, and gives the result."""
         status = "interrupted" if self.step < self.total_steps else "finished"
-        self.logger.close({"global_step": self.step, "status": status, **self._record.as_dict()})
+        last_line = {"global_step": self.step, "status": status, **self._record.as_dict(), **(facts or {})}
+        self.logger.close(last_line)
         write_plots(self.dir)
         self.write_report(status)
         last, best = self._record.last_model_checkpoint, self._record.best_model_checkpoint

@@ -91,7 +91,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
             started.start(slots, limit, stack)
         with started.run.watched():
             started.train()
-            result = started.run.finish()
+            result = started.run.finish({"prompts": started.collector.account().as_dict()})
         report.online_summary(config, started, result).show(started.run.console)
         return result
 

@@ -21,7 +21,7 @@ from raytune_rl.pipelines.resources import Groups
 from raytune_rl.pipelines.rollouts import Trajectory
 from raytune_rl.tracking.completions import CompletionRow
 from raytune_rl.tracking.plan import GenerationPlan, GroupPlan, RunPlan, Section
-from raytune_rl.tracking.summary import Change, PromptCounts, RunSummary
+from raytune_rl.tracking.summary import Change, RunSummary
 
 if TYPE_CHECKING:
     from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult
@@ -299,7 +299,6 @@ def _or_none(value: float) -> float | None:
 def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> RunSummary:
     """The end of a GRPO run in one screen."""
     run = online.run
-    counts = dict(online.collector.prompt_counts)
     changes = {
         "reward (training)": Change(run.first_metrics.get("reward"), run.last_metrics.get("reward")),
     }
@@ -319,7 +318,7 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
         seconds=run.seconds,
         output_dir=result.run_dir,
         changes=changes,
-        prompts=PromptCounts(counts.pop("dispatched", 0), counts.pop("finished", 0), counts),
+        prompts=online.collector.account(),
         quarantined=online.prompts.account.bad,
         reward_failures=dict(online.collector.reward_failures),
         weight_versions=online.version + 1,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -28,6 +29,10 @@ class PromptCounts:
     def unaccounted(self) -> int:
         """Zero in a sound run; negative if prompts came back more than once."""
         return self.dispatched - self.finished - sum(self.filtered.values()) - sum(self.failed.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the log."""
+        return {**asdict(self), "unaccounted": self.unaccounted}
 
     def rows(self) -> list[tuple[str, str]]:
         rows = [("prompts dispatched", number(self.dispatched)), ("finished", number(self.finished))]

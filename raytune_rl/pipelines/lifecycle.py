@@ -192,7 +192,7 @@ class Run:
 
     def say(self, message: Any) -> None:
         """Prints something that stays on the screen, above the live display once there is one."""
-        self.console.print(message)
+        self.console.print(message, markup=False)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

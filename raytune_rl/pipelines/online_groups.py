@@ -63,6 +63,7 @@ def start_groups(
     media: dict[str, int] | None,
     stack: ExitStack,
     say: Callable[[str], None],
+    lost: Callable[[str, str], None],
 ) -> OnlineGroups:
     """Starts all actors at once and waits for them.
 
@@ -78,6 +79,7 @@ def start_groups(
         media: Most pictures and the like in one prompt; None for a model without vision.
         stack: Ends the actors.
         say: Tells the user a sentence.
+        lost: Told the name of a group that lost a worker and goes on, and a sentence about it.
     """
     account = prompts.account
     store_name = f"weights-{ray.get_runtime_context().get_job_id()}-{run_name}"
@@ -167,6 +169,11 @@ def start_groups(
         started.call("ping", what="starting", timeout_s=config.start_timeout)
     for notice in trainer.ready().notices:
         say(f"Note: {notice}")
+    # A reference that moves is what it is by its past, and the policy is one world: neither can be replaced.
+    frozen = [] if reference is None or config.sync_ref_model else [reference]
+    for stateless in (*judges, *frozen):
+        stateless.replace_lost(config.start_timeout, lost)
+    rollout.replace_lost(config.start_timeout, lost, {"load_weights": (None,)})
     engines = RolloutGroup(
         rollout,
         launch.sampling(config, account.stop_token_ids, account.placeholder_ids),
@@ -175,5 +182,5 @@ def start_groups(
         multi_turn=config.multi_turn_scheduler is not None,
     )
     turns = Turns(config, groups, trainer, engines)
-    frozen = None if reference is None else ReferenceGroup(reference, budget, spec.model.layout)
-    return OnlineGroups(trainer, engines, Together(scorers), frozen, turns, store)
+    compared = None if reference is None else ReferenceGroup(reference, budget, spec.model.layout)
+    return OnlineGroups(trainer, engines, Together(scorers), compared, turns, store)

@@ -321,6 +321,7 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
         prompts=online.collector.account(),
         quarantined=online.prompts.account.bad,
         reward_failures=dict(online.collector.reward_failures),
+        lost_workers=dict(online.lost_workers),
         weight_versions=online.version + 1,
         max_logp_gap=online.max_gap,
         non_finite=dict(run.logger.non_finite),

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,16 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from raytune_rl.data.chat import ChatTemplate
 from raytune_rl.data.example import Message
-from raytune_rl.errors import ConfigError, DataError, StaleWeightsError
+from raytune_rl.errors import ConfigError, DataError, StaleWeightsError, WorkerDiedError
 from raytune_rl.models.load import resolve_path
+from raytune_rl.models.served import LORA_RANKS
 from raytune_rl.runtime.weights import Manifest, find_manifest, read
 from raytune_rl.workers import vllm_plugin
-from raytune_rl.models.served import LORA_RANKS
 from raytune_rl.workers.rollout import EnginePrompt, EngineSpec, Piece, Sampling
 from raytune_rl.workers.vllm_images import EngineImages, check_prompt
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
@@ -61,6 +63,17 @@ class Sampled:
     logprobs: NDArray[np.float32]
     text: str
     finish_reason: str
+
+
+@contextmanager
+def one_with_its_processes() -> Iterator[None]:
+    """An engine over several GPUs works in processes of its own: the loss of one is the worker's."""
+    try:
+        yield
+    except EngineDeadError as error:
+        raise WorkerDiedError(
+            "a process of its vLLM engine ended; Ray's log of the worker has why"
+        ) from error
 
 
 class VllmEngine:
@@ -90,6 +103,7 @@ class VllmEngine:
             kwargs={"init_info": {"store": spec.store, "timeout_s": spec.pull_timeout_s}},
         )
 
+    @one_with_its_processes()
     def load(self, version: int | None) -> tuple[int, float]:
         """Pulls a version and serves it from now on. Returns the version and the seconds it took.
 
@@ -126,12 +140,15 @@ class VllmEngine:
         only gets adapters is read again from its files if it was dropped.
         """
         self._engine.wake_up()
+        if self._spec.sleep_level == 2 and self._spec.lora_rank:
+            self._engine.collective_rpc("reload_weights")
 
     @property
     def tokenizer(self) -> Any:
         """The model's."""
         return self._engine.get_tokenizer()
 
+    @one_with_its_processes()
     def sample(
         self,
         prompts: Sequence[EnginePrompt],
@@ -140,8 +157,6 @@ class VllmEngine:
         limits: Sequence[int],
     ) -> list[Sampled]:
         """Completes each prompt once, with its own seed and limit. Order of answers is that of the prompts.
-        if self._spec.sleep_level == 2 and self._spec.lora_rank:
-            self._engine.collective_rpc("reload_weights")
 
         Raises:
             ImageError: A picture's file is gone or is not the one that was tokenized.

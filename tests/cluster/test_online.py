@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,6 +176,41 @@ def test_no_token_or_weight_array_reaches_the_driver(uninterrupted: Any) -> None
     assert {str(a.dtype) for a in arrays} <= {"float64", "int64"}
     assert all(a.ndim == 1 and len(a) in (64, 8) for a in arrays if a.dtype == np.int64)
     assert all(a.size <= 32 for a in arrays if a.dtype == np.float64)
+
+
+class Disturbed(online.OnlineRun):
+    """Loses an engine in the middle of its sampling, and every reference and reward worker."""
+
+    def publish(self, version: int) -> None:
+        super().publish(version)
+        if version == 1:
+            pid = self.rollout._group.call("ping")[1]["pid"]
+            os.kill(pid, signal.SIGSTOP)
+            threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+            assert self.reference is not None
+            scorers = self.collector._groups.rewards._scorers  # type: ignore[attr-defined]
+            for group in (self.reference._group, *(scorer._group for scorer in scorers)):
+                for actor in group._actors:
+                    ray.kill(actor)
+
+
+def test_stateless_workers_may_die_and_nothing_changes(
+    uninterrupted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen, result, _ = uninterrupted
+    again = online.run(RLHFConfig(**{**chosen.args(), "output_dir": str(tmp_path)}), kind=Disturbed)
+    told = capsys.readouterr().out
+    assert re.search(r"rollout\[1\] died during 'sampling 1 x 4 completions'", told)
+    assert re.search(r"workers lost and replaced +4 \(2 reward, 1 reference, 1 rollout\)", told)
+    whole, disturbed = steps(result), steps(again)
+    assert [line.get("lost_workers") for line in disturbed.values()] == [None, 4, 4, 4]
+    for step, line in whole.items():
+        for name in ("loss", "grad_norm", "reward", "kl", "completions/mean_length", "weight_version", GAP):
+            assert disturbed[step][name] == line[name], (step, name)
+    rows = [(run.run_dir / "completions.jsonl").read_text() for run in (result, again)]
+    assert rows[0] == rows[1]
+    account = {"dispatched": 8, "finished": 8, "filtered": {}, "failed": {}, "unaccounted": 0}
+    assert log_lines(again)[-1]["prompts"] == account, "every prompt came back once"
 
 
 def test_resume_is_exact(uninterrupted: Any, tiny: Tiny) -> None:

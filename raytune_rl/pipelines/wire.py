@@ -34,6 +34,10 @@ def why_merged(config: RLHFConfig, vision: bool = False) -> str | None:
             "vLLM applies adapters to the language model only, but --freeze_vit or --freeze_aligner false "
             "trains others"
         )
+    # Modules that the user or an earlier run named may lie in the tower too; all-linear keeps out of it.
+    if vision and (config.adapters or config.target_modules != ("all-linear",)):
+        given = "adapters" if config.adapters else "target_modules"
+        return f"vLLM applies adapters to the language model only, but those of --{given} may lie elsewhere"
     if config.quant_bits and "quantization" not in config.vllm_engine_kwargs:
         return (
             "the engine's base model would not be quantised as the policy's is "

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
-from raytune_rl.errors import CheckpointError
+from raytune_rl.errors import CheckpointError, RaytuneError
 from raytune_rl.tracking.best import CheckpointRecord
 from raytune_rl.tracking.checkpoints import (
     CheckpointWriter,
@@ -218,6 +218,11 @@ class Run:
         try:
             with self.display, self.logger:
                 yield
+        except (RaytuneError, KeyboardInterrupt):
+            if self._record.last_model_checkpoint and not self.config.save_only_model:
+                last = self._record.last_model_checkpoint
+                self.say(f"To go on, add to the same command: --resume_from_checkpoint {last}")
+            raise
         finally:
             for number, handler in before.items():
                 _set_handler(number, handler)

@@ -83,7 +83,8 @@ def start_groups(
     """
     account = prompts.account
     store_name = f"weights-{ray.get_runtime_context().get_job_id()}-{run_name}"
-    store = start_store(store_name)
+    # Every engine has the newest version before the next is made: an older one would only fill the memory.
+    store = start_store(store_name, keep=1)
     stack.callback(ray.kill, store)
 
     def group(name: str, worker: type, make: Any, env: Mapping[str, str]) -> WorkerGroup:

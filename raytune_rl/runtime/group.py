@@ -145,7 +145,8 @@ class WorkerGroup:
 
     def _replace(self, rank: int, loss: WorkerDiedError, replacement: Replacement) -> None:
         """Starts a worker anew. Returns at once: its calls wait for its start."""
-        replacement.tell(self.name, f"{loss}\nIt is started anew, and its work is done again.")
+        first_line = str(loss).partition("\n")[0]  # Ray goes on for ten more
+        replacement.tell(self.name, f"{first_line} It is started anew, and its work is done again.")
         ray.kill(self._actors[rank])  # whatever is left of it must not hold the place
         self._actors[rank] = self._start(rank)
         self._set_up[rank] = ()

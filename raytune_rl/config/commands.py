@@ -109,6 +109,7 @@ class RLHFConfig(
                 f"--max_completion_length {completion}: it must be at least {prompt + completion}."
             )
         self._check_lora_on_the_wire()
+        self._check_offload()
         if (
             self.vllm_mode is not None
             and self.colocate is not None
@@ -132,6 +133,24 @@ class RLHFConfig(
                 f"--vllm_max_lora_rank {self.vllm_max_lora_rank} is less than --lora_rank {self.lora_rank}: "
                 "the "
                 "engine could not take the adapter."
+            )
+
+    def _check_offload(self) -> None:
+        """DeepSpeed moves what its configuration lets it."""
+        zero = presets.load(self.deepspeed).get("zero_optimization", {})
+        stage = presets.stage(self.deepspeed)
+        asked = [f"--{name} true" for name in ("offload_model", "offload_optimizer") if getattr(self, name)]
+        if asked and stage == 0:
+            raise ConfigError(f"{', '.join(asked)} needs ZeRO: --deepspeed zero2 rather than zero0.")
+        if self.offload_optimizer and stage == 3:
+            raise ConfigError(
+                "--offload_optimizer true: DeepSpeed cannot move the optimizer's state under ZeRO stage 3. "
+                "Leave it out, or use --deepspeed zero3_offload, which keeps that state on the CPU."
+            )
+        if self.offload_model and zero.get("offload_param", {}).get("device", "none") != "none":
+            raise ConfigError(
+                "--offload_model true: --deepspeed keeps the weights on the CPU already (offload_param). "
+                "Leave it out."
             )
 
 

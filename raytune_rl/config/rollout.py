@@ -59,7 +59,7 @@ class EngineOptions(Options):
     )
     vllm_enable_prefix_caching: bool = _vllm(True, "Compute a prompt once for all its completions.")
     vllm_max_lora_rank: int | None = _vllm(
-        None, "Largest adapter rank that the engine makes room for. Not set: --lora_rank.", ge=1
+        None, "Largest adapter rank that the engine makes room for. Not set: the adapter's own.", ge=1
     )
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -16,10 +14,9 @@ from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.export.source import ADAPTER_CONFIG, Base, adapter_dir, find_base, read_args
 from raytune_rl.models.hub import resolve_path
 from raytune_rl.models.load import is_vision_config, load_config
+from raytune_rl.models.served import held_back, read_adapter_config
 from raytune_rl.tracking.checkpoints import MANIFEST, verify
 from raytune_rl.tracking.run_dir import RunDir
-
-_LARGEST_RANK = 512
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def find_source(config: InferConfig, scratch: Path, say: Callable[[str], None]) 
     notices = (*base.notices, f"base model: {base.name} (from {base.origin})", *notices)
     reason = _why_merged(adapters, base, config.trust_remote_code)
     if reason is None:
-        rank = int(_read(adapters[-1] / ADAPTER_CONFIG)["r"])
+        rank = int(read_adapter_config(adapters[-1])["r"])
         return Source(base.path, str(adapters[-1]), rank, adapters[-1], system, notices)
     say(f"{reason}: merging it into a copy of the base model, which is removed at the end")
     merged = _merged(config, adapters, scratch / "model")
@@ -108,15 +105,7 @@ def _why_merged(adapters: Sequence[Path], base: Base, trusted: bool) -> str | No
     """Why vLLM cannot serve the adapter beside its base model; None where it can."""
     if len(adapters) > 1 or base.earlier:
         return "several adapters lie on each other"
-    settings = _read(adapters[0] / ADAPTER_CONFIG)
-    asks = {
-        "DoRA": settings.get("use_dora"),
-        "modules trained whole (modules_to_save)": settings.get("modules_to_save"),
-        "biases": settings.get("bias", "none") != "none" or settings.get("lora_bias"),
-        "ranks that differ by module": settings.get("rank_pattern") or settings.get("alpha_pattern"),
-        f"a rank over {_LARGEST_RANK}": int(settings.get("r", 0)) > _LARGEST_RANK,
-    }
-    if held := [name for name, has in asks.items() if has]:
+    if held := held_back(read_adapter_config(adapters[0])):
         return f"the adapter has {', '.join(held)}, which vLLM does not serve"
     if is_vision_config(load_config(base.path, trust_remote_code=trusted)):
         return "the base model takes images, and vLLM serves adapters on the text part only"
@@ -145,11 +134,4 @@ def _tensor_names(adapter: Path) -> list[str]:
         with safe_open(file, framework="np") as stored:
             return list(stored.keys())
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error

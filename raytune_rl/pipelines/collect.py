@@ -20,6 +20,7 @@ from raytune_rl.pipelines.experience import Experience, fill_with_signal
 from raytune_rl.pipelines.online_groups import OnlineGroups
 from raytune_rl.pipelines.rollouts import Trajectory
 from raytune_rl.rewards.types import TrainerState
+from raytune_rl.tracking.summary import PromptCounts
 from raytune_rl.tracking.timer import StepTimer
 
 EVALUATION = 2**31
@@ -68,6 +69,7 @@ class Collector:
         )
         self._drawn = int(state.get("prompts_drawn", 0))
         self.prompt_counts: Counter[str] = Counter(state.get("prompt_counts", {}))
+        self.prompt_failures: Counter[str] = Counter(state.get("prompt_failures", {}))
         self.reward_failures: Counter[str] = Counter(state.get("reward_failures", {}))
         self.short = int(state.get("short_generations", 0))
 
@@ -76,9 +78,21 @@ class Collector:
         return {
             "prompts_drawn": self._drawn,
             "prompt_counts": dict(self.prompt_counts),
+            "prompt_failures": dict(self.prompt_failures),
             "reward_failures": dict(self.reward_failures),
             "short_generations": self.short,
         }
+
+    def account(self) -> PromptCounts:
+        """What became of every prompt that was sampled from for training."""
+        counts, failures = dict(+self.prompt_counts), dict(+self.prompt_failures)
+        return PromptCounts(counts.pop("dispatched", 0), counts.pop("finished", 0), counts, failures)
+
+    def _book(self, outcome: str, groups: Experience) -> None:
+        """Enters what became of the prompts of these groups."""
+        failed = len(groups.unscored())
+        self.prompt_failures["no completion has a reward"] += failed
+        self.prompt_counts[outcome] += len(groups.groups) - failed
 
     def collect(self, generation: int, version: int, state: TrainerState, timer: StepTimer) -> Collected:
         """Samples and scores a generation with a weight version."""
@@ -100,7 +114,7 @@ class Collector:
             collected = self._with_signal(generation, round_of)
         else:
             collected = Collected(round_of(self._order.batch(generation).tolist(), generation))
-        self.prompt_counts["finished"] += len(collected.kept.groups)
+        self._book("finished", collected.kept)
         return collected
 
     def _with_signal(
@@ -117,7 +131,7 @@ class Collector:
 
         filled = fill_with_signal(wanted, rounds, draw)
         replaced = len(filled.replaced.groups)
-        self.prompt_counts["one reward in the group"] += replaced
+        self._book("one reward in the group", filled.replaced)
         if filled.without_signal:
             self._tell_short(generation, wanted, wanted - filled.without_signal, wanted + replaced)
         return Collected(

@@ -47,6 +47,12 @@ class Experience:
             found |= {int(g) for g, std in zip(compared.groups, compared.group_std, strict=True) if std > 0}
         return found
 
+    def unscored(self) -> set[int]:
+        """Groups of which no completion has a reward."""
+        return set(self.groups) - {
+            t.group for t, reward in zip(self.batch, self.rewards, strict=True) if np.isfinite(reward)
+        }
+
     def of_groups(self, chosen: Collection[int]) -> Experience:
         """The part of these groups, in the order it has here."""
         rows = [row for row, t in enumerate(self.batch) if t.group in chosen]

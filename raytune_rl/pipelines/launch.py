@@ -10,6 +10,7 @@ from raytune_rl.algorithms.ppo import ValueSettings
 from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
 from raytune_rl.errors import ConfigError
 from raytune_rl.models.settings import TunerSettings
+from raytune_rl.pipelines import wire
 from raytune_rl.pipelines.resources import Groups
 from raytune_rl.workers.policy import OptimizerSpec, PolicySpec
 from raytune_rl.workers.reward_model import RewardModelSpec, with_base
@@ -215,27 +216,6 @@ def reward_model_spec(config: RLHFConfig, groups: Groups) -> RewardModelSpec:
     )
 
 
-def publish_mode(config: RLHFConfig, vision: bool = False) -> str:
-    """How weights travel: whole, or for LoRA the adapter alone wherever vLLM can serve it as it is.
-
-    Raises:
-        ConfigError: `--vllm_enable_lora true` for adapters in the vision tower, which vLLM would not apply.
-    """
-    if config.train_type == "full":
-        return "full"
-    tower = vision and not (config.freeze_vit and config.freeze_aligner)
-    if tower and config.vllm_enable_lora:
-        raise ConfigError(
-            "--vllm_enable_lora true: vLLM applies adapters to the language model only, but --freeze_vit or "
-            "--freeze_aligner false trains others; leave it out, and the merged weights travel."
-        )
-    # Modules that the user names may lie in the tower too; all-linear keeps to the language model.
-    named = vision and (config.target_regex is not None or config.target_modules != ("all-linear",))
-    plain = not (config.use_dora or config.modules_to_save or tower or named)
-    wanted = plain if config.vllm_enable_lora is None else config.vllm_enable_lora
-    return "adapter" if wanted else "merged"
-
-
 def media_limits(config: RLHFConfig, vision: bool, most_images: int) -> dict[str, int] | None:
     """Most items of each kind in one prompt of a vision model: what the user says, else what the data has.
 
@@ -265,7 +245,7 @@ def engine_spec(
     assert config.model is not None
     on_gpu = groups.on_gpu
     eager = not on_gpu if config.vllm_enforce_eager is None else config.vllm_enforce_eager
-    adapter = publish_mode(config, media is not None) == "adapter"
+    adapter = wire.publish_mode(config, media is not None) == "adapter"
     return EngineSpec(
         model=config.model,
         dtype=dtype(config, on_gpu),
@@ -278,7 +258,7 @@ def engine_spec(
         max_num_seqs=config.vllm_max_num_seqs,
         enforce_eager=eager,
         enable_prefix_caching=config.vllm_enable_prefix_caching,
-        lora_rank=(config.vllm_max_lora_rank or config.lora_rank) if adapter else 0,
+        lora_rank=wire.engine_rank(config) if adapter else 0,
         trust_remote_code=config.trust_remote_code,
         seed=config.seed + rank,
         use_hf=config.use_hf,

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
-from raytune_rl.errors import CheckpointError
+from raytune_rl.errors import CheckpointError, RaytuneError
 from raytune_rl.tracking.best import CheckpointRecord
 from raytune_rl.tracking.checkpoints import (
     CheckpointWriter,
@@ -210,7 +210,7 @@ class Run:
 
     def say(self, message: Any) -> None:
         """Prints something that stays on the screen, above the live display once there is one."""
-        self.console.print(message)
+        self.console.print(message, markup=False)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -236,6 +236,11 @@ class Run:
         try:
             with self.display, self.logger:
                 yield
+        except (RaytuneError, KeyboardInterrupt):
+            if self._record.last_model_checkpoint and not self.config.save_only_model:
+                last = self._record.last_model_checkpoint
+                self.say(f"To go on, add to the same command: --resume_from_checkpoint {last}")
+            raise
         finally:
             for number, handler in before.items():
                 _set_handler(number, handler)
@@ -291,10 +296,11 @@ class Run:
         last = self._record.last_model_checkpoint
         return step_of(Path(last)) if last else 0
 
-    def finish(self) -> RunResult:
-        """Closes the log with its last line and gives the result."""
+    def finish(self, facts: Mapping[str, Any] | None = None) -> RunResult:
+        """Closes the log with its last line, `facts` among it, and gives the result."""
         status = "interrupted" if self.step < self.total_steps else "finished"
-        self.logger.close({"global_step": self.step, "status": status, **self._record.as_dict()})
+        last_line = {"global_step": self.step, "status": status, **self._record.as_dict(), **(facts or {})}
+        self.logger.close(last_line)
         write_plots(self.dir)
         self.write_report(status)
         last, best = self._record.last_model_checkpoint, self._record.best_model_checkpoint

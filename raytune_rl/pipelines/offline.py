@@ -224,6 +224,7 @@ class OfflineRun:
         budget = launch.max_tokens(config, groups.on_gpu)
         try:
             group.call("ping", what="starting", timeout_s=config.start_timeout)
+            group.replace_lost(config.start_timeout, lambda _, message: self.run.say(f"Note: {message}"))
             self._score(
                 lambda rows, lengths: score_rows(group, rows, lengths, budget, spec.layout), len(group)
             )

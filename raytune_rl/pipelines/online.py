@@ -6,6 +6,7 @@ algorithm.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -99,7 +100,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
             started.start(slots, limit, stack)
         with started.run.watched():
             started.train()
-            result = started.run.finish()
+            result = started.run.finish({"prompts": started.collector.account().as_dict()})
         report.online_summary(config, started, result).show(started.run.console)
         return result
 
@@ -130,6 +131,7 @@ class OnlineRun:
         self.media = launch.media_limits(config, train.account.vision, most)
         self.run = Run(config, origin, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
         self.max_gap = float(origin.state.get("max_gap", 0.0))
+        self.lost_workers: Counter[str] = Counter(origin.state.get("lost_workers", {}))
         self.generation_log = self.LOG(config, origin, train, self.run.say)
         self.version = -1
 
@@ -147,6 +149,7 @@ class OnlineRun:
             media=self.media,
             stack=stack,
             say=self.run.say,
+            lost=self.lost,
         )
         self.policy, self.rollout, self.turns = workers.policy, workers.rollout, workers.turns
         self.reference, self.store = workers.reference, workers.store
@@ -162,6 +165,11 @@ class OnlineRun:
             self.policy.load(self.origin.checkpoint)
             if self.config.sync_ref_model and isinstance(self.reference, ReferenceGroup):
                 self.reference.load(self.origin.checkpoint / REFERENCE)
+
+    def lost(self, group: str, message: str) -> None:
+        """A worker was lost and is replaced: said and counted."""
+        self.lost_workers[group] += 1
+        self.run.say(f"Note: {message}")
 
     # -- the loop
     # ---------------------------------------------------------------------------------------------
@@ -278,6 +286,8 @@ class OnlineRun:
         gap = step.metrics.get("rollout_correction/logp_abs_diff_max", 0.0)
         self.max_gap = max(self.max_gap, gap)
         counters = report.step_metrics(run, step, self.schedule.steps_per_epoch)
+        if self.lost_workers:
+            counters["lost_workers"] = float(self.lost_workers.total())
         run.record({**step.metrics, **counters, **told})
 
     def entropy_filter(
@@ -326,6 +336,7 @@ class OnlineRun:
             state = {
                 "generation": generation,
                 "max_gap": self.max_gap,
+                "lost_workers": dict(self.lost_workers),
                 **self.generation_log.state(),
                 **self.collector.state(),
             }

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from raytune_rl.config import PPOConfig, RLHFConfig
-from raytune_rl.pipelines import launch
+from raytune_rl.pipelines import launch, wire
 from raytune_rl.pipelines.actor_critic import ActorCritic, Critic
 from raytune_rl.pipelines.data import PromptSet
 from raytune_rl.pipelines.online_algorithms import Algorithm
@@ -64,6 +64,7 @@ def start_groups(
     media: dict[str, int] | None,
     stack: ExitStack,
     say: Callable[[str], None],
+    lost: Callable[[str, str], None],
 ) -> OnlineGroups:
     """Starts all actors at once and waits for them.
 
@@ -79,10 +80,12 @@ def start_groups(
         media: Most pictures and the like in one prompt; None for a model without vision.
         stack: Ends the actors.
         say: Tells the user a sentence.
+        lost: Told the name of a group that lost a worker and goes on, and a sentence about it.
     """
     account = prompts.account
     store_name = f"weights-{ray.get_runtime_context().get_job_id()}-{run_name}"
-    store = start_store(store_name)
+    # Every engine has the newest version before the next is made: an older one would only fill the memory.
+    store = start_store(store_name, keep=1)
     stack.callback(ray.kill, store)
 
     def group(name: str, worker: type, make: Any, env: Mapping[str, str]) -> WorkerGroup:
@@ -98,7 +101,7 @@ def start_groups(
         loss_settings=algorithm.settings,
         temperature=config.temperature,
         dropout=config.lora_dropout,
-        publish_mode=launch.publish_mode(config, account.vision),
+        publish_mode=wire.publish_mode(config, account.vision),
         vision=account.vision,
         banned=account.placeholder_ids,
     )
@@ -169,6 +172,11 @@ def start_groups(
         started.call("ping", what="starting", timeout_s=config.start_timeout)
     for notice in trainer.ready().notices:
         say(f"Note: {notice}")
+    # A reference that moves is what it is by its past, and the policy is one world: neither can be replaced.
+    frozen = [] if reference is None or config.sync_ref_model else [reference]
+    for stateless in (*judges, *frozen):
+        stateless.replace_lost(config.start_timeout, lost)
+    rollout.replace_lost(config.start_timeout, lost, {"load_weights": (None,)})
     engines = RolloutGroup(
         rollout,
         launch.sampling(config, account.stop_token_ids, account.placeholder_ids),
@@ -177,9 +185,9 @@ def start_groups(
         multi_turn=config.multi_turn_scheduler is not None,
     )
     turns = Turns(config, groups, trainer, engines)
-    frozen: Reference | None = None
+    compared: Reference | None = None
     if reference is not None:
-        frozen = ReferenceGroup(reference, budget, spec.model.layout)
+        compared = ReferenceGroup(reference, budget, spec.model.layout)
     elif config.beta > 0:
-        frozen = AdapterOff(trainer)
-    return OnlineGroups(trainer, engines, Together(scorers), frozen, turns, store)
+        compared = AdapterOff(trainer)
+    return OnlineGroups(trainer, engines, Together(scorers), compared, turns, store)

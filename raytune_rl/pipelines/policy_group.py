@@ -18,7 +18,7 @@ from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.data.microbatch import Schedule, plan_micro_batches
 from raytune_rl.data.rows import RowBatch, RowPointer, make_batch
 from raytune_rl.runtime.group import WorkerGroup
-from raytune_rl.runtime.wait import Pending, acknowledge, fetch, fetch_all
+from raytune_rl.runtime.wait import Pending, acknowledge, fetch, fetch_all, settle
 from raytune_rl.runtime.weights import Manifest, TensorEntry, collect_index
 from raytune_rl.workers.policy import PolicyFacts, PolicySpec, TrainResult
 
@@ -347,18 +347,18 @@ def score_rows(
         method: What the workers call it.
     """
     schedule = plan_micro_batches(lengths, world_size=len(group), max_tokens=max_tokens, layout=layout)  # type: ignore[arg-type]
-    found: dict[int, RowPointer] = {}
     pending: list[Pending] = []
     shares: list[list[int]] = []
     for rank in range(len(group)):
         batch, mine = rank_batch(schedule, rank, rows, {}, late or {})
         if not mine and not collective:
             continue
-        asked = group.submit(rank, method, batch, what=f"log-probs of {len(mine)} rows", returns=2)
-        pending.append(asked)
+        what = f"log-probs of {len(mine)} rows"
+        pending.append(group.submit(rank, method, batch, what=what, returns=2))
         shares.append(mine)
-        found |= {row: RowPointer(asked.ref[1], number) for number, row in enumerate(mine)}
+    found: dict[int, RowPointer] = {}
     sums = np.empty(len(rows))
-    for mine, answered in zip(shares, acknowledge(pending), strict=True):
+    for mine, done, answered in zip(shares, *settle(pending), strict=True):
         sums[mine] = answered
+        found |= {row: RowPointer(done.ref[1], number) for number, row in enumerate(mine)}
     return RowLogprobs([found[row] for row in range(len(rows))], sums)

@@ -11,7 +11,7 @@ from typing import Protocol
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.pipelines.policy_group import PolicyGroup, RowLogprobs, score_rows
 from raytune_rl.runtime.group import WorkerGroup
-from raytune_rl.runtime.wait import fetch
+from raytune_rl.runtime.wait import fetch_all
 from raytune_rl.runtime.weights import Manifest
 
 
@@ -77,7 +77,7 @@ class ReferenceGroup:
 
     def save(self, directory: Path) -> None:
         """Writes the weights of one copy: all are the same."""
-        fetch(self._group.submit(0, "save", str(directory), what="saving the reference"))
+        fetch_all([self._group.submit(0, "save", str(directory), what="saving the reference")])
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote, in every copy."""

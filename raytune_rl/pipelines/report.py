@@ -14,7 +14,7 @@ import numpy as np
 from raytune_rl.algorithms.advantages import AdvantageResult
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule
-from raytune_rl.pipelines import launch
+from raytune_rl.pipelines import launch, wire
 from raytune_rl.pipelines.data import Account, PromptSet, quarantined
 from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.online_algorithms import in_words
@@ -22,7 +22,7 @@ from raytune_rl.pipelines.resources import Groups
 from raytune_rl.pipelines.rollouts import Trajectory
 from raytune_rl.tracking.completions import CompletionRow
 from raytune_rl.tracking.plan import GenerationPlan, GroupPlan, RunPlan, Section
-from raytune_rl.tracking.summary import Change, PromptCounts, RunSummary
+from raytune_rl.tracking.summary import Change, RunSummary
 
 if TYPE_CHECKING:
     from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult
@@ -59,7 +59,7 @@ def online_plan(
         longest,
         config.max_completion_length,
     )
-    arrive = "as an adapter" if launch.publish_mode(config, train.account.vision) == "adapter" else "whole"
+    arrive = "as an adapter" if wire.publish_mode(config, train.account.vision) == "adapter" else "whole"
     share = f" in {launch.gpu_share(config, groups):g} of a GPU's memory" if groups.on_gpu else ""
     inside = {
         "policy": trainer(config, groups),
@@ -334,7 +334,6 @@ def _or_none(value: float) -> float | None:
 def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> RunSummary:
     """The end of a GRPO run in one screen."""
     run = online.run
-    counts = dict(online.collector.prompt_counts)
     changes = {
         "reward (training)": Change(run.first_metrics.get("reward"), run.last_metrics.get("reward")),
     }
@@ -356,9 +355,10 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
         seconds=run.seconds,
         output_dir=result.run_dir,
         changes=changes,
-        prompts=PromptCounts(counts.pop("dispatched", 0), counts.pop("finished", 0), counts),
+        prompts=online.collector.account(),
         quarantined=quarantined(online.prompts.account, online.held_out.account if online.held_out else None),
         reward_failures=dict(online.collector.reward_failures),
+        lost_workers=dict(online.lost_workers),
         weight_versions=online.version + 1,
         max_logp_gap=online.max_gap,
         non_finite=dict(run.logger.non_finite),

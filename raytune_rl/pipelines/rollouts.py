@@ -18,7 +18,7 @@ from raytune_rl.errors import RaytuneError
 from raytune_rl.pipelines.data import PromptSet
 from raytune_rl.rewards.types import Failure, Scores, TrainerState
 from raytune_rl.runtime.group import WorkerGroup
-from raytune_rl.runtime.wait import Pending, acknowledge, fetch, fetch_all
+from raytune_rl.runtime.wait import Pending, fetch, fetch_all, settle
 from raytune_rl.workers.rollout import CompletionMeta, PromptRequest, Sampling
 
 
@@ -165,7 +165,7 @@ class RolloutGroup:
             if share
         ]
         found: dict[tuple[int, int], Trajectory] = {}
-        for answer, metas in zip(pending, acknowledge(pending), strict=True):
+        for answer, metas in zip(*settle(pending), strict=True):
             for meta in metas:
                 prompt = int(rows[meta.prompt_id])
                 made = _trajectory(meta, answer, prompt, prompts.pictures(prompt), self._multi_turn)

@@ -82,6 +82,9 @@ def session(address: str | None = None) -> Iterator[ClusterInfo]:
     if not joined:
         quiet = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": False}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # A call with several results fails in each of them; `wait.fetch` reads one, and Ray would print a
+        # traceback for every other.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         # Ray warns on every start that its own cluster asks for a token, which it hands out by itself.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         try:

@@ -1,19 +1,58 @@
 """A group: N actors of one role, called together or one by one.
 
 The group knows no role. It starts any worker class on its slots, names each actor for the errors, and gives
-every call a deadline.
+every call a deadline. A worker without a state of its own may be started anew when it is lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raytune_rl.errors import WorkerDiedError
 from raytune_rl.runtime.placement import GroupSpec, Slot
 from raytune_rl.runtime.wait import Pending, fetch_all
+
+ATTEMPTS = 3
+"""How often one call is made. What loses its worker each time is likely to be the call's own doing."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a worker's method, as it is made once or again.
+
+    Attributes:
+        method: Its name.
+        args: Its arguments; what is large among them is references.
+        what: The work, as a person would name it.
+        returns: Number of results, or "streaming" for a generator.
+        timeout_s: Seconds that its answer may take.
+    """
+
+    method: str
+    args: tuple[Any, ...]
+    what: str
+    returns: int | Literal["streaming"]
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What happens when a worker is lost.
+
+    Attributes:
+        set_up: What a new worker is called with first, to be as the others are.
+        start_timeout_s: Seconds that it has for its start, beside its calls' own.
+        tell: Told the group's name and a sentence for the user.
+    """
+
+    set_up: tuple[Call, ...]
+    start_timeout_s: float
+    tell: Callable[[str, str], None]
 
 
 class WorkerGroup:
@@ -39,10 +78,28 @@ class WorkerGroup:
     ) -> None:
         self.name = spec.name
         self.timeout_s = timeout_s
-        self._actors = [
-            start_worker(worker_class, spec, slot, make_args(rank), env or {})
-            for rank, slot in enumerate(slots)
-        ]
+        self._start = lambda rank: start_worker(worker_class, spec, slots[rank], make_args(rank), env or {})
+        self._actors = [self._start(rank) for rank in range(len(slots))]
+        self._replacement: Replacement | None = None
+        self._set_up: dict[int, tuple[Pending, ...]] = {}
+
+    def replace_lost(
+        self,
+        start_timeout_s: float,
+        tell: Callable[[str, str], None],
+        set_up: Mapping[str, tuple[Any, ...]] | None = None,
+    ) -> None:
+        """From now on a worker that is lost is started anew in its place, and its work is done again.
+
+        Only for workers that answer the same call alike, whatever they were asked before.
+
+        Args:
+            start_timeout_s: Seconds that a new worker has for its start.
+            tell: Told the group's name and a sentence for the user at each loss.
+            set_up: Methods, with arguments, that make a new worker like the others.
+        """
+        calls = [Call(m, args, m, 1, start_timeout_s) for m, args in (set_up or {}).items()]
+        self._replacement = Replacement(tuple(calls), start_timeout_s, tell)
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -63,9 +120,37 @@ class WorkerGroup:
         """Starts a call on one worker. With `returns > 1` the pending's `ref` is the list of its
         references; with "streaming" (a generator method) it is for `wait.stream`.
         """
-        remote = getattr(self._actors[rank], method)
-        ref = remote.options(num_returns=returns).remote(*args)
-        return Pending(ref, self.who(rank), what or method, timeout_s or self.timeout_s)
+        return self._make(rank, Call(method, args, what or method, returns, timeout_s or self.timeout_s))
+
+    def _make(self, rank: int, call: Call, attempt: int = 1) -> Pending:
+        asked, replacement = self._actors[rank], self._replacement
+        pending = self._ask(rank, call)
+        if replacement is None or call.returns == "streaming":
+            return pending
+        extra_s = replacement.start_timeout_s if attempt > 1 else 0.0
+
+        def redo(loss: WorkerDiedError) -> Pending:
+            if attempt == ATTEMPTS:
+                raise WorkerDiedError(f"{loss}\nIt was lost at this work {ATTEMPTS} times.") from loss
+            if self._actors[rank] is asked:  # else another call was lost with it, and saw to that
+                self._replace(rank, loss, replacement)
+            return self._make(rank, call, attempt + 1)
+
+        return replace(pending, redo=redo, timeout_s=call.timeout_s + extra_s)
+
+    def _ask(self, rank: int, call: Call) -> Pending:
+        remote = getattr(self._actors[rank], call.method)
+        ref = remote.options(num_returns=call.returns).remote(*call.args)
+        return Pending(ref, self.who(rank), call.what, call.timeout_s, after=self._set_up.get(rank, ()))
+
+    def _replace(self, rank: int, loss: WorkerDiedError, replacement: Replacement) -> None:
+        """Starts a worker anew. Returns at once: its calls wait for its start."""
+        first_line = str(loss).partition("\n")[0]  # Ray goes on for ten more
+        replacement.tell(self.name, f"{first_line} It is started anew, and its work is done again.")
+        ray.kill(self._actors[rank])  # whatever is left of it must not hold the place
+        self._actors[rank] = self._start(rank)
+        self._set_up[rank] = ()
+        self._set_up[rank] = tuple(self._ask(rank, call) for call in replacement.set_up)
 
     def call(
         self, method: str, *args: Any, what: str | None = None, timeout_s: float | None = None

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -28,12 +28,17 @@ class Pending:
         who: The actor, as a person would name it ("rollout[1]").
         what: The work asked for ("generate 32 completions").
         timeout_s: Seconds from the moment of waiting.
+        redo: For work that may be done again elsewhere: given the error with which its worker was lost,
+            asks anew. None: the loss is the caller's.
+        after: Calls on the same worker, earlier than this one, without which this one would mean nothing.
     """
 
     ref: Any
     who: str
     what: str
     timeout_s: float
+    redo: Callable[[WorkerDiedError], Pending] | None = field(default=None, compare=False)
+    after: tuple[Pending, ...] = ()
 
 
 def fetch(pending: Pending) -> Any:
@@ -45,6 +50,8 @@ def fetch(pending: Pending) -> Any:
         WorkerFailedError: The call, or the actor's constructor before it, raised. An error that is a
             `RaytuneError` already keeps its class and its message.
     """
+    for earlier in pending.after:
+        fetch(earlier)
     try:
         return ray.get(pending.ref, timeout=pending.timeout_s)
     except RayTaskError as error:
@@ -68,6 +75,8 @@ def fetch(pending: Pending) -> Any:
 
 def _failure(pending: Pending, error: RayTaskError) -> RaytuneError:
     """What a worker raised, under the name it deserves."""
+    if isinstance(error.cause, WorkerDiedError):  # a process that does the worker's work
+        return WorkerDiedError(f"{pending.who} died during '{pending.what}': {error.cause}")
     if isinstance(error.cause, RaytuneError):
         return error.cause
     return WorkerFailedError(f"{pending.who} failed during '{pending.what}':\n{readable(error)}")
@@ -79,47 +88,76 @@ def readable(error: BaseException) -> str:
     return "\n".join(line for line in lines if line.strip("^~ "))
 
 
-def fetch_all(pending: Sequence[Pending]) -> list[Any]:
-    """Waits for all answers, in order; the first failure to arrive is raised at once, whichever it is.
+def settle(pending: Sequence[Pending]) -> tuple[list[Pending], list[Any]]:
+    """Waits for all answers; work that was lost with its worker is done again where that is allowed.
 
     Waiting for the first to finish rather than for the first in the list matters for a torch.distributed
     world: when one rank fails its peers block in a collective, and the useful error is not the one that is
     asked for first.
+
+    Returns:
+        What was answered in the end (`pending` itself, but for what was redone), and the answers, in order.
+        Of a call with several returns the answer is the first: its small word that it is done.
+
+    Raises:
+        RaytuneError: The first failure to arrive, as in `fetch`.
     """
-    for done in as_completed(pending):
-        fetch(done)
-    return [fetch(p) for p in pending]
+    current = list(pending)
+    answers: list[Any] = [None] * len(current)
+    owed: dict[Any, int] = {}
+    until: dict[int, float] = {}
+
+    def await_(number: int) -> None:
+        owed[_first_ref(current[number])] = number
+        until[number] = time.monotonic() + current[number].timeout_s
+
+    for number in range(len(current)):
+        await_(number)
+    while owed:
+        for ref in _next_ready(owed, until, current):
+            number = owed.pop(ref)
+            try:
+                answers[number] = fetch(replace(current[number], ref=ref))
+            except WorkerDiedError as error:
+                redo = current[number].redo
+                if redo is None:
+                    raise
+                current[number] = redo(error)
+                await_(number)
+    return current, answers
+
+
+def _next_ready(owed: dict[Any, int], until: dict[int, float], current: Sequence[Pending]) -> list[Any]:
+    """The references that are there next.
+
+    Raises:
+        DeadlineExceededError: When an answer's time is up, naming all that are still owed.
+    """
+    first = min(owed.values(), key=lambda number: until[number])
+    remaining = max(until[first] - time.monotonic(), 0.0)
+    ready, _ = ray.wait(list(owed), num_returns=1, timeout=remaining, fetch_local=False)
+    if ready:
+        return list(ready)
+    late = ", ".join(f"{current[number].who} ({current[number].what})" for number in owed.values())
+    raise DeadlineExceededError(
+        f"No answer after {current[first].timeout_s:.0f} s from: {late}. `ray stack` shows what they are "
+        "doing; a longer limit is set by --step_timeout (or --start_timeout while the actors start)."
+    )
+
+
+def fetch_all(pending: Sequence[Pending]) -> list[Any]:
+    """Waits for all answers, in order; see `settle`."""
+    done, answers = settle(pending)
+    return [fetch(p) if isinstance(p.ref, list) else answer for p, answer in zip(done, answers, strict=True)]
 
 
 def acknowledge(pending: Sequence[Pending]) -> list[Any]:
     """Waits for calls with several returns and reads the first of each only.
 
     The first is the call's small word that it is done; the others are arrays that stay in the object store.
+    Not for calls that may be redone: their arrays then are where `settle` says.
     """
-    return fetch_all([replace(p, ref=_first_ref(p)) for p in pending])
-
-
-def as_completed(pending: Sequence[Pending]) -> Iterator[Pending]:
-    """Yields answers as they become available (finished or failed).
-
-    Raises:
-        DeadlineExceededError: When an answer's time is up, naming all that are still owed.
-    """
-    owed = {_first_ref(p): p for p in pending}
-    started = time.monotonic()
-    while owed:
-        remaining = min(p.timeout_s for p in owed.values()) - (time.monotonic() - started)
-        ready, _ = ray.wait(list(owed), num_returns=1, timeout=max(remaining, 0.0), fetch_local=False)
-        if not ready:
-            late = ", ".join(f"{p.who} ({p.what})" for p in owed.values())
-            waited = time.monotonic() - started
-            raise DeadlineExceededError(
-                f"No answer after {waited:.0f} s from: {late}. `ray stack` shows what they are doing; a "
-                "longer limit "
-                "is set by --step_timeout (or --start_timeout while the actors start)."
-            )
-        for ref in ready:
-            yield owed.pop(ref)
+    return settle(pending)[1]
 
 
 def stream(pending: Pending) -> Iterator[Any]:

@@ -159,12 +159,12 @@ class WeightStore:
         return self._manifests[wanted]
 
 
-def start_store(name: str) -> ray.actor.ActorHandle:
-    """Starts a weight store under a name, by which any process of the cluster finds it."""
+def start_store(name: str, keep: int = 2) -> ray.actor.ActorHandle:
+    """Starts a weight store under a name, by which any process of the cluster finds it; see `WeightStore`."""
     return (
         ray.remote(WeightStore)
         .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=8)
-        .remote()
+        .remote(keep)
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -28,6 +29,10 @@ class PromptCounts:
     def unaccounted(self) -> int:
         """Zero in a sound run; negative if prompts came back more than once."""
         return self.dispatched - self.finished - sum(self.filtered.values()) - sum(self.failed.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the log."""
+        return {**asdict(self), "unaccounted": self.unaccounted}
 
     def rows(self) -> list[tuple[str, str]]:
         rows = [("prompts dispatched", number(self.dispatched)), ("finished", number(self.finished))]
@@ -67,6 +72,7 @@ class RunSummary:
         prompts: What became of the prompts.
         quarantined: Bad rows of data set aside.
         reward_failures: Reward function -> failed samples.
+        lost_workers: Group -> workers that were lost and replaced.
         weight_versions: Versions published.
         max_logp_gap: The largest |log-prob by the policy - by the rollout engine| seen, in nats.
         non_finite: Metric -> how often it was NaN or infinite.
@@ -87,6 +93,7 @@ class RunSummary:
     prompts: PromptCounts | None = None
     quarantined: int = 0
     reward_failures: Mapping[str, int] = field(default_factory=dict)
+    lost_workers: Mapping[str, int] = field(default_factory=dict)
     weight_versions: int | None = None
     max_logp_gap: float | None = None
     non_finite: Mapping[str, int] = field(default_factory=dict)
@@ -118,6 +125,8 @@ class RunSummary:
         rows = [("rows quarantined", number(self.quarantined))]
         if self.prompts is not None:
             rows.append(("reward failures", _with_reasons(self.reward_failures)))
+        if self.lost_workers:
+            rows.append(("workers lost and replaced", _with_reasons(self.lost_workers)))
         if self.weight_versions is not None:
             rows.append(("weight versions", number(self.weight_versions)))
         if self.max_logp_gap is not None:

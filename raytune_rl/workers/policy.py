@@ -189,6 +189,7 @@ class PolicyWorker:
         from raytune_rl.models.weights import WeightExporter, whole
         from raytune_rl.rewards.plugins import load_plugins
         from raytune_rl.workers.engine import gathered, is_sharded, start_engine
+        from raytune_rl.workers.offload import Offload
 
         spec = self._spec
         torch.manual_seed(spec.seed)
@@ -213,6 +214,7 @@ class PolicyWorker:
         # Planned before the engine cuts the parameters up.
         self._exporter = WeightExporter(scorer, spec.publish_mode) if spec.publish_mode else None  # type: ignore[arg-type]
         self._engine, self._rate = start_engine(scorer, spec.optimizer)
+        self._offload = Offload(self._engine)
         self._gather = gathered if is_sharded(self._engine) else whole
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         notices = loaded.notices + tuned.notices
@@ -413,15 +415,11 @@ class PolicyWorker:
 
     def offload(self, weights: bool, optimizer: bool) -> None:
         """Moves weights and optimizer state from the GPU to the CPU while somebody else needs the GPU."""
-        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
-
-        moved = [State.optim_states, State.hp_params] if optimizer else []
-        moved += [State.lp_params, State.lp_grads, State.contiguous_grad_buffer] if weights else []
-        self._engine.offload_states(include=moved)
+        self._offload.away(weights, optimizer)
 
     def reload(self) -> None:
         """Brings back what `offload` moved."""
-        self._engine.reload_states()
+        self._offload.back()
 
     # -- weights
     # ----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from raytune_rl.data.chat import ChatTemplate
 from raytune_rl.data.example import Message
-from raytune_rl.errors import ConfigError, DataError, StaleWeightsError
+from raytune_rl.errors import ConfigError, DataError, StaleWeightsError, WorkerDiedError
 from raytune_rl.models.load import resolve_path
+from raytune_rl.models.served import LORA_RANKS
 from raytune_rl.runtime.weights import Manifest, find_manifest, read
 from raytune_rl.workers import vllm_plugin
 from raytune_rl.workers.rollout import EnginePrompt, EngineSpec, Piece, Sampling
@@ -62,6 +65,17 @@ class Sampled:
     finish_reason: str
 
 
+@contextmanager
+def one_with_its_processes() -> Iterator[None]:
+    """An engine over several GPUs works in processes of its own: the loss of one is the worker's."""
+    try:
+        yield
+    except EngineDeadError as error:
+        raise WorkerDiedError(
+            "a process of its vLLM engine ended; Ray's log of the worker has why"
+        ) from error
+
+
 class VllmEngine:
     """An engine that samples token ids and pulls its weights from the store."""
 
@@ -89,6 +103,7 @@ class VllmEngine:
             kwargs={"init_info": {"store": spec.store, "timeout_s": spec.pull_timeout_s}},
         )
 
+    @one_with_its_processes()
     def load(self, version: int | None) -> tuple[int, float]:
         """Pulls a version and serves it from now on. Returns the version and the seconds it took.
 
@@ -121,8 +136,12 @@ class VllmEngine:
         self._engine.sleep(level=self._spec.sleep_level)
 
     def wake(self) -> None:
-        """Allocates weights and cache again."""
+        """Allocates weights and cache again. What is to be published comes with the next load; a base that
+        only gets adapters is read again from its files if it was dropped.
+        """
         self._engine.wake_up()
+        if self._spec.sleep_level == 2 and self._spec.lora_rank:
+            self._engine.collective_rpc("reload_weights")
 
     @property
     def max_model_len(self) -> int:
@@ -134,6 +153,7 @@ class VllmEngine:
         """The model's."""
         return self._engine.get_tokenizer()
 
+    @one_with_its_processes()
     def sample(
         self,
         prompts: Sequence[EnginePrompt],
@@ -297,4 +317,4 @@ def to_sampled(output: Any) -> Sampled:
 
 def _vllm_rank(rank: int) -> int:
     """vLLM takes a few maximal ranks only: the smallest that holds `rank`."""
-    return next(allowed for allowed in (8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
+    return next(allowed for allowed in LORA_RANKS if allowed >= rank)

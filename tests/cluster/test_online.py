@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +178,41 @@ def test_no_token_or_weight_array_reaches_the_driver(uninterrupted: Any) -> None
     assert all(a.size <= 32 for a in arrays if a.dtype == np.float64)
 
 
+class Disturbed(online.OnlineRun):
+    """Loses an engine in the middle of its sampling, and every reference and reward worker."""
+
+    def publish(self, version: int) -> None:
+        super().publish(version)
+        if version == 1:
+            pid = self.rollout._group.call("ping")[1]["pid"]
+            os.kill(pid, signal.SIGSTOP)
+            threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+            assert self.reference is not None
+            scorers = self.collector._groups.rewards._scorers  # type: ignore[attr-defined]
+            for group in (self.reference._group, *(scorer._group for scorer in scorers)):
+                for actor in group._actors:
+                    ray.kill(actor)
+
+
+def test_stateless_workers_may_die_and_nothing_changes(
+    uninterrupted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen, result, _ = uninterrupted
+    again = online.run(RLHFConfig(**{**chosen.args(), "output_dir": str(tmp_path)}), kind=Disturbed)
+    told = capsys.readouterr().out
+    assert re.search(r"rollout\[1\] died during 'sampling 1 x 4 completions'", told)
+    assert re.search(r"workers lost and replaced +4 \(2 reward, 1 reference, 1 rollout\)", told)
+    whole, disturbed = steps(result), steps(again)
+    assert [line.get("lost_workers") for line in disturbed.values()] == [None, 4, 4, 4]
+    for step, line in whole.items():
+        for name in ("loss", "grad_norm", "reward", "kl", "completions/mean_length", "weight_version", GAP):
+            assert disturbed[step][name] == line[name], (step, name)
+    rows = [(run.run_dir / "completions.jsonl").read_text() for run in (result, again)]
+    assert rows[0] == rows[1]
+    account = {"dispatched": 8, "finished": 8, "filtered": {}, "failed": {}, "unaccounted": 0}
+    assert log_lines(again)[-1]["prompts"] == account, "every prompt came back once"
+
+
 def test_resume_is_exact(uninterrupted: Any, tiny: Tiny) -> None:
     """From the checkpoint of step 2, in the same directory: steps 3 and 4 repeat the run that was never
     stopped.
@@ -194,10 +233,23 @@ def test_resume_is_exact(uninterrupted: Any, tiny: Tiny) -> None:
     assert len(list(result.run_dir.glob("superseded-checkpoint-4-*"))) == 1
 
 
-@pytest.mark.parametrize("wire", ["adapter", "merged"])
-def test_lora_weights_arrive_either_way(cluster: None, tiny: Tiny, tmp_path: Path, wire: str) -> None:
+ALONE: dict[str, Any] = {"vllm_enable_lora": True}
+MERGED: dict[str, Any] = {
+    "quant_method": "bnb",
+    "quant_bits": 4,
+    "vllm_tensor_parallel_size": 2,
+    "reference_workers": 1,
+}
+
+
+@pytest.mark.parametrize("settings", [ALONE, MERGED], ids=["adapter", "merged"])
+def test_lora_weights_arrive_either_way(
+    cluster: None, tiny: Tiny, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """LoRA, several optimizer steps a generation and two iterations: off-policy, so old log-probs are
     kept. The reference is the policy without its adapter, or, if the user asks for one, a copy.
+    Merged with a base that is quantised for the policy alone; the engine's two workers are processes of
+    their own, each of which pulls the weights itself.
     """
     result = online.run(
         config(
@@ -205,8 +257,7 @@ def test_lora_weights_arrive_either_way(cluster: None, tiny: Tiny, tmp_path: Pat
             tmp_path,
             model=str(tiny.tied),
             train_type="lora",
-            vllm_enable_lora=wire == "adapter",
-            reference_workers=1 if wire == "merged" else None,
+            **settings,
             steps_per_generation=2,
             num_iterations=2,
             max_steps=8,

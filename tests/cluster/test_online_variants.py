@@ -122,6 +122,17 @@ def test_dapo_with_the_kl_in_the_reward_and_an_exact_resume(
         line["eval_reward"] for line in evaluated
     ]
 
+    replaced_prompts = sum(line["dynamic_sample/replaced_prompts"] for line in whole.values())
+    account = {
+        "dispatched": drawn,
+        "finished": 4 * 4,
+        "filtered": {"one reward in the group": replaced_prompts},
+        "failed": {},
+        "unaccounted": 0,
+    }
+    assert drawn == 4 * 4 + replaced_prompts
+    assert log_lines(result)[-1]["prompts"] == account
+
     again = steps(
         online.run(
             RLHFConfig(**{**chosen.args(), "resume_from_checkpoint": str(result.run_dir / "checkpoint-2")})
@@ -131,6 +142,7 @@ def test_dapo_with_the_kl_in_the_reward_and_an_exact_resume(
         for name in ("loss", "grad_norm", "reward", "kl", "epoch", "dynamic_sample/sampled_prompts"):
             assert again[step][name] == whole[step][name], (step, name)
     assert completions(result.run_dir) == rows
+    assert log_lines(result)[-1]["prompts"] == account, "a resumed run goes on counting"
 
 
 def test_a_loss_of_a_plugin_with_every_filter(cluster: None, tiny: Tiny, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ConfigError
-from raytune_rl.pipelines import launch
+from raytune_rl.pipelines import launch, wire
 
 GIVEN: dict[str, Any] = {"model": "m", "dataset": "d", "reward_funcs": "accuracy"}
 
@@ -29,15 +29,15 @@ def test_the_engine_makes_room_for_the_images_that_the_data_has() -> None:
 
 def test_adapters_in_the_tower_arrive_merged() -> None:
     """vLLM applies adapters to the language model only."""
-    assert launch.publish_mode(config(), vision=True) == "adapter"
-    assert launch.publish_mode(config(freeze_vit=False), vision=True) == "merged"
-    assert launch.publish_mode(config(freeze_aligner=False), vision=True) == "merged"
-    assert launch.publish_mode(config(freeze_vit=False), vision=False) == "adapter"
+    assert wire.publish_mode(config(), vision=True) == "adapter"
+    assert wire.publish_mode(config(freeze_vit=False), vision=True) == "merged"
+    assert wire.publish_mode(config(freeze_aligner=False), vision=True) == "merged"
+    assert wire.publish_mode(config(freeze_vit=False), vision=False) == "adapter"
     for named in ({"target_regex": ".*q_proj"}, {"target_modules": ("gate_proj",)}):
-        assert launch.publish_mode(config(**named), vision=True) == "merged"
-        assert launch.publish_mode(config(**named), vision=False) == "adapter"
+        assert wire.publish_mode(config(**named), vision=True) == "merged"
+        assert wire.publish_mode(config(**named), vision=False) == "adapter"
     with pytest.raises(ConfigError, match="--vllm_enable_lora true: vLLM applies adapters to the language"):
-        launch.publish_mode(config(freeze_vit=False, vllm_enable_lora=True), vision=True)
+        wire.publish_mode(config(freeze_vit=False, vllm_enable_lora=True), vision=True)
 
 
 def test_flags_for_images_are_told_to_do_nothing_for_a_text_model() -> None:

@@ -17,7 +17,7 @@ from raytune_rl.errors import (
     WorkerDiedError,
     WorkerFailedError,
 )
-from raytune_rl.runtime.wait import Pending, acknowledge, as_completed, fetch, fetch_all
+from raytune_rl.runtime.wait import Pending, acknowledge, fetch, fetch_all
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120), pytest.mark.usefixtures("running")]
 LONG = 600.0
@@ -158,13 +158,6 @@ def test_the_first_failure_to_arrive_is_raised_whoever_is_first_in_the_list(
     ]
     with pytest.raises(WorkerFailedError, match=r"policy\[1\][\s\S]*ValueError: shape"):
         fetch_all(calls)
-
-
-def test_answers_come_in_the_order_in_which_they_are_ready(start: Callable[..., Any]) -> None:
-    slow, quick = start(), start()
-    fetch_all([pending(slow.answer.remote(0)), pending(quick.answer.remote(0))])
-    calls = [pending(slow.sleep.remote(1.5), who="slow"), pending(quick.answer.remote(1), who="quick")]
-    assert [p.who for p in as_completed(calls)] == ["quick", "slow"]
 
 
 def test_acknowledging_leaves_the_arrays_where_they_are(start: Callable[..., Any]) -> None:

@@ -72,7 +72,7 @@ NOT_BUILT = frozenset(
 # fmt: on
 """Flags of ms-swift that people use and that are not here yet: refused as such, not as a misspelling."""
 
-NOT_BUILT_FAMILIES = ("chord_", "fipo_", "gkd_", "rlsd_", "sdar_", "teacher_")
+NOT_BUILT_FAMILIES = ("chord_", "gkd_", "rlsd_", "sdar_", "teacher_")
 """Beginnings of names of algorithms of ms-swift that are not here yet."""
 
 

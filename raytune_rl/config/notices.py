@@ -134,6 +134,9 @@ def _loss(config: RLHFConfig) -> Iterable[str]:
             )
         if config.loss_type != "sapo":
             yield from _idle(config, ("tau_pos", "tau_neg"), "they belong to --loss_type sapo")
+        if config.loss_type != "fipo":
+            own = [name for name in type(config).model_fields if name.startswith("fipo_")]
+            yield from _idle(config, own, "they belong to --loss_type fipo")
         if config.loss_args:
             yield f"--loss_args does nothing: --loss_type {config.loss_type} has flags of its own."
     if config.rollout_importance_sampling_mode is None:

@@ -19,6 +19,7 @@ from raytune_rl.algorithms.correction import RolloutCorrection
 from raytune_rl.algorithms.cpo import CPOSettings, simpo_settings
 from raytune_rl.algorithms.dpo import DPOSettings
 from raytune_rl.algorithms.entropy import step_threshold
+from raytune_rl.algorithms.fipo import FIPOSettings
 from raytune_rl.algorithms.kto import KTOSettings
 from raytune_rl.algorithms.orpo import ORPOSettings
 from raytune_rl.algorithms.pairs import PAIR, pair_numbers
@@ -132,6 +133,7 @@ CASES = {
     ),
     "cispo": Case("cispo", CISPOSettings(epsilon_high=5.0), mean_of("cispo"), ("old_logprobs",)),
     "sapo": Case("sapo", SAPOSettings(off_policy_delta=0.1), mean_of("sapo"), ("old_logprobs",)),
+    "fipo": Case("fipo", FIPOSettings(beta=0.0), mean_of("fipo"), ("old_logprobs",)),
     "sft": Case("sft", SFTSettings(), mean_of("sft")),
     "dpo": Case("dpo", DPOSettings(rpo_alpha=0.5, ld_alpha=0.5), of_pairs),
     "mpo": Case("dpo", DPOSettings(loss_type=("sigmoid", "bco_pair", "sft", "ipo")), of_pairs),

@@ -90,6 +90,11 @@ def _online(config: RLHFConfig) -> Iterable[str]:
             f"{', '.join(cut)}: completions are sampled from a changed distribution, but the loss takes the "
             "log-probs of the whole one; rollout_correction/* shows the difference."
         )
+    if config.lora_dropout > 0 and config.train_type == "lora":
+        yield (
+            f"--lora_dropout {config.lora_dropout:g}: the policy trains under dropout, the engine samples "
+            "without; rollout_correction/* shows the difference."
+        )
     if config.eval_temperature == 0 and resolved.num_generations_eval(config) > 1:
         yield (
             f"--eval_temperature 0: the {resolved.num_generations_eval(config)} completions of a held-out "

@@ -45,6 +45,7 @@ def notices(*argv: str) -> str:
             "--eval_temperature 0 --split_dataset_ratio 0.1",
             "2 completions of a held-out prompt will all be the",
         ),
+        ("--lora_dropout 0.1", "--lora_dropout 0.1: the policy trains under dropout"),
         ("--eval_temperature 0", "--eval_temperature does nothing: there is no validation data"),
         ('--loss_args {"a":1}', "--loss_args does nothing: --loss_type grpo has flags of its own"),
     ],

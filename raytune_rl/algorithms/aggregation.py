@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from raytune_rl.errors import ConfigError
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "sft")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "fipo", "sft")
 
 
 def row_weights(
@@ -26,7 +26,7 @@ def row_weights(
 
     * grpo (DeepSeekMath, eq. 3), sapo: mean over rows of the mean over tokens, `1 / (n_rows * len)`.
     * dr_grpo (Liu et al. 2025): `1 / (n_rows * max_completion_length)`, no length bias.
-    * dapo (Yu et al. 2025), cispo, sft: mean over all tokens of the step, `1 / total_tokens`.
+    * dapo (Yu et al. 2025), cispo, fipo, sft: mean over all tokens of the step, `1 / total_tokens`.
     * bnpo: ms-swift and TRL take the token mean of each *local micro-batch*. That mean changes with the
       micro-batch size and the number of ranks, so it has no meaning of its own; here the "batch" is the whole
       optimizer step, which makes it equal to dapo. With one micro-batch a step on one rank it is theirs
@@ -54,7 +54,7 @@ def row_weights(
         if max_completion_length is None or max_completion_length < 1:
             raise ConfigError("loss_type 'dr_grpo' divides by max_completion_length: set it to 1 or more")
         weight = np.full(len(length), 1.0 / (max(len(length), 1) * max_completion_length))
-    elif loss_type in ("dapo", "bnpo", "cispo", "sft"):
+    elif loss_type in ("dapo", "bnpo", "cispo", "fipo", "sft"):
         weight = np.full(len(length), 1.0 / max(int(length.sum()), 1))
     else:
         raise ConfigError(f"loss_type '{loss_type}' is not known; choose one of {', '.join(LOSS_TYPES)}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raytune_rl.algorithms.metrics import MetricSums, mean_of, row_counts
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
-from raytune_rl.algorithms.rows import positions
+from raytune_rl.algorithms.rows import discounted_to_go
 from raytune_rl.errors import ConfigError
 
 
@@ -80,24 +80,13 @@ def gae(
         gamma: discount of rewards.
         lam: 1: Monte Carlo, unbiased; 0: one step, least variance.
     """
-    counts = row_counts(row_of, n_rows)
-    width = int(counts.max()) if n_rows and len(row_of) else 0
-    place = (row_of, positions(row_of, n_rows))
-    reward, value = (
-        torch.zeros(n_rows, width + 1, dtype=torch.float64, device=values.device).index_put(
-            place, column.detach().double()
-        )
-        for column in (rewards, values)
-    )
-    # Beyond the end of a row reward and value are 0, so a shorter row starts from 0 by itself.
-    delta = reward[:, :width] + gamma * value[:, 1:] - value[:, :width]
-    found = torch.zeros_like(delta)
-    running = torch.zeros(n_rows, dtype=torch.float64, device=values.device)
-    for step in range(width - 1, -1, -1):
-        running = delta[:, step] + gamma * lam * running
-        found[:, step] = running
-    advantages = found[place]
-    return Estimate(advantages, advantages + values.detach().double())
+    reward, value = rewards.detach().double(), values.detach().double()
+    following = torch.cat([value[1:], value.new_zeros(1)])[: len(value)]
+    ends = torch.ones_like(row_of, dtype=torch.bool)
+    ends[:-1] = row_of[1:] != row_of[:-1]
+    delta = reward + gamma * torch.where(ends, 0.0, following) - value
+    advantages = discounted_to_go(delta, row_of, n_rows, gamma * lam)
+    return Estimate(advantages, advantages + value)
 
 
 @dataclass(frozen=True)

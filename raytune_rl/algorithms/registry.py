@@ -156,7 +156,7 @@ _LOSSES: dict[str, Loss] = {}
 # Modules that register the built-in losses; imported on first use, so that this file depends on none of them.
 _BUILT_IN = tuple(
     f"raytune_rl.algorithms.{name}"
-    for name in ("policy_loss", "cispo", "sapo", "sft", "dpo", "kto", "orpo", "cpo", "rm", "ppo")
+    for name in ("policy_loss", "cispo", "sapo", "fipo", "sft", "dpo", "kto", "orpo", "cpo", "rm", "ppo")
 )
 
 

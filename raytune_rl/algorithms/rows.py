@@ -42,6 +42,27 @@ def positions(row_of: Tensor, n_rows: int) -> Tensor:
     return torch.arange(len(row_of), device=row_of.device) - starts[row_of]
 
 
+def discounted_to_go(values: Tensor, row_of: Tensor, n_rows: int, factor: float) -> Tensor:
+    """What is still to come of each row, discounted: sum over k >= t of factor^(k - t) values_k; float64 [N].
+
+    Args:
+        values: float [N]; any gradient is ignored.
+        row_of: int64 [N], ascending.
+        n_rows: rows.
+        factor: of one token's distance.
+    """
+    width = int(row_counts(row_of, n_rows).max()) if n_rows and len(row_of) else 0
+    place = (row_of, positions(row_of, n_rows))
+    table = torch.zeros(n_rows, width, dtype=torch.float64, device=values.device)
+    table = table.index_put(place, values.detach().double())
+    # Beyond its end a row holds 0, so a shorter row starts from 0 by itself.
+    running = torch.zeros(n_rows, dtype=torch.float64, device=values.device)
+    for step in range(width - 1, -1, -1):
+        running = table[:, step] + factor * running
+        table[:, step] = running
+    return table[place]
+
+
 def bounded(log_ratio: Tensor) -> Tensor:
     """A log ratio that can be summed with others: an infinite one becomes a million. NaN stays NaN."""
     return log_ratio.clamp(-_ANY_LOG_RATIO, _ANY_LOG_RATIO)

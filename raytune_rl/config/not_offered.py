@@ -126,7 +126,7 @@ NOT_BUILT: dict[str, str] = {
 """Name to what to do instead, or nothing."""
 
 NOT_BUILT_FAMILIES = {
-    "chord_": "", "fipo_": "", "gkd_": _TEACHER, "rlsd_": "", "sdar_": "", "teacher_": _TEACHER,
+    "chord_": "", "gkd_": _TEACHER, "rlsd_": "", "sdar_": "", "teacher_": _TEACHER,
 }  # fmt: skip
 """Beginnings of names of ms-swift's algorithms that are not here, to the same."""
 

@@ -110,6 +110,11 @@ def _online(config: RLHFConfig) -> Iterable[str]:
             f"{', '.join(cut)}: completions are sampled from a changed distribution, but the loss takes the "
             "log-probs of the whole one; rollout_correction/* shows the difference."
         )
+    if config.lora_dropout > 0 and config.train_type == "lora":
+        yield (
+            f"--lora_dropout {config.lora_dropout:g}: the policy trains under dropout, the engine samples "
+            "without; rollout_correction/* shows the difference."
+        )
     if config.eval_temperature == 0 and resolved.num_generations_eval(config) > 1:
         yield (
             f"--eval_temperature 0: the {resolved.num_generations_eval(config)} completions of a held-out "
@@ -154,6 +159,9 @@ def _loss(config: RLHFConfig) -> Iterable[str]:
             )
         if config.loss_type != "sapo":
             yield from _idle(config, ("tau_pos", "tau_neg"), "they belong to --loss_type sapo")
+        if config.loss_type != "fipo":
+            own = [name for name in type(config).model_fields if name.startswith("fipo_")]
+            yield from _idle(config, own, "they belong to --loss_type fipo")
         if config.loss_args:
             yield f"--loss_args does nothing: --loss_type {config.loss_type} has flags of its own."
     if config.rollout_importance_sampling_mode is None:

@@ -19,10 +19,10 @@ _tuner = partial(setting, "Tuner")
 BUILT = ("grpo", *RECIPES)
 """The values of `rlhf_type` that run."""
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "fipo")
 """The values of `loss_type` that need no plugin."""
 
-NOT_BUILT = ("real", "fipo")
+NOT_BUILT = ("real",)
 """Those of ms-swift that are not here yet."""
 
 
@@ -42,8 +42,9 @@ class RLOptions(Options):
         "grpo",
         "How token losses become one. grpo averages over each completion first; bnpo and dapo over all "
         "tokens of the step; dr_grpo divides by completions * --max_completion_length; cispo caps the weight "
-        "of a token instead of clipping it; sapo has a smooth gate instead of a clip; or the name of a loss "
-        "that a file of --external_plugins registers.",
+        "of a token instead of clipping it; sapo has a smooth gate instead of a clip; fipo is dapo with more "
+        "weight on tokens before what is reinforced; or the name of a loss that a file of --external_plugins "
+        "registers.",
     )
     loss_args: dict[str, Any] = _setting({}, "Settings of a loss from a plugin, as JSON: '{\"alpha\": 1}'.")
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] = _setting(
@@ -63,6 +64,18 @@ class RLOptions(Options):
     )
     tau_pos: float = _setting(1.0, "--loss_type sapo: the gate's temperature for positive advantages.", gt=0)
     tau_neg: float = _setting(1.05, "--loss_type sapo: the gate's temperature for the others.", gt=0)
+    fipo_decay_rate: float = _setting(
+        32.0, "--loss_type fipo: tokens after which what follows counts half.", gt=0
+    )
+    fipo_clip_range: float = _setting(
+        0.2, "--loss_type fipo: how far a token's weight may be from 1; 0: no bounds.", ge=0, le=1
+    )
+    fipo_clip_high_only: bool = _setting(True, "--loss_type fipo: no token's weight is below 1.")
+    fipo_safety_threshold: float | None = _setting(
+        4.0,
+        "--loss_type fipo: ratio over which a token with a negative advantage gets no weight over 1.",
+        gt=0,
+    )
 
     advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = _setting(
         "grpo",

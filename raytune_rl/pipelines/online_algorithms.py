@@ -26,6 +26,7 @@ LOSSES: Mapping[str, str] = {
     "dapo": "grpo",
     "cispo": "cispo",
     "sapo": "sapo",
+    "fipo": "fipo",
 }
 
 
@@ -94,6 +95,10 @@ def _settings(config: RLHFConfig, loss: Loss) -> dict[str, Any]:
         "delta": config.delta,
         "tau_pos": config.tau_pos,
         "tau_neg": config.tau_neg,
+        "fipo_decay_rate": config.fipo_decay_rate,
+        "fipo_clip_range": config.fipo_clip_range,
+        "fipo_clip_high_only": config.fipo_clip_high_only,
+        "fipo_safety_threshold": config.fipo_safety_threshold,
     }
     own = {field.name for field in fields(loss.settings_type)}
     return {name: value for name, value in said.items() if name in own}

@@ -22,6 +22,7 @@ from raytune_rl.algorithms.correction import MODES, RolloutCorrection
 from raytune_rl.algorithms.divergence import DIVERGENCES
 from raytune_rl.algorithms.dpo import BCO_SHIFT, DPOSettings
 from raytune_rl.algorithms.dpo_losses import PAIR_LOSSES, WITH_DIVERGENCE
+from raytune_rl.algorithms.fipo import FIPOSettings
 from raytune_rl.algorithms.kl import k1, k2, k3
 from raytune_rl.algorithms.policy_loss import GRPOSettings, PolicySettings
 from raytune_rl.algorithms.ppo import clipped_value_loss, gae, token_rewards
@@ -40,6 +41,8 @@ POLICIES: dict[str, tuple[str, Callable[..., PolicySettings], dict[str, Any]]] =
     "delta": ("grpo", GRPOSettings, {"epsilon_high": 0.28, "delta": 1.5}),
     "cispo": ("cispo", CISPOSettings, {"epsilon_high": 1.2}),
     "sapo": ("sapo", SAPOSettings, {}),
+    "fipo": ("fipo", FIPOSettings, {"delta": 1.5, "fipo_clip_high_only": False}),
+    "fipo without bounds": ("fipo", FIPOSettings, {"fipo_clip_range": 0.0}),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"beta": 0.0},

@@ -14,6 +14,7 @@ from torch import Tensor
 from raytune_rl.algorithms.aggregation import row_weights
 from raytune_rl.algorithms.cispo import CISPOSettings
 from raytune_rl.algorithms.correction import RolloutCorrection, correction_weights
+from raytune_rl.algorithms.fipo import FIPOSettings
 from raytune_rl.algorithms.policy_loss import GRPOSettings, PolicySettings
 from raytune_rl.algorithms.registry import LossInputs, get_loss
 from raytune_rl.algorithms.sapo import SAPOSettings
@@ -176,6 +177,61 @@ def test_sapo_defaults_and_limits() -> None:
     assert given.advantages is not None
     ratio = (given.logprobs - given.columns["old_logprobs"]).exp().detach()
     torch.testing.assert_close(grad, -ratio * given.advantages, rtol=1e-5, atol=1e-9)
+
+
+FIPO_CASES: list[dict[str, Any]] = [
+    {},
+    {"fipo_decay_rate": 2.0, "fipo_clip_range": 0.5, "fipo_clip_high_only": False},
+    {"fipo_clip_range": 0.0, "fipo_safety_threshold": None},
+    {"delta": 1.4, "fipo_safety_threshold": 1.1, "fipo_clip_range": 0.9, "fipo_clip_high_only": False},
+]
+
+
+@pytest.mark.parametrize("more", FIPO_CASES, ids=str)
+def test_fipo(more: dict[str, Any]) -> None:
+    """The clipped loss of a token times clip(exp(sum over k >= t of 2^(-(k - t) / rate) log ratio_k))."""
+    settings = FIPOSettings(beta=0.0, epsilon_high=0.28, **more)
+    given = step(settings)
+    out = get_loss("fipo")(given)
+    shared = {"delta": more["delta"]} if "delta" in more else {}
+    plain = get_loss("grpo")(step(GRPOSettings(beta=0.0, epsilon_high=0.28, **shared)))
+    weights, kept = [], []
+    logs = rows(given, (given.logprobs - given.columns["old_logprobs"]).detach())
+    for gaps, a in zip(logs, ADVANTAGES, strict=True):
+        known = [0.0 if settings.delta and math.exp(g) > settings.delta else g for g in gaps]
+        for t, gap in enumerate(gaps):
+            future = sum(2 ** (-(k - t) / settings.fipo_decay_rate) * known[k] for k in range(t, len(gaps)))
+            f, r = math.exp(future), settings.fipo_clip_range
+            if r:
+                f = min(max(f, 1.0 if settings.fipo_clip_high_only else 1 - r), 1 + r)
+            limit = settings.fipo_safety_threshold
+            kept.append(not (limit and a < 0 and math.exp(gap) > limit))
+            weights.append(f if kept[-1] else min(max(f, 0.8), 1.0))
+    scale = torch.tensor(weights, dtype=F64)
+    assert out.token_loss is not None
+    assert plain.token_loss is not None
+    torch.testing.assert_close(out.token_loss, plain.token_loss * scale, rtol=1e-11, atol=1e-13)
+    (grad,) = torch.autograd.grad(out.token_loss.sum(), given.logprobs)
+    bare = step(GRPOSettings(beta=0.0, epsilon_high=0.28, **shared))
+    loss = get_loss("grpo")(bare).token_loss
+    assert loss is not None
+    (slope,) = torch.autograd.grad((loss * scale).sum(), bare.logprobs)
+    torch.testing.assert_close(grad, slope, rtol=1e-11, atol=1e-13)
+    metrics = out.metrics.result()
+    assert metrics["fipo/influence_weight_mean"] == pytest.approx(sum(weights) / len(weights))
+    assert metrics["fipo/safety_keep_ratio"] == pytest.approx(sum(kept) / len(kept))
+
+
+def test_fipo_on_policy_is_dapo_and_its_limits() -> None:
+    given = replace(step(FIPOSettings(beta=0.0)), columns={})
+    plain = replace(step(GRPOSettings(beta=0.0)), columns={})
+    fipo, dapo = (step_result(name, at, torch.ones(6)) for name, at in (("fipo", given), ("grpo", plain)))
+    assert fipo[0] == pytest.approx(dapo[0], rel=1e-13)
+    torch.testing.assert_close(fipo[1], dapo[1], rtol=1e-13, atol=1e-15)
+    assert fipo[2]["fipo/influence_weight_mean"] == 1
+    for bad in ({"fipo_decay_rate": 0.0}, {"fipo_clip_range": 2.0}, {"fipo_safety_threshold": 0.0}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            FIPOSettings(**bad)  # type: ignore[arg-type]
 
 
 def test_k2_in_the_loss() -> None:

@@ -110,9 +110,7 @@ def test_ppo_on_pictures(cluster: None, tmp_path: Path) -> None:
     given = config(tmp_path, max_steps=4).model_dump(exclude_unset=True)
     for name in ("train_type", "freeze_vit", "freeze_aligner", "num_iterations"):
         given.pop(name)
-    result = ppo.run(
-        PPOConfig(**{**given, "num_ppo_epochs": 2, "num_generations": 2, "critic_learning_rate": 3e-3})
-    )
+    result = ppo.run(PPOConfig(**{**given, "num_ppo_epochs": 2, "critic_learning_rate": 3e-3}))
     told = steps(result)
     assert sorted(told) == [1, 2, 3, 4]
     assert max(line[GAP] for line in told.values()) < 1e-4

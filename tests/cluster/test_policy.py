@@ -4,7 +4,8 @@ survives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,20 @@ import numpy as np
 import pytest
 import ray
 
-from raytune_rl.algorithms.aggregation import row_weights
+from raytune_rl.algorithms.aggregation import pair_weights, row_weights, single_weights
+from raytune_rl.algorithms.cispo import CISPOSettings
+from raytune_rl.algorithms.correction import RolloutCorrection
+from raytune_rl.algorithms.cpo import CPOSettings, simpo_settings
+from raytune_rl.algorithms.dpo import DPOSettings
 from raytune_rl.algorithms.entropy import step_threshold
+from raytune_rl.algorithms.fipo import FIPOSettings
+from raytune_rl.algorithms.kto import KTOSettings
+from raytune_rl.algorithms.orpo import ORPOSettings
+from raytune_rl.algorithms.pairs import PAIR, pair_numbers
 from raytune_rl.algorithms.policy_loss import GRPOSettings
+from raytune_rl.algorithms.registry import get_loss
+from raytune_rl.algorithms.sapo import SAPOSettings
+from raytune_rl.algorithms.sft import SFTSettings
 from raytune_rl.config import deepspeed
 from raytune_rl.data.microbatch import plan_micro_batches
 from raytune_rl.data.ragged import Columns, Ragged
@@ -38,16 +50,17 @@ ROWS = 12
 class InspectedPolicy(PolicyWorker):
     """A policy worker that shows what a test wants to see."""
 
-    def gradient(self, batch: Any, layout: str) -> dict[str, np.ndarray]:
+    def gradient(
+        self, batch: Any, layout: str, loss: str = "grpo", settings: Any = None
+    ) -> dict[str, np.ndarray]:
         """Full gradient of the step's loss, by parameter name, without stepping."""
-        from dataclasses import replace
-
         from deepspeed.utils import safe_get_full_grad
 
-        before = self._spec
-        self._spec = replace(before, model=replace(before.model, layout=layout))
+        before = (self._spec, self._loss, self._settings)
+        self._spec = replace(self._spec, model=replace(self._spec.model, layout=layout))
+        self._loss, self._settings = get_loss(loss), settings or self._settings
         self._backward(batch, step=0)
-        self._spec = before
+        self._spec, self._loss, self._settings = before
         found = {n: safe_get_full_grad(p).numpy().copy() for n, p in self._engine.module.named_parameters()}
         self._engine.optimizer.zero_grad()
         self._engine.optimizer.averaged_gradients = {}
@@ -87,6 +100,50 @@ def spec(tiny: Tiny) -> PolicySpec:
     )
 
 
+@dataclass(frozen=True)
+class Case:
+    """A loss, with the row scalars that it is told and the columns beside "ref_logprobs"."""
+
+    loss: str
+    settings: Any
+    weights: Callable[[np.ndarray], dict[str, Any]]
+    late: tuple[str, ...] = ()
+
+
+def mean_of(kind: str) -> Callable[[np.ndarray], dict[str, Any]]:
+    return lambda lengths: {"weight": row_weights(lengths, kind, 40)}
+
+
+def of_pairs(lengths: np.ndarray) -> dict[str, Any]:
+    shift = np.full(len(lengths), 0.3)
+    return {**vars(pair_weights(lengths)), PAIR: pair_numbers(len(lengths) // 2), "bco_shift": shift}
+
+
+def of_labels(lengths: np.ndarray) -> dict[str, Any]:
+    labels, point = np.arange(len(lengths)) % 2.0, np.full(len(lengths), 0.2)
+    return {**vars(single_weights(lengths)), "label": labels, "reference_point": point}
+
+
+TIS = RolloutCorrection("sequence_truncate", 1.5)
+CASES = {
+    "dapo": Case("grpo", GRPOSettings(epsilon_high=0.28, beta=0.0), mean_of("dapo"), ("old_logprobs",)),
+    "dr_grpo": Case("grpo", GRPOSettings(kl_estimator="k2", correction=TIS), mean_of("dr_grpo")),
+    "gspo": Case(
+        "grpo", GRPOSettings(importance_sampling_level="sequence"), mean_of("grpo"), ("old_logprobs",)
+    ),
+    "cispo": Case("cispo", CISPOSettings(epsilon_high=5.0), mean_of("cispo"), ("old_logprobs",)),
+    "sapo": Case("sapo", SAPOSettings(off_policy_delta=0.1), mean_of("sapo"), ("old_logprobs",)),
+    "fipo": Case("fipo", FIPOSettings(beta=0.0), mean_of("fipo"), ("old_logprobs",)),
+    "sft": Case("sft", SFTSettings(), mean_of("sft")),
+    "dpo": Case("dpo", DPOSettings(rpo_alpha=0.5, ld_alpha=0.5), of_pairs),
+    "mpo": Case("dpo", DPOSettings(loss_type=("sigmoid", "bco_pair", "sft", "ipo")), of_pairs),
+    "kto": Case("kto", KTOSettings(), of_labels),
+    "orpo": Case("orpo", ORPOSettings(), of_pairs),
+    "cpo": Case("cpo", CPOSettings(), of_pairs),
+    "simpo": Case("cpo", simpo_settings(), of_pairs),
+}
+
+
 class World:
     """A started policy group of the inspected kind."""
 
@@ -103,7 +160,9 @@ class World:
         )
         self.policy = PolicyGroup(self.group, self.spec, 256, 240.0)
 
-    def batches(self, max_tokens: int, layout: str, max_rows: int | None = None) -> list[Any]:
+    def batches(
+        self, max_tokens: int, layout: str, max_rows: int | None = None, case: Case | None = None
+    ) -> list[Any]:
         columns, lengths, advantages = rows()
         ref = ray.put(columns)
         pointers = [RowPointer(ref, i) for i in range(ROWS)]
@@ -114,14 +173,21 @@ class World:
             max_tokens=max_tokens,
             layout=layout,  # type: ignore[arg-type]
             max_rows=max_rows,
+            together=2 if case and get_loss(case.loss).rows == "pairs" else 1,
         )
         scalars = {"weight": row_weights(lengths, "grpo"), "advantage": advantages}
         late = {"ref_logprobs": pointers}
+        if case is not None:
+            scalars |= case.weights(np.array(lengths))
+            late |= dict.fromkeys(case.late, pointers)
         return [rank_batch(schedule, r, pointers, scalars, late)[0] for r in range(len(self.group))]
 
-    def gradient(self, max_tokens: int, layout: str, max_rows: int | None = None) -> dict[str, np.ndarray]:
-        batches = self.batches(max_tokens, layout, max_rows)
-        pending = [self.group.submit(r, "gradient", b, layout) for r, b in enumerate(batches)]
+    def gradient(
+        self, max_tokens: int, layout: str, max_rows: int | None = None, case: Case | None = None
+    ) -> dict[str, np.ndarray]:
+        batches = self.batches(max_tokens, layout, max_rows, case)
+        which = () if case is None else (case.loss, case.settings)
+        pending = [self.group.submit(r, "gradient", b, layout, *which) for r, b in enumerate(batches)]
         return ray.get([p.ref for p in pending], timeout=120)[0]
 
     def train(self, step: int) -> dict[str, float]:
@@ -177,6 +243,17 @@ def test_gradient_does_not_depend_on_how_the_step_is_cut(worlds: dict[int, World
     ]
     for size, max_tokens, layout, max_rows in cuts:
         assert_same(whole, worlds[size].gradient(max_tokens, layout, max_rows))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_loss_depends_on_how_its_step_is_cut(worlds: dict[int, World], name: str) -> None:
+    """One micro-batch of one rank against several, packed, of one and of two ranks."""
+    whole = worlds[1].gradient(10_000, "padded", case=CASES[name])
+    size = max(float(np.abs(g).max()) for g in whole.values())
+    assert size > 1e-3
+    for ranks, layout in ((1, "packed"), (2, "padded"), (2, "packed")):
+        cut = worlds[ranks].gradient(96, layout, case=CASES[name])
+        assert_same(whole, cut, 1e-6 * max(size, 1.0))
 
 
 def test_loss_and_norm_are_those_of_the_whole_step(worlds: dict[int, World], tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "overlong_filter": True},
     "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
     "sapo": {"loss_type": "sapo"},
+    "fipo": {"loss_type": "fipo", "epsilon_high": 0.28},
     "gspo": {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
     "gspo_token": {"importance_sampling_level": "sequence_token"},
     "rloo": {"advantage_estimator": "rloo"},

@@ -84,6 +84,8 @@ def test_every_flag_arrives_in_the_settings() -> None:
     assert algorithm.with_entropy
     sapo = settings_of(algorithm_of(config(loss_type="sapo", tau_pos=2.0, tau_neg=3.0)))
     assert (sapo.tau_pos, sapo.tau_neg) == (2.0, 3.0)  # type: ignore[attr-defined]
+    fipo = settings_of(algorithm_of(config(loss_type="fipo", fipo_decay_rate=8, fipo_clip_high_only=False)))
+    assert (fipo.fipo_decay_rate, fipo.fipo_clip_high_only) == (8, False)  # type: ignore[attr-defined]
     cispo = settings_of(algorithm_of(config(loss_type="cispo", epsilon_high=5.0)))
     assert cispo.epsilon_high == 5.0  # type: ignore[attr-defined]
 

@@ -3,7 +3,10 @@ import pytest
 
 from raytune_rl.data.pictures import Picture, picture_columns
 from raytune_rl.data.ragged import Ragged
+from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import RewardError
+from raytune_rl.pipelines.rollouts import Trajectory, reward_columns
+from raytune_rl.rewards.types import RUN_COLUMNS, TrainerState
 from raytune_rl.workers.reward import RewardWorker
 
 PLUGIN = """
@@ -18,6 +21,18 @@ def sampled(completions, response_token_ids, images, rollout_infos, **kwargs):
     named = [sum((i["path"] == "a.png") + 2 * (i["bytes"] == b"png") for i in row) for row in images]
     return [100 * n + sum(ids) for n, ids in zip(named, response_token_ids, strict=True)]
 
+def contract(completions, **kwargs):
+    # What ms-swift hands to a reward; each a list with one entry a completion, but for trainer_state.
+    wanted = {
+        "solution", "problem", "messages", "prompt_id", "request_id", "finish_reason", "is_truncated",
+        "rollout_infos", "response_token_ids", "images", "trainer_state",
+    }
+    assert wanted <= kwargs.keys(), wanted - kwargs.keys()
+    state = kwargs["trainer_state"]
+    assert (state.global_step, state.max_steps) == (3, 9)
+    assert all(len(kwargs[name]) == len(completions) for name in wanted - {"trainer_state"})
+    return [10 * len(p) + t for p, t in zip(kwargs["problem"], kwargs["is_truncated"], strict=True)]
+
 def last_turn(completions, messages, **kwargs):
     assert [turns[-1] for turns in messages] == [{"role": "assistant", "content": c} for c in completions]
     return [len(turns) for turns in messages]
@@ -25,7 +40,7 @@ def last_turn(completions, messages, **kwargs):
 def light(completions, **kwargs):
     return [float("ray" not in sys.modules and "torch" not in sys.modules)] * len(completions)
 
-orms.update(sampled=sampled, together=together, last_turn=last_turn, light=light)
+orms.update(contract=contract, sampled=sampled, together=together, last_turn=last_turn, light=light)
 """
 
 
@@ -69,6 +84,29 @@ def test_sampled_tokens_and_pictures(plugin):
     try:
         scores = worker.score(["x", "y"], [1, 0, 1], {}, [0, 1, 2], {}, None, made, pictures)
         assert scores.values[:, 0].tolist() == [100 + 9, 300 + 6, 9]
+    finally:
+        worker.close()
+
+
+def test_all_that_ms_swift_hands_to_a_reward_arrives(plugin):
+    def ended(prompt, reason):
+        place = RowPointer(None, 0)
+        return Trajectory(prompt, 0, 0, place, place, 3, 2, reason, 0)
+
+    worker = RewardWorker(["contract"], [plugin], {}, 20.0)
+    turns = [[{"role": "user", "content": "?"}]] * 2
+    columns = {"solution": ["1", "2"], "problem": ["a", "bb"], "messages": turns}
+    made = {
+        "tokens": Ragged.from_rows([[1, 2]] * 2, np.int32),
+        "loss_mask": Ragged.from_rows([[0, 1]] * 2, np.bool_),
+    }
+    pictures = picture_columns([[Picture(1, path="a.png")], []])
+    extra = reward_columns([ended(0, "length"), ended(1, "stop")], TrainerState(3, 9))
+    try:
+        scores = worker.score(["x", "y"], [0, 1], columns, [0, 1], extra, None, made, pictures)
+        assert scores.failures == ()
+        assert scores.values[:, 0].tolist() == [11.0, 20.0]
+        assert {*extra, "rollout_infos", "response_token_ids"} == set(RUN_COLUMNS)
     finally:
         worker.close()
 

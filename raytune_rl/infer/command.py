@@ -185,6 +185,7 @@ class Trial:
 
 def _line(asked: Asked, answer: Trajectory, text: str) -> dict[str, object]:
     return {
+        **asked.others[answer.prompt],
         "response": text,
         "labels": asked.labels[answer.prompt],
         "finish_reason": answer.finish_reason,

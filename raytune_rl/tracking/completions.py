@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from raytune_rl.tracking.files import Truncation, json_line, truncate_jsonl
+from raytune_rl.tracking.files import Truncation, in_short, json_line, truncate_jsonl
 from raytune_rl.tracking.run_dir import RunDir
 from raytune_rl.tracking.text import number
 
@@ -81,7 +81,7 @@ class CompletionLog:
         self.close()
 
     def write(self, rows: Iterable[CompletionRow]) -> None:
-        self._file.writelines(json_line(row.as_dict()) for row in rows)
+        self._file.writelines(json_line(row.as_dict(), in_short) for row in rows)
         self._file.flush()
 
     def close(self) -> None:

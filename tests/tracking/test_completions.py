@@ -81,3 +81,11 @@ def test_a_completion_cannot_steer_the_terminal() -> None:
     assert "[2Jgone[bold]x[/nonsense]⏎next" in text.replace("\n", "")
     assert "…" in text
     assert "!" in text, "the end of a long text is kept"
+
+
+def test_what_a_user_puts_into_a_row_never_stops_a_run(run: RunDir) -> None:
+    odd = {"rollout_infos": {"picture": b"123", "when": complex(1, 2), "score": 0.5}}
+    with CompletionLog(run) as log:
+        log.write([replace(ROW, extra=odd)])
+    written = json.loads(run.completions_jsonl.read_text())["rollout_infos"]
+    assert written == {"picture": "<3 bytes>", "when": "(1+2j)", "score": 0.5}

@@ -77,3 +77,5 @@ def _tell(merged: Merged, say: Callable[[str], None]) -> None:
         f"{parity.difference:.3g} on {what} of {parity.tokens} tokens ({merged.dtype} allows "
         f"{parity.tolerance:.3g}; the adapter moves them by {parity.effect:.3g})"
     )
+    if 2 * parity.difference > parity.effect > 0:
+        say(f"what the adapter does is as small as {merged.dtype}'s rounding: --torch_dtype float32 keeps it")

@@ -27,7 +27,7 @@ from raytune_rl.pipelines.rollouts import RolloutGroup, Trajectory, read_texts, 
 from raytune_rl.runtime.cluster import ClusterInfo, reserve, session
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, stream
-from raytune_rl.tracking.files import json_line
+from raytune_rl.tracking.files import in_short, json_line
 from raytune_rl.workers.rollout import GPU_SHARE, EngineSpec, Piece, RolloutWorker, Sampling, rollout_env
 
 ROWS_AT_A_TIME = 256
@@ -135,7 +135,7 @@ class Trial:
                 rows = range(start, min(start + size, len(asked)))
                 answers = rollout.generate(prompts, rows, 1, version=0, batch=0)
                 for answer, text in zip(answers, read_texts(answers, self.config.step_timeout), strict=True):
-                    file.write(json_line(_line(asked, answer, text)))
+                    file.write(json_line(_line(asked, answer, text), in_short))
                 file.flush()
         self.console.print(f"{len(asked)} answers: {path}")
         return InferResult(len(asked), path)
@@ -185,6 +185,7 @@ class Trial:
 
 def _line(asked: Asked, answer: Trajectory, text: str) -> dict[str, object]:
     return {
+        **asked.others[answer.prompt],
         "response": text,
         "labels": asked.labels[answer.prompt],
         "finish_reason": answer.finish_reason,

@@ -17,6 +17,7 @@ class Asked:
         lengths: Tokens of each prompt, int64 `[n]`.
         conversations: Messages of each row as plain dicts, without the answer.
         labels: The answer in the data, or None.
+        others: The other columns of each row, such as its solution.
         stop_token_ids: Tokens that end an assistant's turn.
         placeholder_ids: Tokens that stand for pictures: no answer may have them.
         most_images: Of one row; None for a model that takes none.
@@ -26,6 +27,7 @@ class Asked:
     lengths: Any
     conversations: list[list[dict[str, Any]]]
     labels: list[str | None]
+    others: list[dict[str, Any]]
     stop_token_ids: tuple[int, ...]
     placeholder_ids: tuple[int, ...]
     most_images: int | None
@@ -76,6 +78,7 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
         found.prompts.lengths,
         [[message.for_template() for message in example.messages] for example in kept],
         [example.extra.get(LABELS) for example in kept],
+        [{name: value for name, value in example.extra.items() if name != LABELS} for example in kept],
         (ChatTemplate.of(tokenizer) if vision is None else vision.chat).stop_token_ids(),
         () if vision is None else vision.placeholder_ids,
         None if vision is None else count_pictures(found.images)[-1],

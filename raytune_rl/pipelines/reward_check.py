@@ -75,7 +75,8 @@ def run(config: RewardCheckConfig, console: Console | None = None) -> tuple[Trie
         )
         examples = loaded.examples[: config.rows or None]
         names = list(dict.fromkeys(name for example in examples for name in example.extra))
-        RewardNeeds(sandbox.names, sandbox.required).check([*names, "messages"])
+        pictures = ["images"] if any(example.images for example in examples) else []
+        RewardNeeds(sandbox.names, sandbox.required).check([*names, "messages", *pictures])
         ids = _tokenizer(config)
         tried = tuple(
             _score(sandbox, kind, texts, examples, names, ids)
@@ -135,11 +136,13 @@ def _columns(
     ids: Callable[[str], list[int]],
 ) -> dict[str, Any]:
     tokens = [ids(text) for text in texts]
+    images = [[_image(ref) for ref in examples[row].images] for row in rows]
     return {
         **{name: [examples[row].extra.get(name) for row in rows] for name in names},
         "messages": with_completions(
             [[m.for_template() for m in examples[row].messages] for row in rows], texts
         ),
+        **({"images": images} if any(example.images for example in examples) else {}),
         "prompt_id": [str(row) for row in rows],
         "request_id": [f"{row}-0" for row in rows],
         "finish_reason": ["stop"] * len(rows),
@@ -150,6 +153,11 @@ def _columns(
         "rollout_infos": [{} for _ in rows],
         "trainer_state": TrainerState(0, 1),
     }
+
+
+def _image(ref: str | bytes) -> dict[str, Any]:
+    data = isinstance(ref, bytes)
+    return {"path": None if data else ref, "bytes": ref if data else None}
 
 
 def _show(

@@ -9,8 +9,8 @@ A plugin is a class, made once with the loaded model and its template, and calle
 
     rm_plugins["strict"] = Strict
 
-Names and shapes are ms-swift's: `prepare_rm_inputs` makes the judge's conversations, `compute_rewards` reads
-its answers, and either may be overridden.
+Names and shapes are ms-swift's: `prepare_rm_inputs` makes the judge's conversations (`messages_to_query` the
+text in them), `compute_rewards` reads its answers (`extract_reward` one of them), and any may be overridden.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class GenRMPlugin(DefaultRMPlugin):
             {
                 "messages": [
                     {"role": "system", "content": self.system},
-                    {"role": "user", "content": transcript(one["messages"])},
+                    {"role": "user", "content": self.messages_to_query(one["messages"])},
                 ]
             }
             for one in inputs
@@ -126,8 +126,19 @@ class GenRMPlugin(DefaultRMPlugin):
         """A reward for each answer of the engine."""
         return [self._reward([choice.message.content for choice in result.choices]) for result in results]
 
+    @staticmethod
+    def messages_to_query(messages: Sequence[Mapping[str, Any]]) -> str:
+        """A conversation as a text that a judge can read."""
+        return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
+
+    @staticmethod
+    def extract_reward(model_output: str) -> float | None:
+        """The last `Reward: x` of an answer with x from 0 to 1, or None."""
+        found = [float(number) for number in _REWARD.findall(model_output)]
+        return found[-1] if found and 0 <= found[-1] <= 1 else None
+
     def _reward(self, texts: Sequence[str]) -> float | Unscored:
-        found = [reward for text in texts if (reward := read_reward(text)) is not None]
+        found = [reward for text in texts if (reward := self.extract_reward(text)) is not None]
         if not found:
             if not any(texts):
                 return Unscored("the judge says nothing: is there room for an answer in its context?")
@@ -152,14 +163,3 @@ def plugin_class(name: str) -> Any:
         f"--reward_model_plugin {name} is not registered.{hint} There are: {', '.join(rm_plugins)}. A file "
         "of --external_plugins adds one by rm_plugins['name'] = Class."
     )
-
-
-def transcript(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation as a text that a judge can read."""
-    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
-
-
-def read_reward(text: str) -> float | None:
-    """The last `Reward: x` of a text with x from 0 to 1, or None."""
-    found = [float(number) for number in _REWARD.findall(text)]
-    return found[-1] if found and 0 <= found[-1] <= 1 else None

@@ -51,10 +51,24 @@ def follow_umask(file: Path) -> None:
     file.chmod(0o666 & ~mask)
 
 
-def plain(value: Any) -> Any:
-    """Numpy scalars, paths, enums, sets and tuples as what JSON knows; non-finite floats become null."""
+def _refuse(value: Any) -> Any:
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def in_short(value: Any) -> str:
+    """What stands in a file for a value of the user's that JSON does not know."""
+    return f"<{len(value)} bytes>" if isinstance(value, (bytes, bytearray)) else str(value)[:200]
+
+
+def plain(value: Any, odd: Callable[[Any], Any] = _refuse) -> Any:
+    """Numpy scalars, paths, enums, sets and tuples as what JSON knows; non-finite floats become null.
+
+    Args:
+        value: What is to be written.
+        odd: What becomes of a value that JSON does not know; by default a TypeError.
+    """
     if isinstance(value, Enum):
-        return plain(value.value)
+        return plain(value.value, odd)
     if value is None or isinstance(value, (bool, str, int)):
         return value
     if isinstance(value, float):
@@ -62,19 +76,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, odd) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted((plain(item) for item in value), key=str)
+        return sorted((plain(item, odd) for item in value), key=str)
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [plain(item, odd) for item in value]
     if hasattr(value, "tolist"):  # numpy and torch, without importing either
-        return plain(value.tolist())
-    raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
+        return plain(value.tolist(), odd)
+    return odd(value)
 
 
-def json_line(row: Mapping[str, Any]) -> str:
-    """One row as strictly valid JSON (no NaN, no Infinity), ending in a newline."""
-    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+def json_line(row: Mapping[str, Any], odd: Callable[[Any], Any] = _refuse) -> str:
+    """One row as strictly valid JSON (no NaN, no Infinity), ending in a newline; `odd` as in `plain`."""
+    return json.dumps(plain(row, odd), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -268,6 +268,15 @@ def test_an_untrained_adapter_is_remarked(tmp_path: Path, bases: Bases, train: T
     assert any("changes no logit" in line for line in lines)
 
 
+def test_an_adapter_that_drowns_in_rounding_is_remarked(tmp_path: Path, bases: Bases, train: Train) -> None:
+    adapter = train(tmp_path / "a", bases(dtype=torch.bfloat16))
+    file = adapter / "adapter_model.safetensors"
+    save_file({n: t * 1e-3 if "lora_B" in n else t for n, t in load_file(file).items()}, file)
+    lines: list[str] = []
+    merge(adapter, lines)
+    assert any("as small as bfloat16's rounding" in line for line in lines)
+
+
 def test_a_merged_model_is_pushed_when_both_are_asked(
     tmp_path: Path, bases: Bases, train: Train, hub: FakeHub
 ) -> None:

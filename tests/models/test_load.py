@@ -15,6 +15,9 @@ from transformers import BertConfig
 from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import resolve_path
 from raytune_rl.models.load import Quantization, load_model, load_processor, load_tokenizer
+from raytune_rl.models.settings import TunerSettings
+from raytune_rl.models.tuner import apply_tuner
+from raytune_rl.models.weights import save_model
 
 
 @pytest.fixture
@@ -150,3 +153,13 @@ def test_tokenizer_and_processor_errors(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
     with pytest.raises(ModelError, match="processor"):
         load_processor(str(tmp_path))
+
+
+def test_an_adapter_names_its_base_wherever_it_was_trained_from(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    model = load_model(saved.name).model
+    save_model(apply_tuner(model, TunerSettings()).model, saved.parent / "adapter")
+    written = json.loads((saved.parent / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(saved)

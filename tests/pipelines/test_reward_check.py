@@ -28,10 +28,14 @@ class Picky(ORM):
 def greedy(completions, level, **kwargs):
     return [float(len(bytearray(3 << 30)) > 0) if value == 2 else 1.0 for value in level]
 
+def pictured(completions, images, **kwargs):
+    assert all(one["path"].endswith("a.png") for row in images for one in row)
+    return [float(len(row)) for row in images]
+
 def broken(completions, **kwargs):
     raise KeyError("always")
 
-orms.update(greedy=greedy, picky=Picky, broken=broken)
+orms.update(pictured=pictured, greedy=greedy, picky=Picky, broken=broken)
 """
 
 
@@ -75,6 +79,15 @@ def test_solutions_as_they_stand_in_tags_and_nothing(data: Path) -> None:
     assert "picky, empty: 1 x exception; first" in told
     assert "rows.jsonl:4: ValueError: no level 3 here (plugin.py:7)" in told
     assert "in all" in told
+
+
+def test_rewards_see_the_pictures(data: Path) -> None:
+    data.write_text(
+        '{"images": ["a.png"], "messages": [{"role": "user", "content": "<image>?"}], "solution": "1"}\n'
+        '{"messages": [{"role": "user", "content": "?"}], "solution": "2"}\n'
+    )
+    found, _ = check(data, "pictured")
+    assert sorted(found["empty"].values[:, 0]) == [0, 1]
 
 
 def test_a_function_that_never_works_is_an_error(data: Path) -> None:

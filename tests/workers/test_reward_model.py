@@ -18,7 +18,8 @@ from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
 from raytune_rl.rewards import judge
-from raytune_rl.rewards.judge import GenRMPlugin, read_reward
+from raytune_rl.rewards.judge import GenRMPlugin, JudgeAnswer, JudgeChoice, Spoken, plugin_class
+from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.rewards.types import TrainerState
 from raytune_rl.tiny.model import make_tiny_model
 from raytune_rl.workers.judge import JudgeTemplate
@@ -194,6 +195,17 @@ def test_a_judge_that_gives_no_number_is_a_failure_and_not_a_zero(base: Path, pl
         judged(plugin_file, gemrm=base)
 
 
+def test_the_example_asks_about_the_solution(base: Path, plugin_file: str) -> None:
+    example = str(Path(__file__).parents[2] / "examples" / "judge.py")
+    load_plugins([example])
+    plugin = plugin_class("same_answer")(None, object())
+    (asked,) = plugin.prepare_rm_inputs([conversation("It is 42, I think.")])
+    (turn,) = asked["messages"]
+    for part in ("Problem:\nWhat is 40 + 2?", "Right answer:\n42", "student:\nIt is 42, I think."):
+        assert part in turn["content"]
+    assert plugin.compute_rewards([JudgeAnswer([JudgeChoice(Spoken("Yes.\nReward: 1"), "stop")])]) == [1.0]
+
+
 @pytest.mark.parametrize(
     ("text", "reward"),
     [
@@ -206,4 +218,4 @@ def test_a_judge_that_gives_no_number_is_a_failure_and_not_a_zero(base: Path, pl
     ],
 )
 def test_reading_a_reward(text: str, reward: float | None) -> None:
-    assert read_reward(text) == reward
+    assert GenRMPlugin.extract_reward(text) == reward

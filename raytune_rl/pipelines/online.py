@@ -65,9 +65,9 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
             cluster = stack.enter_context(session(config.ray_address))
         groups = online_groups(config, cluster)
         origin = find_origin(config)
-        with stage("reading and tokenizing the data"):
+        with stage("reading and tokenizing the data") as tell:
             train, held_out = prompt_sets(
-                config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here
+                config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here, tell=tell
             )
         needs.check(train.account.columns)
         launch.check_readable(config, train.account.images.shown)

@@ -117,7 +117,7 @@ def _encoded_sets(
         path.unlink(missing_ok=True)
     if isinstance(config, PreferenceConfig) and config.own_reference and config.ref_model:
         check_vocabulary(model_facts(config).tokenizer, config.ref_model, config)
-    key = _key(config, task, places)
+    key = _key(config, task, places, tell)
     if key is None:
         return [made for _, made in _encode(config, task, bad_rows, places, None, tell)]
     entry = cache / key
@@ -142,7 +142,7 @@ def _with_notice(facts: Facts, notice: str) -> Facts:
     return lengths, trained, replace(account, notices=(notice, *account.notices)), values
 
 
-def _key(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces) -> str | None:
+def _key(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces, tell: Tell) -> str | None:
     """The name of what these data become; None where that cannot be told."""
     from raytune_rl.data.fingerprint import fingerprint
     from raytune_rl.data.load import resolve_system
@@ -160,7 +160,8 @@ def _key(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces) 
         "places": (places.root, places.inline),
     }
     model = Path(load.resolve_path(config.model, use_hf=config.use_hf))
-    return fingerprint(settings, (*config.dataset, *config.val_dataset), model, use_hf=config.use_hf)
+    specs = (*config.dataset, *config.val_dataset)
+    return fingerprint(settings, specs, model, use_hf=config.use_hf, tell=tell)
 
 
 def _encode(

@@ -12,7 +12,7 @@ import shutil
 import time
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
     aside = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(6)}")
     aside.mkdir(parents=True)
     for left in folder.parent.glob("*.tmp-*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > ABANDONED_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another one is just being finished
+            if time.time() - left.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
     try:
         yield aside
         for path in aside.rglob("*"):

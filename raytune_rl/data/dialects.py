@@ -119,7 +119,10 @@ def _add_message(conversation: Conversation, name: Any, content: Any, rest: dict
         _add_call(conversation, content)
         return
     loss = _loss(rest)
-    calls = tuple(_openai_call(call) for call in rest.pop("tool_calls", None) or ())
+    asked = rest.pop("tool_calls", None) or ()
+    if not isinstance(asked, list | tuple):
+        raise FormatError(f"'tool_calls' is {asked!r:.80}; it is a list of calls")
+    calls = tuple(_openai_call(call) for call in asked)
     if isinstance(content, list | tuple):
         said, used = _without_tool_parts(content, conversation)
         if content and not said and not used:  # it held results of tools only

@@ -159,11 +159,13 @@ def encode_prompts(
     pictures = PictureWriter()
     index: list[int] = []
     dropped: list[Dropped] = []
+    cut = 0
     for number, row in enumerate(run_job(job, examples, strict, num_proc, progress)):
         if isinstance(row, Dropped):
             dropped.append(row)
             continue
         index.append(number)
+        cut += row.cut
         prompts.append(row.tokens)
         given.append(row.tokens if row.given is None else row.given)
         pictures.append(row.pictures)
@@ -176,7 +178,7 @@ def encode_prompts(
         extra={name: [columns.get(name) for columns in extra] for name in names},
         index=int_array(index),
         dropped=tuple(dropped),
-        notices=notices_of(job),
+        notices=(*notices_of(job), *cut_notice(cut, max_length, truncation_strategy, "prompts")),
         images=shown,
         given=given.close() if shown else None,
     )
@@ -226,14 +228,20 @@ def encode_sft(
             writer.dropped.append(row)
         else:
             writer.append(number, row)
-    return writer.close(notices_of(job))
+    return writer.close((*notices_of(job), *cut_notice(writer.cut, max_length, truncation_strategy, "rows")))
 
 
 class RowWriter:
-    """Writes rows down as they come, to files or to memory, and gives them back as columns."""
+    """Writes rows down as they come, to files or to memory, and gives them back as columns.
+
+    Attributes:
+        dropped: Examples that are not among them, to be added to.
+        cut: Examples that were cut to their length.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.dropped: list[Dropped] = []
+        self.cut = 0
         self._tokens = RaggedWriter("tokens", np.int32, folder)
         self._mask = RaggedWriter("loss_mask", np.bool_, folder)
         self._pictures = PictureWriter(folder)
@@ -243,6 +251,7 @@ class RowWriter:
     def append(self, number: int, *rows: EncodedRow) -> None:
         """Adds what example `number` has become, one row or several."""
         self._index.append(number)
+        self.cut += any(row.cut for row in rows)
         for row in rows:
             self._tokens.append(row.tokens)
             self._mask.append(row.mask)
@@ -332,3 +341,10 @@ def run_job(
 
 def notices_of(job: Job) -> tuple[str, ...]:
     return () if job.chat.notice is None else (job.chat.notice,)
+
+
+def cut_notice(count: int, max_length: int | None, how: Truncation, units: str) -> tuple[str, ...]:
+    """What the user is told of examples that were cut, as he asked."""
+    if not count:
+        return ()
+    return (f"{count:,} {units} were over --max_length {max_length} and lost their {how} end",)

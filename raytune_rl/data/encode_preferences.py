@@ -22,6 +22,7 @@ from raytune_rl.data.encode import (
     EncodedSFT,
     ImageSettings,
     RowWriter,
+    cut_notice,
     make_job,
     notices_of,
     run_job,
@@ -76,7 +77,8 @@ def encode_pairs(
         else:
             writer.dropped.append(outcome)
     values = {"margin": np.repeat(np.array(margins), 2)} if graded else {}
-    return writer.close(notices_of(job), values, "pairs")
+    cut = cut_notice(writer.cut, max_length, truncation_strategy, "pairs")
+    return writer.close((*notices_of(job), *cut), values, "pairs")
 
 
 def _pair(
@@ -162,7 +164,8 @@ def encode_labelled(
     if rows:
         for number, row, other in zip(index, rows, mismatched(rows, max_length), strict=True):
             writer.append(number, row, other)
-    return writer.close(notices_of(job), {"label": np.repeat(np.array(labels), 2)})
+    cut = cut_notice(writer.cut, max_length, truncation_strategy, "rows")
+    return writer.close((*notices_of(job), *cut), {"label": np.repeat(np.array(labels), 2)})
 
 
 def fit_pair(
@@ -188,7 +191,7 @@ def fit_pair(
         if cut >= min(_start(chosen), _start(rejected)):
             return f"an answer alone is longer than max_length {max_length}"
         sides = [_part(side, slice(cut, None)) for side in (chosen, rejected)]
-    return sides[0], sides[1]
+    return replace(sides[0], cut=True), replace(sides[1], cut=True)
 
 
 def mismatched(rows: Sequence[EncodedRow], max_length: int | None) -> Iterator[EncodedRow]:

@@ -54,13 +54,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row's int32 tokens, the bool mask of those that are trained on, its pictures in their order, and of a
-    prompt with pictures the tokens before their placeholders were expanded."""
+    """A row's int32 tokens, the bool mask of those that are trained on, its pictures in their order, of a
+    prompt with pictures the tokens before their placeholders were expanded, and whether it was cut."""
 
     tokens: NDArray[np.int32]
     mask: NDArray[np.bool_]
     pictures: tuple[Picture, ...] = ()
     given: NDArray[np.int32] | None = None
+    cut: bool = False
 
 
 _MERGED = (
@@ -218,7 +219,8 @@ def _starts_by_prefix(
 
 def _truncated(job: Job, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> EncodedRow | Failure:
     limit = job.max_length
-    if limit is not None and len(tokens) > limit:
+    cut = limit is not None and len(tokens) > limit
+    if cut:
         if job.truncation in ("delete", "error"):
             # No length in the reason: rows are counted by it.
             return Failure(
@@ -231,7 +233,7 @@ def _truncated(job: Job, tokens: NDArray[np.int32], mask: NDArray[np.bool_]) -> 
             return Failure(f"nothing to train on is left within max_length {limit}", "never")
     if job.loss_scale is not None and not mask.any():
         return Failure("the assistant's turns have no tokens", "strict")
-    return EncodedRow(tokens, mask)
+    return EncodedRow(tokens, mask, cut=cut)
 
 
 def _kept(job: Job, length: int) -> NDArray[np.bool_]:

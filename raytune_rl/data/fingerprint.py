@@ -8,20 +8,26 @@ versions.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b, file_digest
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from raytune_rl.data.sources import local_files, parse_spec
+from raytune_rl.errors import DataError
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pillow", "torchvision", "numpy")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 
 
 def fingerprint(
-    settings: Mapping[str, Any], specs: Sequence[str], model: Path, *, use_hf: bool
+    settings: Mapping[str, Any],
+    specs: Sequence[str],
+    model: Path,
+    *,
+    use_hf: bool,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> str | None:
     """The name of what encoding these data for this model under these settings gives.
 
@@ -30,12 +36,13 @@ def fingerprint(
         specs: Values of `--dataset` and `--val_dataset`.
         model: Folder of the model.
         use_hf: As in `data.load.load_examples`.
+        tell: Told of each data file that is read for it.
 
     Returns:
         32 hexadecimal digits; None where a data set is in no files that could be compared.
 
     Raises:
-        DataError: A data set is not there.
+        DataError: A data set is not there, or cannot be read.
     """
     parts: list[Any] = [settings, [(name, version(name)) for name in _LIBRARIES]]
     parts.append(_digests(sorted(Path(__file__).parent.glob("*.py"))))
@@ -48,9 +55,9 @@ def fingerprint(
             from raytune_rl.data.hubs import hub_files
 
             files = hub_files(spec)
-        if not files:
+        if not files or not all(path.is_file() for path in files):  # a pipe can be read only once
             return None
-        parts.append([text, _digests(files)])
+        parts.append([text, _digests(files, tell)])
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -58,9 +65,14 @@ def _describes(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() not in _WEIGHTS
 
 
-def _digests(files: Iterable[Path]) -> list[tuple[str, str]]:
+def _digests(files: Iterable[Path], tell: Callable[[str], None] = lambda _: None) -> list[tuple[str, str]]:
     found = []
     for path in files:
-        with path.open("rb") as file:
-            found.append((str(path), file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()))
+        tell(f"comparing {path} with earlier runs")
+        try:
+            with path.open("rb") as file:
+                digest = file_digest(file, lambda: blake2b(digest_size=16))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        found.append((str(path), digest.hexdigest()))
     return found

@@ -140,8 +140,9 @@ def load_examples(
                     break
                 rows += 1
                 example = convert_row(convert, asked(row, question), strict, quarantine)
-                if example is not None:
-                    examples.append(example)
+                if example is not None and not _kept(examples, example):
+                    error = RowError(example.source, example.line, "a value is nested too deep to be kept")
+                    set_aside(error, None, strict, quarantine)
                 if progress is not None and rows % _TOLD_EVERY == 0:
                     progress(_TOLD_EVERY)
             good = len(examples) - first
@@ -218,10 +219,27 @@ def convert_row(
             return convert(row)
         except RowError as found:
             error, raw = found, row.fields
+    set_aside(error, raw, strict, quarantine)
+    return None
+
+
+def set_aside(error: RowError, raw: Any, strict: bool, quarantine: Quarantine) -> None:
+    """Puts a bad row into quarantine.
+
+    Raises:
+        RowError: `strict` is on.
+    """
     if strict:
         raise error
     quarantine.add(error, raw)
-    return None
+
+
+def _kept(examples: Spool[Example], example: Example) -> bool:
+    try:
+        examples.append(example)
+    except RecursionError:
+        return False
+    return True
 
 
 class Quarantine:

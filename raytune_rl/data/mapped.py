@@ -7,10 +7,12 @@ looks at, and the operating system may forget it again.
 
 from __future__ import annotations
 
+import secrets
 import shutil
+import time
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from raytune_rl.errors import DataError
 from raytune_rl.tracking.files import fsync_path
 
 _VALUES, _OFFSETS = ".values", ".offsets"
+ABANDONED_S = 7 * 86400.0
+"""Age of an unfinished folder at which nobody is writing to it any more."""
 
 
 class MappedColumns(dict[str, "Ragged | NDArray | list"]):
@@ -137,8 +141,12 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
     A folder that is there by then is replaced: what it is named after says that it holds the same.
     """
-    aside = folder.with_name(f"{folder.name}.tmp-{np.random.default_rng().integers(2**48):012x}")
+    aside = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(6)}")
     aside.mkdir(parents=True)
+    for left in folder.parent.glob("*.tmp-*"):  # by a process that was killed
+        with suppress(FileNotFoundError):  # another one is just being finished
+            if time.time() - left.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
     try:
         yield aside
         for path in aside.rglob("*"):
@@ -146,7 +154,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
         try:
             aside.rename(folder)
         except OSError:
-            shutil.rmtree(folder)
+            old = aside.with_name(f"{aside.name}-old")
+            folder.rename(old)
             aside.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -66,8 +66,10 @@ def format_of(parts: Parts) -> Format:
     for known in FORMATS:
         if known.matches(parts):
             return known
+    empty = ", ".join(repr(name) for name, value in parts.fields.items() if value is None)
+    without = f" ({empty} without a value)" if empty else ""
     raise FormatError(
-        f"no format fits the columns {', '.join(map(repr, parts.fields))}: there is no messages, no "
+        f"no format fits the columns {', '.join(map(repr, parts.fields))}{without}: there is no messages, no "
         'instruction and no query column. Map them with --columns \'{"your column": "query"}\''
     )
 

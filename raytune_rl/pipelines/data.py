@@ -160,17 +160,19 @@ class TokenSet:
 
 
 def prompt_sets(
-    config: RLHFConfig, quarantine: Path, *, one_machine: bool = False
+    config: RLHFConfig,
+    quarantine: Path,
+    *,
+    one_machine: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[PromptSet, PromptSet | None]:
     """The prompts to train on, and the held-out ones if the user gave any; arguments as in `token_sets`."""
     from raytune_rl.pipelines.data_task import encode_prompts_task
 
     places = ImagePlaces.of(config, one_machine)
-    refs = on_this_node(encode_prompts_task, 8, config, str(quarantine), places)
-    train, held_out = refs[:4], refs[4:]
-    return _prompt_set(train, config), _prompt_set(held_out, config) if _has_rows(
-        held_out[3], config
-    ) else None
+    refs = on_this_node(encode_prompts_task, "streaming", config, str(quarantine), places)
+    sets = [PromptSet(*parts, *facts) for facts, parts in _facts_and_refs(refs, 3, config, tell)]
+    return sets[0], sets[1] if len(sets) > 1 else None
 
 
 def token_sets(
@@ -195,28 +197,25 @@ def token_sets(
 
     places = ImagePlaces.of(config, one_machine)
     cache = resolved.dataset_cache_dir(config)
-    items = stream_refs(
-        Pending(
-            on_this_node(encode_rows_task, "streaming", config, task, str(quarantine), places, cache),
-            "the data task",
-            "reading and tokenizing the data",
-            config.step_timeout,
-        )
-    )
-    sets = [TokenSet(columns, *facts) for facts, columns in _facts_and_columns(items, config, tell)]
+    refs = on_this_node(encode_rows_task, "streaming", config, task, str(quarantine), places, cache)
+    sets = [TokenSet(columns, *facts) for facts, (columns,) in _facts_and_refs(refs, 1, config, tell)]
     return sets[0], sets[1] if len(sets) > 1 else None
 
 
-def _facts_and_columns(
-    items: Iterator[Any], config: TrainConfig, tell: Callable[[str], None]
-) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The facts of each set and the reference to its columns; what is said in between is passed on."""
+def _facts_and_refs(
+    refs: Any, parts: int, config: TrainConfig, tell: Callable[[str], None]
+) -> Iterator[tuple[tuple[Any, ...], list[Any]]]:
+    """The facts of each set, and references to the `parts` that follow them; what is said in between is
+    passed on. The deadline is for each step, so that big data may take long as long as they get on."""
+    items = stream_refs(
+        Pending(refs, "the data task", "reading and tokenizing the data", config.step_timeout)
+    )
     for ref in items:
         item = _wait(ref, config)
         if isinstance(item, str):
             tell(item)
         else:
-            yield item, next(items)
+            yield item, [next(items) for _ in range(parts)]
 
 
 def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_positions: int | None) -> int:
@@ -264,16 +263,6 @@ def _yielded_in_folder(folder: str, function: Callable[..., Iterator[Any]], *arg
 
 def _wait(ref: Any, config: TrainConfig) -> Any:
     return fetch(Pending(ref, "the data task", "reading and tokenizing the data", config.step_timeout))
-
-
-def _has_rows(ref: Any, config: TrainConfig) -> bool:
-    return _wait(ref, config) is not None
-
-
-def _prompt_set(refs: list[Any], config: RLHFConfig) -> PromptSet:
-    columns, extra, texts, facts = refs
-    lengths, account = _wait(facts, config)
-    return PromptSet(columns, extra, texts, lengths, account)
 
 
 def token_set(refs: Sequence[Any], config: TrainConfig) -> TokenSet:

@@ -38,8 +38,19 @@ class ModelFacts:
 RowsEncoder = Callable[..., tuple[Columns, Facts]]
 
 
-def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces) -> tuple[Any, ...]:
-    """Prompts to train on and held out: each the columns, extra columns, texts, and (lengths, account)."""
+def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces) -> Iterator[Any]:
+    """Prompts to train on and, if there are any, held out: of each (lengths, account), then its columns,
+    extra columns and texts. In between, sentences on how far it is."""
+    for item in while_told(lambda tell: _encoded_prompts(config, Path(quarantine), places, tell)):
+        if isinstance(item, str):
+            yield item
+        else:
+            yield from item
+
+
+def _encoded_prompts(
+    config: RLHFConfig, quarantine: Path, places: ImagePlaces, tell: Tell
+) -> Iterator[tuple[Any, ...]]:
     from raytune_rl.data.encode import ImageSettings, encode_prompts
     from raytune_rl.data.example import conversations
 
@@ -48,8 +59,13 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces
     if config.own_reference and config.ref_model:
         check_vocabulary(tokenizer, config.ref_model, config)
     images = ImageSettings(facts.vision, places.root, places.inline) if facts.vision else None
-
-    def encode(examples: Any, report: Any, bad_rows: Path) -> tuple[Any, ...]:
+    bad_rows = _quarantines(config, quarantine)
+    for stale in bad_rows:  # of an earlier start of the same run
+        stale.unlink(missing_ok=True)
+    for part, path in zip(_load(config, "grpo", quarantine, tell), bad_rows, strict=True):
+        if part is None:
+            continue
+        examples, report = part
         found = encode_prompts(
             examples,
             tokenizer,
@@ -57,24 +73,18 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces
             resolved.truncation_strategy(config),  # type: ignore[arg-type]
             strict=config.strict,
             num_proc=config.dataset_num_proc,
+            progress=Counted("tokenized", tell, len(examples)),
             images=images,
         )
-        path = quarantine_dropped(found.dropped, bad_rows) or report.quarantine_path
+        left_out = quarantine_dropped(found.dropped, path) or report.quarantine_path
         columns = {"prompt": found.prompts, **found.images}
         if found.given is not None:
             columns["given"] = found.given
         shown = found.prompts if found.given is None else found.given  # one placeholder a picture is readable
         texts = tokenizer.batch_decode([shown[i].tolist() for i in range(len(shown))])
         extra = {**found.extra, **conversations([examples[i] for i in found.index])}
-        account = replace(_account(report, found, facts, path), columns=tuple(extra))
-        return columns, extra, texts, (found.prompts.lengths, account)
-
-    train_path, held_out_path = _quarantines(config, Path(quarantine))
-    for stale in (train_path, held_out_path):  # of an earlier start of the same run
-        stale.unlink(missing_ok=True)
-    train, held_out = _load(config, "grpo", Path(quarantine))
-    made = encode(train[0], train[1], train_path)
-    return (*made, *(encode(held_out[0], held_out[1], held_out_path) if held_out else (None,) * 4))
+        account = replace(_account(report, found, facts, left_out), columns=tuple(extra))
+        yield (found.prompts.lengths, account), columns, extra, texts
 
 
 def encode_rows_task(
@@ -109,7 +119,7 @@ def _encoded_sets(
         path.unlink(missing_ok=True)
     if isinstance(config, PreferenceConfig) and config.own_reference and config.ref_model:
         check_vocabulary(model_facts(config).tokenizer, config.ref_model, config)
-    key = _key(config, task, places)
+    key = _key(config, task, places, tell)
     if key is None:
         return [made for _, made in _encode(config, task, bad_rows, places, None, tell)]
     entry = cache / key
@@ -134,7 +144,7 @@ def _with_notice(facts: Facts, notice: str) -> Facts:
     return lengths, trained, replace(account, notices=(notice, *account.notices)), values
 
 
-def _key(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces) -> str | None:
+def _key(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces, tell: Tell) -> str | None:
     """The name of what these data become; None where that cannot be told."""
     from raytune_rl.data.fingerprint import fingerprint
     from raytune_rl.data.load import resolve_system
@@ -152,7 +162,8 @@ def _key(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces) 
         "places": (places.root, places.inline),
     }
     model = Path(load.resolve_path(config.model, use_hf=config.use_hf))
-    return fingerprint(settings, (*config.dataset, *config.val_dataset), model, use_hf=config.use_hf)
+    specs = (*config.dataset, *config.val_dataset)
+    return fingerprint(settings, specs, model, use_hf=config.use_hf, tell=tell)
 
 
 def _encode(

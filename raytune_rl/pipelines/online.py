@@ -74,9 +74,9 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
         groups = online_groups(config, cluster)
         launch.check_machine(config, groups.on_gpu)
         origin = find_origin(config)
-        with stage("reading and tokenizing the data"):
+        with stage("reading and tokenizing the data") as tell:
             train, held_out = prompt_sets(
-                config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here
+                config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here, tell=tell
             )
         needs.check([*train.account.columns, *(["images"] if train.account.images.shown else [])])
         launch.check_readable(config, train.account.images.shown)

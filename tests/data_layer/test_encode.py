@@ -177,6 +177,8 @@ def test_truncation_keeps_one_end(chatml, strategy, part):
     full = encode_sft([example(*turns)], chatml)
     encoded = encode_sft([example(*turns)], chatml, 20, strategy, "all")
     assert encoded.tokens[0].tolist() == full.tokens[0][part].tolist()
+    assert encoded.notices == (f"1 rows were over --max_length 20 and lost their {strategy} end",)
+    assert full.notices == ()
     assert not encoded.loss_mask[0][0]
 
 

@@ -101,6 +101,14 @@ def test_anthropic_content_lists():
     assert example.images == ("data:image/png;base64,QUJD",)
 
 
+def test_tool_calls_that_are_no_list_and_columns_without_a_value_are_named():
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": 5}]
+    with pytest.raises(RowError, match=r"'messages'\[1\]: 'tool_calls' is 5; it is a list"):
+        convert({"messages": said})
+    with pytest.raises(RowError, match=r"'query', 'response' \('query' without a value\): there is no"):
+        convert({"query": None, "response": "a"})
+
+
 def test_a_turn_may_say_by_loss_scale_whether_it_is_learned():
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss_scale": 0.0}]
     assert convert({"messages": said}).messages[1].loss is False

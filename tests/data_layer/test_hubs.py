@@ -111,3 +111,10 @@ def test_connection_trouble_is_tried_again_but_a_missing_name_is_not(monkeypatch
     with pytest.raises(DataError, match="no such data set"):
         hubs._asked(spec, None, missing)
     assert len(calls) == 1
+
+
+def test_the_files_of_a_hub_data_set_are_known(snapshot):
+    """Encoded rows are kept under the content of these files."""
+    (file,) = hubs.hub_files(parse_spec("ms::owner/name:two"))
+    assert file.is_file()
+    assert file.suffix == ".arrow"

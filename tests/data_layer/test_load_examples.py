@@ -67,6 +67,13 @@ def test_a_bad_row_with_half_a_character_can_be_set_aside(tmp_path):
     assert json.loads((tmp_path / "bad.jsonl").read_text())["row"] == {"x": "\ud800"}
 
 
+def test_a_value_too_deep_to_be_kept_is_its_rows_fault(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"query": "q", "x": ' + "[" * 700 + "]" * 700 + '}\n{"query": "q"}\n')
+    loaded = load_examples([str(tmp_path / "a.jsonl")], task="grpo", quarantine_path=tmp_path / "bad.jsonl")
+    assert [example.line for example in loaded.examples] == [2]
+    assert "nested too deep" in json.loads((tmp_path / "bad.jsonl").read_text())["reason"]
+
+
 def test_shuffling_depends_on_the_seed_alone(data):
     first, again = (load_examples([str(data)], task="grpo", seed=1) for _ in range(2))
     other = load_examples([str(data)], task="grpo", seed=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
             assert not home.exists() or (home / "a").read_text() == "one"
     assert (home / "a").read_text() == "two"
     assert list(tmp_path.iterdir()) == [home]
+    young, old = tmp_path / "x.tmp-1", tmp_path / "y.tmp-2"
+    for left in (young, old):
+        left.mkdir()
+    os.utime(old, (0, 0))
+    with written_whole(home):
+        pass
+    assert sorted(tmp_path.iterdir()) == [home, young], "what a killed run left goes, in time"
 
 
 def test_what_is_gone_or_damaged_is_said(tmp_path: Path) -> None:

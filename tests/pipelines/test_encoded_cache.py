@@ -104,6 +104,16 @@ def test_on_one_machine_columns_are_a_folder_and_elsewhere_arrays(task: Task) ->
     assert same(mapped, arrays)
 
 
+def test_data_that_cannot_be_compared_is_encoded_into_memory(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped = task()
+    monkeypatch.setattr("raytune_rl.data.fingerprint.fingerprint", lambda *_, **__: None)
+    assert same(mapped, task())
+    assert task.encoded == 4
+    assert len(list(task.cache.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -1,0 +1,43 @@
+"""What long work says of itself, and that its failures come through."""
+
+from __future__ import annotations
+
+import pytest
+
+from raytune_rl.pipelines import lifecycle, told
+from raytune_rl.pipelines.lifecycle import stage
+from raytune_rl.pipelines.told import Counted, Tell, while_told
+
+
+def test_sentences_come_before_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(told, "EVERY_S", -1.0)
+
+    def work(tell: Tell) -> list[int]:
+        counted = Counted("tokenized", tell, 1500)
+        counted(1000)
+        counted(500)
+        return [7, 8]
+
+    said = ["tokenized 1,000 of 1,500 rows", "tokenized 1,500 of 1,500 rows"]
+    assert list(while_told(work)) == [*said, 7, 8]
+
+
+def test_a_failure_is_raised_where_the_sentences_are_heard() -> None:
+    def work(tell: Tell) -> list[int]:
+        tell("half")
+        raise ValueError("broken")
+
+    heard = while_told(work)
+    assert next(heard) == "half"
+    with pytest.raises(ValueError, match="broken"):
+        next(heard)
+
+
+def test_a_log_gets_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stage("reading") as tell:
+        tell("too soon")
+        monkeypatch.setattr(lifecycle, "LOGGED_EVERY_S", 0.0)
+        tell("read 1,000 rows")
+    assert capsys.readouterr().err.splitlines() == ["reading ...", "reading: read 1,000 rows"]

@@ -171,8 +171,8 @@ def start_groups(
     for notice in trainer.ready().notices:
         say(f"Note: {notice}")
     # A reference that moves is what it is by its past, and the policy is one world: neither can be replaced.
-    frozen = [] if reference is None or config.sync_ref_model else [reference]
-    for stateless in (*judges, *frozen):
+    unmoving = [] if reference is None or config.sync_ref_model else [reference]
+    for stateless in (*judges, *unmoving):
         stateless.replace_lost(config.start_timeout, lost)
     rollout.replace_lost(config.start_timeout, lost, {"load_weights": (None,)})
     engines = RolloutGroup(
@@ -183,5 +183,5 @@ def start_groups(
         multi_turn=config.multi_turn_scheduler is not None,
     )
     turns = Turns(config, groups, trainer, engines)
-    compared = None if reference is None else ReferenceGroup(reference, budget, spec.model.layout)
-    return OnlineGroups(trainer, engines, Together(scorers), compared, turns, store)
+    frozen = None if reference is None else ReferenceGroup(reference, budget, spec.model.layout)
+    return OnlineGroups(trainer, engines, Together(scorers), frozen, turns, store)

@@ -9,7 +9,12 @@ from raytune_rl.errors import ModelError
 
 
 def resolve_path(
-    model: str, *, use_hf: bool = False, revision: str | None = None, token: str | None = None
+    model: str,
+    *,
+    use_hf: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    what: str = "model",
 ) -> str:
     """A local directory for a path or hub id; a local directory never touches the network.
 
@@ -18,6 +23,7 @@ def resolve_path(
         use_hf: download from Hugging Face instead of ModelScope.
         revision: branch, tag or commit on the hub.
         token: hub token.
+        what: "model" or "adapter", for the message.
 
     Raises:
         ModelError: nothing is there; the message says what was tried.
@@ -26,10 +32,10 @@ def resolve_path(
     if path.is_dir():
         return str(path)
     if path.exists():
-        raise ModelError(f"model '{model}' is a file; give the directory that holds config.json")
+        raise ModelError(f"{what} '{model}' is a file; give the directory that holds its config")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise ModelError(
-            f"model directory '{model}' does not exist (and it is not a hub id of the form owner/name)"
+            f"{what} directory '{model}' does not exist (and it is not a hub id of the form owner/name)"
         )
     hub = "Hugging Face" if use_hf else "ModelScope"
     try:

@@ -173,8 +173,8 @@ def start_groups(
     for notice in trainer.ready().notices:
         say(f"Note: {notice}")
     # A reference that moves is what it is by its past, and the policy is one world: neither can be replaced.
-    frozen = [] if reference is None or config.sync_ref_model else [reference]
-    for stateless in (*judges, *frozen):
+    unmoving = [] if reference is None or config.sync_ref_model else [reference]
+    for stateless in (*judges, *unmoving):
         stateless.replace_lost(config.start_timeout, lost)
     rollout.replace_lost(config.start_timeout, lost, {"load_weights": (None,)})
     engines = RolloutGroup(

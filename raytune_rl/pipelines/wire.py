@@ -71,7 +71,7 @@ def engine_rank(config: RLHFConfig) -> int:
 def _adapter_settings(config: RLHFConfig) -> dict[str, Any]:
     """Of the adapter that will be trained, by PEFT's names: one to go on with keeps its own."""
     if config.adapters:
-        return read_adapter_config(resolve_path(config.adapters[-1], use_hf=config.use_hf))
+        return read_adapter_config(resolve_path(config.adapters[-1], use_hf=config.use_hf, what="adapter"))
     return {
         "r": config.lora_rank,
         "use_dora": config.use_dora,

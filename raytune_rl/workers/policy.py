@@ -198,7 +198,7 @@ class PolicyWorker:
         given = spec.loss_settings
         self._settings = self._loss.settings_type(**given) if isinstance(given, Mapping) else given
         loaded = scoring.load(spec.model, self._loss.forward)
-        tuned = apply_tuner(loaded.model, spec.tuner, spec.model.adapters)
+        tuned = apply_tuner(loaded.model, spec.tuner, scoring.adapters(spec.model))
         if spec.gradient_checkpointing:
             enable_gradient_checkpointing(tuned.model)
         scorer = scoring.scorer_of(tuned.model, self._loss.forward)

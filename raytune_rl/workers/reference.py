@@ -32,7 +32,7 @@ class ReferenceWorker:
         loaded = scoring.load(spec)
         model: Any = loaded.model
         if spec.adapters:
-            model = apply_tuner(model, TunerSettings(lora_dropout=0.0), spec.adapters).model
+            model = apply_tuner(model, TunerSettings(lora_dropout=0.0), scoring.adapters(spec)).model
         self._images = scoring.image_collator(spec, loaded, always=False)
         self._spec = spec
         self._settings = settings

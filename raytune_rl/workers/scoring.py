@@ -108,6 +108,13 @@ def load(spec: ModelSpec, forward: Forward = "logprobs") -> LoadedModel:
     return loaded
 
 
+def adapters(spec: ModelSpec) -> list[str]:
+    """Local directories of the adapters to start from, fetched from the hub where they are ids."""
+    from raytune_rl.models.hub import resolve_path
+
+    return [resolve_path(adapter, use_hf=spec.use_hf, what="adapter") for adapter in spec.adapters]
+
+
 def scorer_of(model: Any, forward: Forward) -> TokenScorer | ScalarScorer:
     """The module to train or to ask, checked against the model's own forward."""
     from raytune_rl.models.scalar import ScalarScorer

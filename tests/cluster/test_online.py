@@ -14,10 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.data.ragged import Ragged
 from raytune_rl.errors import ConfigError, DataError, PlacementError
+from raytune_rl.models.load import load_model, load_tokenizer
+from raytune_rl.models.settings import TunerSettings
+from raytune_rl.models.tuner import apply_tuner
+from raytune_rl.models.weights import save_model
 from raytune_rl.pipelines import online
 from raytune_rl.pipelines.lifecycle import RunResult
 from tests.cluster.conftest import Tiny
@@ -233,6 +238,16 @@ def test_resume_is_exact(uninterrupted: Any, tiny: Tiny) -> None:
     assert len(list(result.run_dir.glob("superseded-checkpoint-4-*"))) == 1
 
 
+def trained_adapter(tiny: Tiny, directory: Path) -> Path:
+    """As an earlier run leaves it, of another rank than the flags' default."""
+    tuned = apply_tuner(load_model(str(tiny.tied)).model, TunerSettings(lora_rank=24)).model
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    save_model(tuned, directory, load_tokenizer(str(tiny.tied)))
+    return directory
+
+
 ALONE: dict[str, Any] = {"vllm_enable_lora": True}
 MERGED: dict[str, Any] = {
     "quant_method": "bnb",
@@ -247,9 +262,9 @@ def test_lora_weights_arrive_either_way(
     cluster: None, tiny: Tiny, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     """LoRA, several optimizer steps a generation and two iterations: off-policy, so old log-probs are
-    kept. The reference is the policy without its adapter, or, if the user asks for one, a copy.
-    Merged with a base that is quantised for the policy alone; the engine's two workers are processes of
-    their own, each of which pulls the weights itself.
+    kept. The adapter that travels alone is one of an earlier run. The merged one lies on a base that is
+    quantised for the policy alone, and the engine's two workers are processes that pull the weights
+    themselves.
     """
     result = online.run(
         config(
@@ -258,6 +273,7 @@ def test_lora_weights_arrive_either_way(
             model=str(tiny.tied),
             train_type="lora",
             **settings,
+            adapters=[str(trained_adapter(tiny, tmp_path / "start"))] if settings is ALONE else (),
             steps_per_generation=2,
             num_iterations=2,
             max_steps=8,

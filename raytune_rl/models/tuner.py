@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -67,7 +67,7 @@ def apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Seque
             "adapters cannot be merged into a quantised base without loss; merge them with export first"
         )
     for adapter in merged:
-        model = _open_adapter(model, adapter, trainable=False).merge_and_unload()
+        model = _open_adapter(model, adapter).merge_and_unload()
         notices.append(f"adapter '{adapter}' is merged into the base before training")
     if settings.tuner_type == "full":
         _freeze_parts(model, settings)
@@ -77,9 +77,10 @@ def apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Seque
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if keep:
         notices.append(
-            f"training goes on with adapter '{keep[0]}'; its own rank and targets hold, not the flags"
+            f"training goes on with adapter '{keep[0]}'; its own rank and targets hold, not the flags; dropout "
+            f"is {settings.lora_dropout:g}"
         )
-        return _report(_open_adapter(model, keep[0], trainable=True), notices)
+        return _report(_open_adapter(model, keep[0], dropout=settings.lora_dropout), notices)
     return _report(get_peft_model(model, _lora_config(model, settings)), notices)
 
 
@@ -213,12 +214,18 @@ def _freeze_parts(model: PreTrainedModel, settings: TunerSettings) -> None:
         )
 
 
-def _open_adapter(model: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
+def _open_adapter(model: PreTrainedModel, path: str, *, dropout: float | None = None) -> PeftModel:
+    """An adapter to train with this dropout, which is no property of its weights; without one, to use."""
     directory = Path(path).expanduser()
     if not (directory / "adapter_config.json").is_file():
         raise ModelError(f"adapter '{path}' does not exist or has no adapter_config.json")
     try:
-        return PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+        config = PeftConfig.from_pretrained(str(directory))
+        if dropout is not None:
+            config.lora_dropout = dropout
+        return PeftModel.from_pretrained(
+            model, str(directory), is_trainable=dropout is not None, config=config
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         line = first_line(error)
         raise ModelError(f"adapter '{path}' does not fit {type(model).__name__}: {line}") from error

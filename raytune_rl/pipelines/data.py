@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.data.example import Task
 from raytune_rl.data.rows import RowPointer
-from raytune_rl.errors import ConfigError
+from raytune_rl.errors import ConfigError, RaytuneError
 from raytune_rl.runtime.wait import Pending, fetch, stream_refs
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
@@ -215,7 +216,11 @@ def _facts_and_refs(
         if isinstance(item, str):
             tell(item)
         else:
-            yield item, [next(items) for _ in range(parts)]
+            following = list(islice(items, parts))
+            if len(following) < parts:  # it failed in between: the last reference is the failure
+                _wait(following[-1] if following else ref, config)
+                raise RaytuneError("the data task ended too early; this is a defect of raytune_rl")
+            yield item, following
 
 
 def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_positions: int | None) -> int:

@@ -44,8 +44,9 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces
     for item in while_told(lambda tell: _encoded_prompts(config, Path(quarantine), places, tell)):
         if isinstance(item, str):
             yield item
-        else:
-            yield from item
+            continue
+        # Ray sends values into a generator; a tuple would not take them.
+        yield from (part for part in item)
 
 
 def _encoded_prompts(

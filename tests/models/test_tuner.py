@@ -136,10 +136,11 @@ def make_adapter(model: Any, where: Path) -> PeftModel:
 
 def test_lora_goes_on_from_an_adapter(qwen2: Callable[..., Any], tmp_path: Path) -> None:
     old = make_adapter(qwen2(), tmp_path)
-    tuned = apply_tuner(qwen2(), TunerSettings(lora_rank=64), [str(tmp_path)])
+    tuned = apply_tuner(qwen2(), TunerSettings(lora_rank=64, lora_dropout=0.0), [str(tmp_path)])
     ids = torch.arange(12)[None]
     assert torch.equal(tuned.model.eval()(input_ids=ids).logits, old(input_ids=ids).logits)
     assert tuned.model.peft_config["default"].r == 4
+    assert torch.equal(tuned.model.train()(input_ids=ids).logits, old(input_ids=ids).logits), "no dropout"
     assert tuned.trainable > 0
     assert str(tmp_path) in tuned.notices[0]
 

@@ -77,8 +77,8 @@ def apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Seque
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if keep:
         notices.append(
-            f"training goes on with adapter '{keep[0]}'; its own rank and targets hold, not the flags; dropout "
-            f"is {settings.lora_dropout:g}"
+            f"training goes on with adapter '{keep[0]}'; its own rank and targets hold, not the flags; "
+            f"dropout is {settings.lora_dropout:g}"
         )
         return _report(_open_adapter(model, keep[0], dropout=settings.lora_dropout), notices)
     return _report(get_peft_model(model, _lora_config(model, settings)), notices)

@@ -69,12 +69,14 @@ def _policy_workers(
     settings: dict[str, Any], flags: Mapping[str, Flag], environ: Mapping[str, str]
 ) -> list[str]:
     processes = environ.get("NPROC_PER_NODE")
-    nodes = environ.get("NNODES", "1")
-    if not processes:
+    nodes = environ.get("NNODES") or "1"
+    if not processes and nodes == "1":
         return _visible_workers(settings, flags, environ)
-    each = whole_number("NPROC_PER_NODE", processes)
+    # As torchrun has it: one process a node, unless it is told.
+    each = whole_number("NPROC_PER_NODE", processes or 1)
     workers = each * whole_number("NNODES", nodes)
-    said = f"NPROC_PER_NODE={processes}" + (f" NNODES={nodes}" if nodes != "1" else "")
+    given = {"NPROC_PER_NODE": processes, "NNODES": nodes if nodes != "1" else None}
+    said = " ".join(f"{name}={value}" for name, value in given.items() if value)
     if environ.get("NODE_RANK", "0") != "0":
         raise ConfigError(
             f"NODE_RANK={environ['NODE_RANK']}: start the command once, on the head of the Ray cluster; Ray "

@@ -202,6 +202,8 @@ def test_number_of_processes() -> None:
     assert two.notices == (
         "NPROC_PER_NODE=8 NNODES=2 is read as --policy_workers 16 --policy_workers_per_node 8.",
     )
+    several = sft(environ={"NNODES": "2", "CUDA_VISIBLE_DEVICES": "0,1,2"})
+    assert several.notices == ("NNODES=2 is read as --policy_workers 2 --policy_workers_per_node 1.",)
     each = rlhf("--policy_workers_per_node", "4", environ={"NPROC_PER_NODE": "8"})
     assert (each.config.policy_workers, each.config.policy_workers_per_node) == (None, 4)
     assert each.notices == ("NPROC_PER_NODE=8 does nothing: --policy_workers_per_node 4 is given.",)

@@ -14,7 +14,7 @@ from raytune_rl.algorithms.advantages import DEFAULT_SCALE
 from raytune_rl.algorithms.aggregation import LOSS_TYPES as NORMALISERS
 from raytune_rl.algorithms.correction import RolloutCorrection
 from raytune_rl.algorithms.registry import Loss, get_loss
-from raytune_rl.config import RLHFConfig, resolved
+from raytune_rl.config import PPOConfig, RLHFConfig, resolved
 from raytune_rl.errors import ConfigError
 from raytune_rl.rewards.plugins import load_plugins
 
@@ -143,7 +143,7 @@ def in_words(config: RLHFConfig) -> list[tuple[str, str]]:
     rows = [
         ("loss", f"{config.loss_type}, {'from a plugin' if own else bounds}"),
         ("importance ratio", f"of the {config.importance_sampling_level.replace('_', ', by ')}"),
-        ("advantage", f"{estimator}, scaled by {scale}" if scale != "none" else f"{estimator}, not scaled"),
+        ("advantage", _advantage(config, estimator, scale)),
     ]
     if config.beta > 0:
         where = "off the reward" if resolved.kl_in_reward(config) else "in the loss"
@@ -161,3 +161,9 @@ def in_words(config: RLHFConfig) -> list[tuple[str, str]]:
     if config.dynamic_sample:
         rows.append(("dynamic sampling", f"up to {config.max_resample_times} further draws a generation"))
     return rows
+
+
+def _advantage(config: RLHFConfig, estimator: str, scale: str) -> str:
+    if isinstance(config, PPOConfig):
+        return f"against the critic: GAE, gamma {config.gamma:g}, lambda {config.lam:g}"
+    return f"{estimator}, scaled by {scale}" if scale != "none" else f"{estimator}, not scaled"

@@ -6,7 +6,7 @@ import pytest
 
 from raytune_rl.algorithms.correction import RolloutCorrection
 from raytune_rl.algorithms.registry import get_loss
-from raytune_rl.config import RLHFConfig, resolved
+from raytune_rl.config import PPOConfig, RLHFConfig, resolved
 from raytune_rl.config.rl import LOSS_TYPES
 from raytune_rl.errors import ConfigError, RewardError
 from raytune_rl.pipelines.online_algorithms import LOSSES, Algorithm, algorithm_of, in_words
@@ -185,3 +185,8 @@ def test_the_plan_says_what_is_on() -> None:
     assert rich["rollout correction"] == "token_mask, 0 to 2"
     assert rich["entropy filter"] == "the top 20% of the tokens"
     assert {"off-policy mask", "overlong filter", "dynamic sampling"} <= rich.keys()
+
+
+def test_the_plan_of_ppo_names_the_critic() -> None:
+    found = dict(in_words(PPOConfig(model="m", dataset="d", reward_funcs="accuracy", lam=0.9)))
+    assert found["advantage"] == "against the critic: GAE, gamma 1, lambda 0.9"

@@ -28,7 +28,7 @@ from raytune_rl.runtime.cluster import ClusterInfo, reserve, session
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, stream
 from raytune_rl.tracking.files import json_line
-from raytune_rl.workers.rollout import GPU_SHARE, EngineSpec, Piece, RolloutWorker, Sampling, rollout_env
+from raytune_rl.workers.rollout import EngineSpec, Piece, RolloutWorker, Sampling, rollout_env
 
 ROWS_AT_A_TIME = 256
 """Rows that one engine answers before they are written down."""
@@ -167,7 +167,7 @@ class Trial:
             store=None,
             pull_timeout_s=config.step_timeout,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
-            gpu_memory_utilization=config.vllm_gpu_memory_utilization or GPU_SHARE,
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization or EngineSpec.gpu_memory_utilization,
             kv_cache_bytes=None if on_gpu else self.shape.cache_bytes(self.limit, width),
             max_num_seqs=config.vllm_max_num_seqs,
             enforce_eager=eager,

@@ -130,6 +130,12 @@ def _checked(
     return Algorithm(loss.name, dict(settings), normaliser, plugin_files, config.log_entropy)
 
 
+def _advantage(config: RLHFConfig, estimator: str, scale: str) -> str:
+    if isinstance(config, PPOConfig):
+        return f"against the critic: GAE, gamma {config.gamma:g}, lambda {config.lam:g}"
+    return f"{estimator}, scaled by {scale}" if scale != "none" else f"{estimator}, not scaled"
+
+
 def in_words(config: RLHFConfig) -> list[tuple[str, str]]:
     """The algorithm for the plan: what is on, each with its numbers."""
     high = resolved.epsilon_high(config)
@@ -161,9 +167,3 @@ def in_words(config: RLHFConfig) -> list[tuple[str, str]]:
     if config.dynamic_sample:
         rows.append(("dynamic sampling", f"up to {config.max_resample_times} further draws a generation"))
     return rows
-
-
-def _advantage(config: RLHFConfig, estimator: str, scale: str) -> str:
-    if isinstance(config, PPOConfig):
-        return f"against the critic: GAE, gamma {config.gamma:g}, lambda {config.lam:g}"
-    return f"{estimator}, scaled by {scale}" if scale != "none" else f"{estimator}, not scaled"

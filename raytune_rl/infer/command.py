@@ -167,7 +167,7 @@ class Trial:
             store=None,
             pull_timeout_s=config.step_timeout,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
-            gpu_memory_utilization=config.vllm_gpu_memory_utilization or GPU_SHARE,
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization or EngineSpec.gpu_memory_utilization,
             kv_cache_bytes=None if on_gpu else self.shape.cache_bytes(self.limit, width),
             max_num_seqs=config.vllm_max_num_seqs,
             enforce_eager=eager,

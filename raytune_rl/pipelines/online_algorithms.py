@@ -135,6 +135,12 @@ def _checked(
     return Algorithm(loss.name, dict(settings), normaliser, plugin_files, config.log_entropy)
 
 
+def _advantage(config: RLHFConfig, estimator: str, scale: str) -> str:
+    if isinstance(config, PPOConfig):
+        return f"against the critic: GAE, gamma {config.gamma:g}, lambda {config.lam:g}"
+    return f"{estimator}, scaled by {scale}" if scale != "none" else f"{estimator}, not scaled"
+
+
 def in_words(config: RLHFConfig) -> list[tuple[str, str]]:
     """The algorithm for the plan: what is on, each with its numbers."""
     high = resolved.epsilon_high(config)
@@ -175,9 +181,3 @@ def _reference(config: RLHFConfig) -> str:
     if config.ref_model or config.ref_adapters:
         return " with ".join((str(config.ref_model or config.model), *config.ref_adapters))
     return "the model before its first step" + (", follows the policy" if config.sync_ref_model else "")
-
-
-def _advantage(config: RLHFConfig, estimator: str, scale: str) -> str:
-    if isinstance(config, PPOConfig):
-        return f"against the critic: GAE, gamma {config.gamma:g}, lambda {config.lam:g}"
-    return f"{estimator}, scaled by {scale}" if scale != "none" else f"{estimator}, not scaled"

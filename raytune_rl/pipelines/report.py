@@ -60,10 +60,9 @@ def online_plan(
         config.max_completion_length,
     )
     arrive = "as an adapter" if wire.publish_mode(config, train.account.vision) == "adapter" else "whole"
-    share = f" in {launch.gpu_share(config, groups):g} of a GPU's memory" if groups.on_gpu else ""
     inside = {
         "policy": trainer(config, groups),
-        "rollout": f"vLLM{share}, weights arrive {arrive}",
+        "rollout": f"vLLM, weights arrive {arrive}",
         "reference": "for the KL term",
         "critic": "DeepSpeed, predicts what the rest of a completion will earn",
         "reward": " + ".join(config.reward_funcs),
@@ -71,6 +70,9 @@ def online_plan(
     }
     per = batch.optimizer_steps_per_generation * config.num_iterations
     extra = []
+    if groups.on_gpu:
+        share = launch.gpu_share(config, groups)
+        extra.append(f"vLLM takes {share:.0%} of each of its GPUs' memory (--vllm_gpu_memory_utilization)")
     if per > 1 and config.save_steps % per:
         extra.append(
             f"a generation feeds {per} optimizer steps and checkpoints are written between generations: "

@@ -141,16 +141,26 @@ def decoupled_advantages(
     Returns:
         float32 `[n]`, of the whole batch mean 0 and standard deviation 1; 0 for rows without any reward.
     """
+    total = decoupled_totals(values, weights, group_ids, eps)
+    scorable = np.isfinite(np.asarray(values, dtype=np.float64)).any(axis=1)
+    known = total[scorable]
+    if not len(known) or known.max() == known.min():
+        return np.zeros(len(total), dtype=np.float32)
+    centred = np.where(scorable, total - known.mean(), 0.0)
+    return (centred / (np.std(known, ddof=1) + eps)).astype(np.float32)
+
+
+def decoupled_totals(
+    values: ArrayLike, weights: ArrayLike, group_ids: ArrayLike, eps: float = 1e-8
+) -> NDArray[np.float64]:
+    """What `decoupled_advantages` brings to mean 0 and spread 1: the weighted sum of each function's own
+    advantages within the group, float64 `[n]`; 0 for rows without any reward. Arguments as there.
+    """
     table, weight = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     total = np.zeros(len(table))
     for column in range(table.shape[1]):
         total += weight[column] * group_advantages(table[:, column], group_ids, "group", eps).advantages
-    scorable = np.isfinite(table).any(axis=1)
-    known = total[scorable]
-    if not len(known) or known.max() == known.min():
-        return np.zeros(len(table), dtype=np.float32)
-    centred = np.where(scorable, total - known.mean(), 0.0)
-    return (centred / (np.std(known, ddof=1) + eps)).astype(np.float32)
+    return total
 
 
 def combine_rewards(values: ArrayLike, weights: ArrayLike) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.algorithms.advantages import group_advantages
+from raytune_rl.algorithms.advantages import decoupled_totals, group_advantages
 from raytune_rl.pipelines.rollouts import Scored, Trajectory
 
 
@@ -36,16 +36,16 @@ class Experience:
     def informative(self) -> set[int]:
         """Groups with at least two different rewards: only these teach anything.
 
-        Where functions are compared apart, different values of one of them do, whatever the totals.
+        Where functions are compared apart, it is what they come to together that must differ.
         """
         if not self.batch:
             return set()
-        told = [self.scored.values[:, k] for k, weight in enumerate(self.apart) if weight]
-        found: set[int] = set()
-        for rewards in told if self.apart else [self.rewards]:
-            compared = group_advantages(rewards, [t.group for t in self.batch], "none")
-            found |= {int(g) for g, std in zip(compared.groups, compared.group_std, strict=True) if std > 0}
-        return found
+        ids = [t.group for t in self.batch]
+        rewards = self.rewards
+        if self.apart:
+            rewards = np.round(decoupled_totals(self.scored.values, self.apart, ids), 6)
+        compared = group_advantages(rewards, ids, "none")
+        return {int(g) for g, std in zip(compared.groups, compared.group_std, strict=True) if std > 0}
 
     def unscored(self) -> set[int]:
         """Groups of which no completion has a reward."""

@@ -37,14 +37,15 @@ def test_only_different_rewards_teach() -> None:
 
 
 def test_rewards_compared_apart_teach_whatever_their_total() -> None:
-    """GDPO: two functions that contradict each other to the same total still tell completions apart."""
+    """GDPO: functions of different spread whose values add up to the same still tell completions apart."""
     found = experience([1.0, 1.0], [1.0, 1.0], [NAN, 1.0])
     values = np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [NAN, 1.0], [NAN, 1.0]])
     two = replace(found, scored=replace(found.scored, values=values))
     assert two.informative() == set()
-    assert replace(two, apart=(1.0, 1.0)).informative() == {0}
+    assert replace(two, apart=(1.0, 0.5)).informative() == {0}
+    assert replace(two, apart=(1.0, 1.0)).informative() == set(), "what one gives the other takes"
     assert replace(two, apart=(0.0, 0.0)).informative() == set(), "functions without weight teach nothing"
-    part = replace(two, apart=(1.0, 1.0)).of_groups({0, 1})
+    part = replace(two, apart=(1.0, 0.5)).of_groups({0, 1})
     assert join([part, part]).informative() == {0, 2}
 
 

@@ -73,6 +73,7 @@ class InferConfig(ClusterOptions, EngineOptions):
         "Sampling temperature; 0 takes the likeliest token. Not set, as the four after it: what the model's "
         "generation_config.json says.",
         ge=0,
+        le=2,
     )
     top_p: float | None = _sampling(
         None, "Sample from the likeliest tokens that make up this probability.", gt=0, le=1

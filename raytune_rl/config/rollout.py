@@ -72,12 +72,16 @@ class RolloutOptions(EngineOptions):
     )
     max_completion_length: int = _sampling(512, "Longest completion in tokens.", ge=1)
     temperature: float = _sampling(
-        0.9, "Sampling temperature. Log-probs in the loss are taken at the same temperature.", gt=0
+        0.9,
+        "Sampling temperature. From 0.01 to 2. Log-probs in the loss are taken at the same temperature.",
+        ge=0.01,
+        le=2,
     )
     eval_temperature: float | None = _sampling(
         None,
         "Temperature in evaluation; 0: greedy, always the likeliest token. Not set: --temperature.",
         ge=0,
+        le=2,
     )
     top_p: float = _sampling(
         1.0, "Sample from the likeliest tokens that make up this probability.", gt=0, le=1

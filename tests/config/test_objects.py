@@ -86,7 +86,7 @@ WRONG_RL = [
     ({"rlhf_type": "gkd"}, "--rlhf_type gkd is not built yet"),
     ({"rlhf_type": "dpo"}, "its settings are a PreferenceConfig"),
     ({"num_generations": 1}, "needs at least 2"),
-    ({"temperature": 0}, "--temperature: 0 must be greater than 0"),
+    ({"temperature": 0}, "--temperature: 0 must be at least 0.01"),
     ({"top_k": 0}, "--top_k 0"),
     ({"reward_funcs": []}, "--reward_funcs is required"),
     ({"reward_weights": [1.0]}, "--reward_weights has 1 values but --reward_funcs names 2"),

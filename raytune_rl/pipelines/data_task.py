@@ -206,6 +206,7 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Image
         bad_rows: Path,
         progress: Callable[[int], None] | None = None,
         folder: Path | None = None,
+        held: set[tuple[str, int]] | None = None,
     ) -> tuple[Columns, Facts]:
         found = encoders[task](
             examples,
@@ -219,7 +220,7 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Image
             images=images,
             folder=folder,
         )
-        path = quarantine_dropped(found.dropped, bad_rows) or report.quarantine_path
+        path = quarantine_dropped(found.dropped, bad_rows, held) or report.quarantine_path
         columns = {"tokens": found.tokens, "loss_mask": found.loss_mask, **found.images}
         account = _account(report, found, facts, path)
         return columns, (found.tokens.lengths, found.loss_lengths, account, found.values)
@@ -262,18 +263,29 @@ def check_vocabulary(tokenizer: Any, ref_model: str, config: TrainConfig) -> Non
         )
 
 
-def quarantine_dropped(dropped: Any, path: Path) -> Path | None:
-    """Adds rows that were left out while encoding to the quarantine file; the file if there are any."""
-    lines = [
-        {"source": drop.source, "line": drop.line, "reason": f"{drop.reason}: {drop.detail}".rstrip(": ")}
-        for drop in dropped
-    ]
-    if not lines:
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    return path
+def quarantine_dropped(dropped: Any, path: Path, held: set[tuple[str, int]] | None = None) -> Path | None:
+    """Adds rows that were left out while encoding to the quarantine file, each once.
+
+    Args:
+        dropped: The rows.
+        path: The file.
+        held: Places of rows that it has already, to be added to.
+
+    Returns:
+        The file, if there are any.
+    """
+    held = set() if held is None else held
+    lines = []
+    for drop in dropped:
+        if (drop.source, drop.line) not in held:
+            held.add((drop.source, drop.line))
+            reason = f"{drop.reason}: {drop.detail}".rstrip(": ")
+            lines.append({"source": drop.source, "line": drop.line, "reason": reason})
+    if lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return path if dropped else None
 
 
 def _quarantines(config: TrainConfig, quarantine: Path) -> tuple[Path, Path]:

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytune_rl.config import SFTConfig
 from raytune_rl.data.example import Task
 from raytune_rl.pipelines.data import Account, ImagePlaces, SourceCounts, TokenSet, token_set, token_sets
+from raytune_rl.tracking.files import read_jsonl
 
 
 class StreamWorker:
@@ -32,6 +33,10 @@ class StreamWorker:
         os.chdir(folder)
         self._quarantine = Path(quarantine)
         self._encode = rows_encoder(config, task, places)
+        # A stream comes by a row more than once, and a resumed one reads its window anew.
+        self._held = {
+            (str(row.get("source")), int(row.get("line", 0))) for row in read_jsonl(self._quarantine)
+        }
         self._windows = RowWindows(
             config.dataset,
             task=task,
@@ -46,7 +51,7 @@ class StreamWorker:
     def window(self, number: int) -> tuple[Any, ...]:
         """Columns and facts of a window; numbers may only go up."""
         loaded = self._windows.window(number)
-        return self._encode(loaded.examples, loaded.report, self._quarantine)
+        return self._encode(loaded.examples, loaded.report, self._quarantine, held=self._held)
 
 
 class Stream:

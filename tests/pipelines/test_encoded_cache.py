@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from raytune_rl.data.ragged import Ragged
 from raytune_rl.errors import DataError
 from raytune_rl.pipelines.data import ImagePlaces, quarantined
 from raytune_rl.pipelines.data_task import encode_rows_task
+from raytune_rl.pipelines.stream import StreamWorker
 from raytune_rl.tiny.model import make_tiny_model
 
 
@@ -166,3 +168,15 @@ def test_a_run_that_stops_leaves_nothing(task: Task) -> None:
     task.cache.write_text("a file")
     with pytest.raises(DataError, match="--dataset_cache_dir"):
         task()
+
+
+def test_a_stream_sets_a_row_that_is_too_long_aside_once(task: Task, data: Path) -> None:
+    changed = {"streaming": True, "max_steps": 4, "shuffle_buffer_size": 20, "split_dataset_ratio": 0}
+    config = SFTConfig(**{**task.settings, **changed})
+    told = (str(data.parent), config, "sft", str(task.quarantine), ImagePlaces.of(config, True))
+    with contextlib.chdir(data.parent):  # the worker stays in its folder, this process does not
+        worker = StreamWorker(*told)
+        windows = [worker.window(number) for number in range(3)]
+        StreamWorker(*told).window(0)
+    assert [facts[2].dropped for _, facts in windows] == [{"longer than max_length 60": 1}] * 3
+    assert sorted(json.loads(line)["line"] for line in task.quarantine.read_text().splitlines()) == [4, 7]

@@ -1,127 +1,225 @@
 """How fast weights get into the object store and out of it, beside the machine's own memcpy.
 
-For each size: a publisher actor returns its buckets as `PolicyWorker.publish` does, the store gets to know
-them, and a reader actor maps them and copies every tensor into memory of its own, as an engine does when it
-loads. Everything is measured in one run; the first publication touches fresh pages of shared memory ("cold"),
-later ones find them ("warm"), if the object store had time to free what the version before last held: between
-publications the program waits, as a training step would make it.
+For each size one policy rank of the product (DeepSpeed ZeRO-2 over a Qwen2 of that size, float32) publishes
+version after version, as a run does: from the controller's call until the weight store knows the version. A
+reader then maps it and copies every tensor into memory of its own, as an engine does when it loads. In turns
+with them, in the same processes, the physical limits are measured:
+
+  memcpy    the same tensors into memory that is already there
+  fresh     the same tensors into shared memory that nobody has touched, where each page costs a fault: what a
+            first publication has to do. Later ones find their pages touched, if the object store had time to
+            free what the version before last held: between publications the program waits, as a training step
+            would make it
+  a call    an empty call to the same actor: no publication can be faster, however small
+
+Figures are medians over the later half of the rounds, ratios the medians of the rounds' own ratios. Nothing
+is downloaded. The largest size takes some 6 GB of memory and 4 GB of shared memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import mmap
+import os
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from sys import path
 from typing import Any
 
 import numpy as np
 import ray
 
-path.insert(0, str(Path(__file__).parents[1]))
-
 from benchmarks.table import machine, median, render
-from raytune_rl.runtime.cluster import NAMESPACE
-from raytune_rl.runtime.weights import (
-    Manifest,
-    entry_of,
-    find_manifest,
-    plan_buckets,
-    read,
-    start_store,
-    to_bytes,
-)
+from raytune_rl.algorithms.policy_loss import GRPOSettings
+from raytune_rl.config import deepspeed
+from raytune_rl.models.settings import TunerSettings
+from raytune_rl.pipelines.policy_group import PolicyGroup
+from raytune_rl.runtime.cluster import NAMESPACE, reserve
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.placement import GroupSpec
+from raytune_rl.runtime.weights import find_manifest, read, start_store
+from raytune_rl.tiny.model import make_tiny_model
+from raytune_rl.workers.policy import OptimizerSpec, PolicySpec, PolicyWorker, policy_env
+from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
-TENSORS = 48
-STORE = "benchmark-weights"
 PAUSE_S = 1.5
+DEADLINE_S = 300.0
 
 
-class Publisher:
-    """A policy rank without a policy: float32 tensors of the given size in all."""
+class MeasuredPolicy(PolicyWorker):
+    """A rank that also knows how long the same bytes take without the object store."""
 
-    def __init__(self, megabytes: int) -> None:
-        import torch
-
-        each = megabytes * 10**6 // 4 // TENSORS
-        self._named = [(f"layers.{i}.weight", torch.rand(each)) for i in range(TENSORS)]
-
-    def index(self) -> Any:
-        entries = [entry_of(name, tensor) for name, tensor in self._named]
-        self._buckets = plan_buckets(entries)
-        return tuple(tuple(entries[i] for i in bucket) for bucket in self._buckets)
-
-    def publish(self) -> tuple[Any, ...]:
-        buckets = [[to_bytes(self._named[i][1]) for i in bucket] for bucket in self._buckets]
-        return len(buckets), *buckets
+    def _sources(self) -> list[Any]:
+        assert self._exporter is not None
+        return [tensor.reshape(-1).numpy() for _, tensor in self._exporter.tensors()]
 
     def memcpy(self) -> float:
-        """GB/s of copying the same tensors into memory that is already there."""
-        targets = [np.ascontiguousarray(tensor.numpy()) * 1 for _, tensor in self._named]
+        """Seconds of copying the weights into memory that is already there."""
+        if not hasattr(self, "_targets"):
+            self._targets = [source.copy() for source in self._sources()]
+        sources = self._sources()
         started = time.perf_counter()
-        for target, (_, tensor) in zip(targets, self._named, strict=True):
-            np.copyto(target, tensor.numpy())
-        return sum(t.nbytes for t in targets) / (time.perf_counter() - started) / 1e9
+        for target, source in zip(self._targets, sources, strict=True):
+            np.copyto(target, source)
+        return time.perf_counter() - started
+
+    def fresh(self) -> float:
+        """Seconds of copying them into shared memory whose pages are not there yet."""
+        sources = self._sources()
+        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+            os.ftruncate(file.fileno(), sum(source.nbytes for source in sources))
+            with mmap.mmap(file.fileno(), 0) as shared:
+                at, started = 0, time.perf_counter()
+                for source in sources:
+                    target = np.frombuffer(shared, source.dtype, source.size, at)
+                    np.copyto(target, source)
+                    at += source.nbytes
+                seconds = time.perf_counter() - started
+                del target
+        return seconds
 
 
 class Reader:
     """A rollout worker without an engine."""
 
-    def load(self, version: int) -> float:
-        """GB/s of finding a version, mapping it and copying it out."""
+    def load(self, store: str, version: int) -> float:
+        """Seconds of finding a version, mapping it and copying it out."""
         import torch
 
         if not hasattr(self, "_targets"):
-            self._targets = {
-                n: torch.zeros_like(t) for n, t in read(find_manifest(STORE, version, 60.0), 60.0)
-            }
+            found = read(find_manifest(store, version, DEADLINE_S), DEADLINE_S)
+            self._targets = {name: torch.zeros_like(tensor) for name, tensor in found}
         started = time.perf_counter()
-        manifest = find_manifest(STORE, version, 60.0)
-        for name, tensor in read(manifest, 60.0):
+        for name, tensor in read(find_manifest(store, version, DEADLINE_S), DEADLINE_S):
             self._targets[name].copy_(tensor)
-        return manifest.nbytes / (time.perf_counter() - started) / 1e9
+        return time.perf_counter() - started
 
 
-def measure(megabytes: int, rounds: int) -> dict[str, float]:
-    """All figures of one size, GB/s."""
-    publisher = ray.remote(Publisher).options(num_cpus=0).remote(megabytes)
-    reader = ray.remote(Reader).options(num_cpus=0).remote()
-    store = start_store(STORE)
-    index = ray.get(publisher.index.remote())
-    publish, load, memcpy = [], [], []
-    for version in range(rounds + 2):
-        started = time.perf_counter()
-        acknowledged, *buckets = publisher.publish.options(num_returns=1 + len(index)).remote()
-        ray.get(acknowledged)
-        manifest = Manifest(version, "full", tuple(buckets), index)
-        ray.get(store.publish.remote(manifest))
-        publish.append(manifest.nbytes / (time.perf_counter() - started) / 1e9)
-        load.append(ray.get(reader.load.remote(version)))
-        memcpy.append(ray.get(publisher.memcpy.remote()))
-        del buckets, manifest
-        time.sleep(PAUSE_S)
-    for actor in (publisher, reader, store):
+@dataclass(frozen=True)
+class Round:
+    """One version of one size, seconds."""
+
+    publish: float
+    load: float
+    memcpy: float
+    fresh: float
+    call: float
+
+
+def model_of(megabytes: int, directory: Path) -> Path:
+    """A Qwen2 whose float32 weights are about that large: nine squares of its width a layer, four layers."""
+    hidden = max(64, round(math.sqrt(megabytes * 10**6 / 4 / 36) / 32) * 32)
+    return make_tiny_model(directory / f"model-{megabytes}", hidden=hidden)
+
+
+def policy_spec(model: Path) -> PolicySpec:
+    """A policy as GRPO trains it."""
+    return PolicySpec(
+        model=ModelSpec(str(model), "float32", None, "padded"),
+        tuner=TunerSettings(tuner_type="full"),
+        optimizer=OptimizerSpec(1e-6, "constant", 0, 10, (0.9, 0.95), 1e-8, 0.1, 1.0, deepspeed.load(None)),
+        loss="grpo",
+        loss_settings=GRPOSettings(beta=0.0),
+        score=ScoreSettings(1.0, DEADLINE_S),
+        seed=0,
+        gradient_checkpointing=False,
+        publish_mode="full",
+    )
+
+
+def measure(megabytes: int, rounds: int, scratch: Path) -> tuple[int, list[Round]]:
+    """Bytes of a version, and all rounds of one size."""
+    spec = policy_spec(model_of(megabytes, scratch))
+    threads = len(os.sched_getaffinity(0))
+    wanted = GroupSpec("policy", 1, cpus=1)
+    name = f"benchmark-weights-{megabytes}"
+    store, reader = start_store(name), ray.remote(Reader).options(num_cpus=0).remote()
+    found = []
+    with reserve([wanted], DEADLINE_S) as slots:
+        group = WorkerGroup(
+            wanted,
+            slots["policy"],
+            MeasuredPolicy,
+            lambda rank: {"spec": spec, "rank": rank, "world_size": 1},
+            policy_env(threads, on_gpu=False),
+            DEADLINE_S,
+        )
+        policy = PolicyGroup(group, spec, 4096, DEADLINE_S)
+        policy.ready()
+        # Two versions stay in the store, so the first that can find its pages touched is the third or later.
+        for version in range(rounds + 3):
+            started = time.perf_counter()
+            manifest = policy.publish(version)
+            ray.get(store.publish.remote(manifest))
+            publish = time.perf_counter() - started
+            load = ray.get(reader.load.remote(name, version))
+            memcpy, fresh = group.call("memcpy")[0], group.call("fresh")[0]
+            started = time.perf_counter()
+            group.call("ping")
+            found.append(Round(publish, load, memcpy, fresh, time.perf_counter() - started))
+            size = manifest.nbytes
+            del manifest
+            time.sleep(PAUSE_S)
+        group.shutdown()
+    for actor in (reader, store):
         ray.kill(actor)
-    # Two versions stay in the store, so the first that finds its pages touched is the third or later.
-    half = max(len(publish) // 2, 1)
-    return {
-        "cold": publish[0],
-        "publish": median(publish[half:]),
-        "load": median(load[half:]),
-        "memcpy": median(memcpy[half:]),
-    }
+    return size, found
+
+
+def row_of(size: int, found: list[Round]) -> list[str]:
+    """A line of the table."""
+    first, late = found[0], found[len(found) // 2 :]
+
+    def speed(seconds: float) -> str:
+        return f"{size / seconds / 1e9:.1f}"
+
+    return [
+        f"{size / 1e6:,.0f} MB",
+        speed(median(r.memcpy for r in late)),
+        speed(median(r.fresh for r in late)),
+        f"{median(r.call for r in late) * 1e3:.1f}",
+        f"{median(r.publish for r in late) * 1e3:.1f}",
+        speed(median(r.publish for r in late)),
+        f"{median(r.memcpy / r.publish for r in late):.2f}",
+        f"{median((r.memcpy + r.call) / r.publish for r in late):.2f}",
+        speed(first.publish),
+        f"{first.fresh / first.publish:.2f}",
+        speed(median(r.load for r in late)),
+        f"{median(r.memcpy / r.load for r in late):.2f}",
+    ]
+
+
+HEADER = [
+    "size",
+    "memcpy GB/s",
+    "fresh GB/s",
+    "a call ms",
+    "publish ms",
+    "GB/s",
+    "/ memcpy",
+    "/ (memcpy + a call)",
+    "first publish GB/s",
+    "/ fresh",
+    "load GB/s",
+    "/ memcpy",
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="benchmarks/weight_sync.py",
     )
     parser.add_argument(
         "--megabytes", type=int, nargs="+", default=[10, 100, 1000], help="sizes (default 10 100 1000)"
     )
-    parser.add_argument("--rounds", type=int, default=10, help="publications of each size (default 10)")
+    parser.add_argument("--rounds", type=int, default=12, help="publications of each size (default 12)")
     parser.add_argument("--markdown", action="store_true", help="print the table ready to paste")
     args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     ray.init(
         address="local",
         namespace=NAMESPACE,
@@ -129,24 +227,12 @@ def main() -> None:
         log_to_driver=False,
         object_store_memory=5 * 10**9,
     )
-    rows = []
-    for megabytes in args.megabytes:
-        found = measure(megabytes, args.rounds)
-        rows.append(
-            [
-                f"{megabytes} MB",
-                f"{found['memcpy']:.1f}",
-                f"{found['cold']:.1f}",
-                f"{found['publish']:.1f}",
-                f"{found['publish'] / found['memcpy']:.2f}",
-                f"{found['load']:.1f}",
-                f"{found['load'] / found['memcpy']:.2f}",
-            ]
-        )
+    with tempfile.TemporaryDirectory(prefix="raytune_rl_benchmark_") as scratch:
+        rows = [row_of(*measure(megabytes, args.rounds, Path(scratch))) for megabytes in args.megabytes]
     ray.shutdown()
-    header = ["size", "memcpy GB/s", "first publish", "publish", "/ memcpy", "load", "/ memcpy"]
-    print(render(header, rows, args.markdown))
-    print(machine())
+    print(f"\nA version published, from call to known (medians of the later half of {args.rounds + 3})")
+    print(machine() + "\n")
+    print(render(HEADER, rows, args.markdown))
 
 
 if __name__ == "__main__":

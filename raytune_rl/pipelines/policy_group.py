@@ -67,6 +67,7 @@ class PolicyGroup:
         self._max_tokens = max_tokens
         self._together = 2 if get_loss(spec.loss).rows == "pairs" else 1
         self._index: list[tuple[tuple[TensorEntry, ...], ...]] = []
+        self._adapter_config: str | None = None
         host, port = fetch(group.submit(0, "open_store", start_timeout_s, timeout_s=start_timeout_s))
         self._joining = [
             group.submit(
@@ -261,9 +262,14 @@ class PolicyGroup:
         acknowledge(pending)
         refs = [ref for p in pending if isinstance(p.ref, list) for ref in p.ref[1:]]
         adapter = self._spec.publish_mode == "adapter"
-        config = fetch(self._group.submit(0, "adapter_config")) if adapter else None
+        if adapter and self._adapter_config is None:
+            self._adapter_config = fetch(self._group.submit(0, "adapter_config"))
         return Manifest(
-            version, "adapter" if adapter else "full", tuple(refs), collect_index(self._index), config
+            version,
+            "adapter" if adapter else "full",
+            tuple(refs),
+            collect_index(self._index),
+            self._adapter_config,
         )
 
     def offload(self, weights: bool, optimizer: bool) -> None:

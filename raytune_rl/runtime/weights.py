@@ -1,17 +1,18 @@
 """The weight store: versions of the policy's weights in the object store, for anybody to pull at any time.
 
-A version is a few *buckets*. A bucket is one object: a list of flat uint8 arrays, one a tensor, and an index
-that says what they are. Ray serialises the arrays outside the pickle, so that publishing is one copy into
-shared memory and reading is a mapping. The buckets are the return values of the policy workers' own method,
-which makes the
-controller their owner: they outlive the worker that made them.
+A version is a few *buckets*. A bucket is one object: flat uint8 arrays that hold its tensors' bytes one after
+another, and an index that says what they are. Ray serialises the arrays outside the pickle, so publishing is
+one copy into shared memory and reading is a mapping. Tensors that are neighbours in memory, as DeepSpeed
+keeps them, share an array, because few arrays are copied faster than many. The buckets are the return values
+of the policy workers' own method, which makes the controller their owner: they outlive the worker that made
+them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import ray
@@ -27,6 +28,17 @@ BUCKET_BYTES = 512 * 2**20
 """Aim for a bucket's size: large enough that calls do not matter, well under the 2 GiB where objects get
 slow.
 """
+
+PLAIN_BYTES = 2**20
+"""Up to here Ray copies an array as it is; for each larger one it starts six threads."""
+
+LONG_BYTES = 32 * 2**20
+"""From here on those threads cost less than the copying does."""
+
+
+class _Measured(Protocol):
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class Manifest:
         version: Counts up from 0.
         kind: "full" (every tensor of the model; LoRA already merged) or "adapter" (LoRA tensors alone).
         buckets: References to lists of flat uint8 arrays.
-        index: The entries of each bucket, in the order of its arrays.
+        index: The entries of each bucket, in the order of their bytes in its arrays.
         adapter_config: PEFT's configuration as JSON text, for kind "adapter".
     """
 
@@ -69,7 +81,7 @@ class Manifest:
         return sum(entry.nbytes for bucket in self.index for entry in bucket)
 
 
-def plan_buckets(entries: Sequence[TensorEntry], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
+def plan_buckets(entries: Sequence[_Measured], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
     """Cuts tensors into consecutive buckets of about `bucket_bytes`; a larger tensor gets one of its own."""
     buckets: list[list[int]] = []
     size = 0
@@ -88,6 +100,34 @@ def to_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
 
     flat = tensor.detach().contiguous().cpu().reshape(-1)
     return flat.view(torch.uint8).numpy()
+
+
+def to_arrays(tensors: Iterable[torch.Tensor]) -> list[NDArray[np.uint8]]:
+    """A bucket's arrays: the tensors' bytes in their order. Neighbours in memory share an array if they are
+    long together, or if together they are still so small that Ray copies them without threads.
+    """
+    runs: list[list[torch.Tensor]] = []
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().reshape(-1)
+        if runs and _follows(runs[-1][-1], flat):
+            runs[-1].append(flat)
+        else:
+            runs.append([flat])
+    arrays = []
+    for run in runs:
+        long = sum(flat.nbytes for flat in run) >= LONG_BYTES
+        parts = [run] if long else [[run[i] for i in part] for part in plan_buckets(run, PLAIN_BYTES)]
+        arrays += [to_bytes(p[0].as_strided((sum(flat.numel() for flat in p),), (1,))) for p in parts]
+    return arrays
+
+
+def _follows(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether a flat tensor begins where another ends, in the same memory and of the same type."""
+    return (
+        second.dtype == first.dtype
+        and second.storage_offset() == first.storage_offset() + first.numel()
+        and second.untyped_storage()._cdata == first.untyped_storage()._cdata
+    )
 
 
 def from_bytes(data: NDArray[np.uint8], entry: TensorEntry) -> torch.Tensor:
@@ -115,9 +155,27 @@ def read(manifest: Manifest, timeout_s: float) -> Iterator[tuple[str, torch.Tens
     memory.
     """
     for ref, entries in zip(manifest.buckets, manifest.index, strict=True):
-        arrays = ray.get(ref, timeout=timeout_s)
-        for data, entry in zip(arrays, entries, strict=True):
-            yield entry.name, from_bytes(data, entry)
+        yield from split(ray.get(ref, timeout=timeout_s), entries)
+
+
+def split(
+    arrays: Sequence[NDArray[np.uint8]], entries: Sequence[TensorEntry]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A bucket's tensors by name, sharing its memory; each lies within one array.
+
+    Raises:
+        ValueError: The arrays hold more or fewer bytes than the entries.
+    """
+    sizes = [entry.nbytes for entry in entries]
+    if sum(sizes) != sum(array.nbytes for array in arrays):
+        raise ValueError(f"a bucket of {sum(a.nbytes for a in arrays)} bytes for tensors of {sum(sizes)}")
+    left = iter(arrays)
+    array, at = np.empty(0, dtype=np.uint8), 0
+    for entry, size in zip(entries, sizes, strict=True):
+        while size and at == array.size:
+            array, at = next(left), 0
+        yield entry.name, from_bytes(array[at : at + size], entry)
+        at += size
 
 
 class WeightStore:

@@ -22,7 +22,7 @@ import numpy as np
 from raytune_rl.data.pictures import ROW_COLUMN
 from raytune_rl.data.ragged import Columns
 from raytune_rl.data.rows import ReadRows, RowBatch
-from raytune_rl.runtime.weights import TensorEntry, entry_of, plan_buckets, to_bytes
+from raytune_rl.runtime.weights import TensorEntry, entry_of, plan_buckets, to_arrays
 from raytune_rl.workers import estimates, row_stats, scoring
 from raytune_rl.workers.estimates import EstimateFacts, EstimateSettings
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
@@ -430,6 +430,8 @@ class PolicyWorker:
         entries = [
             TensorEntry(s.name, str(s.dtype).removeprefix("torch."), s.shape) for s in self._exporter.index
         ]
+        # As `parameter_groups` has them, and so DeepSpeed in its flat buffers: neighbours travel together.
+        entries.sort(key=lambda entry: len(entry.shape) < 2)
         buckets = plan_buckets(entries)
         self._share = [[entries[i] for i in bucket] for bucket in buckets[self._rank :: self._world_size]]
         return tuple(tuple(bucket) for bucket in self._share)
@@ -439,14 +441,16 @@ class PolicyWorker:
         arrays.
         """
         assert self._exporter is not None
-        arrays = {}
         mine = {entry.name for bucket in self._share for entry in bucket}
-        for name, tensor in self._exporter.tensors(mine, self._gather):
-            arrays[name] = (entry_of(name, tensor), to_bytes(tensor))
-        wrong = [e for bucket in self._share for e in bucket if arrays[e.name][0] != e]
+        # At once, because a sharded tensor is whole only here, and merged ones would fill a GPU.
+        held = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in self._exporter.tensors(mine, self._gather)
+        }
+        wrong = [e for bucket in self._share for e in bucket if entry_of(e.name, held[e.name]) != e]
         if wrong:
             raise RuntimeError(f"weight {wrong[0].name} changed its shape or type since the index was made")
-        return len(self._share), *([arrays[entry.name][1] for entry in bucket] for bucket in self._share)
+        return len(self._share), *(to_arrays(held[entry.name] for entry in bucket) for bucket in self._share)
 
     def adapter_config(self) -> str:
         """The adapter's PEFT configuration as JSON text, as in adapter_config.json."""

@@ -303,6 +303,8 @@ def test_ranks_share_the_publication_and_miss_nothing(worlds: dict[int, World]) 
     from raytune_rl.runtime.weights import read
 
     manifest = worlds[2].policy.publish(0)
+    arrays = [array for bucket in manifest.buckets for array in ray.get(bucket, timeout=30)]
+    assert len(arrays) == 2, "matrices and vectors: each kind lies together in DeepSpeed's flat buffer"
     published = {name: tensor.numpy() for name, tensor in read(manifest, 30.0)}
     expected = {n.removeprefix("model."): w for n, w in worlds[2].weights().items()}
     assert published.keys() == expected.keys()

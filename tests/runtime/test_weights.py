@@ -11,6 +11,8 @@ import torch
 
 from raytune_rl.errors import StaleWeightsError
 from raytune_rl.runtime.weights import (
+    LONG_BYTES,
+    PLAIN_BYTES,
     Manifest,
     TensorEntry,
     WeightStore,
@@ -20,7 +22,9 @@ from raytune_rl.runtime.weights import (
     from_bytes,
     plan_buckets,
     read,
+    split,
     start_store,
+    to_arrays,
     to_bytes,
 )
 
@@ -114,6 +118,55 @@ def test_a_parameter_needs_no_detaching() -> None:
     assert to_bytes(parameter).nbytes == 8
 
 
+# -- arrays ------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_in_memory_share_an_array() -> None:
+    flat, other = torch.arange(20.0), torch.arange(6, dtype=torch.bfloat16)
+    tensors = {
+        "first": flat[:6].view(2, 3),
+        "none": flat[6:6],
+        "next": flat[6:10],
+        "after a gap": flat[11:13],
+        "turned": flat[13:19].view(2, 3).T,
+        "back": flat[19:],
+        "other": other[:3],
+        "of another kind": other[3:].view(torch.int16),
+    }
+    arrays = to_arrays(tensors.values())
+    assert [a.nbytes for a in arrays] == [40, 8, 24, 4, 6, 6]
+    assert all(a.dtype == np.uint8 and a.ndim == 1 for a in arrays)
+    assert arrays[0].ctypes.data == flat.data_ptr(), "a view, not a copy"
+    got = dict(split(arrays, [entry_of(name, tensor) for name, tensor in tensors.items()]))
+    assert list(got) == list(tensors)
+    for name, tensor in tensors.items():
+        assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(got[name], tensor), name
+
+
+def test_a_short_run_is_cut_where_ray_would_start_threads() -> None:
+    half = PLAIN_BYTES // 2
+    short = torch.zeros(5 * half, dtype=torch.uint8).split(half)
+    assert [a.nbytes for a in to_arrays(short)] == [2 * half, 2 * half, half]
+    large = torch.zeros(6 * half, dtype=torch.uint8).split(3 * half)
+    assert [a.nbytes for a in to_arrays(large)] == [3 * half, 3 * half], "a tensor lies within one array"
+    long = torch.zeros(LONG_BYTES, dtype=torch.uint8).split(half)
+    assert [a.nbytes for a in to_arrays(long)] == [LONG_BYTES]
+
+
+def test_tensors_come_out_of_any_cut_into_arrays() -> None:
+    """One array a tensor, as another publisher may give them, with empty ones among them."""
+    described = entries(3, 0, 5, 0)
+    whole = np.arange(8, dtype=np.uint8)
+    empty = whole[:0]
+    for arrays in ([whole], [whole[:3], whole[3:]], [empty, whole[:3], empty, whole[3:], empty]):
+        got = dict(split(arrays, described))
+        assert [t.tolist() for t in got.values()] == [[0, 1, 2], [], [3, 4, 5, 6, 7], []]
+    assert next(split([], entries(0)))[1].shape == (0,)
+    with pytest.raises(ValueError, match="a bucket of 7 bytes for tensors of 8"):
+        list(split([whole[:7]], described))
+
+
 # -- versions ----------------------------------------------------------------------------------------------
 
 
@@ -146,7 +199,7 @@ class Publisher:
     """Gives its buckets as return values, as a policy rank does, and may be gone afterwards."""
 
     def publish(self, tensors: list[torch.Tensor]) -> tuple[str, Any]:
-        return "done", [to_bytes(tensor) for tensor in tensors]
+        return "done", to_arrays(tensors)
 
 
 @pytest.mark.cluster

@@ -46,7 +46,6 @@ def main() -> int:
                 num_generations=8,
                 num_generations_eval=2,
                 per_device_train_batch_size=128,
-                per_device_eval_batch_size=2,
                 max_completion_length=32,
                 temperature=1.0,
                 learning_rate=7e-5,

@@ -249,26 +249,6 @@ def sft_schedule_of(config: SFTConfig | PreferenceConfig, world_size: int, n_row
     )
 
 
-def check_eval_batch(config: RLHFConfig, world_size: int) -> None:
-    """An evaluation batch must hold whole groups. Nothing to check without validation data.
-
-    Raises:
-        ConfigError: it does not; the message offers the nearest sizes that do.
-    """
-    if not config.val_dataset and config.split_dataset_ratio == 0:
-        return
-    group = config.num_generations if config.num_generations_eval is None else config.num_generations_eval
-    size = config.per_device_eval_batch_size
-    if (world_size * size) % group:
-        near = offers.near(size, lambda n: (world_size * n) % group == 0)
-        raise ConfigError(
-            f"An evaluation batch of {world_size * size} completions ({world_size} policy workers * "
-            f"--per_device_eval_batch_size {size}) does not hold whole groups of {group} "
-            "(--num_generations_eval). "
-            f"Nearest --per_device_eval_batch_size that works: {near}."
-        )
-
-
 def _total_steps(steps_per_epoch: int, epochs: float, max_steps: int) -> int:
     if max_steps > 0:
         return max_steps

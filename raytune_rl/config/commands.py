@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 
 from raytune_rl.config import deepspeed as presets
-from raytune_rl.config.batching import check_eval_batch, grpo_batch_of
+from raytune_rl.config.batching import grpo_batch_of
 from raytune_rl.config.cluster import OnlineGroupsOptions, PolicyGroupOptions
 from raytune_rl.config.corrections import CorrectionOptions
 from raytune_rl.config.data import DataOptions
@@ -122,7 +122,6 @@ class RLHFConfig(
             )
         if self.policy_workers is not None:
             grpo_batch_of(self, self.policy_workers)
-            check_eval_batch(self, self.policy_workers)
         return self
 
     def _check_lora_on_the_wire(self) -> None:

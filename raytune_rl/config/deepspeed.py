@@ -143,6 +143,11 @@ def check(
                 f"--deepspeed: the configuration sets {name} to {config[name]!r}, but --{flag} {other}: give "
                 f'--{flag} {config[name]} too, or write "auto" in the configuration.'
             )
+    if config.get("zero_optimization", {}).get("compute_grad_norm", True) is False:
+        raise ConfigError(
+            "--deepspeed: the configuration sets zero_optimization.compute_grad_norm to False, but the "
+            "gradient's norm is told on every step: leave it out."
+        )
     if config.get("train_batch_size", "auto") != "auto":
         raise ConfigError(
             f"--deepspeed: the configuration sets train_batch_size to {config['train_batch_size']!r}, which "

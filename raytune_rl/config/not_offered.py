@@ -28,7 +28,7 @@ IDLE: dict[str, tuple[tuple[str, ...], str]] = {
     "resume_only_model": (_FALSE, "a resumed run takes up the optimizer too"),
     "disable_auto_column_mapping": (_FALSE, "columns are found by their names; --columns renames others"),
     "dataloader_drop_last": (_FALSE, "the last step of an epoch may hold fewer rows; none is dropped"),
-    "group_by_length": (_FALSE, "the rows of a step are grouped by length, its order is drawn"),
+    "group_by_length": (_FALSE, "which rows a step has is drawn; only within it are they grouped by length"),
     "gc_collect_after_offload": (
         _ANY,
         "collecting by hand clashed with vLLM's allocator, and ms-swift has removed it too",
@@ -66,7 +66,7 @@ _TEACHER = "distillation (GKD) is not built"
 
 NOT_BUILT: dict[str, str] = {
     # tuner
-    "adapter_name": "", "aligner_lr": _ONE_RATE, "vit_lr": _ONE_RATE, "lorap_lr_ratio": _ONE_RATE,
+    "aligner_lr": _ONE_RATE, "vit_lr": _ONE_RATE, "lorap_lr_ratio": _ONE_RATE,
     "freeze_parameters": "freeze parts by --freeze_llm, --freeze_vit, --freeze_aligner",
     "freeze_parameters_ratio": "freeze parts by --freeze_llm, --freeze_vit, --freeze_aligner",
     "freeze_parameters_regex": "freeze parts by --freeze_llm, --freeze_vit, --freeze_aligner",
@@ -97,13 +97,13 @@ NOT_BUILT: dict[str, str] = {
     "max_epochs": "use --num_train_epochs", "use_logits_to_keep": "logits are made a piece at a time",
     "acc_strategy": "token_acc counts tokens",
     "average_tokens_across_devices": "a loss is always such a mean",
-    "galore_rank": "", "loss_type_sft": "", "task_type": "", "num_labels": "", "problem_type": "",
+    "galore_rank": "", "task_type": "", "num_labels": "", "problem_type": "",
     "swanlab_project": "SwanLab's own SWANLAB_* variables say it",
     "swanlab_token": "SwanLab's own SWANLAB_* variables say it",
     "swanlab_exp_name": "SwanLab's own SWANLAB_* variables say it",
     # model and data
     "model_type": _TEMPLATE, "template": _TEMPLATE, "template_backend": _TEMPLATE, "model_revision": "",
-    "rope_scaling": "", "new_special_tokens": "", "max_model_len_override": "", "response_prefix": "",
+    "rope_scaling": "", "new_special_tokens": "", "response_prefix": "",
     "padding_side": "rows are laid out as they must be", "norm_bbox": "", "agent_template": _TEMPLATE,
     "use_chat_template": "", "enable_thinking": "", "add_non_thinking_prefix": "",
     "cached_dataset": "", "custom_dataset_info": "", "interleave_prob": "", "stopping_strategy": "",

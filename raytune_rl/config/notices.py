@@ -34,8 +34,10 @@ def notices_for(config: Options) -> tuple[str, ...]:
 
 
 def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str]:
+    why = "held-out rows are evaluated together, --max_tokens_per_micro_batch tokens at a time"
+    yield from _idle(config, ("per_device_eval_batch_size",), why)
     if not resolved.has_validation(config):
-        names = ("eval_steps", "per_device_eval_batch_size", "num_generations_eval", "eval_temperature")
+        names = ("eval_steps", "num_generations_eval", "eval_temperature")
         why = "there is no validation data (--val_dataset or --split_dataset_ratio)"
         yield from _idle(config, names, why)
     elif config.save_steps % resolved.eval_steps(config):

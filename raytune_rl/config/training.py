@@ -28,7 +28,12 @@ class TrainingOptions(Options):
     per_device_train_batch_size: int = _length(
         1, "Rows per policy worker and accumulation step. In GRPO it counts completions, not prompts.", ge=1
     )
-    per_device_eval_batch_size: int = _length(1, "The same in evaluation.", ge=1)
+    per_device_eval_batch_size: int = _length(
+        1,
+        "Without effect, as all held-out rows are evaluated together: --max_tokens_per_micro_batch says how "
+        "many at a time.",
+        ge=1,
+    )
     gradient_accumulation_steps: int | None = _length(
         None,
         "Accumulation steps per optimizer step. Not set: 1 in GRPO; "

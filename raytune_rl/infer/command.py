@@ -28,7 +28,7 @@ from raytune_rl.runtime.cluster import ClusterInfo, reserve, session
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, stream
 from raytune_rl.tracking.files import in_short, json_line
-from raytune_rl.workers.rollout import GPU_SHARE, EngineSpec, Piece, RolloutWorker, Sampling, rollout_env
+from raytune_rl.workers.rollout import EngineSpec, Piece, RolloutWorker, Sampling, rollout_env
 
 ROWS_AT_A_TIME = 256
 """Rows that one engine answers before they are written down."""

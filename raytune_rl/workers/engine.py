@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,17 @@ if TYPE_CHECKING:
 Rate = Callable[[int], float]
 
 
-def start_engine(module: torch.nn.Module, spec: OptimizerSpec) -> tuple[Any, Rate]:
+def start_engine(module: torch.nn.Module, spec: OptimizerSpec, dtype: torch.dtype) -> tuple[Any, Rate]:
     """Wraps a module in a DeepSpeed engine inside the world that torch.distributed has joined.
 
     Accumulation is left to the caller, who marks the last backward of a step; DeepSpeed itself is told of
     none, so that it scales nothing.
+
+    Args:
+        module: What is trained, on its device.
+        spec: How.
+        dtype: What the model computes in. In float16 DeepSpeed scales the loss, which gradients need there,
+            adapters' too. Whatever is trained in 16 bits has float32 master weights.
 
     Returns:
         The engine, and the learning rate as a function of the optimizer step (from 0).
@@ -35,9 +42,50 @@ def start_engine(module: torch.nn.Module, spec: OptimizerSpec) -> tuple[Any, Rat
         eps=spec.epsilon,
     )
     trainable = [p for p in module.parameters() if p.requires_grad]
-    config = fill_auto(spec.deepspeed, _known(spec, trainable))
+    # Buckets larger than the model only cost memory.
+    preferred = {"zero_optimization.reduce_bucket_size": min(sum(p.numel() for p in trainable), int(2e8))}
+    sharded = spec.deepspeed.get("zero_optimization", {}).get("stage") == 3
+    config = fill_auto(spec.deepspeed, _known(spec, trainable, dtype), preferred if sharded else None)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if hasattr(engine.optimizer, "fp32_groups"):
+        _undo_first_step(engine.optimizer)
     return engine, learning_rate(spec)
+
+
+def _undo_first_step(optimizer: Any) -> None:
+    """In 16 bits without ZeRO, DeepSpeed makes AdamW's state by a step on zeros: it would count as one, and
+    decays the master weights.
+    """
+    for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+        for master, weight in zip(masters, weights, strict=True):
+            master.data.copy_(weight.data)
+    optimizer.optimizer.state.clear()
+
+
+def step(engine: Any) -> float:
+    """One optimizer step on the gradient that has been accumulated.
+
+    Returns:
+        The gradient's norm over all ranks, before clipping. Where it is infinite the step was left out,
+        because the gradient was not finite: weights and optimizer state are as they were.
+    """
+    if not (engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled()):
+        # DeepSpeed neither looks at the gradient here nor tells its norm.
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in trained(engine) if p.grad is not None]))
+        if not math.isfinite(norm):
+            engine.zero_grad()
+            return math.inf
+        engine.step()
+        return norm
+    unfused = getattr(engine.optimizer, "loss_scale_config", None)
+    scale = 1.0 if unfused is None else unfused.cur_scale  # ZeRO's norm is without the scale already
+    engine.step()
+    return float(engine.get_global_grad_norm()) / scale if engine.was_step_applied() else math.inf
+
+
+def trained(engine: Any) -> list[torch.nn.Parameter]:
+    """The parameters that the engine trains."""
+    return [p for p in engine.module.parameters() if p.requires_grad]
 
 
 def is_sharded(engine: Any) -> bool:
@@ -84,21 +132,19 @@ def learning_rate(spec: OptimizerSpec) -> Rate:
     return lambda step: spec.learning_rate * float(factor(step))
 
 
-def _known(spec: OptimizerSpec, trainable: list[torch.nn.Parameter]) -> dict[str, Any]:
+def _known(spec: OptimizerSpec, trainable: list[torch.nn.Parameter], dtype: torch.dtype) -> dict[str, Any]:
     """What DeepSpeed's "auto" values come to."""
-    dtype = trainable[0].dtype
-    # Buckets larger than the model only cost memory.
-    numel = sum(p.numel() for p in trainable)
-    known: dict[str, Any] = {
+    # Adapters beside a bfloat16 base are float32 and can stay so; modules trained whole are as their base.
+    bf16 = dtype == torch.bfloat16 and (
+        spec.deepspeed.get("bf16", {}).get("enabled") is True
+        or any(p.dtype == torch.bfloat16 for p in trainable)
+    )
+    return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": spec.max_grad_norm,
-        "bf16.enabled": dtype == torch.bfloat16,
+        "bf16.enabled": bf16,
         "fp16.enabled": dtype == torch.float16,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    zero = spec.deepspeed.get("zero_optimization", {})
-    if zero.get("stage") == 3:
-        known["zero_optimization.reduce_bucket_size"] = min(numel, int(2e8))
-    return known

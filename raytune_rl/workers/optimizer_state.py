@@ -24,6 +24,7 @@ from raytune_rl.tracking.files import follow_umask
 
 INDEX = "optimizer.json"
 MASTER = "master"
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def save(engine: Any, directory: Path, rank: int, world_size: int) -> None:
@@ -41,6 +42,7 @@ def save(engine: Any, directory: Path, rank: int, world_size: int) -> None:
             "world_size": world_size,
             "stage": engine.zero_optimization_stage(),
             "group_numels": _group_numels(engine),
+            "loss_scale": _loss_scale(engine),
         }
         (directory / INDEX).write_text(json.dumps(index))
 
@@ -90,6 +92,37 @@ def load(engine: Any, directory: Path, rank: int, world_size: int) -> None:
         _renew_sharded(engine.optimizer)
     elif stage:
         engine.optimizer.update_lp_params()
+    else:
+        _renew_replicated(engine.optimizer)
+    scaler = _loss_scaler(engine)
+    for name, value in (index.get("loss_scale") or {}).items():
+        if scaler is not None:
+            setattr(scaler, name, value)
+
+
+def _renew_replicated(optimizer: Any) -> None:
+    """Copies the master weights that 16-bit training without ZeRO has into those that the model computes
+    with.
+    """
+    masters, weights = getattr(optimizer, "fp32_groups", ()), getattr(optimizer, "fp16_groups", ())
+    for master, weight in zip(masters, weights, strict=True):
+        for source, target in zip(master, weight, strict=True):
+            target.data.copy_(source.data)
+
+
+def _loss_scaler(engine: Any) -> Any | None:
+    """What adapts the loss scale of float16; None in other types."""
+    if not engine.fp16_enabled():
+        return None
+    held = engine.optimizer
+    return getattr(held, "loss_scaler", None) or getattr(held, "loss_scale_config", None)
+
+
+def _loss_scale(engine: Any) -> dict[str, float]:
+    """The state of the loss scale, by the names that DeepSpeed gives its parts."""
+    scaler = _loss_scaler(engine)
+    state = {} if scaler is None else vars(scaler)
+    return {name: state[name] for name in _SCALE if state.get(name) is not None}
 
 
 def _renew_sharded(optimizer: Any) -> None:

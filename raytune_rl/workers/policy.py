@@ -109,7 +109,8 @@ class TrainResult:
 
     Attributes:
         metrics: Mergeable sums over this rank's rows, "loss" among them.
-        grad_norm: Global gradient norm before clipping; the same on every rank.
+        grad_norm: Global gradient norm before clipping; the same on every rank. Infinite: the gradient was
+            not finite, and the step was left out.
         learning_rate: Of this step.
         seconds: Time of the step on this rank.
         tokens: Tokens that went through the model, padding included.
@@ -184,7 +185,7 @@ class PolicyWorker:
         import torch
 
         from raytune_rl.algorithms.registry import get_loss
-        from raytune_rl.models.load import enable_gradient_checkpointing, load_tokenizer
+        from raytune_rl.models.load import DTYPES, enable_gradient_checkpointing, load_tokenizer
         from raytune_rl.models.tuner import apply_tuner, trains_vision
         from raytune_rl.models.weights import WeightExporter, whole
         from raytune_rl.rewards.plugins import load_plugins
@@ -213,7 +214,9 @@ class PolicyWorker:
         )
         # Planned before the engine cuts the parameters up.
         self._exporter = WeightExporter(scorer, spec.publish_mode) if spec.publish_mode else None  # type: ignore[arg-type]
-        self._engine, self._rate = start_engine(scorer, spec.optimizer)
+        asked = spec.model.dtype
+        computes_in = loaded.model.dtype if asked is None else DTYPES[asked]
+        self._engine, self._rate = start_engine(scorer, spec.optimizer, computes_in)
         self._offload = Offload(self._engine)
         self._gather = gathered if is_sharded(self._engine) else whole
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
@@ -237,15 +240,15 @@ class PolicyWorker:
             step: Number of the step, from 0: it alone decides learning rate and dropout, so a resumed run
                 repeats them.
         """
+        from raytune_rl.workers import engine
+
         started = time.perf_counter()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self._rate(step)
         metrics, tokens = self._backward(batch, step)
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
         return TrainResult(
             metrics=metrics,
-            grad_norm=float(norm) if norm is not None else float("nan"),
+            grad_norm=engine.step(self._engine),
             learning_rate=self._rate(step),
             seconds=time.perf_counter() - started,
             tokens=tokens,

@@ -221,6 +221,38 @@ def test_without_its_adapter_the_policy_is_what_it_started_from(
     assert world.train(rows, range(2, 4)) == rest
 
 
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("zero0", "float32"), ("zero0", "bfloat16"), ("zero2", "bfloat16"), ("zero3", "float32")],
+)
+def test_a_gradient_that_is_not_finite_leaves_no_trace(
+    worlds: dict[int, World],
+    straight: tuple[Rows, list[float]],
+    tiny: Tiny,
+    tmp_path: Path,
+    variant: str,
+    dtype: str,
+) -> None:
+    """The step is left out; what follows, and a resume, are as if it had not been."""
+    rows, expected = straight
+    world, spec = worlds[2], spec_of(sft(tiny, variant, torch_dtype=dtype))
+    world.become(spec)
+    losses = world.train(rows, range(2))
+    assert losses == pytest.approx(expected[:2], abs=2e-5 if dtype == "float32" else 0.05)
+    world.policy.save(tmp_path, only_model=False)
+
+    def norm(weights: np.ndarray) -> float:
+        step = world.policy.train(rows.pointers, rows.lengths, {"weight": weights}, {}, 2)
+        return step.metrics["grad_norm"]
+
+    assert norm(np.full_like(rows.weights, np.nan)) == np.inf
+    rest = [norm(rows.weights), *world.train(rows, range(3, 5))]
+    assert 0 < rest[0] < 100
+    world.become(spec)
+    world.policy.load(tmp_path)
+    assert [norm(rows.weights), *world.train(rows, range(3, 5))] == rest
+
+
 @pytest.mark.parametrize("wire", ["merged", "adapter"])
 def test_a_sharded_adapter_is_published_and_saved(
     worlds: dict[int, World], straight: tuple[Rows, list[float]], tiny: Tiny, tmp_path: Path, wire: str

@@ -114,7 +114,6 @@ def uninterrupted(cluster: None, tiny: Tiny, tmp_path_factory: pytest.TempPathFa
             per_device_train_batch_size=4,
             val_dataset=str(tiny.data.held_out),
             num_generations_eval=2,
-            per_device_eval_batch_size=1,
             eval_steps=2,
         )
         result = online.run(chosen)

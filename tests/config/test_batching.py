@@ -11,7 +11,6 @@ import pytest
 from raytune_rl.config import RLHFConfig
 from raytune_rl.config.batching import (
     GRPOBatch,
-    check_eval_batch,
     grpo_batch,
     grpo_batch_of,
     grpo_schedule,
@@ -198,14 +197,6 @@ def test_config_and_numbers_agree() -> None:
     assert not batch.on_policy
     # 17 prompts: 2 generations of 8, twice, each for 2 iterations of 2 steps.
     assert grpo_schedule_of(config, 4, n_prompts=17).total_steps == 2 * 2 * 2 * 2
-
-
-def test_evaluation_must_hold_whole_groups_when_there_is_evaluation() -> None:
-    settings = {"model": "m", "dataset": "d", "reward_funcs": "accuracy", "per_device_eval_batch_size": 3}
-    check_eval_batch(RLHFConfig(**settings), world_size=2)
-    with pytest.raises(ConfigError, match=r"works: 4\.$"):
-        check_eval_batch(RLHFConfig(**settings, val_dataset="v"), world_size=2)
-    check_eval_batch(RLHFConfig(**settings, val_dataset="v", num_generations_eval=6), world_size=2)
 
 
 def test_sft_rows_and_steps() -> None:

@@ -101,6 +101,7 @@ def test_a_value_that_is_only_preferred_gives_way() -> None:
         ({"gradient_accumulation_steps": 8}, "--gradient_accumulation_steps is not given"),
         ({"train_micro_batch_size_per_gpu": 4}, "--per_device_train_batch_size is 1: give"),
         ({"gradient_clipping": 0.5}, "--max_grad_norm is 1.0: give --max_grad_norm 0.5 too"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "norm is told on every step"),
         ({"train_batch_size": 16}, "train_batch_size to 16, which follows from"),
     ],
 )

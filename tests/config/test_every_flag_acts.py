@@ -29,6 +29,7 @@ RESOLVES = {"resolved.py", "batching.py", "commands.py"}
 """Files of `config/` whose functions the pipelines call."""
 OTHERWISE = {
     "use_vllm": "false is refused: the engines are vLLM's",
+    "per_device_eval_batch_size": "a notice says that it has no effect",
     "quant_method": "it has one value, which --quant_bits goes with",
     "reward_model_plugin": "default, the only value, is what happens anyway",
 }

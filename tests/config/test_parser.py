@@ -248,6 +248,7 @@ def test_image_settings_of_the_environment_give_way_to_flags() -> None:
     ("argv", "part"),
     [
         (["--eval_steps", "5"], "--eval_steps does nothing: there is no validation data"),
+        (["--per_device_eval_batch_size", "4"], "held-out rows are evaluated together"),
         (["--train_type", "full", "--lora_rank", "4"], "--lora_rank does nothing"),
         (["--max_steps", "4", "--num_train_epochs", "1"], "--num_train_epochs does nothing"),
         (["--lr_scheduler_type", "constant", "--warmup_steps", "3"], "--warmup_steps does nothing"),

@@ -142,7 +142,6 @@ def test_dapo_learns_on_the_real_stack(task: Task, tmp_path: Path) -> None:
             num_generations=8,
             num_generations_eval=4,
             per_device_train_batch_size=128,
-            per_device_eval_batch_size=4,
             temperature=1.0,
             learning_rate=4e-4,
             lr_scheduler_type="constant",

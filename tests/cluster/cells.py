@@ -53,7 +53,9 @@ class Rows:
 def rows_of(config: SFTConfig, directory: Path) -> Rows:
     """The rows of `config.dataset`, as the data task makes them."""
     bad_rows = str(directory / "quarantine.jsonl")
-    columns, facts, *_ = encode_rows_task(config, "sft", bad_rows, ImagePlaces(".", False))
+    places = ImagePlaces(".", inline=False, one_machine=False)
+    told = encode_rows_task(config, "sft", bad_rows, places, str(directory / "cache"))
+    facts, columns, *_ = (item for item in told if not isinstance(item, str))
     ref = ray.put(columns)
     lengths, loss_lengths, *_ = facts
     pointers = [RowPointer(ref, row) for row in range(len(lengths))]

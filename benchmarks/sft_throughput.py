@@ -3,13 +3,14 @@
 One run measures, on the same model, rows, threads and number type (float32):
 
   ours      the pipeline itself, unpacked and packed; one policy worker
-  bare      a plain PyTorch loop on the very rows of each of our steps, one padded batch a step, in turns with
-            ours, so that a busy neighbour disturbs both alike
+  bare      a plain PyTorch loop on the very rows of each of our steps, one padded batch a step
   TRL       SFTTrainer on the same file, with its defaults and with our batch and number type, in an
             environment of its own under .cache; left out with a line where it cannot be installed
 
-and prints tokens a second (those of the rows, padding not counted) and the ratios. Figures are medians over
-steps. Nothing else is downloaded: the model is the 2.5 M-parameter one of raytune_rl.tiny.
+All take their steps in turns, one after another, each in a process that is started and warm before, so that a
+busy neighbour disturbs all alike. It prints tokens a second (those of the rows, padding not counted) and what
+ours are of each peer's: medians over steps, of the ratios the medians of the turns' own ratios. Nothing else
+is downloaded: the model is the 2.5 M-parameter one of raytune_rl.tiny.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,20 +43,69 @@ ROOT = Path(__file__).parents[1]
 TRL_PYTHON = ROOT / ".cache" / "trl" / "bin" / "python"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step: tokens of its rows, and seconds of us and of the bare loop."""
+BARE, DEFAULTS, SAME = "bare loop", "TRL, its defaults", "TRL, our batch, float32"
 
-    tokens: int
+
+@dataclass(frozen=True)
+class Turn:
+    """One step of each: tokens of rows a second."""
+
     ours: float
-    bare: float
+    peers: dict[str, float]
+
+
+class Trl:
+    """TRL in a process of its own, which takes a step when it is told to.
+
+    Args:
+        flags: Of `peers/trl_sft.py`.
+        threads: Of torch.
+        errors: File for what it prints.
+    """
+
+    def __init__(self, flags: Sequence[str], threads: int, errors: Path) -> None:
+        # Not as a module of this folder, and without our environment's packages.
+        environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self._errors = errors
+        with errors.open("w") as file:
+            self._process = subprocess.Popen(
+                [str(TRL_PYTHON), str(ROOT / "benchmarks" / "peers" / "trl_sft.py"), *flags],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=environ | {"OMP_NUM_THREADS": str(threads)},
+            )
+
+    def answer(self) -> dict[str, Any]:
+        """What it says next."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"TRL failed:\n{self._errors.read_text()[-2000:]}")
+        return dict(json.loads(line))
+
+    def step(self) -> float:
+        """Takes a step; tokens of rows a second."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        done = self.answer()
+        return float(done["tokens"] / done["seconds"])
+
+    def close(self) -> None:
+        """Ends it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
 
 
 class MeasuredSFT(offline.OfflineRun):
-    """The product's loop; after each step the peer does the same work. No checkpoint is written."""
+    """The product's loop; after each step the peers have their turn. No checkpoint is written."""
 
     warmup: ClassVar[int]
-    measured: ClassVar[list[Step]]
+    trl: ClassVar[dict[str, Trl]]
+    measured: ClassVar[list[Turn]]
 
     def train(self) -> None:
         threads = str(self.groups.threads["policy"])
@@ -73,8 +123,9 @@ class MeasuredSFT(offline.OfflineRun):
             ours = time.perf_counter() - began
             pointers, lengths, *_ = self.batch(self.rows, batch)
             bare, _ = ray.get(self.peer.step.remote(pointers))
+            peers = {BARE: sum(lengths) / bare} | {name: peer.step() for name, peer in self.trl.items()}
             if self.run.step > self.warmup:
-                self.measured.append(Step(sum(lengths), ours, bare))
+                self.measured.append(Turn(sum(lengths) / ours, peers))
 
 
 def write_rows(path: Path, shape: str, rows: int, seed: int = 0) -> Path:
@@ -89,7 +140,7 @@ def write_rows(path: Path, shape: str, rows: int, seed: int = 0) -> Path:
     return path
 
 
-def ours(options: argparse.Namespace, model: Path, data: Path, output: Path, packing: bool) -> list[Step]:
+def run(options: argparse.Namespace, model: Path, data: Path, output: Path, packing: bool) -> list[Turn]:
     """Runs the product's pipeline with the measuring loop put in."""
     length = 1024
     config = SFTConfig(
@@ -140,61 +191,50 @@ def install_trl() -> str | None:
     return None
 
 
-def trl(options: argparse.Namespace, model: Path, data: Path, threads: int, *flags: str) -> list[float]:
-    """Tokens a second of each measured step of TRL."""
-    words = ["--model", str(model), "--data", str(data), "--steps", str(options.steps + options.warmup)]
-    words += ["--threads", str(threads), *flags]
-    # Not as a module of this folder, and without our environment's packages.
-    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [str(TRL_PYTHON), str(ROOT / "benchmarks" / "peers" / "trl_sft.py"), *words],
-        capture_output=True,
-        text=True,
-        env=environ,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"TRL failed:\n{done.stderr[-2000:]}")
-    steps = json.loads(done.stdout.strip().splitlines()[-1])["steps"]
-    return [tokens / seconds for tokens, seconds in steps[options.warmup :]]
+def start_trl(options: argparse.Namespace, model: Path, data: Path, threads: int) -> dict[str, Trl]:
+    """TRL with its defaults and with our settings, both ready to take a step."""
+    words = ["--model", str(model), "--data", str(data), "--threads", str(threads)]
+    flags = {DEFAULTS: words, SAME: [*words, "--plain", "--rows", str(options.rows)]}
+    started = {
+        name: Trl(given, threads, data.with_suffix(f".{number}.log"))
+        for number, (name, given) in enumerate(flags.items())
+    }
+    for peer in started.values():
+        peer.answer()
+    return started
 
 
-def measure(options: argparse.Namespace, scratch: Path) -> dict[str, dict[str, Any]]:
-    """By shape of the rows and by what ran: rates, and for ours the ratios to the bare loop."""
+def measure(options: argparse.Namespace, scratch: Path) -> dict[tuple[str, str], list[Turn]]:
+    """The turns, by shape of the rows and by how ours ran."""
     model = make_tiny_model(scratch / "model")
     threads = len(os.sched_getaffinity(0))
     missing = "not asked for" if options.no_trl else install_trl()
     if missing:
         print(f"TRL is left out: {missing}")
-    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    found: dict[tuple[str, str], list[Turn]] = {}
     for shape in ("equal", "ragged"):
         data = write_rows(scratch / f"{shape}.jsonl", shape, 64 * options.rows)
-        for name, packing in (("ours", False), ("ours, packed", True)):
-            steps = ours(options, model, data, scratch / "output", packing)
-            found[shape][name] = [s.tokens / s.ours for s in steps]
-            found[shape][f"{name} / bare"] = [s.bare / s.ours for s in steps]
-            if not packing:
-                found[shape]["bare loop"] = [s.tokens / s.bare for s in steps]
-        if not missing:
-            found[shape]["TRL, its defaults"] = trl(options, model, data, threads)
-            same = ("--plain", "--rows", str(options.rows))
-            found[shape]["TRL, our batch, float32"] = trl(options, model, data, threads, *same)
+        MeasuredSFT.trl = {} if missing else start_trl(options, model, data, threads)
+        for name, packing in (("unpacked", False), ("packed", True)):
+            found[shape, name] = run(options, model, data, scratch / "output", packing)
+        for peer in MeasuredSFT.trl.values():
+            peer.close()
     return found
 
 
-def table(found: dict[str, dict[str, Any]], markdown: bool) -> str:
-    """One row for what ran on each shape."""
-    header = ["rows", "what", "tokens/s", "min-max", "of the bare loop"]
+def table(found: dict[tuple[str, str], list[Turn]], markdown: bool) -> str:
+    """One row for each way ours ran on each shape."""
+    peers = list(next(iter(found.values()))[0].peers)
+    header = ["rows", "ours", "tokens/s"]
+    for peer in peers:
+        header += [f"{peer}: tokens/s", "ours / it", "min-max"]
     rows = []
-    for shape, measured in found.items():
-        bare = median(measured["bare loop"])
-        for name, rates in measured.items():
-            if name.endswith("/ bare"):
-                continue
-            ratio = median(measured.get(f"{name} / bare", [median(rates) / bare]))
-            rows.append(
-                [shape, name, f"{median(rates):,.0f}", spread([r / 1000 for r in rates]), f"{ratio:.2f}"]
-            )
+    for (shape, name), turns in found.items():
+        row = [shape, name, f"{median(t.ours for t in turns):,.0f}"]
+        for peer in peers:
+            ratios = [t.ours / t.peers[peer] for t in turns]
+            row += [f"{median(t.peers[peer] for t in turns):,.0f}", f"{median(ratios):.2f}", spread(ratios)]
+        rows.append(row)
     return render(header, rows, markdown)
 
 
@@ -219,13 +259,9 @@ def main() -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="raytune_rl_benchmark_") as scratch:
         found = measure(options, Path(scratch))
-    print(f"\nSFT, {options.rows} rows a step, float32 (medians of {options.steps} steps)")
+    print(f"\nSFT, {options.rows} rows a step, float32 (medians of {options.steps} turns)")
     print(f"{machine()}, {load:.1f} at the start\n")
     print(table(found, options.markdown))
-    for shape, measured in found.items():
-        if "TRL, its defaults" in measured:
-            best = max(median(measured["ours"]), median(measured["ours, packed"]))
-            print(f"{shape}: ours / TRL's defaults {best / median(measured['TRL, its defaults']):.2f}")
 
 
 if __name__ == "__main__":

@@ -148,6 +148,7 @@ def measure(megabytes: int, rounds: int, scratch: Path) -> tuple[int, list[Round
         )
         policy = PolicyGroup(group, spec, 4096, DEADLINE_S)
         policy.ready()
+        ray.get(store.__ray_ready__.remote())
         # Two versions stay in the store, so the first that can find its pages touched is the third or later.
         for version in range(rounds + 3):
             started = time.perf_counter()

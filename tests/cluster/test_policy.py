@@ -304,7 +304,8 @@ def test_ranks_share_the_publication_and_miss_nothing(worlds: dict[int, World]) 
 
     manifest = worlds[2].policy.publish(0)
     arrays = [array for bucket in manifest.buckets for array in ray.get(bucket, timeout=30)]
-    assert len(arrays) == 2, "matrices and vectors: each kind lies together in DeepSpeed's flat buffer"
+    # Each kind lies together in DeepSpeed's flat buffer: somewhat more than 1 MiB of matrices, and vectors.
+    assert len(arrays) == 3 < len(manifest.index[0])
     published = {name: tensor.numpy() for name, tensor in read(manifest, 30.0)}
     expected = {n.removeprefix("model."): w for n, w in worlds[2].weights().items()}
     assert published.keys() == expected.keys()

@@ -22,6 +22,7 @@ CHATML = (
 )
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _IMAGE = TAGS["images"]
+_MARK = "(what the turn says)"
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,9 @@ def assistant_spans(
 
     A range begins where the generation prompt ends, and ends with the end-of-turn mark, without white space
     after it.
-    It is found by rendering the conversation up to the turn and through it: each must be the beginning of the
-        whole.
+    It is found by rendering the conversation up to the turn and through it, which is the beginning of the
+    whole for most templates. One that writes earlier turns in another way (Qwen3 puts an empty thought before
+    the last answer alone) is followed as long as it leaves out nothing that the row says.
 
     Args:
         messages: The conversation.
@@ -166,8 +168,8 @@ def assistant_spans(
         render: `(messages, *, generation_prompt) -> str`.
 
     Raises:
-        DataError: The template writes a turn differently once others follow (Qwen3 removes earlier thoughts,
-            for example), so that what the model would see when it speaks is not what it would be trained on.
+        DataError: The template leaves a part of a turn out once others follow (Qwen3 removes earlier
+            thoughts), so that what the model would be trained on is not what the row says.
     """
     spans = {}
     for turn in turns:
@@ -177,14 +179,38 @@ def assistant_spans(
             )
         before = render(messages[:turn], generation_prompt=True)
         through = text if turn == len(messages) - 1 else render(messages[: turn + 1], generation_prompt=False)
-        if not (text.startswith(through) and through.startswith(before)):
+        end: int | None = None
+        if text.startswith(through) and through.startswith(before):
+            end = _end_of_turn(through, len(before), messages[turn].content)
+        elif text.startswith(before):
+            end = _end_in_history(messages, turn, text, before, render)
+        if end is None:
             raise DataError(
-                f"the chat template writes turn {turn} differently depending on what follows it, so its "
-                "tokens cannot be told from the rest. Train on the last round only (--loss_scale last_round) "
-                "or use another template"
+                f"the chat template does not write turn {turn} as the row has it once others follow (it may "
+                "leave out earlier thoughts). Train on the last round only (--loss_scale last_round) or use "
+                "another template"
             )
-        spans[turn] = (len(before), _end_of_turn(through, len(before), messages[turn].content))
+        spans[turn] = (len(before), end)
     return spans
+
+
+def _end_in_history(
+    messages: Sequence[Message], turn: int, text: str, before: str, render: Callable[..., str]
+) -> int | None:
+    """The end of a turn that is written as a part of the past; None where that is not the whole turn.
+
+    Another word in the turn's place shows what follows it, and alone, the mark that ends it.
+    """
+    marked = replace(messages[turn], content=_MARK)
+    _, *following = render([*messages[:turn], marked, *messages[turn + 1 :]], generation_prompt=False).split(
+        _MARK
+    )
+    _, *ending = render([*messages[:turn], marked], generation_prompt=False).split(_MARK)
+    if len(following) != 1 or len(ending) != 1 or not text.endswith(following[0]):
+        return None
+    mark, end = ending[0].rstrip(), len(text) - len(following[0])
+    whole = messages[turn].content.strip() in text[len(before) : end]
+    return end + len(mark) if whole and following[0].startswith(mark) else None
 
 
 def _end_of_turn(text: str, start: int, content: str) -> int:

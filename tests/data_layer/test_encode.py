@@ -119,13 +119,28 @@ def test_the_thought_that_qwen3_writes_is_trained_on_with_the_answer(qwen3):
     assert trained_text(qwen3, alone, 0) == [f"<think>\n\n</think>\n\n{BOT_1.content}<|im_end|>"]
     assert trained_text(qwen3, alone, 1) == ["<think>\nhm\n</think>\n\nFine.<|im_end|>"]
     row = example(USER_1, thinking, USER_2, BOT_2, line=7)
-    with pytest.raises(RowError, match=r"data.jsonl:7: .*turn 1 differently.*--loss_scale last_round"):
+    with pytest.raises(RowError, match=r"data.jsonl:7: .*write turn 1 as .*--loss_scale last_round"):
         encode_sft([row], qwen3)
     last = encode_sft([row], qwen3, loss_scale="last_round")
     assert trained_text(qwen3, last) == [f"<think>\n\n</think>\n\n{BOT_2.content}<|im_end|>"]
     text = qwen3.decode(last.tokens[0])
     assert "hm" not in text
     assert "Fine.<|im_end|>" in text, "what came before is seen, not learned"
+
+
+def test_earlier_answers_are_trained_on_as_qwen3_writes_the_past(qwen3):
+    """Without thoughts in the row nothing is lost, though the last answer alone gets an empty one."""
+    several = encode_sft([example(USER_1, BOT_1, USER_2, BOT_2)], qwen3)
+    assert trained_text(qwen3, several) == [
+        BOT_1.content + "<|im_end|>",
+        f"<think>\n\n</think>\n\n{BOT_2.content}<|im_end|>",
+    ]
+    echo = Message("assistant", USER_1.content)
+    found = encode_sft([example(USER_1, echo, USER_1, echo, USER_2, BOT_2)], qwen3)
+    assert trained_text(qwen3, found)[:2] == [USER_1.content + "<|im_end|>"] * 2
+    called = Message("assistant", "Let me see.\n")
+    used = encode_sft([example(USER_1, called, Message("tool", "42"), BOT_1)], qwen3)
+    assert trained_text(qwen3, used)[0] == "Let me see.\n<|im_end|>"
 
 
 def test_half_a_character_is_an_error_of_its_row(chatml):

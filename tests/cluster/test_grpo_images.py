@@ -118,7 +118,8 @@ def test_ppo_on_pictures(cluster: None, tmp_path: Path) -> None:
     assert told[3]["objective/kl"] != 0
     for first in (1, 3):
         assert told[first]["critic/grad_norm"] > 0
-        assert told[first + 1]["critic/value"] != told[first]["critic/value"], "the critic moves"
+        before, after = (told[step]["loss/value_avg"] for step in (first, first + 1))
+        assert after < before, "the critic learns from the same rows"
         assert told[first]["reward_std"] > 0
     assert (result.last_checkpoint / "critic" / "adapter_model.safetensors").is_file()  # type: ignore[operator]
 

@@ -51,14 +51,17 @@ class InspectedPolicy(PolicyWorker):
     """A policy worker that shows what a test wants to see."""
 
     def gradient(
-        self, batch: Any, layout: str, loss: str = "grpo", settings: Any = None
+        self, batch: Any, layout: str, loss: str | None = None, settings: Any = None
     ) -> dict[str, np.ndarray]:
-        """Full gradient of the step's loss, by parameter name, without stepping."""
+        """Full gradient of the step's loss (the worker's own, or another), by parameter name, without
+        stepping.
+        """
         from deepspeed.utils import safe_get_full_grad
 
         before = (self._spec, self._loss, self._settings)
         self._spec = replace(self._spec, model=replace(self._spec.model, layout=layout))
-        self._loss, self._settings = get_loss(loss), settings or self._settings
+        self._loss = self._loss if loss is None else get_loss(loss)
+        self._settings = settings or self._settings
         self._backward(batch, step=0)
         self._spec, self._loss, self._settings = before
         found = {n: safe_get_full_grad(p).numpy().copy() for n, p in self._engine.module.named_parameters()}

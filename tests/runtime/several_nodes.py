@@ -36,7 +36,7 @@ class Place:
 
 def config(**settings: Any) -> RLHFConfig:
     shape: dict[str, Any] = {"model": "m", "dataset": "d", "reward_funcs": "accuracy"}
-    return RLHFConfig(**shape, per_device_train_batch_size=8, **settings)
+    return RLHFConfig(**shape, train_type="full", per_device_train_batch_size=8, **settings)
 
 
 def reserved(groups: Sequence[GroupSpec]) -> dict[str, list[tuple[str, int]]]:

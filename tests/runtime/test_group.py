@@ -102,7 +102,9 @@ def test_a_loss_in_the_middle_of_the_work(started: Started, tmp_path: Path) -> N
 
 
 def test_work_that_always_loses_its_worker_ends(started: Started) -> None:
-    with pytest.raises(WorkerDiedError, match=rf"rollout\[0\] died during 'die'[\s\S]*{ATTEMPTS} times"):
+    # It dies at once: the answer to its set-up may be lost with it.
+    lost = rf"rollout\[0\] died during '(die|load)'[\s\S]*{ATTEMPTS} times"
+    with pytest.raises(WorkerDiedError, match=lost):
         started.group.map("die", ["", __file__])
     assert len(started.told) == ATTEMPTS - 1
 

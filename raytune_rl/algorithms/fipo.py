@@ -13,7 +13,7 @@ from torch import Tensor
 from raytune_rl.algorithms.metrics import MetricSums, mean_of
 from raytune_rl.algorithms.policy_loss import (
     GRPOSettings,
-    clipped_surrogate,
+    clipped_by_settings,
     policy_columns,
     policy_loss,
     policy_rows,
@@ -102,16 +102,7 @@ def fipo_loss(inputs: LossInputs) -> LossOutput:
 
     def surrogate(ratio: Tensor, inputs: LossInputs) -> tuple[Tensor, MetricSums]:
         assert inputs.advantages is not None
-        token_loss, clips = clipped_surrogate(
-            ratio,
-            inputs.advantages,
-            inputs.row_of,
-            inputs.n_rows,
-            epsilon=settings.epsilon,
-            epsilon_high=settings.epsilon_high,
-            delta=settings.delta,
-            by_row=settings.importance_sampling_level != "token",
-        )
+        token_loss, clips = clipped_by_settings(ratio, inputs)
         old = inputs.columns.get("old_logprobs", inputs.logprobs.detach())
         weight, measured = influence(
             inputs.logprobs - old, ratio, inputs.advantages, inputs.row_of, inputs.n_rows, settings

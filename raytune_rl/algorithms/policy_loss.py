@@ -209,24 +209,25 @@ def clipped_surrogate(
     return token_loss, MetricSums(stats)
 
 
+def clipped_by_settings(ratio: Tensor, inputs: LossInputs) -> tuple[Tensor, MetricSums]:
+    """`clipped_surrogate` as the `GRPOSettings` of the inputs have it."""
+    settings: GRPOSettings = inputs.settings
+    assert inputs.advantages is not None
+    return clipped_surrogate(
+        ratio,
+        inputs.advantages,
+        inputs.row_of,
+        inputs.n_rows,
+        epsilon=settings.epsilon,
+        epsilon_high=settings.epsilon_high,
+        delta=settings.delta,
+        by_row=settings.importance_sampling_level != "token",
+    )
+
+
 def grpo_loss(inputs: LossInputs) -> LossOutput:
     """`policy_loss` with the clipped surrogate; PPO's policy loss too, given its advantages and beta 0."""
-    settings: GRPOSettings = inputs.settings
-
-    def surrogate(ratio: Tensor, inputs: LossInputs) -> tuple[Tensor, MetricSums]:
-        assert inputs.advantages is not None
-        return clipped_surrogate(
-            ratio,
-            inputs.advantages,
-            inputs.row_of,
-            inputs.n_rows,
-            epsilon=settings.epsilon,
-            epsilon_high=settings.epsilon_high,
-            delta=settings.delta,
-            by_row=settings.importance_sampling_level != "token",
-        )
-
-    return policy_loss(inputs, surrogate)
+    return policy_loss(inputs, clipped_by_settings)
 
 
 GRPO = register_loss(

@@ -53,7 +53,7 @@ class DataOptions(Options):
     root_image_dir: str | None = _setting(
         None, "Folder that relative paths of images start from. Not set: the current one."
     )
-    inline_images: bool | None = _setting(
+    inline_media: bool | None = _setting(
         None,
         "true: image files travel to the workers with the rows. false: their paths do, and every machine "
         "must see the files. Not set: true on a cluster that was running before, false on one started here.",

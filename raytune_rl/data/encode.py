@@ -22,10 +22,10 @@ from raytune_rl.data.chat import ChatTemplate
 from raytune_rl.data.encode_rows import EncodedRow, Failure, Job, LossScale, Truncation, encode_chunk
 from raytune_rl.data.example import Example, RowError
 from raytune_rl.data.mapped import RaggedWriter, int_array
+from raytune_rl.data.media_processor import MediaProcessor
+from raytune_rl.data.media_table import MediaWriter
 from raytune_rl.data.parallel import map_chunks
-from raytune_rl.data.pictures import PictureWriter
 from raytune_rl.data.ragged import Columns, Ragged
-from raytune_rl.data.vision import VisionProcessor
 from raytune_rl.errors import ConfigError, DataError
 
 _LOOKED_AT = 64
@@ -56,7 +56,7 @@ class EncodedPrompts:
         index: int64 `[n]`, increasing.
         dropped: The examples that are not among the rows.
         notices: Sentences for the user.
-        images: Columns of the rows' pictures (see `data.pictures`); empty when there are none.
+        images: Columns of the rows' pictures (see `data.media_table`); empty when there are none.
         given: The prompts with each picture's placeholders as one, as vLLM takes them beside the pictures;
             None when there are none.
     """
@@ -103,7 +103,7 @@ class EncodedSFT:
 
 
 @dataclass(frozen=True)
-class ImageSettings:
+class MediaSettings:
     """How rows with pictures are read.
 
     Attributes:
@@ -113,7 +113,7 @@ class ImageSettings:
             their paths. What came by URL or as bytes is always put in.
     """
 
-    vision: VisionProcessor
+    vision: MediaProcessor
     root: str | None = None
     inline: bool = False
 
@@ -127,7 +127,7 @@ def encode_prompts(
     strict: bool = True,
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
-    images: ImageSettings | None = None,
+    images: MediaSettings | None = None,
 ) -> EncodedPrompts:
     """Writes every conversation with the model's chat template and generation prompt, and tokenizes it.
 
@@ -156,7 +156,7 @@ def encode_prompts(
         )
     job = make_job(tokenizer, max_length, truncation_strategy, None, images)
     prompts, given = (RaggedWriter(name, np.int32, None) for name in ("prompt", "given"))
-    pictures = PictureWriter()
+    pictures = MediaWriter()
     index: list[int] = []
     dropped: list[Dropped] = []
     cut = 0
@@ -194,7 +194,7 @@ def encode_sft(
     strict: bool = True,
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
-    images: ImageSettings | None = None,
+    images: MediaSettings | None = None,
     folder: Path | None = None,
 ) -> EncodedSFT:
     """Writes every conversation with the model's chat template, tokenizes it and marks what is trained on.
@@ -244,7 +244,7 @@ class RowWriter:
         self.cut = 0
         self._tokens = RaggedWriter("tokens", np.int32, folder)
         self._mask = RaggedWriter("loss_mask", np.bool_, folder)
-        self._pictures = PictureWriter(folder)
+        self._pictures = MediaWriter(folder)
         self._trained = array("q")
         self._index = array("q")
 
@@ -299,7 +299,7 @@ def make_job(
     max_length: int | None,
     truncation: Truncation,
     loss_scale: LossScale | None,
-    images: ImageSettings | None,
+    images: MediaSettings | None,
 ) -> Job:
     if images is None:
         return Job(ChatTemplate.of(tokenizer), max_length, truncation, loss_scale)

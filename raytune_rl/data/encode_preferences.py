@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from raytune_rl.data.encode import (
     Dropped,
     EncodedSFT,
-    ImageSettings,
+    MediaSettings,
     RowWriter,
     cut_notice,
     make_job,
@@ -43,7 +43,7 @@ def encode_pairs(
     strict: bool = True,
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
-    images: ImageSettings | None = None,
+    images: MediaSettings | None = None,
     folder: Path | None = None,
 ) -> EncodedSFT:
     """Tokenizes both sides of every pair and marks their answers.
@@ -139,7 +139,7 @@ def encode_labelled(
     strict: bool = True,
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
-    images: ImageSettings | None = None,
+    images: MediaSettings | None = None,
     folder: Path | None = None,
 ) -> EncodedSFT:
     """Tokenizes labelled rows; arguments and errors as in `encode_sft`.

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from raytune_rl.data.chat import ChatTemplate, assistant_spans, trained_turns
 from raytune_rl.data.example import Example
-from raytune_rl.data.media import ImageError, fetch_image, shown
-from raytune_rl.data.pictures import Picture
-from raytune_rl.data.vision import VisionProcessor
+from raytune_rl.data.media import MediaError, fetch_medium, shown
+from raytune_rl.data.media_processor import MediaProcessor
+from raytune_rl.data.media_table import Medium
 from raytune_rl.errors import DataError
 
 Truncation = Literal["delete", "left", "right", "error"]
@@ -32,9 +32,9 @@ class Job:
     max_length: int | None
     truncation: Truncation
     loss_scale: LossScale | None  # None: prompts
-    vision: VisionProcessor | None = None
+    vision: MediaProcessor | None = None
     image_root: str | None = None  # where relative paths of pictures start
-    inline_images: bool = False  # carry the bytes of local files, for workers that do not see them
+    inline_media: bool = False  # carry the bytes of local files, for workers that do not see them
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class EncodedRow:
 
     tokens: NDArray[np.int32]
     mask: NDArray[np.bool_]
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Medium, ...] = ()
     given: NDArray[np.int32] | None = None
     cut: bool = False
 
@@ -81,7 +81,7 @@ def encode_chunk(job: Job, examples: Sequence[Example]) -> list[EncodedRow | Fai
             if example.images:
                 results.append(_with_images(job, example, text, found))
                 continue
-        except ImageError as error:
+        except MediaError as error:
             results.append(Failure("an image cannot be read", "strict", str(error)))
             continue
         except DataError as error:
@@ -129,9 +129,9 @@ def _with_images(
     assert job.vision is not None
     pictures, images = [], []
     for ref in example.images:
-        found = fetch_image(ref, job.image_root)
+        found = fetch_medium(ref, job.image_root)
         images.append(job.vision.decode(found.data, found.path or ref))
-        pictures.append(Picture.of(found, inline=job.inline_images))
+        pictures.append(Medium.of(found, inline=job.inline_media))
     try:
         expanded = job.vision.expand(text, images)
     except DataError as error:

@@ -27,12 +27,12 @@ URL_ATTEMPTS = 3
 _AGENT = "Mozilla/5.0 (compatible; raytune_rl)"
 
 
-class ImageError(DataError):
+class MediaError(DataError):
     """A picture cannot be read; the message names it and says why."""
 
 
 @dataclass(frozen=True)
-class EncodedImage:
+class MediaFile:
     """A picture's file in memory.
 
     Attributes:
@@ -46,7 +46,7 @@ class EncodedImage:
     digest: int
 
 
-def fetch_image(ref: MediaRef, root: str | None = None) -> EncodedImage:
+def fetch_medium(ref: MediaRef, root: str | None = None) -> MediaFile:
     """Reads the encoded bytes of a picture.
 
     Args:
@@ -54,25 +54,25 @@ def fetch_image(ref: MediaRef, root: str | None = None) -> EncodedImage:
         root: Folder that relative paths start from; the current one unless given.
 
     Raises:
-        ImageError: There is no such file, the URL does not answer, or the text is none of these.
+        MediaError: There is no such file, the URL does not answer, or the text is none of these.
     """
     if isinstance(ref, bytes):
-        return EncodedImage(ref, None, digest_of(ref))
+        return MediaFile(ref, None, digest_of(ref))
     if ref.startswith("data:"):
         data = _from_data_uri(ref)
-        return EncodedImage(data, None, digest_of(data))
+        return MediaFile(data, None, digest_of(data))
     if ref.startswith(("http://", "https://")):
         data = _download(ref)
-        return EncodedImage(data, None, digest_of(data))
+        return MediaFile(data, None, digest_of(data))
     path = Path(root or ".").absolute() / Path(ref.removeprefix("file://")).expanduser()
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         hint = "" if Path(ref).is_absolute() or "://" in ref else " (--root_image_dir is where they start)"
-        raise ImageError(f"image {shown(ref)}: there is no file {shown(str(path))}{hint}") from None
+        raise MediaError(f"image {shown(ref)}: there is no file {shown(str(path))}{hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ImageError(f"image {shown(ref)} cannot be read: {error}") from error
-    return EncodedImage(data, str(path), digest_of(data))
+        raise MediaError(f"image {shown(ref)} cannot be read: {error}") from error
+    return MediaFile(data, str(path), digest_of(data))
 
 
 def decode_image(data: bytes, name: MediaRef = b"", max_pixels: int | None = None) -> Image.Image:
@@ -84,7 +84,7 @@ def decode_image(data: bytes, name: MediaRef = b"", max_pixels: int | None = Non
         max_pixels: A larger picture is scaled down to this many pixels, keeping its shape.
 
     Raises:
-        ImageError: The bytes are no picture that Pillow knows, or are cut off.
+        MediaError: The bytes are no picture that Pillow knows, or are cut off.
     """
     try:
         with warnings.catch_warnings():
@@ -96,12 +96,12 @@ def decode_image(data: bytes, name: MediaRef = b"", max_pixels: int | None = Non
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow's message holds the address of the buffer, which tells nobody anything.
         why = "it is no picture in a known format" if "cannot identify" in str(error) else str(error)
-        raise ImageError(f"image {shown(name)} cannot be decoded: {why}") from error
+        raise MediaError(f"image {shown(name)} cannot be decoded: {why}") from error
     return image if max_pixels is None else _within(image, max_pixels)
 
 
 def digest_of(data: bytes) -> int:
-    """The digest of `EncodedImage`."""
+    """The digest of `MediaFile`."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -115,12 +115,12 @@ def shown(ref: MediaRef) -> str:
 def _from_data_uri(uri: str) -> bytes:
     head, comma, body = uri.partition(",")
     if not comma or not head.endswith(";base64"):
-        raise ImageError(f"image {shown(uri)}: a data URI must read data:image/...;base64,...")
+        raise MediaError(f"image {shown(uri)}: a data URI must read data:image/...;base64,...")
     try:
         # Line breaks inside are common, other foreign characters are damage.
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ImageError(f"image {shown(uri)}: its base64 text is damaged: {error}") from error
+        raise MediaError(f"image {shown(uri)}: its base64 text is damaged: {error}") from error
 
 
 def _download(url: str) -> bytes:
@@ -136,7 +136,7 @@ def _download(url: str) -> bytes:
                 break
         except (OSError, ValueError) as error:
             failure = error
-    raise ImageError(f"image {shown(url)} cannot be downloaded: {failure}") from failure
+    raise MediaError(f"image {shown(url)} cannot be downloaded: {failure}") from failure
 
 
 def _rgb(image: Image.Image) -> Image.Image:

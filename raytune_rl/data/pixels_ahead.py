@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from raytune_rl.data.pictures import Picture
+from raytune_rl.data.media_table import Medium
 
 T = TypeVar("T")
 Key = tuple[int, ...]
@@ -19,7 +19,7 @@ ROWS_AHEAD = 8
 """Rows whose pixels may wait for their turn: pixels are large."""
 
 
-def key_of(row: Sequence[Picture]) -> Key:
+def key_of(row: Sequence[Medium]) -> Key:
     """What the pixels of a row's pictures are known by."""
     return tuple(picture.digest for picture in row)
 
@@ -33,14 +33,14 @@ class PixelsAhead(Generic[T]):
         rows: Most rows that are made or being made, and not taken yet.
     """
 
-    def __init__(self, make: Callable[[Sequence[Picture]], T], threads: int, rows: int = ROWS_AHEAD) -> None:
+    def __init__(self, make: Callable[[Sequence[Medium]], T], threads: int, rows: int = ROWS_AHEAD) -> None:
         self._make = make
         self._limit = rows
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pixels") if threads else None
-        self._coming: deque[tuple[Key, Sequence[Picture]]] = deque()
+        self._coming: deque[tuple[Key, Sequence[Medium]]] = deque()
         self._pending: dict[Key, Future[T]] = {}
 
-    def expect(self, rows: Iterable[Sequence[Picture]]) -> None:
+    def expect(self, rows: Iterable[Sequence[Medium]]) -> None:
         """Rows that will be taken next, in this order; others that were expected are forgotten."""
         for future in self._pending.values():
             future.cancel()
@@ -48,7 +48,7 @@ class PixelsAhead(Generic[T]):
         self._coming = deque({key_of(row): row for row in rows}.items())
         self._start()
 
-    def take(self, row: Sequence[Picture]) -> T:
+    def take(self, row: Sequence[Medium]) -> T:
         """What `make` gives for a row, or raises.
 
         A row that was not expected, or not begun, is made here and now.

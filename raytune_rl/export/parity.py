@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from raytune_rl.errors import ModelError
 from raytune_rl.export.errors import ParityError
 from raytune_rl.models.hub import first_line
-from raytune_rl.models.load import is_vision_config, load_processor, load_tokenizer
+from raytune_rl.models.load import load_processor, load_tokenizer, takes_media
 
 # Largest difference over the largest logit (at least 1). Merging rounds the weights once more, to their type;
 # through the layers of a deep model that grows to some ten times the type's precision, while a merge that is
@@ -64,7 +64,7 @@ class Parity:
 def make_probe(config: Any, directory: Path, *, trust_remote_code: bool) -> Probe:
     """Text by the tokenizer in `directory`, with a picture for a vision model; bare ids if there is none."""
     notices: list[str] = []
-    if is_vision_config(config):
+    if takes_media(config):
         try:
             return Probe(_picture(directory, trust_remote_code), True, ())
         except (ModelError, *_PROCESSOR_ERRORS) as error:

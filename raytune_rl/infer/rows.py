@@ -44,9 +44,9 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
         DataError: A row cannot be used.
     """
     from raytune_rl.data.chat import ChatTemplate
-    from raytune_rl.data.encode import ImageSettings, encode_prompts
+    from raytune_rl.data.encode import MediaSettings, encode_prompts
     from raytune_rl.data.load import load_examples
-    from raytune_rl.data.pictures import count_pictures
+    from raytune_rl.data.media_table import count_media
 
     loaded = load_examples(
         config.val_dataset,
@@ -66,7 +66,7 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
         "left",
         strict=config.strict,
         num_proc=config.dataset_num_proc,
-        images=None if vision is None else ImageSettings(vision, inline=True),
+        images=None if vision is None else MediaSettings(vision, inline=True),
     )
     kept = [loaded.examples[i] for i in found.index]
     left_out = loaded.report.bad + len(found.dropped)
@@ -81,20 +81,20 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
         [{name: value for name, value in example.extra.items() if name != LABELS} for example in kept],
         (ChatTemplate.of(tokenizer) if vision is None else vision.chat).stop_token_ids(),
         () if vision is None else vision.placeholder_ids,
-        None if vision is None else count_pictures(found.images)[-1],
+        None if vision is None else count_media(found.images)[-1],
         tuple(notices),
     )
 
 
 def _reader(config: InferConfig, model: str) -> tuple[Any, Any]:
     """The tokenizer, and of a vision model its processor."""
-    from raytune_rl.data.vision import VisionProcessor
+    from raytune_rl.data.media_processor import MediaProcessor
     from raytune_rl.models import load
 
     trust = config.trust_remote_code
-    takes_images = load.is_vision_config(load.load_config(model, trust_remote_code=trust))
-    processor = load.load_vision_processor(model, trust_remote_code=trust) if takes_images else None
+    takes_media = load.takes_media(load.load_config(model, trust_remote_code=trust))
+    processor = load.load_media_processor(model, trust_remote_code=trust) if takes_media else None
     if processor is None:
         return load.load_tokenizer(model, trust_remote_code=trust), None
-    vision = VisionProcessor.of(processor, config.max_pixels)
+    vision = MediaProcessor.of(processor, config.max_pixels)
     return processor.tokenizer, vision

@@ -13,7 +13,7 @@ from raytune_rl.data.load import resolve_system
 from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.export.source import ADAPTER_CONFIG, Base, adapter_dir, find_base, read_args
 from raytune_rl.models.hub import resolve_path
-from raytune_rl.models.load import is_vision_config, load_config
+from raytune_rl.models.load import load_config, takes_media
 from raytune_rl.models.served import held_back, read_adapter_config
 from raytune_rl.tracking.checkpoints import MANIFEST, verify
 from raytune_rl.tracking.run_dir import RunDir
@@ -107,7 +107,7 @@ def _why_merged(adapters: Sequence[Path], base: Base, trusted: bool) -> str | No
         return "several adapters lie on each other"
     if held := held_back(read_adapter_config(adapters[0])):
         return f"the adapter has {', '.join(held)}, which vLLM does not serve"
-    if is_vision_config(load_config(base.path, trust_remote_code=trusted)):
+    if takes_media(load_config(base.path, trust_remote_code=trusted)):
         return "the base model takes images, and vLLM serves adapters on the text part only"
     if outside := [n for n in _tensor_names(adapters[0]) if "embed_tokens" in n or "lm_head" in n]:
         return f"the adapter has weights on {outside[0].partition('.lora')[0]}, which vLLM does not serve"

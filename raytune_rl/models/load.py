@@ -215,7 +215,7 @@ def load_processor(path: str, *, trust_remote_code: bool = False, **options: Any
         raise ModelError(f"cannot load the processor in '{path}': {first_line(error)}") from error
 
 
-def load_vision_processor(path: str, *, trust_remote_code: bool = False) -> Any | None:
+def load_media_processor(path: str, *, trust_remote_code: bool = False) -> Any | None:
     """The processor of a vision model, or None if the directory has only a tokenizer: then it takes texts.
 
     Raises:
@@ -225,7 +225,7 @@ def load_vision_processor(path: str, *, trust_remote_code: bool = False) -> Any 
     return processor if getattr(processor, "image_processor", None) is not None else None
 
 
-def is_vision_config(config: Any) -> bool:
+def takes_media(config: Any) -> bool:
     """Whether the model takes images."""
     return getattr(config, "vision_config", None) is not None
 
@@ -253,7 +253,7 @@ def _mend_generation_config(model: Any, notices: list[str]) -> None:
 def _auto_class(config: Any) -> Any:
     kind = config.model_type
     remote = getattr(config, "auto_map", None) or {}
-    if is_vision_config(config) and (
+    if takes_media(config) and (
         kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or "AutoModelForImageTextToText" in remote
     ):
         return AutoModelForImageTextToText

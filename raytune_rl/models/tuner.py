@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line
-from raytune_rl.models.load import is_vision_config
+from raytune_rl.models.load import takes_media
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.unwrap import hf_model, scalar_head
 
@@ -160,7 +160,7 @@ def _frozen(settings: TunerSettings) -> set[str]:
 
 def _parts(model: PreTrainedModel) -> Any:
     """Module or parameter name -> "llm", "vit" or "aligner"; everything of a text model is "llm"."""
-    if not is_vision_config(model.config):
+    if not takes_media(model.config):
         return lambda name: "llm"
     decoder = model.get_decoder()
     prefixes = [name for name, module in model.named_modules() if module is decoder]

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from raytune_rl.algorithms.metrics import merge_all
 from raytune_rl.algorithms.moments import Moments, merge_moments
-from raytune_rl.data.pictures import ROW_COLUMN
+from raytune_rl.data.media_table import ROW_COLUMN
 from raytune_rl.data.rows import RowBatch, RowPointer
 from raytune_rl.pipelines.policy_group import PolicyGroup, StepReport, rank_batch
 from raytune_rl.runtime.group import WorkerGroup

@@ -39,7 +39,7 @@ class SourceCounts:
 
 
 @dataclass(frozen=True)
-class ImageCounts:
+class MediaCounts:
     """Pictures that the rows show, how many of them are distinct, the bytes of those whose files, not paths,
     are in the object store, and the most pictures of one row."""
 
@@ -61,7 +61,7 @@ class ImagePlaces:
     @classmethod
     def of(cls, config: TrainConfig, one_machine: bool) -> ImagePlaces:
         """On a cluster that was started here every worker sees the driver's files; elsewhere it may not."""
-        inline = config.inline_images
+        inline = config.inline_media
         root = Path(config.root_image_dir or ".").expanduser().absolute()
         return cls(str(root), not one_machine if inline is None else inline, one_machine)
 
@@ -90,7 +90,7 @@ class Account:
     max_positions: int | None
     stop_token_ids: tuple[int, ...]
     vision: bool = False
-    images: ImageCounts = field(default_factory=ImageCounts)
+    images: MediaCounts = field(default_factory=MediaCounts)
     placeholder_ids: tuple[int, ...] = ()
     columns: tuple[str, ...] = ()
 
@@ -112,7 +112,7 @@ class PromptSet:
 
     Attributes:
         columns: Reference to {"prompt": Ragged int32}; where rows have images also "given", the prompts as
-            the engine takes them beside the images, and the columns of `data.pictures`.
+            the engine takes them beside the images, and the columns of `data.media_table`.
         extra: Reference to the data set's other columns, one entry a prompt, for the rewards.
         texts: Reference to the prompts as text, for the completion log.
         lengths: Tokens of each prompt, int64 `[n]`.
@@ -139,7 +139,7 @@ class TokenSet:
 
     Attributes:
         columns: Reference to {"tokens": Ragged int32, "loss_mask": Ragged bool}, and the columns of
-            `data.pictures` where rows have images.
+            `data.media_table` where rows have images.
         lengths: Tokens of each row, int64 `[n]`.
         loss_lengths: Of those, the ones trained on, int64 `[n]`.
         account: What became of the rows.

@@ -13,7 +13,7 @@ from raytune_rl.data.example import Task
 from raytune_rl.data.mapped import MappedColumns, open_columns, written_whole
 from raytune_rl.data.ragged import Columns
 from raytune_rl.errors import ConfigError, DataError
-from raytune_rl.pipelines.data import Account, ImageCounts, ImagePlaces, SourceCounts, TrainConfig
+from raytune_rl.pipelines.data import Account, ImagePlaces, MediaCounts, SourceCounts, TrainConfig
 from raytune_rl.pipelines.encoded_cache import SETS, EncodedSet, Facts, read_entry, write_entry, write_facts
 from raytune_rl.pipelines.told import Counted, Tell, while_told
 
@@ -25,13 +25,13 @@ class ModelFacts:
     Attributes:
         tokenizer: Its tokenizer.
         max_positions: The longest sequence it takes, tokens; None if it does not say.
-        takes_images: Whether its config says so.
+        takes_media: Whether its config says so.
         vision: Its processor, if it takes images and has one.
     """
 
     tokenizer: Any
     max_positions: int | None
-    takes_images: bool
+    takes_media: bool
     vision: Any = None
 
 
@@ -52,14 +52,14 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces
 def _encoded_prompts(
     config: RLHFConfig, quarantine: Path, places: ImagePlaces, tell: Tell
 ) -> Iterator[tuple[Any, ...]]:
-    from raytune_rl.data.encode import ImageSettings, encode_prompts
+    from raytune_rl.data.encode import MediaSettings, encode_prompts
     from raytune_rl.data.example import conversations
 
     facts = model_facts(config)
     tokenizer = facts.tokenizer
     if config.own_reference and config.ref_model:
         check_vocabulary(tokenizer, config.ref_model, config)
-    images = ImageSettings(facts.vision, places.root, places.inline) if facts.vision else None
+    images = MediaSettings(facts.vision, places.root, places.inline) if facts.vision else None
     bad_rows = _quarantines(config, quarantine)
     for stale in bad_rows:  # of an earlier start of the same run
         stale.unlink(missing_ok=True)
@@ -193,11 +193,11 @@ def _encode(
 
 def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces) -> RowsEncoder:
     """What makes columns and facts of examples, their report and a file for bad rows."""
-    from raytune_rl.data.encode import ImageSettings, encode_sft
+    from raytune_rl.data.encode import MediaSettings, encode_sft
     from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 
     facts = model_facts(config)
-    images = ImageSettings(facts.vision, places.root, places.inline) if facts.vision else None
+    images = MediaSettings(facts.vision, places.root, places.inline) if facts.vision else None
     encoders: dict[str, Any] = {"sft": encode_sft, "pairs": encode_pairs, "labels": encode_labelled}
 
     def encode(
@@ -230,7 +230,7 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Image
 
 def model_facts(config: TrainConfig) -> ModelFacts:
     """Reads a model's config and tokenizer, and of a vision model the processor."""
-    from raytune_rl.data.vision import VisionProcessor
+    from raytune_rl.data.media_processor import MediaProcessor
     from raytune_rl.models import load
 
     assert config.model is not None
@@ -238,12 +238,12 @@ def model_facts(config: TrainConfig) -> ModelFacts:
     path = load.resolve_path(config.model, use_hf=config.use_hf)
     model = load.load_config(path, trust_remote_code=trust)
     positions = getattr(model.get_text_config(), "max_position_embeddings", None)
-    takes_images = load.is_vision_config(model)
-    processor = load.load_vision_processor(path, trust_remote_code=trust) if takes_images else None
+    takes_media = load.takes_media(model)
+    processor = load.load_media_processor(path, trust_remote_code=trust) if takes_media else None
     if processor is None:
-        return ModelFacts(load.load_tokenizer(path, trust_remote_code=trust), positions, takes_images)
-    vision = VisionProcessor.of(processor, config.max_pixels)
-    return ModelFacts(processor.tokenizer, positions, takes_images, vision)
+        return ModelFacts(load.load_tokenizer(path, trust_remote_code=trust), positions, takes_media)
+    vision = MediaProcessor.of(processor, config.max_pixels)
+    return ModelFacts(processor.tokenizer, positions, takes_media, vision)
 
 
 def check_vocabulary(tokenizer: Any, ref_model: str, config: TrainConfig) -> None:
@@ -322,7 +322,7 @@ def _load(config: TrainConfig, task: Task, quarantine: Path, tell: Tell = lambda
 
 def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | None) -> Account:
     from raytune_rl.data.chat import ChatTemplate
-    from raytune_rl.data.pictures import count_pictures
+    from raytune_rl.data.media_table import count_media
 
     chat = ChatTemplate.of(facts.tokenizer) if facts.vision is None else facts.vision.chat
     return Account(
@@ -332,7 +332,7 @@ def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | No
         (*report.notices, *encoded.notices),
         facts.max_positions,
         tuple(chat.stop_token_ids()),
-        facts.takes_images,
-        ImageCounts(*count_pictures(encoded.images)),
+        facts.takes_media,
+        MediaCounts(*count_media(encoded.images)),
         () if facts.vision is None else facts.vision.placeholder_ids,
     )

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.data.mapped import open_columns
-from raytune_rl.data.pictures import picture_paths
+from raytune_rl.data.media_table import media_paths
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.errors import DataError
-from raytune_rl.pipelines.data import Account, ImageCounts, SourceCounts
+from raytune_rl.pipelines.data import Account, MediaCounts, SourceCounts
 from raytune_rl.tracking.files import plain
 
 Facts = tuple[NDArray[np.int64], NDArray[np.int64], Account, dict[str, NDArray[np.float64]]]
@@ -52,7 +52,7 @@ def write_facts(folder: Path, name: str, trained: NDArray[np.int64], values: dic
 
 def write_entry(folder: Path, accounts: dict[str, Account], quarantines: dict[str, Path]) -> None:
     """Completes an entry whose columns and facts are there; `quarantines` by the name of the set."""
-    files = {path for name in accounts for path in picture_paths(open_columns(str(folder / name)))}
+    files = {path for name in accounts for path in media_paths(open_columns(str(folder / name)))}
     for path in quarantines.values():
         if path.exists():
             shutil.copyfile(path, folder / path.name)
@@ -100,7 +100,7 @@ def _account(said: dict[str, Any]) -> Account:
             **said,
             **{name: tuple(said[name]) for name in tuples},
             "sources": tuple(SourceCounts(**source) for source in said["sources"]),
-            "images": ImageCounts(**said["images"]),
+            "images": MediaCounts(**said["images"]),
         }
     )
 

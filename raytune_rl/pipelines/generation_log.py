@@ -15,7 +15,7 @@ from raytune_rl.pipelines.collect import Collected
 from raytune_rl.pipelines.data import PromptSet
 from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.lifecycle import Origin
-from raytune_rl.pipelines.rollouts import read_dialogues, read_image_names, read_texts
+from raytune_rl.pipelines.rollouts import read_dialogues, read_media_names, read_texts
 from raytune_rl.runtime.wait import Pending, fetch
 from raytune_rl.tracking.completions import CompletionLog
 
@@ -75,7 +75,7 @@ class GenerationLog:
             for part, of in ((kept, compared), (collected.replaced, None)):
                 if part is not None:
                     texts, dialogues = read_texts(part.batch, timeout), read_dialogues(part.batch, timeout)
-                    images = read_image_names(part.batch, timeout)
+                    images = read_media_names(part.batch, timeout)
                     rows = report.completion_rows(step, part, prompts, texts, of, dialogues, images)
                     self._completions.write(rows)
         return told

@@ -320,7 +320,7 @@ def image_notices(config: TrainConfig, on_gpu: bool, vision: bool) -> list[str]:
         if layout(config, on_gpu) == "packed":
             return ["the model takes images: its rows are padded, as they cannot be packed"]
         return []
-    names = ("freeze_llm", "freeze_vit", "freeze_aligner", "max_pixels", "root_image_dir", "inline_images")
+    names = ("freeze_llm", "freeze_vit", "freeze_aligner", "max_pixels", "root_image_dir", "inline_media")
     online = ("vllm_limit_mm_per_prompt",) if isinstance(config, RLHFConfig) else ()
     given = [f"--{name}" for name in (*names, *online) if config.is_set(name)]
     does = "do" if len(given) > 1 else "does"

@@ -36,7 +36,7 @@ from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
 from raytune_rl.pipelines.online_groups import start_groups
 from raytune_rl.pipelines.reference_group import ReferenceGroup
 from raytune_rl.pipelines.resources import Groups, online_groups
-from raytune_rl.pipelines.rollouts import Trajectory, picture_places
+from raytune_rl.pipelines.rollouts import Trajectory, media_places
 from raytune_rl.rewards.judge import plugin_class
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.rewards.preflight import preflight
@@ -205,7 +205,7 @@ class OnlineRun:
         needs beside the policy's own (the reference's, and the old policy's if it will move).
         """
         rows, lengths = [t.data for t in batch], [t.length for t in batch]
-        pictures = picture_places(batch)
+        pictures = media_places(batch)
         late: dict[str, list[Any]] = {**pictures}
         if self.reference is not None:
             with self.run.timer.phase("reference"):
@@ -233,7 +233,7 @@ class OnlineRun:
         with self.run.timer.phase("train"):
             old = late.get("old_logprobs")
             if old is None:
-                old = self.policy.logprobs(rows, lengths, picture_places(batch)).columns
+                old = self.policy.logprobs(rows, lengths, media_places(batch)).columns
             ref = late.pop("ref_logprobs")
             return self.policy.row_kl(rows, lengths, old, ref, resolved.kl_estimator(self.config))
 
@@ -295,7 +295,7 @@ class OnlineRun:
     ) -> tuple[list[Any], float]:
         """Entropies under the present weights, and the one that a token must have to be trained on."""
         data, lengths = [t.data for t in rows], [t.length for t in rows]
-        found = self.policy.entropies(data, lengths, picture_places(rows))
+        found = self.policy.entropies(data, lengths, media_places(rows))
         kept = np.flatnonzero(tokens)
         threshold = self.policy.entropy_threshold(
             [rows[i].data for i in kept],

@@ -23,7 +23,7 @@ from raytune_rl.pipelines.collect import Collected
 from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.lifecycle import RunResult
-from raytune_rl.pipelines.rollouts import Trajectory, picture_places
+from raytune_rl.pipelines.rollouts import Trajectory, media_places
 from raytune_rl.workers.estimates import EstimateSettings
 
 
@@ -83,7 +83,7 @@ class PPORun(online.OnlineRun):
         if "old_logprobs" not in late:
             with self.run.timer.phase("train"):
                 rows, lengths = [t.data for t in batch], [t.length for t in batch]
-                late["old_logprobs"] = self.policy.logprobs(rows, lengths, picture_places(batch)).columns
+                late["old_logprobs"] = self.policy.logprobs(rows, lengths, media_places(batch)).columns
         return late
 
     def credit(

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from raytune_rl.data.pictures import ROW_COLUMN, pictures_of
+from raytune_rl.data.media_table import ROW_COLUMN, media_of
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import RaytuneError
 from raytune_rl.pipelines.data import PromptSet
@@ -210,7 +210,7 @@ def _trajectory(
     )
 
 
-def picture_places(trajectories: Sequence[Trajectory]) -> dict[str, list[RowPointer]]:
+def media_places(trajectories: Sequence[Trajectory]) -> dict[str, list[RowPointer]]:
     """The late column by which policy and reference find the pictures; empty where there are none."""
     places = [t.pictures for t in trajectories if t.pictures is not None]
     return {ROW_COLUMN: places} if places else {}
@@ -286,14 +286,14 @@ def read_dialogues(trajectories: Sequence[Trajectory], timeout_s: float) -> list
     return _read([t.dialogue for t in trajectories if t.dialogue is not None], timeout_s)
 
 
-def read_image_names(trajectories: Sequence[Trajectory], timeout_s: float) -> list[list[str]]:
+def read_media_names(trajectories: Sequence[Trajectory], timeout_s: float) -> list[list[str]]:
     """Paths of the pictures of each one's prompt, or digests of their bytes, for the log; empty where no
     prompt has any."""
     places = [t.pictures for t in trajectories if t.pictures is not None]
     if not places:
         return []
     columns = fetch(Pending(places[0].ref, "the object store", "reading names of pictures", timeout_s))
-    return [[p.path or f"{p.digest:016x}" for p in pictures_of(columns, place.row)] for place in places]
+    return [[p.path or f"{p.digest:016x}" for p in media_of(columns, place.row)] for place in places]
 
 
 def _read(places: Sequence[RowPointer], timeout_s: float) -> list[Any]:

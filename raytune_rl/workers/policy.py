@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raytune_rl.data.pictures import ROW_COLUMN
+from raytune_rl.data.media_table import ROW_COLUMN
 from raytune_rl.data.ragged import Columns
 from raytune_rl.data.rows import ReadRows, RowBatch
 from raytune_rl.runtime.weights import TensorEntry, entry_of, plan_buckets, to_arrays
@@ -207,7 +207,7 @@ class PolicyWorker:
             enable_gradient_checkpointing(tuned.model)
         scorer = scoring.scorer_of(tuned.model, self._loss.forward)
         sharded = spec.optimizer.deepspeed.get("zero_optimization", {}).get("stage") == 3
-        self._images = scoring.image_collator(
+        self._images = scoring.media_collator(
             spec.model, loaded, always=sharded or trains_vision(tuned.model)
         )
         self._tokenizer = (
@@ -266,7 +266,7 @@ class PolicyWorker:
 
         torch.manual_seed(step_seed(self._spec.seed, step, self._rank))
         rows = scoring.read_rows(batch, self._spec.score.timeout_s)
-        scoring.expect_images(rows, batch, self._images)
+        scoring.expect_media(rows, batch, self._images)
         self._engine.train()
         parts = []
         tokens = 0
@@ -413,7 +413,7 @@ class PolicyWorker:
         from raytune_rl.algorithms.metrics import merge_all
 
         rows = scoring.read_rows(batch, self._spec.score.timeout_s)
-        scoring.expect_images(rows, batch, self._images)
+        scoring.expect_media(rows, batch, self._images)
         self._engine.eval()
         with torch.no_grad():
             parts = [self._micro_step(rows, batch, members)[1].host() for members in batch.micro_batches]

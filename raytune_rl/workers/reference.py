@@ -33,7 +33,7 @@ class ReferenceWorker:
         model: Any = loaded.model
         if spec.adapters:
             model = apply_tuner(model, TunerSettings(lora_dropout=0.0), scoring.adapters(spec)).model
-        self._images = scoring.image_collator(spec, loaded, always=False)
+        self._images = scoring.media_collator(spec, loaded, always=False)
         self._spec = spec
         self._settings = settings
         self._scorer = TokenScorer(model).eval().requires_grad_(False)

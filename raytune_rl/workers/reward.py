@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raytune_rl.data.pictures import Picture, pictures_of
+from raytune_rl.data.media_table import Medium, media_of
 from raytune_rl.data.ragged import Columns
 from raytune_rl.errors import DeadlineExceededError, RewardError
 from raytune_rl.rewards.sandbox import Sandbox
@@ -74,7 +74,7 @@ class RewardWorker:
                 "rollout_infos"}` each, in the order of the completions. Rewards see both columns.
             tokens_ref: {"tokens", "loss_mask"} of the completions, in the same three ways. Rewards see
                 "response_token_ids", what the model sampled.
-            pictures_ref: Columns of `data.pictures`, one entry a prompt. Rewards see "images", of each
+            pictures_ref: Columns of `data.media_table`, one entry a prompt. Rewards see "images", of each
                 completion a list of {"path", "bytes"}, one of which is None.
 
         Returns:
@@ -111,7 +111,7 @@ class RewardWorker:
             selected["response_token_ids"] = [ids[row][sampled[row]].tolist() for row in rows]
         if pictures_ref is not None:
             shown: Columns = _fetch(pictures_ref, "pictures")
-            selected["images"] = [[_image(p) for p in pictures_of(shown, row)] for row in column_rows]
+            selected["images"] = [[_image(p) for p in media_of(shown, row)] for row in column_rows]
         batch = RewardBatch(chosen, {**selected, **extra})
         return self._sandbox.score(batch.texts, batch.columns)
 
@@ -132,7 +132,7 @@ class RewardWorker:
         self._sandbox.close()
 
 
-def _image(picture: Picture) -> dict[str, Any]:
+def _image(picture: Medium) -> dict[str, Any]:
     data = None if picture.data is None else bytes(picture.data)
     return {"path": picture.path, "bytes": data}
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.data.example import Message
-from raytune_rl.data.pictures import Picture, pictures_of
+from raytune_rl.data.media_table import Medium, media_of
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.errors import DataError, StaleWeightsError
 from raytune_rl.multi_turn.scheduler import Request
@@ -148,7 +148,7 @@ class EnginePrompt:
 
     tokens: NDArray[np.int32]
     given: NDArray[np.int32]
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Medium, ...] = ()
 
     def followed_by(self, tokens: NDArray[np.int32]) -> EnginePrompt:
         """The prompt with what was said since."""
@@ -263,7 +263,7 @@ class RolloutWorker:
 
         Args:
             prompts: Columns with "prompt", Ragged int32 token ids; for prompts with images also "given" and
-                the columns of `data.pictures`.
+                the columns of `data.media_table`.
             requests: Which prompts, and the seeds of their completions.
             sampling: How to draw.
             version: The weight version to sample with.
@@ -385,4 +385,4 @@ class Asked:
 def read_prompt(prompts: Columns, row: int) -> EnginePrompt:
     """One prompt of the columns that `RolloutWorker.generate` takes."""
     tokens, given = prompts["prompt"], prompts.get("given", prompts["prompt"])
-    return EnginePrompt(tokens[row], given[row], tuple(pictures_of(prompts, row)))
+    return EnginePrompt(tokens[row], given[row], tuple(media_of(prompts, row)))

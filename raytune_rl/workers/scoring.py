@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from raytune_rl.algorithms.registry import Forward
     from raytune_rl.data.collate import MicroBatch
-    from raytune_rl.data.image_batch import ImageCollator
-    from raytune_rl.data.pictures import Picture
+    from raytune_rl.data.media_batch import MediaCollator
+    from raytune_rl.data.media_table import Medium
     from raytune_rl.models.load import LoadedModel
     from raytune_rl.models.scalar import ScalarScorer
     from raytune_rl.models.scorer import TokenScorer
@@ -133,7 +133,7 @@ def read_rows(batch: RowBatch, timeout_s: float) -> ReadRows:
     return ReadRows(batch, ray.get(list(batch.refs), timeout=timeout_s))
 
 
-def image_collator(spec: ModelSpec, loaded: LoadedModel, *, always: bool) -> ImageCollator | None:
+def media_collator(spec: ModelSpec, loaded: LoadedModel, *, always: bool) -> MediaCollator | None:
     """What collates the rows of a vision model; None for a text model.
 
     Args:
@@ -144,35 +144,35 @@ def image_collator(spec: ModelSpec, loaded: LoadedModel, *, always: bool) -> Ima
     Raises:
         ModelError: The processor cannot be used for training, or the layout is packed.
     """
-    from raytune_rl.data.image_batch import ImageCollator
-    from raytune_rl.data.vision import VisionProcessor
-    from raytune_rl.models.load import is_vision_config, load_vision_processor
+    from raytune_rl.data.media_batch import MediaCollator
+    from raytune_rl.data.media_processor import MediaProcessor
+    from raytune_rl.models.load import load_media_processor, takes_media
 
-    if not is_vision_config(loaded.model.config):
+    if not takes_media(loaded.model.config):
         return None
     if spec.layout == "packed":
         raise ModelError(f"{type(loaded.model).__name__} takes images; its rows cannot be packed")
-    processor = load_vision_processor(loaded.path, trust_remote_code=spec.trust_remote_code)
+    processor = load_media_processor(loaded.path, trust_remote_code=spec.trust_remote_code)
     if processor is None:
         return None
-    vision = VisionProcessor.of(processor, spec.max_pixels)
-    return ImageCollator(vision, dtype=loaded.model.dtype, always=always, threads=spec.image_threads)
+    vision = MediaProcessor.of(processor, spec.max_pixels)
+    return MediaCollator(vision, dtype=loaded.model.dtype, always=always, threads=spec.image_threads)
 
 
-def expect_images(rows: ReadRows, batch: RowBatch, images: ImageCollator | None) -> None:
+def expect_media(rows: ReadRows, batch: RowBatch, images: MediaCollator | None) -> None:
     """Begins with the pixels of a batch's micro-batches, in their order."""
     if images is not None:
         images.expect(_pictures(rows, row) for members in batch.micro_batches for row in members)
 
 
-def _pictures(rows: ReadRows, row: int) -> list[Picture]:
-    from raytune_rl.data.pictures import ROW_COLUMN, pictures_of
+def _pictures(rows: ReadRows, row: int) -> list[Medium]:
+    from raytune_rl.data.media_table import ROW_COLUMN, media_of
 
-    return pictures_of(*rows.source(row, ROW_COLUMN if rows.has_late(ROW_COLUMN) else ""))
+    return media_of(*rows.source(row, ROW_COLUMN if rows.has_late(ROW_COLUMN) else ""))
 
 
 def micro_batch(
-    rows: ReadRows, members: Sequence[int], layout: str, images: ImageCollator | None = None
+    rows: ReadRows, members: Sequence[int], layout: str, images: MediaCollator | None = None
 ) -> MicroBatch:
     """Collates the rows of one micro-batch on this worker's device."""
     from raytune_rl.data.collate import collate
@@ -226,7 +226,7 @@ def score(
     batch: RowBatch,
     spec: ModelSpec,
     settings: ScoreSettings,
-    images: ImageCollator | None = None,
+    images: MediaCollator | None = None,
     with_entropy: bool = False,
 ) -> tuple[NDArray[np.float64], Columns]:
     """Log-probs of a batch's loss tokens, without gradient.
@@ -238,7 +238,7 @@ def score(
     import torch
 
     rows = read_rows(batch, settings.timeout_s)
-    expect_images(rows, batch, images)
+    expect_media(rows, batch, images)
     names = ("logprobs", "entropy") if with_entropy else ("logprobs",)
     found: dict[str, dict[int, np.ndarray]] = {name: {} for name in names}
     with torch.no_grad():
@@ -265,7 +265,7 @@ def values(
     batch: RowBatch,
     spec: ModelSpec,
     settings: ScoreSettings,
-    images: ImageCollator | None = None,
+    images: MediaCollator | None = None,
 ) -> tuple[int, Columns]:
     """A critic's values at a batch's loss tokens, without gradient.
 

@@ -38,7 +38,7 @@ from raytune_rl.models.served import LORA_RANKS
 from raytune_rl.runtime.weights import Manifest, find_manifest, read
 from raytune_rl.workers import vllm_plugin
 from raytune_rl.workers.rollout import EnginePrompt, EngineSpec, Piece, Sampling
-from raytune_rl.workers.vllm_images import EngineImages, check_prompt
+from raytune_rl.workers.vllm_media import EngineMedia, check_prompt
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
 
 PREFILL_TOKENS = 4096
@@ -84,7 +84,7 @@ class VllmEngine:
         os.environ[ADDRESS_VARIABLE] = ray.get_runtime_context().gcs_address
         self._spec = spec
         args = engine_args(spec)
-        self._images = EngineImages.of(args["model"], spec)
+        self._images = EngineMedia.of(args["model"], spec)
         if self._images is not None:
             args |= {
                 "limit_mm_per_prompt": dict(spec.media_limits or {}),
@@ -164,7 +164,7 @@ class VllmEngine:
         """Completes each prompt once, with its own seed and limit. Order of answers is that of the prompts.
 
         Raises:
-            ImageError: A picture's file is gone or is not the one that was tokenized.
+            MediaError: A picture's file is gone or is not the one that was tokenized.
             DataError: vLLM makes other tokens of a prompt with pictures than the policy.
         """
         position: dict[str, int] = {}

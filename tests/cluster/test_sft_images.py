@@ -19,12 +19,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from raytune_rl.algorithms.aggregation import row_weights
 from raytune_rl.algorithms.sft import SFTSettings
 from raytune_rl.config import deepspeed
-from raytune_rl.data.encode import EncodedSFT, ImageSettings, encode_sft
+from raytune_rl.data.encode import EncodedSFT, MediaSettings, encode_sft
 from raytune_rl.data.example import Example, Message
+from raytune_rl.data.media_processor import MediaProcessor
+from raytune_rl.data.media_table import media_of
 from raytune_rl.data.microbatch import Schedule, plan_micro_batches
-from raytune_rl.data.pictures import pictures_of
 from raytune_rl.data.rows import RowPointer
-from raytune_rl.data.vision import VisionProcessor
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.pipelines.policy_group import PolicyGroup, rank_batch
 from raytune_rl.runtime.cluster import reserve
@@ -80,8 +80,8 @@ def rows(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Rows:
             examples.append(Example((twice, answer), images=(other, picture)))
         else:
             examples.append(Example((question, answer), images=(picture,)))
-    vision = VisionProcessor.of(AutoProcessor.from_pretrained(model))
-    encoded = encode_sft(examples, vision.processor.tokenizer, images=ImageSettings(vision))
+    vision = MediaProcessor.of(AutoProcessor.from_pretrained(model))
+    encoded = encode_sft(examples, vision.processor.tokenizer, images=MediaSettings(vision))
     columns = {"tokens": encoded.tokens, "loss_mask": encoded.loss_mask, **encoded.images}
     return Rows(model, encoded, ray.put(columns))
 
@@ -149,7 +149,7 @@ def plain_logprobs(model: Any, rows: Rows, row: int) -> np.ndarray:
     processor = AutoProcessor.from_pretrained(rows.model)
     tokens, mask = rows.encoded.tokens[row], rows.encoded.loss_mask[row]
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
-    images = [Image.open(p.path) for p in pictures_of(rows.encoded.images, row) if p.path]
+    images = [Image.open(p.path) for p in media_of(rows.encoded.images, row) if p.path]
     inputs = dict(processor.image_processor(images, return_tensors="pt")) if images else {}
     with torch.no_grad():
         logits = model(
@@ -174,7 +174,7 @@ def test_mixed_rows_give_one_gradient_however_they_are_cut(worlds: dict[str, Wor
     assert_same(whole, worlds["two"].gradient(plan(2, None)), 1e-5)
     assert_same(whole, worlds["two"].gradient(plan(2, 1)), 1e-5)
 
-    texts = [row for row in range(len(rows.lengths)) if not pictures_of(rows.encoded.images, row)]
+    texts = [row for row in range(len(rows.lengths)) if not media_of(rows.encoded.images, row)]
     shown = [row for row in range(len(rows.lengths)) if row not in texts]
     apart = replace(plan(2, None), ranks=((tuple(texts), ()), (tuple(shown[:6]), tuple(shown[6:]))))
     assert_same(whole, worlds["two"].gradient(apart), 1e-5)

@@ -100,7 +100,7 @@ def test_a_second_run_takes_what_the_first_has_encoded(task: Task) -> None:
 
 
 def test_on_one_machine_columns_are_a_folder_and_elsewhere_arrays(task: Task) -> None:
-    mapped, arrays = task(), task(one_machine=False, inline_images=False)
+    mapped, arrays = task(), task(one_machine=False, inline_media=False)
     assert all(isinstance(columns, MappedColumns) for columns in mapped[1::2])
     assert not any(isinstance(columns, MappedColumns) for columns in arrays[1::2])
     assert same(mapped, arrays)

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
-from raytune_rl.data.encode import EncodedSFT, ImageSettings, encode_prompts, encode_sft
+from raytune_rl.data.encode import EncodedSFT, MediaSettings, encode_prompts, encode_sft
 from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 from raytune_rl.data.example import Example, Message, RowError
-from raytune_rl.data.pictures import count_pictures, pictures_of
-from raytune_rl.data.vision import VisionProcessor
+from raytune_rl.data.media_processor import MediaProcessor
+from raytune_rl.data.media_table import count_media, media_of
 from raytune_rl.errors import DataError, ModelError
 from raytune_rl.tiny.shapes import draw
 
@@ -25,8 +25,8 @@ TEXT = Message("user", "How are you?")
 
 
 @pytest.fixture(scope="module")
-def vision(tiny_vl: Path) -> VisionProcessor:
-    return VisionProcessor.of(AutoProcessor.from_pretrained(tiny_vl))
+def vision(tiny_vl: Path) -> MediaProcessor:
+    return MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl))
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def row(*messages: Message, images: tuple[Any, ...] = (), line: int = 1) -> Exam
     return Example(messages, images=images, source="data.jsonl", line=line)
 
 
-def encode(vision: VisionProcessor, *examples: Example, **options: Any) -> EncodedSFT:
-    settings = ImageSettings(vision, options.pop("root", None), options.pop("inline", False))
+def encode(vision: MediaProcessor, *examples: Example, **options: Any) -> EncodedSFT:
+    settings = MediaSettings(vision, options.pop("root", None), options.pop("inline", False))
     return encode_sft(list(examples), vision.processor.tokenizer, images=settings, **options)
 
 
-def trained(vision: VisionProcessor, encoded: EncodedSFT, at: int = 0) -> list[str]:
+def trained(vision: MediaProcessor, encoded: EncodedSFT, at: int = 0) -> list[str]:
     tokens, mask = encoded.tokens[at], encoded.loss_mask[at]
     borders = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
     decode = vision.processor.tokenizer.decode
@@ -56,7 +56,7 @@ def trained(vision: VisionProcessor, encoded: EncodedSFT, at: int = 0) -> list[s
 
 
 def test_tokens_are_the_processors_and_only_answers_are_trained_on(
-    vision: VisionProcessor, pictures: list[str]
+    vision: MediaProcessor, pictures: list[str]
 ) -> None:
     turns = (Message("system", "Be brief."), USER, BOT, USER_2, BOT_2)
     encoded = encode(vision, row(*turns, images=(pictures[0], pictures[2], pictures[3])))
@@ -82,11 +82,11 @@ def test_tokens_are_the_processors_and_only_answers_are_trained_on(
     assert encoded.tokens[0].tolist() == whole["input_ids"][0]
     pads = (encoded.tokens[0] == vision.processor.image_token_id).sum()
     assert pads == (whole["image_grid_thw"].prod(-1) // 4).sum()
-    assert [p.path for p in pictures_of(encoded.images, 0)] == [pictures[i] for i in (0, 2, 3)]
+    assert [p.path for p in media_of(encoded.images, 0)] == [pictures[i] for i in (0, 2, 3)]
 
 
 def test_loss_scale_all_still_leaves_out_what_stands_for_pictures(
-    vision: VisionProcessor, pictures: list[str]
+    vision: MediaProcessor, pictures: list[str]
 ) -> None:
     encoded = encode(vision, row(USER, BOT, images=(pictures[0],)), loss_scale="all")
     tokens, mask = encoded.tokens[0], encoded.loss_mask[0]
@@ -95,7 +95,7 @@ def test_loss_scale_all_still_leaves_out_what_stands_for_pictures(
 
 
 def test_a_picture_in_the_assistants_turn_is_seen_but_not_trained(
-    vision: VisionProcessor, pictures: list[str]
+    vision: MediaProcessor, pictures: list[str]
 ) -> None:
     answer = Message("assistant", "See <image> there.")
     encoded = encode(vision, row(TEXT, answer, images=(pictures[0],)))
@@ -104,25 +104,25 @@ def test_a_picture_in_the_assistants_turn_is_seen_but_not_trained(
 
 
 def test_rows_without_pictures_are_tokenized_as_text_beside_them(
-    vision: VisionProcessor, pictures: list[str]
+    vision: MediaProcessor, pictures: list[str]
 ) -> None:
     examples = [row(TEXT, BOT), row(USER, BOT, images=(pictures[0],)), row(TEXT, BOT_2)]
     encoded = encode(vision, *examples)
     alone = encode(vision, examples[2])
     assert encoded.tokens[2].tolist() == alone.tokens[0].tolist()
     assert trained(vision, encoded, 2) == ["Both are blue.<|im_end|>"]
-    assert [len(pictures_of(encoded.images, i)) for i in range(3)] == [0, 1, 0]
+    assert [len(media_of(encoded.images, i)) for i in range(3)] == [0, 1, 0]
     assert alone.images == {}
 
 
-def test_processes_give_the_same_as_one(vision: VisionProcessor, pictures: list[str]) -> None:
+def test_processes_give_the_same_as_one(vision: MediaProcessor, pictures: list[str]) -> None:
     data = Path(pictures[1]).read_bytes()
     examples = [row(USER, BOT, images=(data if n % 3 == 0 else pictures[n % 4],), line=n) for n in range(70)]
     one, two = encode(vision, *examples), encode(vision, *examples, num_proc=2)
     np.testing.assert_array_equal(one.tokens.values, two.tokens.values)
     np.testing.assert_array_equal(one.loss_mask.values, two.loss_mask.values)
     np.testing.assert_array_equal(one.images["image_data"].values, two.images["image_data"].values)  # type: ignore[union-attr]
-    assert count_pictures(one.images)[:2] == count_pictures(two.images)[:2] == (70, 4)
+    assert count_media(one.images)[:2] == count_media(two.images)[:2] == (70, 4)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_processes_give_the_same_as_one(vision: VisionProcessor, pictures: list[
     ],
 )
 def test_a_placeholder_in_the_rows_own_text_is_an_error(
-    vision: VisionProcessor, pictures: list[str], content: str, count: int, reason: str
+    vision: MediaProcessor, pictures: list[str], content: str, count: int, reason: str
 ) -> None:
     bad = row(Message("user", content), BOT, images=tuple(pictures[:count]), line=7)
     with pytest.raises(RowError, match=rf"^data.jsonl:7: .*{reason}"):
@@ -146,7 +146,7 @@ def test_a_placeholder_in_the_rows_own_text_is_an_error(
 
 
 def test_a_broken_picture_names_row_and_path_and_is_counted_by_kind(
-    vision: VisionProcessor, pictures: list[str], tmp_path: Path
+    vision: MediaProcessor, pictures: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "bad.png").write_bytes(Path(pictures[0]).read_bytes()[:70])
     bad = row(USER, BOT, images=("bad.png",), line=3)
@@ -164,14 +164,14 @@ def test_a_broken_picture_names_row_and_path_and_is_counted_by_kind(
 
 
 def test_a_picture_that_the_processor_refuses_names_row_and_picture(
-    vision: VisionProcessor, tmp_path: Path
+    vision: MediaProcessor, tmp_path: Path
 ) -> None:
     Image.new("RGB", (2000, 4)).save(tmp_path / "strip.png")
     with pytest.raises(RowError, match=r"data.jsonl:1: .*aspect ratio.*strip\.png"):
         encode(vision, row(USER, BOT, images=(str(tmp_path / "strip.png"),)))
 
 
-def test_a_dropped_long_row_and_a_cut_through_a_picture(vision: VisionProcessor, pictures: list[str]) -> None:
+def test_a_dropped_long_row_and_a_cut_through_a_picture(vision: MediaProcessor, pictures: list[str]) -> None:
     long = row(USER, BOT, images=(pictures[3],))
     short = row(USER, BOT, images=(pictures[0],))
     size = len(encode(vision, short).tokens[0])
@@ -186,25 +186,25 @@ def test_a_dropped_long_row_and_a_cut_through_a_picture(vision: VisionProcessor,
 
 
 def test_max_pixels_is_the_processors_own_limit(tiny_vl: Path, pictures: list[str]) -> None:
-    few = VisionProcessor.of(AutoProcessor.from_pretrained(tiny_vl), max_pixels=28 * 28 * 6)
+    few = MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl), max_pixels=28 * 28 * 6)
     assert few.max_pixels is None, "this processor scales by itself"
     encoded = encode(few, row(USER, BOT, images=(pictures[3],)))
     assert (encoded.tokens[0] == few.processor.image_token_id).sum() <= 6
     with pytest.raises(ModelError, match="--max_pixels 100 is below the 784"):
-        VisionProcessor.of(AutoProcessor.from_pretrained(tiny_vl), max_pixels=100)
+        MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl), max_pixels=100)
 
 
-def test_prompts_end_where_the_answer_begins(vision: VisionProcessor, pictures: list[str]) -> None:
-    settings = ImageSettings(vision)
+def test_prompts_end_where_the_answer_begins(vision: MediaProcessor, pictures: list[str]) -> None:
+    settings = MediaSettings(vision)
     examples = [row(USER, images=(pictures[0],)), row(USER, images=(pictures[0],))]
     prompts = encode_prompts(examples, vision.processor.tokenizer, images=settings)
     text = vision.processor.tokenizer.decode(prompts.prompts[0])
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
-    assert count_pictures(prompts.images)[:2] == (2, 1), "one picture however many prompts show it"
+    assert count_media(prompts.images)[:2] == (2, 1), "one picture however many prompts show it"
 
 
 def test_a_prompt_is_also_kept_with_one_placeholder_a_picture(
-    vision: VisionProcessor, pictures: list[str]
+    vision: MediaProcessor, pictures: list[str]
 ) -> None:
     """So vLLM takes it; it expands placeholders by itself. Truncation takes the same tokens from both."""
     tokenizer, pad = vision.processor.tokenizer, vision.processor.image_token_id
@@ -212,7 +212,7 @@ def test_a_prompt_is_also_kept_with_one_placeholder_a_picture(
     examples = [row(long, images=(pictures[0], pictures[1])), row(Message("user", "How are you?"))]
 
     def encode_all(limit: int | None = None) -> Any:
-        settings = ImageSettings(vision)
+        settings = MediaSettings(vision)
         return encode_prompts(examples, tokenizer, limit, "left", images=settings)
 
     whole = encode_all()
@@ -222,39 +222,39 @@ def test_a_prompt_is_also_kept_with_one_placeholder_a_picture(
     cut = encode_all(int(whole.prompts.lengths[0]) - 3)
     assert cut.given[0].tolist() == whole.given[0][3:].tolist()
     assert cut.prompts[0].tolist() == whole.prompts[0][3:].tolist()
-    texts = encode_prompts(examples[1:], tokenizer, images=ImageSettings(vision))
+    texts = encode_prompts(examples[1:], tokenizer, images=MediaSettings(vision))
     assert texts.given is None
     assert vision.placeholder_ids == (pad, tokenizer.convert_tokens_to_ids("<|video_pad|>"))
 
 
-def test_videos_are_refused_by_name(vision: VisionProcessor) -> None:
+def test_videos_are_refused_by_name(vision: MediaProcessor) -> None:
     film = Example((Message("user", "<video>What?"), BOT), videos=("a.mp4",), source="x", line=2)
     with pytest.raises(RowError, match=r"x:2: the row has videos or audios; only images"):
         encode(vision, film)
 
 
-def test_both_sides_of_a_pair_show_the_pictures(vision: VisionProcessor, pictures: list[str]) -> None:
+def test_both_sides_of_a_pair_show_the_pictures(vision: MediaProcessor, pictures: list[str]) -> None:
     wrong = Message("assistant", "A green circle, perhaps.")
     pair = Example((USER, BOT), images=(pictures[2],), rejected=(USER, wrong), source="data.jsonl", line=1)
-    tokenizer, settings = vision.processor.tokenizer, ImageSettings(vision)
+    tokenizer, settings = vision.processor.tokenizer, MediaSettings(vision)
     found = encode_pairs([pair], tokenizer, images=settings)
     assert trained(vision, found) == ["A red square.<|im_end|>"]
     assert trained(vision, found, 1) == ["A green circle, perhaps.<|im_end|>"]
     pads = [(found.tokens[i] == vision.processor.image_token_id).sum() for i in (0, 1)]
     assert pads == [8, 8]
-    assert [[p.path for p in pictures_of(found.images, i)] for i in (0, 1)] == [[pictures[2]]] * 2
+    assert [[p.path for p in media_of(found.images, i)] for i in (0, 1)] == [[pictures[2]]] * 2
     with pytest.raises(DataError, match="might cut into an image"):
         encode_pairs([pair], tokenizer, int(found.tokens.lengths.max()) - 1, "left", images=settings)
 
 
 def test_a_labelled_row_keeps_its_pictures_with_another_answer(
-    vision: VisionProcessor, pictures: list[str]
+    vision: MediaProcessor, pictures: list[str]
 ) -> None:
     examples = [
         Example((USER, BOT), images=(pictures[0],), label=True, source="data.jsonl", line=1),
         Example((TEXT, Message("assistant", "Fine.")), label=False, source="data.jsonl", line=2),
     ]
-    found = encode_labelled(examples, vision.processor.tokenizer, images=ImageSettings(vision))
-    assert [len(pictures_of(found.images, i)) for i in range(4)] == [1, 1, 0, 0]
+    found = encode_labelled(examples, vision.processor.tokenizer, images=MediaSettings(vision))
+    assert [len(media_of(found.images, i)) for i in range(4)] == [1, 1, 0, 0]
     assert trained(vision, found, 1) == ["Fine.<|im_end|>"]
     assert trained(vision, found, 3) == ["A red square.<|im_end|>"]

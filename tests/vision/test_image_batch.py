@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from raytune_rl.data.collate import MicroBatch
-from raytune_rl.data.encode import EncodedSFT, ImageSettings, encode_sft
+from raytune_rl.data.encode import EncodedSFT, MediaSettings, encode_sft
 from raytune_rl.data.example import Example, Message
-from raytune_rl.data.image_batch import ImageCollator
-from raytune_rl.data.pictures import pictures_of
-from raytune_rl.data.vision import VisionProcessor
+from raytune_rl.data.media_batch import MediaCollator
+from raytune_rl.data.media_processor import MediaProcessor
+from raytune_rl.data.media_table import media_of
 from raytune_rl.errors import DataError
 from raytune_rl.models.scorer import TokenScorer
 from raytune_rl.models.settings import TunerSettings
@@ -29,8 +29,8 @@ BOT = Message("assistant", "A red square.")
 
 
 @pytest.fixture(scope="module")
-def vision(tiny_vl: Path) -> VisionProcessor:
-    return VisionProcessor.of(AutoProcessor.from_pretrained(tiny_vl))
+def vision(tiny_vl: Path) -> MediaProcessor:
+    return MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl))
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def model(tiny_vl: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def encoded(vision: VisionProcessor, tmp_path_factory: pytest.TempPathFactory) -> EncodedSFT:
+def encoded(vision: MediaProcessor, tmp_path_factory: pytest.TempPathFactory) -> EncodedSFT:
     """One picture; none; two of other sizes over two turns; the first one again."""
     root = tmp_path_factory.mktemp("pictures")
     for number, size in enumerate([(56, 56), (112, 56), (84, 140)]):
@@ -59,14 +59,14 @@ def encoded(vision: VisionProcessor, tmp_path_factory: pytest.TempPathFactory) -
         ),
         Example((Message("user", "Look <image>"), Message("assistant", "A circle it is.")), images=(a,)),
     ]
-    return encode_sft(examples, vision.processor.tokenizer, images=ImageSettings(vision))
+    return encode_sft(examples, vision.processor.tokenizer, images=MediaSettings(vision))
 
 
-def collate(collator: ImageCollator, encoded: EncodedSFT, rows: list[int]) -> MicroBatch:
+def collate(collator: MediaCollator, encoded: EncodedSFT, rows: list[int]) -> MicroBatch:
     return collator.collate(
         [encoded.tokens[row] for row in rows],
         [encoded.loss_mask[row] for row in rows],
-        [pictures_of(encoded.images, row) for row in rows],
+        [media_of(encoded.images, row) for row in rows],
         pad_token_id=PAD,
     )
 
@@ -82,11 +82,11 @@ def score(model: Any, micro: MicroBatch) -> torch.Tensor:
     ).logprobs
 
 
-def plain_loss(model: Any, vision: VisionProcessor, encoded: EncodedSFT, row: int) -> tuple[float, int]:
+def plain_loss(model: Any, vision: MediaProcessor, encoded: EncodedSFT, row: int) -> tuple[float, int]:
     """Transformers' own loss for a row alone, from its own processor, and its number of loss tokens."""
     tokens, mask = encoded.tokens[row], encoded.loss_mask[row]
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
-    images = [Image.open(p.path) for p in pictures_of(encoded.images, row) if p.path]
+    images = [Image.open(p.path) for p in media_of(encoded.images, row) if p.path]
     inputs = dict(vision.processor.image_processor(images, return_tensors="pt")) if images else {}
     labels = ids.masked_fill(~torch.from_numpy(mask)[None], -100)
     types = (ids == vision.processor.image_token_id).int()
@@ -99,9 +99,9 @@ def gradients(model: Any) -> dict[str, torch.Tensor | None]:
 
 
 def test_the_padded_loss_is_that_of_plain_transformers(
-    vision: VisionProcessor, encoded: EncodedSFT, model: Any
+    vision: MediaProcessor, encoded: EncodedSFT, model: Any
 ) -> None:
-    micro = collate(ImageCollator(vision), encoded, [2, 1, 0, 3])
+    micro = collate(MediaCollator(vision), encoded, [2, 1, 0, 3])
     assert micro.position_ids is None
     assert micro.model_inputs["image_grid_thw"].shape == (4, 3)
     with torch.no_grad():
@@ -115,8 +115,8 @@ def test_the_padded_loss_is_that_of_plain_transformers(
     assert -logprobs.mean().item() == pytest.approx(whole, abs=1e-5)
 
 
-def test_what_the_picture_shows_matters(vision: VisionProcessor, encoded: EncodedSFT, model: Any) -> None:
-    micro = collate(ImageCollator(vision), encoded, [0])
+def test_what_the_picture_shows_matters(vision: MediaProcessor, encoded: EncodedSFT, model: Any) -> None:
+    micro = collate(MediaCollator(vision), encoded, [0])
     with torch.no_grad():
         right = score(model, micro)
         micro.model_inputs["pixel_values"].neg_()
@@ -126,14 +126,14 @@ def test_what_the_picture_shows_matters(vision: VisionProcessor, encoded: Encode
 
 @pytest.mark.parametrize("rows", [[0, 3], [2, 1], [0], [3, 2]])
 def test_pixels_put_together_are_those_made_together(
-    vision: VisionProcessor, encoded: EncodedSFT, rows: list[int]
+    vision: MediaProcessor, encoded: EncodedSFT, rows: list[int]
 ) -> None:
-    collator = ImageCollator(vision)
+    collator = MediaCollator(vision)
     again = [collate(collator, encoded, rows).model_inputs for _ in range(2)]
     images = [
-        [vision.decode(p.read(), p.name) for p in pictures_of(encoded.images, row)]
+        [vision.decode(p.read(), p.name) for p in media_of(encoded.images, row)]
         for row in rows
-        if pictures_of(encoded.images, row)
+        if media_of(encoded.images, row)
     ]
     together = vision.processor(images=images, return_tensors="pt")
     for name in ("pixel_values", "image_grid_thw"):
@@ -142,33 +142,33 @@ def test_pixels_put_together_are_those_made_together(
 
 
 def test_rows_of_unlike_shapes_are_left_to_the_processor(
-    vision: VisionProcessor, encoded: EncodedSFT, monkeypatch: pytest.MonkeyPatch
+    vision: MediaProcessor, encoded: EncodedSFT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for models that pad pictures to each other: joined only where the shapes agree."""
     calls: list[int] = []
 
-    def tiles(self: VisionProcessor, rows: Any) -> dict[str, torch.Tensor]:
+    def tiles(self: MediaProcessor, rows: Any) -> dict[str, torch.Tensor]:
         calls.append(len(rows))
         return {"pixel_values": torch.ones(len(rows), max(len(row) for row in rows), 2)}
 
-    monkeypatch.setattr(VisionProcessor, "pixels", tiles)
-    made = collate(ImageCollator(vision), encoded, [0, 2]).model_inputs["pixel_values"]
+    monkeypatch.setattr(MediaProcessor, "pixels", tiles)
+    made = collate(MediaCollator(vision), encoded, [0, 2]).model_inputs["pixel_values"]
     assert made.shape == (2, 2, 2)
     assert calls == [1, 1, 2]
     calls.clear()
-    made = collate(ImageCollator(vision), encoded, [0, 3]).model_inputs["pixel_values"]
+    made = collate(MediaCollator(vision), encoded, [0, 3]).model_inputs["pixel_values"]
     assert made.shape == (2, 1, 2)
     assert calls == [1], "the second row shows the same picture"
 
 
 def test_pixels_are_kept_within_a_limit(
-    vision: VisionProcessor, encoded: EncodedSFT, monkeypatch: pytest.MonkeyPatch
+    vision: MediaProcessor, encoded: EncodedSFT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    real = VisionProcessor.pixels
-    monkeypatch.setattr(VisionProcessor, "pixels", lambda self, rows: made.append(rows) or real(self, rows))
+    real = MediaProcessor.pixels
+    monkeypatch.setattr(MediaProcessor, "pixels", lambda self, rows: made.append(rows) or real(self, rows))
     size = real(vision, [[Image.new("RGB", (56, 56))]])["pixel_values"].nbytes + 24
-    roomy, narrow = ImageCollator(vision, cache_bytes=10 * size), ImageCollator(vision, cache_bytes=size)
+    roomy, narrow = MediaCollator(vision, cache_bytes=10 * size), MediaCollator(vision, cache_bytes=size)
     for _ in range(3):
         collate(roomy, encoded, [0])
         collate(roomy, encoded, [2])
@@ -180,9 +180,9 @@ def test_pixels_are_kept_within_a_limit(
     assert len(made) == 6
 
 
-def test_pixels_made_ahead_are_the_same(vision: VisionProcessor, encoded: EncodedSFT) -> None:
-    plain, ahead = ImageCollator(vision), ImageCollator(vision, threads=2)
-    ahead.expect(pictures_of(encoded.images, row) for row in (2, 1, 0, 3))
+def test_pixels_made_ahead_are_the_same(vision: MediaProcessor, encoded: EncodedSFT) -> None:
+    plain, ahead = MediaCollator(vision), MediaCollator(vision, threads=2)
+    ahead.expect(media_of(encoded.images, row) for row in (2, 1, 0, 3))
     for rows in ([2, 1], [0, 3]):
         mine, theirs = (collate(c, encoded, rows).model_inputs for c in (ahead, plain))
         assert mine.keys() == theirs.keys()
@@ -190,17 +190,17 @@ def test_pixels_made_ahead_are_the_same(vision: VisionProcessor, encoded: Encode
             torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=0)
 
 
-def test_pixels_come_in_the_models_type(vision: VisionProcessor, encoded: EncodedSFT) -> None:
-    inputs = collate(ImageCollator(vision, dtype=torch.bfloat16), encoded, [0]).model_inputs
+def test_pixels_come_in_the_models_type(vision: MediaProcessor, encoded: EncodedSFT) -> None:
+    inputs = collate(MediaCollator(vision, dtype=torch.bfloat16), encoded, [0]).model_inputs
     assert inputs["pixel_values"].dtype == torch.bfloat16
     assert inputs["image_grid_thw"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("rows", [[1], []])
 def test_a_grey_picture_touches_the_tower_with_a_gradient_of_exactly_zero(
-    vision: VisionProcessor, encoded: EncodedSFT, model: Any, rows: list[int]
+    vision: MediaProcessor, encoded: EncodedSFT, model: Any, rows: list[int]
 ) -> None:
-    bare, always = ImageCollator(vision), ImageCollator(vision, always=True)
+    bare, always = MediaCollator(vision), MediaCollator(vision, always=True)
     without, with_grey = collate(bare, encoded, rows), collate(always, encoded, rows)
     assert "pixel_values" not in without.model_inputs
     assert with_grey.model_inputs["pixel_values"].shape[0] > 0
@@ -220,16 +220,16 @@ def test_a_grey_picture_touches_the_tower_with_a_gradient_of_exactly_zero(
             torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=1e-4)
 
 
-def test_a_row_with_a_picture_needs_no_grey_one(vision: VisionProcessor, encoded: EncodedSFT) -> None:
-    micro = collate(ImageCollator(vision, always=True), encoded, [1, 0])
+def test_a_row_with_a_picture_needs_no_grey_one(vision: MediaProcessor, encoded: EncodedSFT) -> None:
+    micro = collate(MediaCollator(vision, always=True), encoded, [1, 0])
     assert micro.model_inputs["image_grid_thw"].shape == (1, 3)
     assert micro.input_ids.shape[0] == 2
 
 
 def test_placeholders_that_do_not_fit_the_pixels_are_refused(tiny_vl: Path, encoded: EncodedSFT) -> None:
-    other = VisionProcessor.of(AutoProcessor.from_pretrained(tiny_vl), max_pixels=28 * 28 * 2)
+    other = MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl), max_pixels=28 * 28 * 2)
     with pytest.raises(DataError, match=r"4 image tokens in a micro-batch whose images make [12] features"):
-        collate(ImageCollator(other), encoded, [0])
+        collate(MediaCollator(other), encoded, [0])
 
 
 @pytest.mark.parametrize(

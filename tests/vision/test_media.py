@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raytune_rl.data.media import ImageError, decode_image, fetch_image
-from raytune_rl.data.pictures import Picture, count_pictures, picture_columns, pictures_of
+from raytune_rl.data.media import MediaError, decode_image, fetch_medium
+from raytune_rl.data.media_table import Medium, count_media, media_columns, media_of
 
 
 def png(colour: tuple[int, ...] = (200, 10, 10), size: tuple[int, int] = (8, 6), mode: str = "RGB") -> bytes:
@@ -60,11 +60,11 @@ def test_every_kind_of_reference_gives_the_same_picture(tmp_path: Path, site: st
         "data:image/png;base64," + base64.b64encode(data).decode(),
         data,
     ]
-    found = [fetch_image(ref) for ref in refs]
+    found = [fetch_medium(ref) for ref in refs]
     assert {image.data for image in found} == {data}
     assert len({image.digest for image in found}) == 1
     assert [image.path for image in found] == [str(tmp_path / "a.png")] * 2 + [None] * 4
-    assert fetch_image("a.png", str(tmp_path)).path == str(tmp_path / "a.png")
+    assert fetch_medium("a.png", str(tmp_path)).path == str(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_every_kind_of_reference_gives_the_same_picture(tmp_path: Path, site: st
     ],
 )
 def test_what_cannot_be_fetched_is_named(ref: str, reason: str, site: str) -> None:
-    with pytest.raises(ImageError, match=reason):
-        fetch_image(ref.format(site=site))
+    with pytest.raises(MediaError, match=reason):
+        fetch_medium(ref.format(site=site))
 
 
 def test_what_cannot_be_decoded_is_named() -> None:
-    with pytest.raises(ImageError, match=r"image 'x.png' cannot be decoded: it is no picture"):
+    with pytest.raises(MediaError, match=r"image 'x.png' cannot be decoded: it is no picture"):
         decode_image(b"not a picture", "x.png")
-    with pytest.raises(ImageError, match=r"image of 60 bytes cannot be decoded"):
+    with pytest.raises(MediaError, match=r"image of 60 bytes cannot be decoded"):
         decode_image(png(size=(300, 300))[:60], png(size=(300, 300))[:60])
 
 
@@ -111,31 +111,31 @@ def test_max_pixels_scales_down_only_and_keeps_the_shape() -> None:
 
 def test_distinct_pictures_lie_in_the_table_once(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
-    path = Picture.of(fetch_image(str(tmp_path / "a.png")), inline=False)
-    inline = Picture.of(fetch_image(png((1, 2, 3))), inline=False)
-    columns = picture_columns([[path], [], [inline, path], [path]])
-    assert count_pictures(columns) == (4, 2, len(png((1, 2, 3))), 2)
+    path = Medium.of(fetch_medium(str(tmp_path / "a.png")), inline=False)
+    inline = Medium.of(fetch_medium(png((1, 2, 3))), inline=False)
+    columns = media_columns([[path], [], [inline, path], [path]])
+    assert count_media(columns) == (4, 2, len(png((1, 2, 3))), 2)
     assert all(isinstance(values, np.ndarray) or hasattr(values, "offsets") for values in columns.values())
-    rows = [pictures_of(columns, row) for row in range(4)]
+    rows = [media_of(columns, row) for row in range(4)]
     assert [[p.digest for p in row] for row in rows] == [
         [path.digest], [], [inline.digest, path.digest], [path.digest]
     ]  # fmt: skip
     assert rows[2][0].read() == png((1, 2, 3))
     assert rows[0][0].path == str(tmp_path / "a.png")
     assert rows[0][0].read() == png()
-    assert picture_columns([[], []]) == {}
-    assert pictures_of({}, 3) == []
+    assert media_columns([[], []]) == {}
+    assert media_of({}, 3) == []
 
 
 def test_a_file_that_changed_after_tokenization_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_bytes(png())
-    (picture,) = pictures_of(picture_columns([[Picture.of(fetch_image(str(file)), inline=False)]]), 0)
+    (picture,) = media_of(media_columns([[Medium.of(fetch_medium(str(file)), inline=False)]]), 0)
     file.write_bytes(png(size=(99, 99)))
-    with pytest.raises(ImageError, match=r"a\.png' has changed since"):
+    with pytest.raises(MediaError, match=r"a\.png' has changed since"):
         picture.read()
-    inline = Picture.of(fetch_image(str(file)), inline=True)
+    inline = Medium.of(fetch_medium(str(file)), inline=True)
     file.unlink()
     assert inline.read() == png(size=(99, 99))
-    with pytest.raises(ImageError, match="there is no file"):
+    with pytest.raises(MediaError, match="there is no file"):
         picture.read()

@@ -13,11 +13,11 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from raytune_rl.data.encode import ImageSettings, encode_prompts, encode_sft
+from raytune_rl.data.encode import MediaSettings, encode_prompts, encode_sft
 from raytune_rl.data.example import Example, Message
-from raytune_rl.data.image_batch import ImageCollator
-from raytune_rl.data.pictures import pictures_of
-from raytune_rl.data.vision import VisionProcessor
+from raytune_rl.data.media_batch import MediaCollator
+from raytune_rl.data.media_processor import MediaProcessor
+from raytune_rl.data.media_table import media_of
 from raytune_rl.models.scorer import TokenScorer
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner, trains_vision
@@ -119,7 +119,7 @@ def test_mixed_rows_score_as_in_transformers(
     torch.manual_seed(0)
     model, processor = make()
     model.eval()
-    vision = VisionProcessor.of(processor)
+    vision = MediaProcessor.of(processor)
     for number, size in enumerate([(56, 56), (112, 56), (84, 140)]):
         draw("blue", "circle", random.Random(number)).resize(size).save(tmp_path / f"{number}.png")
     a, b, c = (str(tmp_path / f"{number}.png") for number in range(3))
@@ -129,13 +129,13 @@ def test_mixed_rows_score_as_in_transformers(
         Example((Message("user", "How are you?"), answer)),
         Example((Message("user", "<image> and <image>?"), answer), images=(c, b)),
     ]
-    encoded = encode_sft(examples, processor.tokenizer, images=ImageSettings(vision))
+    encoded = encode_sft(examples, processor.tokenizer, images=MediaSettings(vision))
     marked = [np.isin(encoded.tokens[row], vision.placeholder_ids).sum() for row in range(3)]
     assert marked == placeholders
-    micro = ImageCollator(vision).collate(
+    micro = MediaCollator(vision).collate(
         [encoded.tokens[row] for row in range(3)],
         [encoded.loss_mask[row] for row in range(3)],
-        [pictures_of(encoded.images, row) for row in range(3)],
+        [media_of(encoded.images, row) for row in range(3)],
         pad_token_id=0,
     )
     scorer = TokenScorer(model)
@@ -154,14 +154,14 @@ def test_mixed_rows_score_as_in_transformers(
             torch.testing.assert_close(mine[micro.row_of == row], theirs, atol=1e-5, rtol=0)
 
     asked = [Example(example.messages[:1], images=example.images) for example in examples]
-    prompts = encode_prompts(asked, processor.tokenizer, images=ImageSettings(vision))
+    prompts = encode_prompts(asked, processor.tokenizer, images=MediaSettings(vision))
     assert prompts.given is not None
     one_each = [prompts.given[row].tolist().count(placeholder_id(vision)) for row in range(3)]
     assert one_each == [1, 0, 2]
     assert trains_vision(apply_tuner(model, TunerSettings("lora", freeze_vit=False)).model)
 
 
-def placeholder_id(vision: VisionProcessor) -> int:
+def placeholder_id(vision: MediaProcessor) -> int:
     return vision.processor.tokenizer.convert_tokens_to_ids(vision.placeholder)
 
 

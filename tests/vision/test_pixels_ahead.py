@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from raytune_rl.data.pictures import Picture
+from raytune_rl.data.media_table import Medium
 from raytune_rl.data.pixels_ahead import PixelsAhead
 
 DEADLINE_S = 20.0
 
 
-def rows(count: int) -> list[list[Picture]]:
-    return [[Picture(number, data=b"")] for number in range(count)]
+def rows(count: int) -> list[list[Medium]]:
+    return [[Medium(number, data=b"")] for number in range(count)]
 
 
 def test_what_is_expected_is_made_in_another_thread_and_within_the_limit() -> None:
@@ -23,7 +23,7 @@ def test_what_is_expected_is_made_in_another_thread_and_within_the_limit() -> No
     here = threading.get_ident()
     elsewhere: list[bool] = []
 
-    def make(row: Sequence[Picture]) -> int:
+    def make(row: Sequence[Medium]) -> int:
         elsewhere.append(threading.get_ident() != here)
         made.append(row[0].digest)
         if len(made) == 3:
@@ -58,7 +58,7 @@ def test_a_row_that_was_forgotten_is_still_right() -> None:
 
 
 def test_an_error_comes_where_the_row_is_taken() -> None:
-    def make(row: Sequence[Picture]) -> int:
+    def make(row: Sequence[Medium]) -> int:
         raise ValueError("broken picture")
 
     ahead = PixelsAhead(make, threads=1)

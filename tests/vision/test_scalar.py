@@ -12,11 +12,11 @@ import torch
 from transformers import AutoProcessor
 
 from raytune_rl.data.collate import MicroBatch
-from raytune_rl.data.encode import ImageSettings, encode_sft
+from raytune_rl.data.encode import MediaSettings, encode_sft
 from raytune_rl.data.example import Example, Message
-from raytune_rl.data.image_batch import ImageCollator
-from raytune_rl.data.pictures import pictures_of
-from raytune_rl.data.vision import VisionProcessor
+from raytune_rl.data.media_batch import MediaCollator
+from raytune_rl.data.media_processor import MediaProcessor
+from raytune_rl.data.media_table import media_of
 from raytune_rl.models.load import load_model
 from raytune_rl.models.scalar import ScalarScorer
 from raytune_rl.models.settings import TunerSettings
@@ -28,18 +28,18 @@ from raytune_rl.workers.scoring import forward_inputs
 
 def micro_batch(tiny_vl: Path, root: Path, color: str) -> MicroBatch:
     """A row with a picture of this colour, and one without."""
-    vision = VisionProcessor.of(AutoProcessor.from_pretrained(tiny_vl))
+    vision = MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl))
     draw(color, "circle", random.Random(1)).save(root / f"{color}.png")
     turns = (Message("user", "<image>Which colour?"), Message("assistant", "It is red."))
     examples = [
         Example(turns, images=(str(root / f"{color}.png"),)),
         Example((Message("user", "How are you?"), Message("assistant", "Well."))),
     ]
-    rows = encode_sft(examples, vision.processor.tokenizer, images=ImageSettings(vision))
-    return ImageCollator(vision).collate(
+    rows = encode_sft(examples, vision.processor.tokenizer, images=MediaSettings(vision))
+    return MediaCollator(vision).collate(
         [rows.tokens[row] for row in range(2)],
         [rows.loss_mask[row] for row in range(2)],
-        [pictures_of(rows.images, row) for row in range(2)],
+        [media_of(rows.images, row) for row in range(2)],
         pad_token_id=0,
     )
 

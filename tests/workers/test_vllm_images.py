@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raytune_rl.data.media import EncodedImage, digest_of
-from raytune_rl.data.pictures import Picture, picture_columns
+from raytune_rl.data.media import MediaFile, digest_of
+from raytune_rl.data.media_table import Medium, media_columns
 from raytune_rl.data.ragged import Ragged
 from raytune_rl.errors import DataError
 from raytune_rl.tiny.vision import make_tiny_vision_model
 from raytune_rl.workers.rollout import EngineSpec, read_prompt
-from raytune_rl.workers.vllm_images import EngineImages, check_prompt
+from raytune_rl.workers.vllm_media import EngineMedia, check_prompt
 
 
-def picture(side: int) -> Picture:
+def picture(side: int) -> Medium:
     file = io.BytesIO()
     Image.new("RGB", (side, side)).save(file, "PNG")
-    return Picture.of(EncodedImage(file.getvalue(), None, digest_of(file.getvalue())), inline=True)
+    return Medium.of(MediaFile(file.getvalue(), None, digest_of(file.getvalue())), inline=True)
 
 
 def columns() -> dict:
@@ -29,7 +29,7 @@ def columns() -> dict:
     return {
         "prompt": Ragged.from_rows([[1, 9, 9, 2, 9], [3, 4]], np.int32),
         "given": Ragged.from_rows([[1, 9, 2, 9], [3, 4]], np.int32),
-        **picture_columns([[picture(56), picture(28)], []]),
+        **media_columns([[picture(56), picture(28)], []]),
     }
 
 
@@ -45,7 +45,7 @@ def test_what_vllm_expands_must_be_what_the_policy_has() -> None:
 def test_pictures_are_decoded_once_and_named_by_their_digest(tmp_path: Path) -> None:
     model = str(make_tiny_vision_model(tmp_path / "model"))
     spec = EngineSpec(model, "float32", 64, "store", 10.0, media_limits={"image": 2}, max_pixels=1568)
-    images = EngineImages.of(model, spec)
+    images = EngineMedia.of(model, spec)
     assert images is not None
     assert images.processor_settings == {"max_pixels": 1568}, "this processor has such a limit of its own"
     prompt = read_prompt(columns(), 0)
@@ -56,4 +56,4 @@ def test_pictures_are_decoded_once_and_named_by_their_digest(tmp_path: Path) -> 
     assert len(set(request["multi_modal_uuids"]["image"])) == 2
     again = images.request(prompt, decoded)
     assert again["multi_modal_data"]["image"][0] is request["multi_modal_data"]["image"][0]
-    assert EngineImages.of(model, EngineSpec(model, "float32", 64, "store", 10.0)) is None
+    assert EngineMedia.of(model, EngineSpec(model, "float32", 64, "store", 10.0)) is None

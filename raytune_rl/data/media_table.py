@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.data.mapped import ArrayWriter, RaggedWriter
-from raytune_rl.data.media import EncodedImage, ImageError, fetch_image, shown
+from raytune_rl.data.media import MediaError, MediaFile, fetch_medium, shown
 from raytune_rl.data.ragged import Columns, Ragged
 
 #: Columns of the object that has the rows: `images` is per row, the others are the table.
@@ -23,7 +23,7 @@ _DATA, _IS_PATH, _DIGEST = "image_data", "image_is_path", "image_digest"
 
 
 @dataclass(frozen=True)
-class Picture:
+class Medium:
     """One picture as the table has it: exactly one of `data` and `path` is set."""
 
     digest: int
@@ -31,7 +31,7 @@ class Picture:
     path: str | None = None
 
     @classmethod
-    def of(cls, image: EncodedImage, *, inline: bool) -> Picture:
+    def of(cls, image: MediaFile, *, inline: bool) -> Medium:
         """A picture that was read; `inline` keeps the bytes of a local file instead of its path."""
         if image.path is not None and not inline:
             return cls(image.digest, path=image.path)
@@ -46,21 +46,21 @@ class Picture:
         """The encoded bytes.
 
         Raises:
-            ImageError: The file is gone, or is not the one that was tokenized: its number of tokens may
+            MediaError: The file is gone, or is not the one that was tokenized: its number of tokens may
                 have changed.
         """
         if self.data is not None:
             return bytes(self.data)
         assert self.path is not None
-        found = fetch_image(self.path)
+        found = fetch_medium(self.path)
         if found.digest != self.digest:
-            raise ImageError(
+            raise MediaError(
                 f"image {self.name} has changed since the data was tokenized; start the run anew"
             )
         return found.data
 
 
-class PictureWriter:
+class MediaWriter:
     """The columns for rows of pictures, row after row: in files, or in memory where there is no folder."""
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -70,7 +70,7 @@ class PictureWriter:
         self._is_path: list[bool] = []
         self._columns: tuple[RaggedWriter, RaggedWriter] | None = None
 
-    def append(self, row: Sequence[Picture]) -> None:
+    def append(self, row: Sequence[Medium]) -> None:
         """Adds a row."""
         if self._columns is None:
             if not row:
@@ -107,15 +107,15 @@ class PictureWriter:
         }
 
 
-def picture_columns(rows: Iterable[Sequence[Picture]]) -> Columns:
+def media_columns(rows: Iterable[Sequence[Medium]]) -> Columns:
     """The columns for rows of pictures, in memory."""
-    writer = PictureWriter()
+    writer = MediaWriter()
     for row in rows:
         writer.append(row)
     return writer.close()
 
 
-def picture_paths(columns: Columns) -> list[str]:
+def media_paths(columns: Columns) -> list[str]:
     """The files of the table that are named by their path."""
     data = columns.get(_DATA)
     if not isinstance(data, Ragged):
@@ -123,7 +123,7 @@ def picture_paths(columns: Columns) -> list[str]:
     return [bytes(data[number].data).decode() for number in np.flatnonzero(np.asarray(columns[_IS_PATH]))]
 
 
-def pictures_of(columns: Columns, row: int) -> list[Picture]:
+def media_of(columns: Columns, row: int) -> list[Medium]:
     """The pictures of one row, in the order of its tags; none if the object has no pictures."""
     numbers = columns.get(ROW_COLUMN)
     if not isinstance(numbers, Ragged):
@@ -131,7 +131,7 @@ def pictures_of(columns: Columns, row: int) -> list[Picture]:
     return [_picture(columns, int(number)) for number in numbers[row]]
 
 
-def count_pictures(columns: Columns) -> tuple[int, int, int, int]:
+def count_media(columns: Columns) -> tuple[int, int, int, int]:
     """Pictures shown by the rows, distinct ones, bytes of those that are held, not named by a path, and the
     most that one row shows."""
     numbers, data = columns.get(ROW_COLUMN), columns.get(_DATA)
@@ -141,17 +141,17 @@ def count_pictures(columns: Columns) -> tuple[int, int, int, int]:
     return len(numbers.values), len(data), int(held.sum()), int(numbers.lengths.max())
 
 
-def _flat(picture: Picture) -> NDArray[np.uint8]:
+def _flat(picture: Medium) -> NDArray[np.uint8]:
     raw = picture.data if picture.path is None else picture.path.encode()
     assert raw is not None
     return np.frombuffer(raw, dtype=np.uint8)
 
 
-def _picture(columns: Columns, number: int) -> Picture:
+def _picture(columns: Columns, number: int) -> Medium:
     data = columns[_DATA]
     assert isinstance(data, Ragged)
     raw = data[number].data  # a view on the store's memory: a picture that is cached is never copied
     digest = int(columns[_DIGEST][number])
     if columns[_IS_PATH][number]:
-        return Picture(digest, path=bytes(raw).decode())
-    return Picture(digest, data=raw)
+        return Medium(digest, path=bytes(raw).decode())
+    return Medium(digest, data=raw)

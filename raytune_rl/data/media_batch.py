@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from raytune_rl.data.collate import MicroBatch, collate
-from raytune_rl.data.pictures import Picture
+from raytune_rl.data.media_processor import MediaProcessor
+from raytune_rl.data.media_table import Medium
 from raytune_rl.data.pixels_ahead import PixelsAhead, key_of
-from raytune_rl.data.vision import VisionProcessor
 from raytune_rl.errors import DataError
 
 CACHE_BYTES = 512 * 2**20
 Pixels = dict[str, torch.Tensor]
 
 
-class ImageCollator:
+class MediaCollator:
     """Collates rows of a vision model.
 
     Args:
@@ -42,7 +42,7 @@ class ImageCollator:
 
     def __init__(
         self,
-        vision: VisionProcessor,
+        vision: MediaProcessor,
         *,
         dtype: torch.dtype = torch.float32,
         always: bool = False,
@@ -55,7 +55,7 @@ class ImageCollator:
         self._cache = _Cache(cache_bytes)
         self._ahead = PixelsAhead(self._make, threads)
 
-    def expect(self, pictures: Iterable[Sequence[Picture]]) -> None:
+    def expect(self, pictures: Iterable[Sequence[Medium]]) -> None:
         """The pictures of the rows that will be collated next, in this order: their pixels are begun with."""
         self._ahead.expect(row for row in pictures if row and self._cache.get(key_of(row)) is None)
 
@@ -63,7 +63,7 @@ class ImageCollator:
         self,
         tokens: Sequence[NDArray],
         loss_masks: Sequence[NDArray],
-        pictures: Sequence[Sequence[Picture]],
+        pictures: Sequence[Sequence[Medium]],
         *,
         pad_token_id: int,
     ) -> MicroBatch:
@@ -72,7 +72,7 @@ class ImageCollator:
         Position ids are left to the model: with pictures they have as many axes as it likes.
 
         Raises:
-            ImageError: A picture's file is gone or is not the one that was tokenized.
+            MediaError: A picture's file is gone or is not the one that was tokenized.
             DataError: A row's placeholders are not as many as the features of its pictures.
         """
         rows, masks = list(tokens), list(loss_masks)
@@ -95,7 +95,7 @@ class ImageCollator:
         ends = micro.row_ends[: len(tokens)]
         return replace(micro, position_ids=None, n_rows=len(tokens), row_ends=ends, model_inputs=inputs)
 
-    def _pixels(self, pictures: Sequence[Sequence[Picture]]) -> Pixels:
+    def _pixels(self, pictures: Sequence[Sequence[Medium]]) -> Pixels:
         rows = [row for row in pictures if row]
         parts = [self._of_row(row) for row in rows]
         if len(parts) <= 1:
@@ -105,7 +105,7 @@ class ImageCollator:
         # Rows that the processor would pad to each other's shape (tiles, several pictures a row): let it.
         return self.vision.pixels([[self._decode(picture) for picture in row] for row in rows])
 
-    def _of_row(self, row: Sequence[Picture]) -> Pixels:
+    def _of_row(self, row: Sequence[Medium]) -> Pixels:
         key = key_of(row)
         found = self._cache.get(key)
         if found is None:
@@ -113,10 +113,10 @@ class ImageCollator:
             self._cache.put(key, found)
         return found
 
-    def _make(self, row: Sequence[Picture]) -> Pixels:
+    def _make(self, row: Sequence[Medium]) -> Pixels:
         return self.vision.pixels([[self._decode(picture) for picture in row]])
 
-    def _decode(self, picture: Picture) -> Image:
+    def _decode(self, picture: Medium) -> Image:
         return self.vision.decode(picture.read(), picture.name)
 
 
@@ -149,7 +149,7 @@ def _join(a: Pixels, b: Pixels) -> bool:
     return a.keys() == b.keys() and all(a[name].shape[1:] == b[name].shape[1:] for name in a)
 
 
-def _check(vision: VisionProcessor, pixels: Pixels, placeholders: int) -> None:
+def _check(vision: MediaProcessor, pixels: Pixels, placeholders: int) -> None:
     features = vision.count_features(pixels) if pixels else 0
     if features is not None and features != placeholders:
         raise DataError(

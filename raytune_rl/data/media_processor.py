@@ -56,7 +56,7 @@ class ExpandedText:
 
 
 @dataclass(frozen=True)
-class VisionProcessor:
+class MediaProcessor:
     """A Transformers processor with an image processor and a fast tokenizer.
 
     Attributes:
@@ -69,7 +69,7 @@ class VisionProcessor:
     max_pixels: int | None = None
 
     @classmethod
-    def of(cls, processor: Any, max_pixels: int | None = None) -> VisionProcessor:
+    def of(cls, processor: Any, max_pixels: int | None = None) -> MediaProcessor:
         """Tries the processor on a small picture.
 
         Args:

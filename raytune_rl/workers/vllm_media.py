@@ -8,33 +8,31 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from raytune_rl.data.vision import VisionProcessor
+from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.errors import DataError
-from raytune_rl.models.load import load_vision_processor
+from raytune_rl.models.load import load_media_processor
 from raytune_rl.workers.rollout import EnginePrompt, EngineSpec
 
 
 @dataclass(frozen=True)
-class EngineImages:
+class EngineMedia:
     """The model's processor, as policy and data task set it up.
 
     vLLM calls the processor itself. It is given the pictures decoded in the policy's way, and the prompt with
     one placeholder a picture.
     """
 
-    vision: VisionProcessor
+    vision: MediaProcessor
     max_pixels: int | None
 
     @classmethod
-    def of(cls, path: str, spec: EngineSpec) -> EngineImages | None:
+    def of(cls, path: str, spec: EngineSpec) -> EngineMedia | None:
         """For the model in a local directory; None if it takes texts only."""
         if spec.media_limits is None:
             return None
-        processor = load_vision_processor(path, trust_remote_code=spec.trust_remote_code)
+        processor = load_media_processor(path, trust_remote_code=spec.trust_remote_code)
         return (
-            None
-            if processor is None
-            else cls(VisionProcessor.of(processor, spec.max_pixels), spec.max_pixels)
+            None if processor is None else cls(MediaProcessor.of(processor, spec.max_pixels), spec.max_pixels)
         )
 
     @property
@@ -51,7 +49,7 @@ class EngineImages:
             decoded: Pictures by digest, kept between the prompts of one call.
 
         Raises:
-            ImageError: A picture's file is gone or is not the one that was tokenized.
+            MediaError: A picture's file is gone or is not the one that was tokenized.
         """
         for picture in prompt.pictures:
             if picture.digest not in decoded:

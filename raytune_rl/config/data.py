@@ -50,13 +50,31 @@ class DataOptions(Options):
         "such a limit keeps this one in the checkpoint. Not set: the processor's own.",
         ge=1,
     )
+    video_max_pixels: int | None = _setting(
+        None,
+        "Most pixels of a frame of a video; larger frames are scaled down. Not set: the processor's own.",
+        ge=1,
+    )
+    fps: float | None = _setting(
+        None,
+        "Frames shown of a second of video. A video given as a list of frames is shown whole, and is taken "
+        "to have so many of them a second. Not set: the processor's own, else 2.",
+        gt=0,
+    )
+    fps_max_frames: int | None = _setting(
+        None,
+        "Most frames shown of a video; of a longer one, so many at equal distances. Not set: the "
+        "processor's own.",
+        ge=1,
+    )
     root_image_dir: str | None = _setting(
-        None, "Folder that relative paths of images start from. Not set: the current one."
+        None, "Folder that relative paths of images, videos and audios start from. Not set: the current one."
     )
     inline_media: bool | None = _setting(
         None,
-        "true: image files travel to the workers with the rows. false: their paths do, and every machine "
-        "must see the files. Not set: true on a cluster that was running before, false on one started here.",
+        "true: files of images, videos and audios travel to the workers with the rows. false: their paths "
+        "do, and every machine must see the files. Not set: true on a cluster that was running before, false "
+        "on one started here.",
     )
     dataset_shuffle: bool = _setting(True, "Shuffle the training rows anew in each epoch.")
     data_seed: int = _setting(42, "Seed of the order of rows and of every draw from the data.", ge=0)
@@ -73,7 +91,8 @@ class DataOptions(Options):
     )
     dataloader_num_workers: int | None = _setting(
         None,
-        "Vision models: threads per policy worker that make the pixels of coming micro-batches. Not set: 1.",
+        "Models that take media: threads per policy worker that make the pixels of coming micro-batches. "
+        "Not set: 1.",
         ge=0,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from raytune_rl.config.flags import Flag
@@ -30,16 +30,31 @@ def apply(
 
 def _media(settings: dict[str, Any], flags: Mapping[str, Flag], environ: Mapping[str, str]) -> list[str]:
     notices = []
-    for name in ("max_pixels", "root_image_dir"):
+    for name, read in _MEDIA.items():
         value = environ.get(name.upper())
         if not value or name not in flags:
             continue
         if settings.get(name) is None:
-            settings[name] = whole_number(name.upper(), value) if name == "max_pixels" else value
+            settings[name] = read(name.upper(), value)
             notices.append(f"{name.upper()}={value} is read as --{name} {value}.")
         elif str(settings[name]) != value:
             notices.append(f"{name.upper()}={value} does nothing: --{name} {settings[name]} is given.")
     return notices
+
+
+def positive_number(name: str, value: Any) -> float:
+    """A number above 0 out of a variable called `name`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ConfigError(f"{name}: {value!r} is not a number above 0.")
+    return number
 
 
 def visible_devices(environ: Mapping[str, str]) -> int | None:
@@ -111,3 +126,12 @@ def _visible_workers(
     settings["policy_workers"] = devices
     said = f"CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']}"
     return [f"{said} is read as --policy_workers {devices}."]
+
+
+_MEDIA: dict[str, Callable[[str, str], Any]] = {
+    "max_pixels": whole_number,
+    "video_max_pixels": whole_number,
+    "fps": positive_number,
+    "fps_max_frames": whole_number,
+    "root_image_dir": lambda _, value: value,
+}

@@ -63,6 +63,17 @@ class InferConfig(ClusterOptions, EngineOptions):
         "Vision models: most pixels of an image; larger ones are scaled down. Not set: the processor's own.",
         ge=1,
     )
+    video_max_pixels: int | None = _data(
+        None,
+        "Most pixels of a frame of a video; larger frames are scaled down. Not set: the processor's own.",
+        ge=1,
+    )
+    fps: float | None = _data(
+        None, "Frames shown of a second of video. Not set: the processor's own, else 2.", gt=0
+    )
+    fps_max_frames: int | None = _data(
+        None, "Most frames shown of a video. Not set: the processor's own.", ge=1
+    )
     dataset_num_proc: int = _data(1, "Processes that encode rows.", ge=1)
 
     max_new_tokens: int | None = _sampling(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raytune_rl.data.example import Example, Message
-from raytune_rl.data.media_tags import TAGS
+from raytune_rl.data.media_tags import kinds_of, split_tags
 from raytune_rl.errors import DataError, ModelError
 
 #: For base models that know ChatML's tokens but bring no template: no default system prompt, nothing added.
@@ -21,7 +21,6 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-_IMAGE = TAGS["images"]
 _MARK = "(what the turn says)"
 
 
@@ -34,7 +33,7 @@ class ChatTemplate:
         template: The template in use when it is not the tokenizer's own.
         notice: A sentence for the user when it is not.
         processor: Of a vision model: it writes conversations, from lists of parts, instead of the tokenizer.
-        parts_always: Whether its template wants turns without a picture as lists of parts too.
+        parts_always: Whether its template wants turns without media as lists of parts too.
     """
 
     tokenizer: Any
@@ -91,8 +90,10 @@ class ChatTemplate:
 
     def _written(self, message: Message) -> dict[str, Any]:
         plain = message.for_template()
-        if self.processor is not None and (self.parts_always or _IMAGE in message.content):
-            plain["content"] = content_parts(message.content)
+        if self.processor is not None:
+            parts = split_tags(message.content, kinds_of(self.processor))
+            if self.parts_always or any(part["type"] != "text" for part in parts):
+                plain["content"] = parts
         return plain
 
     def _takes_text(self) -> bool:
@@ -123,17 +124,6 @@ class ChatTemplate:
         if len(tail) == 1 and tail[0] in self.tokenizer.all_special_ids and tail[0] not in stops:
             stops.append(int(tail[0]))
         return tuple(stops)
-
-
-def content_parts(content: str) -> list[dict[str, str]]:
-    """A text with `<image>` tags as the list of parts that processors' templates take."""
-    parts: list[dict[str, str]] = []
-    for number, text in enumerate(content.split(_IMAGE)):
-        if number:
-            parts.append({"type": "image"})
-        if text:
-            parts.append({"type": "text", "text": text})
-    return parts or [{"type": "text", "text": ""}]
 
 
 def trained_turns(example: Example, loss_scale: str) -> list[int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raytune_rl.data.example import MediaRef, Message
-from raytune_rl.data.media_tags import TAGS, media_ref
+from raytune_rl.data.media_tags import TAGS, media_ref, video_ref
 
 ROLES: dict[str, str] = {
     "system": "system",
@@ -235,6 +235,6 @@ def _flatten(parts: Sequence[Any], conversation: Conversation) -> str:
 
 def _checked_ref(value: Any, medium: str) -> MediaRef:
     try:
-        return media_ref(value)
+        return video_ref(value) if medium == "video" else media_ref(value)
     except ValueError as error:
         raise FormatError(f"{medium}: {error}") from error

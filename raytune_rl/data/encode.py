@@ -29,7 +29,7 @@ from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.errors import ConfigError, DataError
 
 _LOOKED_AT = 64
-"""Examples that tell whether a data set shows pictures."""
+"""Examples that tell whether a data set has media."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class EncodedPrompts:
         index: int64 `[n]`, increasing.
         dropped: The examples that are not among the rows.
         notices: Sentences for the user.
-        images: Columns of the rows' pictures (see `data.media_table`); empty when there are none.
-        given: The prompts with each picture's placeholders as one, as vLLM takes them beside the pictures;
+        media: Columns of the rows' media (see `data.media_table`); empty when there are none.
+        given: The prompts with each medium's placeholders as one, as vLLM takes them beside the media;
             None when there are none.
     """
 
@@ -66,7 +66,7 @@ class EncodedPrompts:
     index: NDArray[np.int64]
     dropped: tuple[Dropped, ...] = ()
     notices: tuple[str, ...] = ()
-    images: Columns = field(default_factory=dict)
+    media: Columns = field(default_factory=dict)
     given: Ragged | None = None
 
     @property
@@ -83,7 +83,7 @@ class EncodedSFT:
         tokens: Ragged int32 `[n]`.
         loss_mask: Ragged bool with the offsets of `tokens`; at least one True a row, never at its index 0.
         loss_lengths: Tokens of each row that are trained on, int64 `[n]`.
-        index, dropped, notices, images: As in `EncodedPrompts`.
+        index, dropped, notices, media: As in `EncodedPrompts`.
         values: What the data says of each row, by name, float64 `[n]`: "label", "margin".
     """
 
@@ -93,7 +93,7 @@ class EncodedSFT:
     index: NDArray[np.int64]
     dropped: tuple[Dropped, ...] = ()
     notices: tuple[str, ...] = ()
-    images: Columns = field(default_factory=dict)
+    media: Columns = field(default_factory=dict)
     values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
     @property
@@ -104,16 +104,16 @@ class EncodedSFT:
 
 @dataclass(frozen=True)
 class MediaSettings:
-    """How rows with pictures are read.
+    """How rows with media are read.
 
     Attributes:
-        vision: The model's processor.
+        processor: The model's processor.
         root: Folder that relative paths start from; the current one if None.
         inline: Put the bytes of local files into the columns, for workers on other machines, instead of
             their paths. What came by URL or as bytes is always put in.
     """
 
-    vision: MediaProcessor
+    processor: MediaProcessor
     root: str | None = None
     inline: bool = False
 
@@ -127,7 +127,7 @@ def encode_prompts(
     strict: bool = True,
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
-    images: MediaSettings | None = None,
+    media: MediaSettings | None = None,
 ) -> EncodedPrompts:
     """Writes every conversation with the model's chat template and generation prompt, and tokenizes it.
 
@@ -140,7 +140,7 @@ def encode_prompts(
         strict: A row that the template refuses stops; otherwise it is dropped with its reason.
         num_proc: Processes for big inputs; the result does not depend on it.
         progress: Called with the number of rows done since the last call.
-        images: For a vision model; without it a row with images is an error.
+        media: For a model that takes media; without it a row with any is an error.
 
     Raises:
         RowError: A row cannot be encoded; it names file, line and reason.
@@ -154,9 +154,9 @@ def encode_prompts(
             "truncation_strategy 'right' would cut off the question's end and the generation prompt; "
             "use 'left' or 'delete'"
         )
-    job = make_job(tokenizer, max_length, truncation_strategy, None, images)
+    job = make_job(tokenizer, max_length, truncation_strategy, None, media)
     prompts, given = (RaggedWriter(name, np.int32, None) for name in ("prompt", "given"))
-    pictures = MediaWriter()
+    shown = MediaWriter()
     index: list[int] = []
     dropped: list[Dropped] = []
     cut = 0
@@ -168,19 +168,19 @@ def encode_prompts(
         cut += row.cut
         prompts.append(row.tokens)
         given.append(row.tokens if row.given is None else row.given)
-        pictures.append(row.pictures)
+        shown.append(row.media)
     some_left(index, dropped, "rows")
     extra = [examples[i].extra for i in index]
-    names = dict.fromkeys(name for columns in extra for name in columns)
-    shown = pictures.close()
+    names = dict.fromkeys(name for one in extra for name in one)
+    columns = shown.close()
     return EncodedPrompts(
         prompts=prompts.close(),
-        extra={name: [columns.get(name) for columns in extra] for name in names},
+        extra={name: [one.get(name) for one in extra] for name in names},
         index=int_array(index),
         dropped=tuple(dropped),
         notices=(*notices_of(job), *cut_notice(cut, max_length, truncation_strategy, "prompts")),
-        images=shown,
-        given=given.close() if shown else None,
+        media=columns,
+        given=given.close() if columns else None,
     )
 
 
@@ -194,7 +194,7 @@ def encode_sft(
     strict: bool = True,
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
-    images: MediaSettings | None = None,
+    media: MediaSettings | None = None,
     folder: Path | None = None,
 ) -> EncodedSFT:
     """Writes every conversation with the model's chat template, tokenizes it and marks what is trained on.
@@ -204,7 +204,7 @@ def encode_sft(
 
     Args:
         examples: Conversations that end with the assistant.
-        tokenizer, strict, num_proc, progress, images: As in `encode_prompts`.
+        tokenizer, strict, num_proc, progress, media: As in `encode_prompts`.
         max_length: Most tokens a row may have; None is no limit.
         truncation_strategy: For longer ones: 'delete' drops the row, 'left' keeps the last tokens, 'right'
             the first, 'error' stops. A row in which truncation leaves nothing to train on is dropped.
@@ -221,7 +221,7 @@ def encode_sft(
     """
     if loss_scale not in ("default", "last_round", "all"):
         raise ConfigError(f"loss_scale is {loss_scale!r}; it is default, last_round or all")
-    job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, images)
+    job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, media)
     writer = RowWriter(folder)
     for number, row in enumerate(run_job(job, examples, strict, num_proc, progress)):
         if isinstance(row, Dropped):
@@ -244,7 +244,7 @@ class RowWriter:
         self.cut = 0
         self._tokens = RaggedWriter("tokens", np.int32, folder)
         self._mask = RaggedWriter("loss_mask", np.bool_, folder)
-        self._pictures = MediaWriter(folder)
+        self._media = MediaWriter(folder)
         self._trained = array("q")
         self._index = array("q")
 
@@ -255,7 +255,7 @@ class RowWriter:
         for row in rows:
             self._tokens.append(row.tokens)
             self._mask.append(row.mask)
-            self._pictures.append(row.pictures)
+            self._media.append(row.media)
             self._trained.append(int(row.mask.sum()))
 
     def close(
@@ -277,7 +277,7 @@ class RowWriter:
             index=int_array(self._index),
             dropped=tuple(self.dropped),
             notices=notices,
-            images=self._pictures.close(),
+            media=self._media.close(),
             values=values or {},
         )
 
@@ -299,12 +299,12 @@ def make_job(
     max_length: int | None,
     truncation: Truncation,
     loss_scale: LossScale | None,
-    images: MediaSettings | None,
+    media: MediaSettings | None,
 ) -> Job:
-    if images is None:
+    if media is None:
         return Job(ChatTemplate.of(tokenizer), max_length, truncation, loss_scale)
-    vision = images.vision
-    return Job(vision.chat, max_length, truncation, loss_scale, vision, images.root, images.inline)
+    reader = media.processor
+    return Job(reader.chat, max_length, truncation, loss_scale, reader, media.root, media.inline)
 
 
 def run_job(
@@ -324,8 +324,8 @@ def run_job(
         raise ConfigError(f"max_length is {job.max_length}; it must be at least 1")
     if job.truncation not in ("delete", "left", "right", "error"):
         raise ConfigError(f"truncation_strategy is {job.truncation!r}; it is delete, left, right or error")
-    # A picture costs as much as hundreds of texts: small chunks, and processes sooner.
-    shows = job.vision is not None and any(example.images for example in islice(examples, _LOOKED_AT))
+    # A medium costs as much as hundreds of texts: small chunks, and processes sooner.
+    shows = job.media is not None and any(example.has_media for example in islice(examples, _LOOKED_AT))
     heavy = {"chunk_rows": 16, "parallel_from": 64} if shows else {}
     results = map_chunks(encode_chunk, job, examples, num_proc=num_proc, progress=progress, **heavy)
     for number, result in enumerate(results):

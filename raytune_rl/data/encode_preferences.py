@@ -43,25 +43,25 @@ def encode_pairs(
     strict: bool = True,
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
-    images: MediaSettings | None = None,
+    media: MediaSettings | None = None,
     folder: Path | None = None,
 ) -> EncodedSFT:
     """Tokenizes both sides of every pair and marks their answers.
 
     Args:
         examples: With `rejected`.
-        tokenizer, strict, num_proc, progress, images, folder: As in `encode_sft`.
+        tokenizer, strict, num_proc, progress, media, folder: As in `encode_sft`.
         max_length: Most tokens either side may have; None is no limit.
         truncation_strategy: For longer ones: 'delete' drops the pair; 'right' cuts each side's answer; 'left'
             cuts the same tokens off the prompt of both, so that it stays one prompt. Pairs that would lose a
-            whole answer, or part of a picture, are dropped.
+            whole answer, or part of a medium, are dropped.
         loss_scale: 'last_round': the answer is what follows the last user turn; 'default': every assistant
             turn.
 
     Raises:
         RowError, ModelError, ConfigError, DataError: As in `encode_sft`.
     """
-    job = make_job(tokenizer, None, truncation_strategy, loss_scale, images)
+    job = make_job(tokenizer, None, truncation_strategy, loss_scale, media)
     results = run_job(job, _Sides(examples), strict, num_proc, progress)
     writer = RowWriter(folder)
     margins: list[float] = []
@@ -139,7 +139,7 @@ def encode_labelled(
     strict: bool = True,
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
-    images: MediaSettings | None = None,
+    media: MediaSettings | None = None,
     folder: Path | None = None,
 ) -> EncodedSFT:
     """Tokenizes labelled rows; arguments and errors as in `encode_sft`.
@@ -147,7 +147,7 @@ def encode_labelled(
     Raises:
         DataError: All rows have the same prompt, so that none has an answer to another one.
     """
-    job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, images)
+    job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, media)
     writer = RowWriter(folder)
     rows: Spool[EncodedRow] = Spool()
     index: list[int] = []
@@ -180,8 +180,8 @@ def fit_pair(
         return chosen, rejected
     if how not in ("left", "right"):
         return f"longer than max_length {max_length}"
-    if chosen.pictures:
-        return f"truncation to max_length {max_length} might cut into an image"
+    if chosen.media:
+        return f"truncation to max_length {max_length} might cut into an image, video or audio"
     if how == "right":
         sides = [_part(side, slice(None, max_length)) for side in (chosen, rejected)]
         if not all(side.mask.any() for side in sides):
@@ -211,7 +211,7 @@ def mismatched(rows: Sequence[EncodedRow], max_length: int | None) -> Iterator[E
         other, start = rows[near], _start(row)
         tokens = np.concatenate([row.tokens[:start], other.tokens[_start(other) :]])
         mask = np.concatenate([np.zeros(start, dtype=np.bool_), other.mask[_start(other) :]])
-        yield _part(EncodedRow(tokens, mask, row.pictures), slice(None, max_length))
+        yield _part(EncodedRow(tokens, mask, row.media), slice(None, max_length))
 
 
 def _digest(tokens: NDArray[np.int32]) -> bytes:

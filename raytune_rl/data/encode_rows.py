@@ -1,7 +1,7 @@
 """One chunk of examples to tokens and loss masks; the part of encoding that runs in worker processes.
 
-Texts are tokenized a chunk at a time. A row with pictures goes through the model's processor alone, because
-what is wrong with its pictures is that row's fault only.
+Texts are tokenized a chunk at a time. A row with media goes through the model's processor alone, because
+what is wrong with its media is that row's fault only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from raytune_rl.data.example import Example
 from raytune_rl.data.media import MediaError, fetch_medium, shown
 from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import Medium
+from raytune_rl.data.media_tags import KINDS, in_order
 from raytune_rl.errors import DataError
 
 Truncation = Literal["delete", "left", "right", "error"]
@@ -32,8 +33,8 @@ class Job:
     max_length: int | None
     truncation: Truncation
     loss_scale: LossScale | None  # None: prompts
-    vision: MediaProcessor | None = None
-    image_root: str | None = None  # where relative paths of pictures start
+    media: MediaProcessor | None = None
+    media_root: str | None = None  # where relative paths of media start
     inline_media: bool = False  # carry the bytes of local files, for workers that do not see them
 
 
@@ -54,12 +55,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row's int32 tokens, the bool mask of those that are trained on, its pictures in their order, of a
-    prompt with pictures the tokens before their placeholders were expanded, and whether it was cut."""
+    """A row's int32 tokens, the bool mask of those that are trained on, its media in their order, of a
+    prompt with media the tokens before their placeholders were expanded, and whether it was cut."""
 
     tokens: NDArray[np.int32]
     mask: NDArray[np.bool_]
-    pictures: tuple[Medium, ...] = ()
+    media: tuple[Medium, ...] = ()
     given: NDArray[np.int32] | None = None
     cut: bool = False
 
@@ -78,11 +79,11 @@ def encode_chunk(job: Job, examples: Sequence[Example]) -> list[EncodedRow | Fai
     for example in examples:
         try:
             text, found = _render(job, example)
-            if example.images:
-                results.append(_with_images(job, example, text, found))
+            if example.has_media:
+                results.append(_with_media(job, example, text, found))
                 continue
         except MediaError as error:
-            results.append(Failure("an image cannot be read", "strict", str(error)))
+            results.append(Failure("an image, video or audio cannot be read", "strict", str(error)))
             continue
         except DataError as error:
             results.append(Failure(str(error), "strict"))
@@ -95,10 +96,13 @@ def encode_chunk(job: Job, examples: Sequence[Example]) -> list[EncodedRow | Fai
 
 
 def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
-    if example.has_media and job.vision is None:
-        raise DataError("the row has images, videos or audios; those need a vision model's processor")
-    if example.videos or example.audios:
-        raise DataError("the row has videos or audios; only images can be trained on so far")
+    if example.has_media and job.media is None:
+        raise DataError("the row has images, videos or audios, but the model takes texts only")
+    for column, kind in KINDS.items():
+        if getattr(example, column) and job.media is not None:
+            problem = job.media.refusal(kind)
+            if problem is not None:
+                raise DataError(problem)
 
     def render(messages: Sequence[Any], *, generation_prompt: bool) -> str:
         return job.chat.render(messages, example.tools, generation_prompt=generation_prompt)
@@ -108,10 +112,10 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"the text holds {error.object[error.start]!r}, half of a character") from error
-    if job.vision is not None and not example.images:
-        for token in job.vision.placeholders:
+    if job.media is not None and not example.has_media:
+        for token in job.media.placeholders:
             if token in text:
-                raise DataError(f"the text holds the model's own token {token!r}, but no picture for it")
+                raise DataError(f"the text holds the model's own token {token!r}, but no medium for it")
     if job.loss_scale is None:
         return text, []
     if job.loss_scale == "all":
@@ -122,36 +126,39 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
     return text, list(assistant_spans(example.messages, turns, text, render).values())
 
 
-def _with_images(
-    job: Job, example: Example, text: str, ranges: list[tuple[int, int]]
-) -> EncodedRow | Failure:
+def _with_media(job: Job, example: Example, text: str, ranges: list[tuple[int, int]]) -> EncodedRow | Failure:
     """A rendered row through the processor."""
-    assert job.vision is not None
-    pictures, images = [], []
-    for ref in example.images:
-        found = fetch_medium(ref, job.image_root)
-        images.append(job.vision.decode(found.data, found.path or ref))
-        pictures.append(Medium.of(found, inline=job.inline_media))
+    assert job.media is not None
+    media, decoded, names = [], [], []
+    for kind, ref in in_order(example):
+        as_frames = isinstance(ref, tuple)
+        refs = ref if isinstance(ref, tuple) else (ref,)
+        found = [fetch_medium(one, job.media_root, kind) for one in refs]
+        called = [file.path or one for file, one in zip(found, refs, strict=True)]
+        decoded.append(job.media.decode(kind, [f.data for f in found], called, as_frames=as_frames))
+        media.append(Medium.of(kind, found, inline=job.inline_media, as_frames=as_frames))
+        names.append(f"{kind} {shown(refs[0])}")
     try:
-        expanded = job.vision.expand(text, images)
+        expanded = job.media.expand(text, decoded)
     except DataError as error:
-        names = ", ".join(shown(ref) for ref in example.images)
-        raise DataError(f"{error} (images {names})") from error
+        raise DataError(f"{error} ({', '.join(names)})") from error
     shifted = [(expanded.shifted(start), expanded.shifted(end)) for start, end in ranges]
     mask = _mask(_starts_by_offsets(expanded.places, shifted), shifted)
-    # What stands for a picture is not the assistant's, wherever it stands.
+    # What stands for a medium is not the assistant's, wherever it stands.
     mask &= ~expanded.inside
     if job.max_length is not None and len(expanded.tokens) > job.max_length:
         cut = ~_kept(job, len(mask))
         if job.truncation in ("left", "right") and (expanded.inside & cut).any():
-            return Failure(f"truncation to max_length {job.max_length} would cut into an image", "never")
+            return Failure(
+                f"truncation to max_length {job.max_length} would cut into an image, video or audio", "never"
+            )
     row = _truncated(job, expanded.tokens, mask)
     if isinstance(row, Failure):
         return row
-    # What truncation took from the left stands before the first picture, so it is the same in both.
+    # What truncation took from the left stands before the first medium, so it is the same in both.
     removed = len(expanded.tokens) - len(row.tokens)
     given = expanded.given[removed:] if job.loss_scale is None else None
-    return replace(row, pictures=tuple(pictures), given=given)
+    return replace(row, media=tuple(media), given=given)
 
 
 def _tokenize(job: Job, texts: list[str], spans: list[list[tuple[int, int]]]) -> list[EncodedRow | Failure]:

@@ -13,8 +13,11 @@ Task = Literal["sft", "grpo", "ppo", "pairs", "labels", "infer"]
 #: Tasks that need the prompt only: a last assistant message is taken off, the policy writes its own.
 PROMPT_TASKS: frozenset[str] = frozenset({"grpo", "ppo", "infer"})
 
-#: A medium as the data names it, never decoded here: a path, a URL, a base64 data URI, or encoded bytes.
-MediaRef = str | bytes
+#: A file as the data names it, never decoded here: a path, a URL, a base64 data URI, or encoded bytes.
+FileRef = str | bytes
+#: A medium: one file, or of a video also its frames, each a file.
+MediaRef = FileRef | tuple[FileRef, ...]
+Kind = Literal["image", "video", "audio"]
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def _check_grounding(fields: Mapping[str, Any], messages: Sequence[Message]) -> 
 def _media(parts: Parts, kind: str, conversation: Conversation) -> tuple[MediaRef, ...]:
     column = parts.column(kind)
     inline = conversation.media[kind]
-    refs = media_refs(parts.fields[column]) if column else ()
+    refs = media_refs(parts.fields[column], kind) if column else ()
     if refs and inline:
         raise FormatError(f"{kind} stand both in the content and in column {column!r}; keep one of them")
     return refs or tuple(inline)

@@ -1,7 +1,7 @@
-"""The processor of a vision model: pictures to the model's inputs, and their placeholders in the tokens.
+"""The processor of a model that takes media: to the model's inputs, and their placeholders in the tokens.
 
-The processor itself writes as many placeholder tokens as the model makes features of a picture; nothing here
-knows a model's family. Processors are passed in; nothing here imports Transformers.
+The processor itself writes as many placeholder tokens as the model makes features of a picture, video or
+sound; nothing here knows a model's family. Processors are passed in; nothing here imports Transformers.
 """
 
 from __future__ import annotations
@@ -16,20 +16,38 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raytune_rl.data.chat import ChatTemplate
-from raytune_rl.data.example import MediaRef, Message
-from raytune_rl.data.media import decode_image
-from raytune_rl.data.media_tags import TAGS
+from raytune_rl.data.example import FileRef, Kind, Message
+from raytune_rl.data.media import MediaError, decode_image, shown
+from raytune_rl.data.media_limits import DEFAULT_FPS, NO_LIMITS, MediaLimits
+from raytune_rl.data.media_table import Medium
+from raytune_rl.data.media_tags import KINDS, TAGS, kinds_of
+from raytune_rl.data.sound import decode_audio
+from raytune_rl.data.video import Video, decode_video, video_of_frames
 from raytune_rl.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import torch
 
-# What a processor returns for the text; whatever else it returns belongs to the pictures.
+# What a processor returns for the text; whatever else it returns belongs to the media.
 _OF_TEXT = {"input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets"}
 # One number a token saying which are placeholders, under the names that families have for it.
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 # Where a processor lists the tokens that stand for features, in the order of their types.
-_PLACEHOLDERS = ("image_token_ids", "video_token_ids", "audio_token_ids")
+_PLACEHOLDERS: tuple[tuple[Kind, str], ...] = (
+    ("image", "image_token_ids"),
+    ("video", "video_token_ids"),
+    ("audio", "audio_token_ids"),
+)
+_TAG_OF = {kind: TAGS[column] for column, kind in KINDS.items()}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A medium ready for the processor: an RGB picture, the frames of a video, or samples of sound (float32,
+    one channel, at the processor's rate)."""
+
+    kind: Kind
+    content: Image.Image | Video | NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -40,8 +58,8 @@ class ExpandedText:
         tokens: int32 `[n]`.
         given: int32, the text's tokens before its placeholders were expanded.
         places: int64 `[n, 2]`, where each token begins and ends in the expanded text.
-        gains: For each picture, (end of its placeholder in the given text, characters that it grew by).
-        inside: bool `[n]`, the tokens that were written for pictures.
+        gains: For each medium, (end of its placeholder in the given text, characters that it grew by).
+        inside: bool `[n]`, the tokens that were written for media.
     """
 
     tokens: NDArray[np.int32]
@@ -57,69 +75,119 @@ class ExpandedText:
 
 @dataclass(frozen=True)
 class MediaProcessor:
-    """A Transformers processor with an image processor and a fast tokenizer.
+    """A Transformers processor with a part for images, videos or audio, and a fast tokenizer.
 
     Attributes:
         processor: The processor.
-        max_pixels: Scale pictures down to this before the processor sees them; None if it does that itself,
-            or nothing was asked.
+        limits: What is left to be done before the processor sees the media; what it does itself is None here.
     """
 
     processor: Any
-    max_pixels: int | None = None
+    limits: MediaLimits = NO_LIMITS
 
     @classmethod
-    def of(cls, processor: Any, max_pixels: int | None = None) -> MediaProcessor:
-        """Tries the processor on a small picture.
+    def of(cls, processor: Any, limits: MediaLimits = NO_LIMITS) -> MediaProcessor:
+        """Tries the processor on a small medium of its first kind.
 
         Args:
-            processor: As loaded; `max_pixels` is set in it if it knows such a limit (Qwen's do).
-            max_pixels: Most pixels of a picture, or None for the processor's own limit.
+            processor: As loaded; `max_pixels` and `fps` are set in it if it knows such limits (Qwen's do).
+            limits: What the user asks for.
 
         Raises:
-            ModelError: The processor does not tell what it makes of text and pictures, or the model needs
-                inputs that are not carried here.
+            ModelError: The processor does not tell what it makes of text and media, or the model needs
+                inputs that are not carried here; or a limit is not one that it can keep.
         """
-        if max_pixels is not None and _set_limit(processor, max_pixels):
-            max_pixels = None
-        made = cls(processor, max_pixels)
-        made._check()
+        made = cls(processor, _set_limits(processor, limits))
+        if (problem := made._problem(made.kinds[0])) is not None:
+            raise ModelError(problem)
         return made
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of media that it has a part for."""
+        return kinds_of(self.processor)
 
     @cached_property
     def chat(self) -> ChatTemplate:
         """How it writes conversations."""
         return ChatTemplate.of(self.processor.tokenizer, self.processor)
 
+    def refusal(self, kind: Kind) -> str | None:
+        """Why rows with media of a kind cannot be used with this model; None if they can."""
+        if kind not in self._refusals:
+            taken = " and ".join(f"{one}s" for one in self.kinds)
+            self._refusals[kind] = (
+                self._problem(kind)
+                if kind in self.kinds
+                else f"the row has {kind}s, but the model takes {taken} only"
+            )
+        return self._refusals[kind]
+
     @cached_property
-    def sample(self) -> tuple[NDArray[np.int32], Image.Image]:
-        """A short prompt with one small picture: tokens, and the picture."""
-        text, (picture,) = self._probe()
-        return self.expand(text, [picture]).tokens, picture
+    def _refusals(self) -> dict[Kind, str | None]:
+        return {}
 
-    @property
-    def placeholder(self) -> str | None:
-        """What stands for a picture in a text before it is expanded."""
-        return getattr(self.processor, "image_token", None)
+    def sample(self, kinds: Sequence[Kind]) -> tuple[NDArray[np.int32], list[Decoded]]:
+        """A short prompt with one small medium of each of the kinds: its tokens, and the media."""
+        text, media = self._probe(kinds)
+        return self.expand(text, media).tokens, media
 
-    def decode(self, data: bytes, name: MediaRef) -> Image.Image:
-        """A picture ready for the processor; arguments and errors as in `media.decode_image`."""
-        return decode_image(data, name, self.max_pixels)
+    def placeholder(self, kind: Kind) -> str | None:
+        """What stands for a medium of a kind in a text before it is expanded."""
+        return getattr(self.processor, f"{kind}_token", None)
 
-    def expand(self, text: str, images: Sequence[Image.Image]) -> ExpandedText:
-        """Expands the placeholders of a rendered conversation, one for each picture, and tokenizes it.
+    def read(self, medium: Medium) -> Decoded:
+        """A medium of the table, read and decoded; errors as of `StoredFile.read` and `decode`."""
+        names = [file.name for file in medium.files]
+        return self.decode(medium.kind, medium.read(), names, as_frames=medium.as_frames)
+
+    def decode(
+        self, kind: Kind, files: Sequence[bytes], names: Sequence[FileRef], *, as_frames: bool = False
+    ) -> Decoded:
+        """A medium ready for the processor.
+
+        Args:
+            kind: What it is.
+            files: The bytes of its file, or of its frames' files.
+            names: What errors call these.
+            as_frames: Whether it is a video given as its frames.
 
         Raises:
-            DataError: The text has another number of placeholders, the processor refuses a picture, or the
+            MediaError: The bytes cannot be decoded.
+        """
+        if kind == "image":
+            return Decoded(kind, decode_image(files[0], names[0], self.limits.max_pixels))
+        if kind == "audio":
+            samples = decode_audio(files[0], names[0], self._sampling_rate)
+            if self._most_samples is not None and len(samples) > self._most_samples:
+                most, length = (count / self._sampling_rate for count in (self._most_samples, len(samples)))
+                raise MediaError(
+                    f"audio {shown(names[0])} lasts {length:.1f} s, and the model hears {most:g} s: the rest "
+                    "would be cut off; cut it yourself, or split the row"
+                )
+            return Decoded(kind, samples)
+        pixels = self.limits.video_max_pixels
+        if as_frames:
+            frames = [decode_image(data, name) for data, name in zip(files, names, strict=True)]
+            return Decoded(kind, video_of_frames(frames, self.limits.fps or DEFAULT_FPS, pixels))
+        return Decoded(kind, decode_video(files[0], names[0], self._choose_frames, pixels))
+
+    def expand(self, text: str, media: Sequence[Decoded]) -> ExpandedText:
+        """Expands the placeholders of a rendered conversation, one for each medium, and tokenizes it.
+
+        Raises:
+            DataError: The text has another number of placeholders, the processor refuses a medium, or the
                 placeholder tokens are not as many as the features.
         """
-        found = 0 if self.placeholder is None else text.count(self.placeholder)
-        if found != len(images):
-            raise DataError(
-                f"the text has {found} times the model's own image token {self.placeholder!r} for "
-                f"{len(images)} images: the token itself must not stand in a row's text"
-            )
-        output = self._call(text, images)
+        for kind in self.kinds:
+            token, count = self.placeholder(kind), sum(one.kind == kind for one in media)
+            found = 0 if token is None else text.count(token)
+            if found != count:
+                raise DataError(
+                    f"the text has {found} times the model's own {kind} token {token!r} for "
+                    f"{count} {kind}s: the token itself must not stand in a row's text"
+                )
+        output = self._call(text, media)
         tokens = np.asarray(output["input_ids"][0], dtype=np.int32)
         places = np.asarray(output["offset_mapping"][0], dtype=np.int64).reshape(-1, 2)
         replaced = output["text_replacement_offsets"][0]
@@ -127,13 +195,7 @@ class MediaProcessor:
         for one in replaced:
             start, end = one["new_span"]
             inside |= (places[:, 0] >= start) & (places[:, 1] <= end) & (places[:, 1] > places[:, 0])
-        features = self.count_features(output)
-        written = int(self.token_types(tokens).sum())
-        if features is not None and features != written:
-            raise DataError(
-                f"the processor wrote {written} image tokens, but the model makes {features} features of the "
-                "row's images"
-            )
+        self.check_features(output, self.token_types(tokens), "the row's")
         gains = tuple(
             (one["span"][1], (one["new_span"][1] - one["new_span"][0]) - (one["span"][1] - one["span"][0]))
             for one in replaced
@@ -141,16 +203,21 @@ class MediaProcessor:
         given = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ExpandedText(tokens, np.asarray(given, dtype=np.int32), places, gains, inside)
 
-    def pixels(self, rows: Sequence[Sequence[Image.Image]]) -> dict[str, torch.Tensor]:
-        """The model's inputs for the pictures of some rows, each with at least one: pixel_values and what
-        goes with them."""
-        output = self.processor(images=[list(row) for row in rows], return_tensors="pt")
+    def pixels(self, rows: Sequence[Sequence[Decoded]]) -> dict[str, torch.Tensor]:
+        """The model's inputs for the media of some rows, each with at least one: pixel_values, input_features
+        and what goes with them."""
+        options: dict[str, Any] = {}
+        if any(one.kind != "image" for row in rows for one in row):
+            # Some ask for the text beside anything but images: to know their order.
+            texts = ["".join(str(self.placeholder(one.kind)) for one in row) for row in rows]
+            options = {"text": texts, "text_kwargs": {"padding": True}}
+        output = self.processor(**self._arguments(rows), **options, return_tensors="pt")
         return {name: value for name, value in output.items() if name not in {*_OF_TEXT, *_TOKEN_TYPES}}
 
     def token_types(self, tokens: NDArray) -> NDArray[np.int64]:
         """1 for image placeholders, 2 for video, 3 for audio, 0 for text; int64 in the shape of `tokens`."""
         types = np.zeros(tokens.shape, dtype=np.int64)
-        for number, name in enumerate(_PLACEHOLDERS, 1):
+        for number, (_, name) in enumerate(_PLACEHOLDERS, 1):
             types[np.isin(tokens, self._ids(name))] = number
         return types
 
@@ -158,41 +225,90 @@ class MediaProcessor:
     def placeholder_ids(self) -> tuple[int, ...]:
         """All tokens that stand for features of images, videos or audio. A completion must have none: there
         would be nothing to put in its place."""
-        return tuple(sorted({token for name in _PLACEHOLDERS for token in self._ids(name)}))
+        return tuple(sorted({token for _, name in _PLACEHOLDERS for token in self._ids(name)}))
 
     @cached_property
     def placeholders(self) -> tuple[str, ...]:
-        """Those tokens as texts, and `placeholder`: none may stand in a row's own text."""
+        """Those tokens as texts, and each `placeholder`: none may stand in a row's own text."""
         tokens = self.processor.tokenizer.convert_ids_to_tokens(list(self.placeholder_ids))
-        return tuple(dict.fromkeys([*tokens, *([self.placeholder] if self.placeholder else [])]))
+        own = [token for kind in self.kinds if (token := self.placeholder(kind))]
+        return tuple(dict.fromkeys([*tokens, *own]))
 
     @cached_property
     def type_name(self) -> str | None:
         """The name under which the model takes `token_types`, if it does."""
-        output = self._call(*self._probe())
+        output = self._call(*self._probe(self.kinds[:1]))
         for name in _TOKEN_TYPES:
             if name in output:
                 tokens = np.asarray(output["input_ids"][0])
                 return name if np.array_equal(output[name][0], self.token_types(tokens)) else None
         return None
 
-    def count_features(self, output: Mapping[str, Any]) -> int | None:
-        """How many features the model makes of the pictures, where the processor's output tells (a grid of
-        patches); else None, and the model's own check is the only one."""
-        grid = output.get("image_grid_thw")
-        merge = getattr(self.processor.image_processor, "merge_size", None)
-        if grid is None or merge is None:
-            return None
-        return int(np.asarray(grid).prod(-1).sum()) // merge**2
+    def check_features(self, output: Mapping[str, Any], types: NDArray[np.int64], whose: str) -> None:
+        """Compares features and placeholders, where the processor's output tells (a grid of patches);
+        elsewhere the model's own check is the only one.
+
+        Args:
+            output: Of the processor; also that of `pixels`.
+            types: As of `token_types`.
+            whose: For the message: the row's or the micro-batch's.
+
+        Raises:
+            DataError: The model would make another number of features than there are placeholders.
+        """
+        for number, kind in enumerate(("image", "video"), 1):
+            grid = output.get(f"{kind}_grid_thw")
+            merge = getattr(getattr(self.processor, f"{kind}_processor", None), "merge_size", None)
+            if merge is None or (grid is None and output):
+                continue
+            features = 0 if grid is None else int(np.asarray(grid).prod(-1).sum()) // merge**2
+            written = int((types == number).sum())
+            if features != written:
+                raise DataError(
+                    f"{written} {kind} tokens for {features} features of {whose} {kind}s; was the data "
+                    "tokenized with another processor or other limits (--max_pixels)?"
+                )
+
+    @property
+    def _extractor(self) -> Any:
+        parts = (getattr(self.processor, name, None) for name in ("audio_processor", "feature_extractor"))
+        return next(part for part in parts if part is not None)
+
+    @property
+    def _sampling_rate(self) -> int:
+        return int(self._extractor.sampling_rate)
+
+    @property
+    def _most_samples(self) -> int | None:
+        """Where the processor cuts a longer sound, as Whisper's does unless told otherwise."""
+        kwargs = getattr(type(self.processor), "valid_processor_kwargs", None)
+        defaults = getattr(kwargs, "_defaults", {}).get("audio_kwargs", {})
+        return getattr(self._extractor, "n_samples", None) if defaults.get("truncation", True) else None
+
+    def _choose_frames(self, metadata: dict[str, Any]) -> list[int]:
+        """The frames of a video by the processor's own rule."""
+        part = self.processor.video_processor
+        facts = _Facts(metadata)
+        own = getattr(part, "fps", None) is not None or getattr(part, "num_frames", None) is not None
+        asked = {} if own else {"fps": min(DEFAULT_FPS, metadata["fps"])}
+        try:
+            chosen = part.sample_frames(metadata=facts, **asked)
+            most = self.limits.fps_max_frames
+            if most is not None and len(chosen) > most:
+                chosen = np.linspace(0, metadata["total_num_frames"] - 1, most).round()
+        except (ValueError, ZeroDivisionError):
+            chosen = ()
+        # A video with fewer frames than the rule asks for is shown whole.
+        return [int(number) for number in chosen] or list(range(metadata["total_num_frames"]))
 
     def _ids(self, name: str) -> list[int]:
         return [token for token in getattr(self.processor, name, None) or () if token is not None]
 
-    def _call(self, text: str, images: Sequence[Image.Image]) -> Mapping[str, Any]:
+    def _call(self, text: str, media: Sequence[Decoded]) -> Mapping[str, Any]:
         try:
             return self.processor(
                 text=[text],
-                images=[list(images)] if images else None,
+                **self._arguments([media]),
                 add_special_tokens=False,  # the template writes them
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
@@ -200,41 +316,97 @@ class MediaProcessor:
         except Exception as error:  # foreign code, and what it raises for a strange picture is not documented
             raise DataError(f"the processor refuses the row: {error}") from error
 
-    def _probe(self) -> tuple[str, list[Image.Image]]:
-        text = self.chat.render([Message("user", f"{TAGS['images']}.")], generation_prompt=False)
-        return text, [Image.new("RGB", (56, 56), (127, 127, 127))]
+    def _arguments(self, rows: Sequence[Sequence[Decoded]]) -> dict[str, Any]:
+        """The media as a processor takes them: images a row, videos and sounds one after the other."""
+        images = [[one.content for one in row if one.kind == "image"] for row in rows]
+        videos = [one.content for row in rows for one in row if isinstance(one.content, Video)]
+        sounds = [one.content for row in rows for one in row if one.kind == "audio"]
+        arguments: dict[str, Any] = {"images": images} if any(images) else {}
+        if videos:
+            arguments["videos"] = [video.frames for video in videos]
+            arguments["video_metadata"] = [video.metadata for video in videos]
+            arguments["do_sample_frames"] = False
+        if sounds:
+            arguments |= {"audio": sounds, "sampling_rate": self._sampling_rate}
+        return arguments
 
-    def _check(self) -> None:
+    def _probe(self, kinds: Sequence[Kind]) -> tuple[str, list[Decoded]]:
+        tags = "".join(_TAG_OF[kind] for kind in kinds)
+        text = self.chat.render([Message("user", f"{tags}.")], generation_prompt=False)
+        grey = Image.new("RGB", (56, 56), (127, 127, 127))
+        contents: dict[Kind, Any] = {"image": grey}
+        if "video" in kinds:
+            contents["video"] = video_of_frames([grey] * 4, DEFAULT_FPS)
+        if "audio" in kinds:
+            contents["audio"] = np.zeros(self._sampling_rate // 4, dtype=np.float32)
+        return text, [Decoded(kind, contents[kind]) for kind in kinds]
+
+    def _problem(self, kind: Kind) -> str | None:
+        """Why the processor cannot be used for media of a kind, found by trying it."""
         name = type(self.processor).__name__
+        text, media = self._probe([kind])
         try:
-            output = self._call(*self._probe())
+            output = self._call(text, media)
         except DataError as error:
-            raise ModelError(f"{name} cannot be used for training with images: {error}") from error
+            return f"{name} cannot be used for training with {kind}s: {error}"
         untold = {"offset_mapping", "text_replacement_offsets"} - output.keys()
         if untold:
-            raise ModelError(
+            return (
                 f"{name} does not return {' and '.join(sorted(untold))}, so that what is trained on cannot "
-                "be told from what stands for images. It needs a fast tokenizer and a processor of the kind "
-                "that Transformers 5 has"
+                f"be told from what stands for {kind}s. It needs a fast tokenizer and a processor as "
+                "Transformers 5 has them"
             )
-        carried = self.pixels([self._probe()[1]]).keys() | _OF_TEXT | set(_TOKEN_TYPES)
+        carried = self.pixels([media]).keys() | _OF_TEXT | set(_TOKEN_TYPES)
         if other := sorted(output.keys() - carried):
-            raise ModelError(
-                f"{name} makes {', '.join(other)} out of text and images together, which raytune_rl does not "
-                "carry to the model yet"
+            return (
+                f"{name} makes {', '.join(other)} out of text and {kind}s together, which raytune_rl does "
+                "not carry to the model yet"
             )
+        return None
 
 
-def _set_limit(processor: Any, max_pixels: int) -> bool:
-    """Sets the image processor's own limit; False if it has none."""
-    images = processor.image_processor
-    if "max_pixels" not in getattr(getattr(images, "valid_kwargs", None), "__annotations__", {}):
-        return False
-    least = images.size["shortest_edge"]
-    if max_pixels < least:
+class _Facts(dict[str, Any]):
+    """What is known of a video, for processors that read it as attributes or as items."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+def _set_limits(processor: Any, limits: MediaLimits) -> MediaLimits:
+    """Sets the limits that the processor's parts know themselves, and returns the others."""
+    rest = dict(vars(limits))
+    images, videos = (getattr(processor, f"{kind}_processor", None) for kind in ("image", "video"))
+    if limits.max_pixels is not None and images is not None and "max_pixels" in _known(images):
+        _check_least("--max_pixels", limits.max_pixels, images)
+        processor.image_processor = type(images).from_dict(images.to_dict(), max_pixels=limits.max_pixels)
+        rest["max_pixels"] = None
+    if videos is None:
+        return MediaLimits(**rest)
+    if limits.video_max_pixels is not None and "max_pixels" in _known(videos):
+        _check_least("--video_max_pixels", limits.video_max_pixels, videos)
+    own: dict[str, Any] = {}
+    if limits.fps is not None:
+        own |= {"fps": limits.fps, "num_frames": None}
+    if limits.fps_max_frames is not None and "max_frames" in _known(videos):
+        own["max_frames"] = limits.fps_max_frames
+        if getattr(videos, "min_frames", None) is not None:
+            own["min_frames"] = min(videos.min_frames, limits.fps_max_frames)
+    if own:
+        processor.video_processor = type(videos).from_dict({**videos.to_dict(), **own})
+    return MediaLimits(**rest)
+
+
+def _known(part: Any) -> Mapping[str, Any]:
+    return getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
+
+
+def _check_least(flag: str, asked: int, part: Any) -> None:
+    least = part.size["shortest_edge"]
+    if asked < least:
         raise ModelError(
-            f"--max_pixels {max_pixels} is below the {least} pixels that the model's image processor "
-            "enlarges every picture to"
+            f"{flag} {asked} is below the {least} pixels that the model's processor enlarges every picture "
+            "or frame to"
         )
-    processor.image_processor = type(images).from_dict(images.to_dict(), max_pixels=max_pixels)
-    return True

@@ -1,48 +1,55 @@
-"""The pictures of many rows as columns: each distinct one once, however many rows show it.
+"""The media of many rows as columns: each distinct file once, however many rows show it.
 
-A row holds numbers into the table. The table holds for each picture either the path of its file or the file's
-bytes, all in one flat array: in Ray's object store that is mapped, not copied, whoever reads a row of it.
+A row holds numbers into the table. The table holds for each file either its path or its bytes, all in one
+flat array: in Ray's object store that is mapped, not copied, whoever reads a row of it. A video that is given
+as its frames is one medium of several files.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raytune_rl.data.example import Kind
 from raytune_rl.data.mapped import ArrayWriter, RaggedWriter
 from raytune_rl.data.media import MediaError, MediaFile, fetch_medium, shown
 from raytune_rl.data.ragged import Columns, Ragged
 
-#: Columns of the object that has the rows: `images` is per row, the others are the table.
-ROW_COLUMN = "images"
-_DATA, _IS_PATH, _DIGEST = "image_data", "image_is_path", "image_digest"
+#: Columns of the object that has the rows: the files and what they are, per row. The others are the table.
+ROW_COLUMN, _ROLE = "media", "media_role"
+_DATA, _IS_PATH, _DIGEST = "media_data", "media_is_path", "media_digest"
+
+_KINDS: tuple[Kind, ...] = ("image", "video", "audio")
+# What a file is to its row: a medium of a kind, the first frame of a video, or a further one.
+_FRAME, _NEXT_FRAME = len(_KINDS), len(_KINDS) + 1
 
 
 @dataclass(frozen=True)
-class Medium:
-    """One picture as the table has it: exactly one of `data` and `path` is set."""
+class StoredFile:
+    """One file as the table has it: exactly one of `data` and `path` is set."""
 
     digest: int
     data: bytes | memoryview | None = None
     path: str | None = None
 
     @classmethod
-    def of(cls, image: MediaFile, *, inline: bool) -> Medium:
-        """A picture that was read; `inline` keeps the bytes of a local file instead of its path."""
-        if image.path is not None and not inline:
-            return cls(image.digest, path=image.path)
-        return cls(image.digest, data=image.data)
+    def of(cls, file: MediaFile, *, inline: bool) -> StoredFile:
+        """A file that was read; `inline` keeps the bytes of a local one instead of its path."""
+        if file.path is not None and not inline:
+            return cls(file.digest, path=file.path)
+        return cls(file.digest, data=file.data)
 
     @property
     def name(self) -> str:
         """What an error calls it."""
-        return shown(bytes(self.data or b"")) if self.path is None else shown(self.path)
+        return self.path or f"of {len(self.data or b'')} bytes"
 
-    def read(self) -> bytes:
+    def read(self, kind: Kind) -> bytes:
         """The encoded bytes.
 
         Raises:
@@ -52,23 +59,80 @@ class Medium:
         if self.data is not None:
             return bytes(self.data)
         assert self.path is not None
-        found = fetch_medium(self.path)
+        found = fetch_medium(self.path, kind=kind)
         if found.digest != self.digest:
             raise MediaError(
-                f"image {self.name} has changed since the data was tokenized; start the run anew"
+                f"{kind} {shown(self.path)} has changed since the data was tokenized; start the run anew"
             )
         return found.data
 
 
+@dataclass(frozen=True)
+class Medium:
+    """A picture, video or sound of a row.
+
+    Attributes:
+        kind: Which of these it is.
+        files: One file, or the frames of a video in their order.
+        as_frames: Whether it is a video given as its frames.
+    """
+
+    kind: Kind
+    files: tuple[StoredFile, ...]
+    as_frames: bool = False
+
+    @classmethod
+    def of(cls, kind: Kind, files: Sequence[MediaFile], *, inline: bool, as_frames: bool = False) -> Medium:
+        """A medium that was read; `inline` as of `StoredFile.of`."""
+        return cls(kind, tuple(StoredFile.of(file, inline=inline) for file in files), as_frames)
+
+    @property
+    def key(self) -> str:
+        """What it is known by in caches: the digests of its files."""
+        return "-".join([*(["frames"] if self.as_frames else []), *(f"{f.digest:016x}" for f in self.files)])
+
+    @property
+    def name(self) -> str:
+        """What a log calls it: the path of its (first) file, or the digest of its bytes."""
+        first = self.files[0]
+        return first.path or f"{first.digest:016x}"
+
+    def read(self) -> list[bytes]:
+        """The encoded bytes of its files; errors as of `StoredFile.read`."""
+        return [file.read(self.kind) for file in self.files]
+
+
+@dataclass(frozen=True)
+class MediaCounts:
+    """The media of a data set in numbers.
+
+    Attributes:
+        shown: By kind, how many the rows show; kinds that none shows are not among them.
+        distinct: By kind, how many of these are distinct.
+        stored_bytes: Of those files whose content, not path, is in the object store.
+        most: By kind, the most that one row shows.
+    """
+
+    shown: dict[str, int] = field(default_factory=dict)
+    distinct: dict[str, int] = field(default_factory=dict)
+    stored_bytes: int = 0
+    most: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds that the rows show."""
+        return tuple(kind for kind in _KINDS if kind in self.shown)
+
+
 class MediaWriter:
-    """The columns for rows of pictures, row after row: in files, or in memory where there is no folder."""
+    """The columns for the media of rows, row after row: in files, or in memory where there is no folder."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._rows_before = 0
         self._numbers: dict[int, int] = {}
         self._is_path: list[bool] = []
-        self._columns: tuple[RaggedWriter, RaggedWriter] | None = None
+        self._columns: tuple[RaggedWriter, RaggedWriter, RaggedWriter] | None = None
 
     def append(self, row: Sequence[Medium]) -> None:
         """Adds a row."""
@@ -76,23 +140,26 @@ class MediaWriter:
             if not row:
                 self._rows_before += 1
                 return
-            names = ((ROW_COLUMN, np.int32), (_DATA, np.uint8))
-            rows, data = (RaggedWriter(name, kind, self._folder) for name, kind in names)
-            self._columns = rows, data
+            names = ((ROW_COLUMN, np.int32), (_ROLE, np.uint8), (_DATA, np.uint8))
+            rows, roles, data = (RaggedWriter(name, kind, self._folder) for name, kind in names)
+            self._columns = rows, roles, data
             for _ in range(self._rows_before):
                 rows.append(np.empty(0, dtype=np.int32))
-        rows, data = self._columns
-        for picture in row:
-            if self._numbers.setdefault(picture.digest, len(self._is_path)) == len(self._is_path):
-                data.append(_flat(picture))
-                self._is_path.append(picture.path is not None)
-        rows.append(np.array([self._numbers[picture.digest] for picture in row], dtype=np.int32))
+                roles.append(np.empty(0, dtype=np.uint8))
+        rows, roles, data = self._columns
+        files = [file for medium in row for file in medium.files]
+        for file in files:
+            if self._numbers.setdefault(file.digest, len(self._is_path)) == len(self._is_path):
+                data.append(_flat(file))
+                self._is_path.append(file.path is not None)
+        rows.append(np.array([self._numbers[file.digest] for file in files], dtype=np.int32))
+        roles.append(np.array([role for medium in row for role in _roles(medium)], dtype=np.uint8))
 
     def close(self) -> Columns:
-        """The columns; none at all when no row has a picture."""
+        """The columns; none at all when no row has a medium."""
         if self._columns is None:
             return {}
-        rows, data = self._columns
+        rows, roles, data = self._columns
         is_path, digest = (
             ArrayWriter(_IS_PATH, np.bool_, self._folder),
             ArrayWriter(_DIGEST, np.uint64, self._folder),
@@ -101,6 +168,7 @@ class MediaWriter:
         digest.extend(np.array(list(self._numbers), dtype=np.uint64))
         return {
             ROW_COLUMN: rows.close(),
+            _ROLE: roles.close(),
             _DATA: data.close(),
             _IS_PATH: is_path.close(),
             _DIGEST: digest.close(),
@@ -108,7 +176,7 @@ class MediaWriter:
 
 
 def media_columns(rows: Iterable[Sequence[Medium]]) -> Columns:
-    """The columns for rows of pictures, in memory."""
+    """The columns for the media of rows, in memory."""
     writer = MediaWriter()
     for row in rows:
         writer.append(row)
@@ -124,34 +192,61 @@ def media_paths(columns: Columns) -> list[str]:
 
 
 def media_of(columns: Columns, row: int) -> list[Medium]:
-    """The pictures of one row, in the order of its tags; none if the object has no pictures."""
-    numbers = columns.get(ROW_COLUMN)
-    if not isinstance(numbers, Ragged):
+    """The media of one row, in the order of their tags; none if the object has none."""
+    numbers, roles = columns.get(ROW_COLUMN), columns.get(_ROLE)
+    if not isinstance(numbers, Ragged) or not isinstance(roles, Ragged):
         return []
-    return [_picture(columns, int(number)) for number in numbers[row]]
+    media: list[Medium] = []
+    for number, role in zip(numbers[row].tolist(), roles[row].tolist(), strict=True):
+        file = _file(columns, number)
+        if role == _NEXT_FRAME:
+            media[-1] = Medium("video", (*media[-1].files, file), as_frames=True)
+        else:
+            media.append(Medium(_kind(role), (file,), as_frames=role == _FRAME))
+    return media
 
 
-def count_media(columns: Columns) -> tuple[int, int, int, int]:
-    """Pictures shown by the rows, distinct ones, bytes of those that are held, not named by a path, and the
-    most that one row shows."""
-    numbers, data = columns.get(ROW_COLUMN), columns.get(_DATA)
-    if not isinstance(numbers, Ragged) or not isinstance(data, Ragged):
-        return 0, 0, 0, 0
+def count_media(columns: Columns) -> MediaCounts:
+    """The columns' media in numbers. A video given as frames is told from others by its first frame."""
+    numbers, roles, data = columns.get(ROW_COLUMN), columns.get(_ROLE), columns.get(_DATA)
+    if not (isinstance(numbers, Ragged) and isinstance(roles, Ragged) and isinstance(data, Ragged)):
+        return MediaCounts()
+    row_of = np.repeat(np.arange(len(numbers)), numbers.lengths)
+    shown: dict[str, int] = {}
+    distinct: dict[str, int] = {}
+    most: Counter[str] = Counter()
+    kinds = np.where(roles.values == _FRAME, _KINDS.index("video"), roles.values)
+    for code, kind in enumerate(_KINDS):
+        mine = kinds == code
+        if mine.any():
+            shown[kind] = int(mine.sum())
+            distinct[kind] = len(np.unique(numbers.values[mine]))
+            most[kind] = int(np.bincount(row_of[mine]).max())
     held = data.lengths[~np.asarray(columns[_IS_PATH])]
-    return len(numbers.values), len(data), int(held.sum()), int(numbers.lengths.max())
+    return MediaCounts(shown, distinct, int(held.sum()), dict(most))
 
 
-def _flat(picture: Medium) -> NDArray[np.uint8]:
-    raw = picture.data if picture.path is None else picture.path.encode()
+def _roles(medium: Medium) -> list[int]:
+    if medium.as_frames:
+        return [_FRAME, *[_NEXT_FRAME] * (len(medium.files) - 1)]
+    return [_KINDS.index(medium.kind)]
+
+
+def _kind(role: int) -> Kind:
+    return "video" if role == _FRAME else _KINDS[role]
+
+
+def _flat(file: StoredFile) -> NDArray[np.uint8]:
+    raw = file.data if file.path is None else file.path.encode()
     assert raw is not None
     return np.frombuffer(raw, dtype=np.uint8)
 
 
-def _picture(columns: Columns, number: int) -> Medium:
+def _file(columns: Columns, number: int) -> StoredFile:
     data = columns[_DATA]
     assert isinstance(data, Ragged)
-    raw = data[number].data  # a view on the store's memory: a picture that is cached is never copied
+    raw = data[number].data  # a view on the store's memory: a file that is cached is never copied
     digest = int(columns[_DIGEST][number])
     if columns[_IS_PATH][number]:
-        return Medium(digest, path=bytes(raw).decode())
-    return Medium(digest, data=raw)
+        return StoredFile(digest, path=bytes(raw).decode())
+    return StoredFile(digest, data=raw)

@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from raytune_rl.data.example import MediaRef, Message
+from raytune_rl.data.example import Example, FileRef, Kind, MediaRef, Message
 
 #: Column to the tag that stands for one medium of it.
 TAGS: dict[str, str] = {"images": "<image>", "videos": "<video>", "audios": "<audio>"}
 
+KINDS: dict[str, Kind] = {"images": "image", "videos": "video", "audios": "audio"}
+_TAG = re.compile("|".join(TAGS.values()))
 _LEGACY = re.compile(r"<img>\s*(\S.*?)\s*</img>", re.DOTALL)
 
 #: What ms-swift replaces by the names and boxes of the column `objects`.
 GROUNDING = ("<ref-object>", "<bbox>")
 
 
-def media_ref(value: Any) -> MediaRef:
-    """One medium: a path, URL or data URI, bytes, or the `{"bytes", "path"}` (`{"url"}`) object of
+def media_ref(value: Any) -> FileRef:
+    """One file: a path, URL or data URI, bytes, or the `{"bytes", "path"}` (`{"url"}`) object of
     `datasets`.
 
     Raises:
@@ -35,8 +37,16 @@ def media_ref(value: Any) -> MediaRef:
     raise ValueError(f"{_shown(value)} is no path, URL, data URI, bytes or {{bytes, path}} object")
 
 
-def media_refs(value: Any) -> tuple[MediaRef, ...]:
-    """The media of one column: one, a list of them, or None.
+def video_ref(value: Any) -> MediaRef:
+    """One video: a file as of `media_ref`, or a list of its frames, each of them such a file."""
+    if isinstance(value, list | tuple) and value:
+        return tuple(media_ref(frame) for frame in value)
+    return media_ref(value)
+
+
+def media_refs(value: Any, column: str = "images") -> tuple[MediaRef, ...]:
+    """The media of one column: one, a list of them, or None. In a list of videos, each may be a list of
+    frames.
 
     Raises:
         ValueError: An item is no medium.
@@ -44,8 +54,47 @@ def media_refs(value: Any) -> tuple[MediaRef, ...]:
     if value is None:
         return ()
     if isinstance(value, list | tuple):
-        return tuple(media_ref(item) for item in value)
+        return tuple((video_ref if column == "videos" else media_ref)(item) for item in value)
     return (media_ref(value),)
+
+
+def kinds_of(processor: Any) -> tuple[Kind, ...]:
+    """The media that a Transformers processor has a part for."""
+    parts = {
+        "image": ("image_processor",),
+        "video": ("video_processor",),
+        "audio": ("audio_processor", "feature_extractor"),
+    }
+    return tuple(
+        kind
+        for kind in KINDS.values()
+        if any(getattr(processor, part, None) is not None for part in parts[kind])
+        and (kind == "image" or getattr(processor, f"{kind}_token", None) is not None)
+    )
+
+
+def split_tags(content: str, kinds: Sequence[Kind]) -> list[dict[str, str]]:
+    """A text with tags as the list of parts that processors' templates take; tags of other kinds are text."""
+    of_tag = {TAGS[column]: kind for column, kind in KINDS.items() if kind in kinds}
+    parts: list[dict[str, str]] = []
+    for piece in re.split(f"({'|'.join(of_tag)})", content) if of_tag else [content]:
+        if piece in of_tag:
+            parts.append({"type": of_tag[piece]})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return parts or [{"type": "text", "text": ""}]
+
+
+def in_order(example: Example) -> list[tuple[Kind, MediaRef]]:
+    """The media of a row in the order of their tags."""
+    columns = {TAGS[name]: (kind, list(getattr(example, name))) for name, kind in KINDS.items()}
+    found = []
+    for message in example.messages:
+        for tag in _TAG.findall(message.content):
+            kind, refs = columns[tag]
+            if refs:
+                found.append((kind, refs.pop(0)))
+    return found
 
 
 def legacy_images(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[MediaRef, ...]]:

@@ -13,15 +13,15 @@ from typing import Generic, TypeVar
 from raytune_rl.data.media_table import Medium
 
 T = TypeVar("T")
-Key = tuple[int, ...]
+Key = tuple[str, ...]
 
 ROWS_AHEAD = 8
 """Rows whose pixels may wait for their turn: pixels are large."""
 
 
 def key_of(row: Sequence[Medium]) -> Key:
-    """What the pixels of a row's pictures are known by."""
-    return tuple(picture.digest for picture in row)
+    """What the pixels of a row's media are known by."""
+    return tuple(f"{medium.kind}:{medium.key}" for medium in row)
 
 
 class PixelsAhead(Generic[T]):

@@ -15,6 +15,7 @@ from rich.progress import track
 
 from raytune_rl.config import InferConfig
 from raytune_rl.data.example import Message
+from raytune_rl.data.media_limits import MediaLimits
 from raytune_rl.errors import ConfigError
 from raytune_rl.infer.chat import HELP, converse
 from raytune_rl.infer.rows import Asked, encode_rows_task
@@ -150,10 +151,10 @@ class Trial:
         account = Account((), {}, None, asked.notices, None, asked.stop_token_ids)
         return PromptSet(columns, None, None, asked.lengths, account), asked
 
-    def _media_limits(self) -> dict[str, int] | None:
-        """As many pictures as a row shows; None where the model or the rows have none."""
-        most = self.rows[1].most_images if self.rows is not None else None
-        return None if not most else {"image": most, "video": 0, "audio": 0}
+    def _prompt_limits(self) -> dict[str, int] | None:
+        """As many media as a row shows; None where the model or the rows have none."""
+        most = self.rows[1].most_media if self.rows is not None else None
+        return None if not most else {"image": 0, "video": 0, "audio": 0, **most}
 
     def _spec(self, rank: int) -> EngineSpec:
         config, on_gpu = self.config, self.groups.on_gpu
@@ -178,8 +179,8 @@ class Trial:
             trust_remote_code=config.trust_remote_code,
             seed=config.seed + rank,
             adapter=self.source.adapter,
-            media_limits=self._media_limits(),
-            max_pixels=config.max_pixels,
+            prompt_limits=self._prompt_limits(),
+            media_limits=MediaLimits.of(config),
         )
 
 

@@ -19,8 +19,8 @@ class Asked:
         labels: The answer in the data, or None.
         others: The other columns of each row, such as its solution.
         stop_token_ids: Tokens that end an assistant's turn.
-        placeholder_ids: Tokens that stand for pictures: no answer may have them.
-        most_images: Of one row; None for a model that takes none.
+        placeholder_ids: Tokens that stand for media: no answer may have them.
+        most_media: By kind, the most that one row shows; None for a model that takes texts only.
         notices: Sentences for the user.
     """
 
@@ -30,7 +30,7 @@ class Asked:
     others: list[dict[str, Any]]
     stop_token_ids: tuple[int, ...]
     placeholder_ids: tuple[int, ...]
-    most_images: int | None
+    most_media: dict[str, int] | None
     notices: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
         seed=config.seed,
         use_hf=config.use_hf,
     )
-    tokenizer, vision = _reader(config, model)
+    tokenizer, media = _reader(config, model)
     found = encode_prompts(
         loaded.examples,
         tokenizer,
@@ -66,28 +66,29 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
         "left",
         strict=config.strict,
         num_proc=config.dataset_num_proc,
-        images=None if vision is None else MediaSettings(vision, inline=True),
+        media=None if media is None else MediaSettings(media, inline=True),
     )
     kept = [loaded.examples[i] for i in found.index]
     left_out = loaded.report.bad + len(found.dropped)
     notices = [*loaded.report.notices, *found.notices]
     notices += [f"{left_out} rows cannot be used and are left out (--strict false)"] if left_out else []
-    columns = {"prompt": found.prompts, **found.images}
+    columns = {"prompt": found.prompts, **found.media}
     columns |= {} if found.given is None else {"given": found.given}
     return columns, Asked(
         found.prompts.lengths,
         [[message.for_template() for message in example.messages] for example in kept],
         [example.extra.get(LABELS) for example in kept],
         [{name: value for name, value in example.extra.items() if name != LABELS} for example in kept],
-        (ChatTemplate.of(tokenizer) if vision is None else vision.chat).stop_token_ids(),
-        () if vision is None else vision.placeholder_ids,
-        None if vision is None else count_media(found.images)[-1],
+        (ChatTemplate.of(tokenizer) if media is None else media.chat).stop_token_ids(),
+        () if media is None else media.placeholder_ids,
+        None if media is None else count_media(found.media).most,
         tuple(notices),
     )
 
 
 def _reader(config: InferConfig, model: str) -> tuple[Any, Any]:
-    """The tokenizer, and of a vision model its processor."""
+    """The tokenizer, and of a model that takes media its processor."""
+    from raytune_rl.data.media_limits import MediaLimits
     from raytune_rl.data.media_processor import MediaProcessor
     from raytune_rl.models import load
 
@@ -96,5 +97,4 @@ def _reader(config: InferConfig, model: str) -> tuple[Any, Any]:
     processor = load.load_media_processor(model, trust_remote_code=trust) if takes_media else None
     if processor is None:
         return load.load_tokenizer(model, trust_remote_code=trust), None
-    vision = MediaProcessor.of(processor, config.max_pixels)
-    return processor.tokenizer, vision
+    return processor.tokenizer, MediaProcessor.of(processor, MediaLimits.of(config))

@@ -14,7 +14,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 from transformers.utils import is_flash_attn_2_available
 
@@ -216,18 +216,20 @@ def load_processor(path: str, *, trust_remote_code: bool = False, **options: Any
 
 
 def load_media_processor(path: str, *, trust_remote_code: bool = False) -> Any | None:
-    """The processor of a vision model, or None if the directory has only a tokenizer: then it takes texts.
+    """The processor of a model that takes media, or None if the directory has only a tokenizer: then it takes
+    texts.
 
     Raises:
         ModelError: It cannot be read.
     """
     processor = load_processor(path, trust_remote_code=trust_remote_code)
-    return processor if getattr(processor, "image_processor", None) is not None else None
+    parts = ("image_processor", "video_processor", "audio_processor", "feature_extractor")
+    return processor if any(getattr(processor, part, None) is not None for part in parts) else None
 
 
 def takes_media(config: Any) -> bool:
-    """Whether the model takes images."""
-    return getattr(config, "vision_config", None) is not None
+    """Whether the model takes images, videos or audio."""
+    return any(getattr(config, f"{part}_config", None) is not None for part in ("vision", "audio"))
 
 
 def enable_gradient_checkpointing(model: Any) -> None:
@@ -254,9 +256,10 @@ def _auto_class(config: Any) -> Any:
     kind = config.model_type
     remote = getattr(config, "auto_map", None) or {}
     if takes_media(config) and (
-        kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or "AutoModelForImageTextToText" in remote
+        kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+        or not remote.keys().isdisjoint(("AutoModelForImageTextToText", "AutoModelForMultimodalLM"))
     ):
-        return AutoModelForImageTextToText
+        return AutoModelForMultimodalLM
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in remote:
         return AutoModelForCausalLM
     raise ModelError(

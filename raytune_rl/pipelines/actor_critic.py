@@ -53,7 +53,7 @@ class Critic(PolicyGroup):
         late: Mapping[str, Sequence[RowPointer]] | None = None,
     ) -> list[RowPointer]:
         """The value of every token under the present weights: where each row's {"values"} lies; `late` has
-        the rows' pictures, if there are any."""
+        the rows' media, if there are any."""
         return self._columns("values", self._shares(rows, lengths, {}, late or {}), len(rows))[0]
 
     def estimate(
@@ -72,13 +72,13 @@ class Critic(PolicyGroup):
             rows: Where each row lies.
             lengths: Tokens of each.
             scores: float64 `[n]`, of whole completions; NaN where there is none.
-            late: "old_logprobs" and, if KL has a price, "ref_logprobs"; and the rows' pictures.
+            late: "old_logprobs" and, if KL has a price, "ref_logprobs"; and the rows' media.
             settings: Constants.
             whiten_rewards: Whether the tokens' rewards are brought to a spread of 1.
         """
         known = {"score": np.asarray(scores, dtype=np.float64)}
-        pictures = {name: late[name] for name in (ROW_COLUMN,) if name in late}
-        held = {**late, "values": self.values(rows, lengths, pictures)}
+        media = {name: late[name] for name in (ROW_COLUMN,) if name in late}
+        held = {**late, "values": self.values(rows, lengths, media)}
         shares = self._shares(rows, lengths, known, held)
         rewards: Moments | None = None
         if whiten_rewards:

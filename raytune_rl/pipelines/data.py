@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.data.example import Task
+from raytune_rl.data.media_table import MediaCounts
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import ConfigError, RaytuneError
 from raytune_rl.runtime.wait import Pending, fetch, stream_refs
@@ -39,19 +40,8 @@ class SourceCounts:
 
 
 @dataclass(frozen=True)
-class MediaCounts:
-    """Pictures that the rows show, how many of them are distinct, the bytes of those whose files, not paths,
-    are in the object store, and the most pictures of one row."""
-
-    shown: int = 0
-    distinct: int = 0
-    stored_bytes: int = 0
-    most: int = 0
-
-
-@dataclass(frozen=True)
-class ImagePlaces:
-    """Where pictures' files are looked for, whether their bytes travel instead of their paths, and whether
+class MediaPlaces:
+    """Where media files are looked for, whether their bytes travel instead of their paths, and whether
     every worker sees the driver's files."""
 
     root: str
@@ -59,7 +49,7 @@ class ImagePlaces:
     one_machine: bool
 
     @classmethod
-    def of(cls, config: TrainConfig, one_machine: bool) -> ImagePlaces:
+    def of(cls, config: TrainConfig, one_machine: bool) -> MediaPlaces:
         """On a cluster that was started here every worker sees the driver's files; elsewhere it may not."""
         inline = config.inline_media
         root = Path(config.root_image_dir or ".").expanduser().absolute()
@@ -77,9 +67,9 @@ class Account:
         notices: Sentences for the user.
         max_positions: Longest sequence the model takes, tokens; None if it does not say.
         stop_token_ids: Tokens that end an assistant's turn in the model's chat template.
-        vision: Whether the model takes images: its rows are never packed.
-        images: The rows' pictures.
-        placeholder_ids: Tokens that stand for features of pictures: no completion may have them.
+        takes_media: Whether the model takes images, videos or audio: its rows are never packed.
+        media: Those of the rows.
+        placeholder_ids: Tokens that stand for features of media: no completion may have them.
         columns: The data's columns that rewards receive.
     """
 
@@ -89,8 +79,8 @@ class Account:
     notices: tuple[str, ...]
     max_positions: int | None
     stop_token_ids: tuple[int, ...]
-    vision: bool = False
-    images: MediaCounts = field(default_factory=MediaCounts)
+    takes_media: bool = False
+    media: MediaCounts = field(default_factory=MediaCounts)
     placeholder_ids: tuple[int, ...] = ()
     columns: tuple[str, ...] = ()
 
@@ -111,8 +101,8 @@ class PromptSet:
     """Prompts in the object store.
 
     Attributes:
-        columns: Reference to {"prompt": Ragged int32}; where rows have images also "given", the prompts as
-            the engine takes them beside the images, and the columns of `data.media_table`.
+        columns: Reference to {"prompt": Ragged int32}; where rows have media also "given", the prompts as
+            the engine takes them beside those, and the columns of `data.media_table`.
         extra: Reference to the data set's other columns, one entry a prompt, for the rewards.
         texts: Reference to the prompts as text, for the completion log.
         lengths: Tokens of each prompt, int64 `[n]`.
@@ -128,9 +118,9 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def pictures(self, row: int) -> RowPointer | None:
-        """Where the pictures of a prompt lie; None if no prompt has any."""
-        return RowPointer(self.columns, row) if self.account.images.shown else None
+    def media(self, row: int) -> RowPointer | None:
+        """Where the media of a prompt lie; None if no prompt has any."""
+        return RowPointer(self.columns, row) if self.account.media.shown else None
 
 
 @dataclass(frozen=True)
@@ -139,7 +129,7 @@ class TokenSet:
 
     Attributes:
         columns: Reference to {"tokens": Ragged int32, "loss_mask": Ragged bool}, and the columns of
-            `data.media_table` where rows have images.
+            `data.media_table` where rows have media.
         lengths: Tokens of each row, int64 `[n]`.
         loss_lengths: Of those, the ones trained on, int64 `[n]`.
         account: What became of the rows.
@@ -170,7 +160,7 @@ def prompt_sets(
     """The prompts to train on, and the held-out ones if the user gave any; arguments as in `token_sets`."""
     from raytune_rl.pipelines.data_task import encode_prompts_task
 
-    places = ImagePlaces.of(config, one_machine)
+    places = MediaPlaces.of(config, one_machine)
     refs = on_this_node(encode_prompts_task, "streaming", config, str(quarantine), places)
     sets = [PromptSet(*parts, *facts) for facts, parts in _facts_and_refs(refs, 3, config, tell)]
     return sets[0], sets[1] if len(sets) > 1 else None
@@ -196,7 +186,7 @@ def token_sets(
     """
     from raytune_rl.pipelines.data_task import encode_rows_task
 
-    places = ImagePlaces.of(config, one_machine)
+    places = MediaPlaces.of(config, one_machine)
     cache = resolved.dataset_cache_dir(config)
     refs = on_this_node(encode_rows_task, "streaming", config, task, str(quarantine), places, cache)
     sets = [TokenSet(columns, *facts) for facts, (columns,) in _facts_and_refs(refs, 1, config, tell)]

@@ -13,7 +13,7 @@ from raytune_rl.data.example import Task
 from raytune_rl.data.mapped import MappedColumns, open_columns, written_whole
 from raytune_rl.data.ragged import Columns
 from raytune_rl.errors import ConfigError, DataError
-from raytune_rl.pipelines.data import Account, ImagePlaces, MediaCounts, SourceCounts, TrainConfig
+from raytune_rl.pipelines.data import Account, MediaPlaces, SourceCounts, TrainConfig
 from raytune_rl.pipelines.encoded_cache import SETS, EncodedSet, Facts, read_entry, write_entry, write_facts
 from raytune_rl.pipelines.told import Counted, Tell, while_told
 
@@ -26,19 +26,19 @@ class ModelFacts:
         tokenizer: Its tokenizer.
         max_positions: The longest sequence it takes, tokens; None if it does not say.
         takes_media: Whether its config says so.
-        vision: Its processor, if it takes images and has one.
+        media: Its processor, if it takes media and has one.
     """
 
     tokenizer: Any
     max_positions: int | None
     takes_media: bool
-    vision: Any = None
+    media: Any = None
 
 
 RowsEncoder = Callable[..., tuple[Columns, Facts]]
 
 
-def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces) -> Iterator[Any]:
+def encode_prompts_task(config: RLHFConfig, quarantine: str, places: MediaPlaces) -> Iterator[Any]:
     """Prompts to train on and, if there are any, held out: of each (lengths, account), then its columns,
     extra columns and texts. In between, sentences on how far it is."""
     for item in while_told(lambda tell: _encoded_prompts(config, Path(quarantine), places, tell)):
@@ -50,7 +50,7 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str, places: ImagePlaces
 
 
 def _encoded_prompts(
-    config: RLHFConfig, quarantine: Path, places: ImagePlaces, tell: Tell
+    config: RLHFConfig, quarantine: Path, places: MediaPlaces, tell: Tell
 ) -> Iterator[tuple[Any, ...]]:
     from raytune_rl.data.encode import MediaSettings, encode_prompts
     from raytune_rl.data.example import conversations
@@ -59,7 +59,7 @@ def _encoded_prompts(
     tokenizer = facts.tokenizer
     if config.own_reference and config.ref_model:
         check_vocabulary(tokenizer, config.ref_model, config)
-    images = MediaSettings(facts.vision, places.root, places.inline) if facts.vision else None
+    media = MediaSettings(facts.media, places.root, places.inline) if facts.media else None
     bad_rows = _quarantines(config, quarantine)
     for stale in bad_rows:  # of an earlier start of the same run
         stale.unlink(missing_ok=True)
@@ -75,13 +75,13 @@ def _encoded_prompts(
             strict=config.strict,
             num_proc=config.dataset_num_proc,
             progress=Counted("tokenized", tell, len(examples)),
-            images=images,
+            media=media,
         )
         left_out = quarantine_dropped(found.dropped, path) or report.quarantine_path
-        columns = {"prompt": found.prompts, **found.images}
+        columns = {"prompt": found.prompts, **found.media}
         if found.given is not None:
             columns["given"] = found.given
-        shown = found.prompts if found.given is None else found.given  # one placeholder a picture is readable
+        shown = found.prompts if found.given is None else found.given  # one placeholder a medium is readable
         texts = tokenizer.batch_decode([shown[i].tolist() for i in range(len(shown))])
         extra = {**found.extra, **conversations([examples[i] for i in found.index])}
         account = replace(_account(report, found, facts, left_out), columns=tuple(extra))
@@ -89,7 +89,7 @@ def _encoded_prompts(
 
 
 def encode_rows_task(
-    config: SFTConfig | PreferenceConfig, task: Task, quarantine: str, places: ImagePlaces, cache: str
+    config: SFTConfig | PreferenceConfig, task: Task, quarantine: str, places: MediaPlaces, cache: str
 ) -> Iterator[Any]:
     """Rows to train on and, if there are any, held out: of each its facts, then its columns. In between,
     sentences on how far it is.
@@ -111,7 +111,7 @@ def _encoded_sets(
     config: SFTConfig | PreferenceConfig,
     task: Task,
     quarantine: Path,
-    places: ImagePlaces,
+    places: MediaPlaces,
     cache: Path,
     tell: Tell,
 ) -> list[EncodedSet]:
@@ -145,7 +145,7 @@ def _with_notice(facts: Facts, notice: str) -> Facts:
     return lengths, trained, replace(account, notices=(notice, *account.notices)), values
 
 
-def _key(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces, tell: Tell) -> str | None:
+def _key(config: SFTConfig | PreferenceConfig, task: Task, places: MediaPlaces, tell: Tell) -> str | None:
     """The name of what these data become; None where that cannot be told."""
     from raytune_rl.data.fingerprint import fingerprint
     from raytune_rl.data.load import resolve_system
@@ -154,7 +154,8 @@ def _key(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces, 
     assert config.model is not None
     names = (
         "dataset", "val_dataset", "split_dataset_ratio", "columns", "max_length", "loss_scale", "strict",
-        "max_pixels", "dataset_shuffle", "data_seed", "trust_remote_code",
+        "max_pixels", "video_max_pixels", "fps", "fps_max_frames", "dataset_shuffle", "data_seed",
+        "trust_remote_code",
     )  # fmt: skip
     settings = {name: getattr(config, name) for name in names} | {
         "task": task,
@@ -171,7 +172,7 @@ def _encode(
     config: SFTConfig | PreferenceConfig,
     task: Task,
     bad_rows: Mapping[str, Path],
-    places: ImagePlaces,
+    places: MediaPlaces,
     folder: Path | None,
     tell: Tell,
 ) -> Iterator[tuple[str, EncodedSet]]:
@@ -191,13 +192,13 @@ def _encode(
         yield name, EncodedSet(columns, facts)
 
 
-def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: ImagePlaces) -> RowsEncoder:
+def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: MediaPlaces) -> RowsEncoder:
     """What makes columns and facts of examples, their report and a file for bad rows."""
     from raytune_rl.data.encode import MediaSettings, encode_sft
     from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 
     facts = model_facts(config)
-    images = MediaSettings(facts.vision, places.root, places.inline) if facts.vision else None
+    media = MediaSettings(facts.media, places.root, places.inline) if facts.media else None
     encoders: dict[str, Any] = {"sft": encode_sft, "pairs": encode_pairs, "labels": encode_labelled}
 
     def encode(
@@ -217,11 +218,11 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Image
             strict=config.strict,
             num_proc=config.dataset_num_proc,
             progress=progress,
-            images=images,
+            media=media,
             folder=folder,
         )
         path = quarantine_dropped(found.dropped, bad_rows, held) or report.quarantine_path
-        columns = {"tokens": found.tokens, "loss_mask": found.loss_mask, **found.images}
+        columns = {"tokens": found.tokens, "loss_mask": found.loss_mask, **found.media}
         account = _account(report, found, facts, path)
         return columns, (found.tokens.lengths, found.loss_lengths, account, found.values)
 
@@ -229,7 +230,8 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Image
 
 
 def model_facts(config: TrainConfig) -> ModelFacts:
-    """Reads a model's config and tokenizer, and of a vision model the processor."""
+    """Reads a model's config and tokenizer, and of a model that takes media the processor."""
+    from raytune_rl.data.media_limits import MediaLimits
     from raytune_rl.data.media_processor import MediaProcessor
     from raytune_rl.models import load
 
@@ -242,8 +244,8 @@ def model_facts(config: TrainConfig) -> ModelFacts:
     processor = load.load_media_processor(path, trust_remote_code=trust) if takes_media else None
     if processor is None:
         return ModelFacts(load.load_tokenizer(path, trust_remote_code=trust), positions, takes_media)
-    vision = MediaProcessor.of(processor, config.max_pixels)
-    return ModelFacts(processor.tokenizer, positions, takes_media, vision)
+    media = MediaProcessor.of(processor, MediaLimits.of(config))
+    return ModelFacts(processor.tokenizer, positions, takes_media, media)
 
 
 def check_vocabulary(tokenizer: Any, ref_model: str, config: TrainConfig) -> None:
@@ -324,7 +326,7 @@ def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | No
     from raytune_rl.data.chat import ChatTemplate
     from raytune_rl.data.media_table import count_media
 
-    chat = ChatTemplate.of(facts.tokenizer) if facts.vision is None else facts.vision.chat
+    chat = ChatTemplate.of(facts.tokenizer) if facts.media is None else facts.media.chat
     return Account(
         tuple(SourceCounts(s.name, s.rows, s.bad, s.taken) for s in report.sources),
         dict(encoded.reasons),
@@ -333,6 +335,6 @@ def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | No
         facts.max_positions,
         tuple(chat.stop_token_ids()),
         facts.takes_media,
-        MediaCounts(*count_media(encoded.images)),
-        () if facts.vision is None else facts.vision.placeholder_ids,
+        count_media(encoded.media),
+        () if facts.media is None else facts.media.placeholder_ids,
     )

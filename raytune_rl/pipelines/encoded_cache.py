@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.data.mapped import open_columns
-from raytune_rl.data.media_table import media_paths
+from raytune_rl.data.media_table import MediaCounts, media_paths
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.errors import DataError
-from raytune_rl.pipelines.data import Account, MediaCounts, SourceCounts
+from raytune_rl.pipelines.data import Account, SourceCounts
 from raytune_rl.tracking.files import plain
 
 Facts = tuple[NDArray[np.int64], NDArray[np.int64], Account, dict[str, NDArray[np.float64]]]
@@ -58,17 +58,17 @@ def write_entry(folder: Path, accounts: dict[str, Account], quarantines: dict[st
             shutil.copyfile(path, folder / path.name)
     said = {
         "accounts": {name: asdict(account) for name, account in accounts.items()},
-        "pictures": {path: _state(path) for path in sorted(files)},
+        "media": {path: _state(path) for path in sorted(files)},
     }
     (folder / _ENTRY).write_text(json.dumps(plain(said)), encoding="utf-8")
 
 
 def read_entry(folder: Path, quarantines: dict[str, Path]) -> list[EncodedSet] | None:
     """The sets of an entry, with its bad rows written to `quarantines`; None if it is not there, is damaged,
-    or shows pictures that have changed."""
+    or shows media that have changed."""
     try:
         said = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))
-        if any(_state(path) != state for path, state in said["pictures"].items()):
+        if any(_state(path) != state for path, state in said["media"].items()):
             return None
         found = [_read_set(folder, name, said["accounts"][name]) for name in SETS if name in said["accounts"]]
     except (OSError, ValueError, KeyError, TypeError, EOFError, DataError):
@@ -100,7 +100,7 @@ def _account(said: dict[str, Any]) -> Account:
             **said,
             **{name: tuple(said[name]) for name in tuples},
             "sources": tuple(SourceCounts(**source) for source in said["sources"]),
-            "images": MediaCounts(**said["images"]),
+            "media": MediaCounts(**said["media"]),
         }
     )
 

@@ -75,7 +75,7 @@ class GenerationLog:
             for part, of in ((kept, compared), (collected.replaced, None)):
                 if part is not None:
                     texts, dialogues = read_texts(part.batch, timeout), read_dialogues(part.batch, timeout)
-                    images = read_media_names(part.batch, timeout)
-                    rows = report.completion_rows(step, part, prompts, texts, of, dialogues, images)
+                    media = read_media_names(part.batch, timeout)
+                    rows = report.completion_rows(step, part, prompts, texts, of, dialogues, media)
                     self._completions.write(rows)
         return told

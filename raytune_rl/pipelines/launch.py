@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 from raytune_rl.algorithms.ppo import ValueSettings
 from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
+from raytune_rl.data.example import Kind
+from raytune_rl.data.media_limits import MediaLimits
+from raytune_rl.data.media_table import MediaCounts
+from raytune_rl.data.media_tags import KINDS
 from raytune_rl.errors import ConfigError
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.pipelines import wire
@@ -24,31 +29,34 @@ TOKENS_GPU, TOKENS_CPU = 16384, 2048
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
 
-def model_spec(config: TrainConfig, on_gpu: bool, vision: bool = False) -> ModelSpec:
-    """What policy and reference load; `vision` says that it takes images."""
+def model_spec(
+    config: TrainConfig, on_gpu: bool, takes_media: bool = False, kinds: Sequence[Kind] = ()
+) -> ModelSpec:
+    """What policy and reference load: whether it takes media, and the kinds of them in the data."""
     assert config.model is not None
     return ModelSpec(
         path=config.model,
         dtype=dtype(config, on_gpu),
         attn_impl=config.attn_impl,
         liger=config.use_liger_kernel,
-        layout=layout(config, on_gpu, vision),
+        layout=layout(config, on_gpu, takes_media),
         trust_remote_code=config.trust_remote_code,
         adapters=config.adapters,
         quant_bits=config.quant_bits,
         use_hf=config.use_hf,
-        max_pixels=config.max_pixels,
-        image_threads=1 if config.dataloader_num_workers is None else config.dataloader_num_workers,
+        media_limits=MediaLimits.of(config),
+        media_kinds=tuple(kinds),
+        media_threads=1 if config.dataloader_num_workers is None else config.dataloader_num_workers,
     )
 
 
 def reference_spec(
-    config: PreferenceConfig, groups: Groups, vision: bool = False
+    config: PreferenceConfig, groups: Groups, takes_media: bool = False
 ) -> tuple[ModelSpec, ScoreSettings]:
     """What a reference worker is told that holds another model than the one training starts from."""
     path = config.ref_model or config.model
     assert path is not None
-    spec = replace(model_spec(config, groups.on_gpu, vision), path=path, adapters=config.ref_adapters)
+    spec = replace(model_spec(config, groups.on_gpu, takes_media), path=path, adapters=config.ref_adapters)
     return spec, ScoreSettings(1.0, config.step_timeout)
 
 
@@ -76,12 +84,12 @@ def check_machine(config: TrainConfig, on_gpu: bool) -> None:
         )
 
 
-def layout(config: TrainConfig, on_gpu: bool, vision: bool = False) -> str:
+def layout(config: TrainConfig, on_gpu: bool, takes_media: bool = False) -> str:
     """Packed rows pay where a kernel knows their borders; with masks on a CPU they cost more than padding.
 
-    Models that take images count positions along several axes, by which rows could not be kept apart.
+    Models that take media count positions along several axes, by which rows could not be kept apart.
     """
-    if vision:
+    if takes_media:
         return "padded"
     if isinstance(config, SFTConfig) and config.packing:
         return "packed"
@@ -146,14 +154,15 @@ def policy_spec(
     temperature: float,
     dropout: float,
     publish_mode: str | None = None,
-    vision: bool = False,
+    takes_media: bool = False,
+    kinds: Sequence[Kind] = (),
     banned: tuple[int, ...] = (),
 ) -> PolicySpec:
-    """What a policy rank is told; `vision` says that the model takes images, `banned` are the tokens that
-    sampling never gives.
+    """What a policy rank is told: whether the model takes media and the kinds of them in the data; `banned`
+    are the tokens that sampling never gives.
     """
     return PolicySpec(
-        model=model_spec(config, groups.on_gpu, vision),
+        model=model_spec(config, groups.on_gpu, takes_media, kinds),
         tuner=tuner(config, dropout),
         optimizer=optimizer(config, total_steps),
         loss=loss,
@@ -167,7 +176,13 @@ def policy_spec(
     )
 
 
-def critic_spec(config: PPOConfig, groups: Groups, total_steps: int, vision: bool = False) -> PolicySpec:
+def critic_spec(
+    config: PPOConfig,
+    groups: Groups,
+    total_steps: int,
+    takes_media: bool = False,
+    kinds: Sequence[Kind] = (),
+) -> PolicySpec:
     """What a critic rank is told. It starts from the first reward model that is a classifier, which knows
     already what is good, else from the policy's base with a new head.
     """
@@ -179,7 +194,8 @@ def critic_spec(config: PPOConfig, groups: Groups, total_steps: int, vision: boo
         loss_settings=ValueSettings(config.cliprange_value),
         temperature=1.0,
         dropout=config.lora_dropout,
-        vision=vision,
+        takes_media=takes_media,
+        kinds=kinds,
     )
     start = replace(policy.model, adapters=())
     if (judge := resolved.critic_start(config)) is not None:
@@ -188,15 +204,16 @@ def critic_spec(config: PPOConfig, groups: Groups, total_steps: int, vision: boo
     return replace(policy, model=start, optimizer=replace(policy.optimizer, learning_rate=rate))
 
 
-def check_readable(config: RLHFConfig, images: int) -> None:
+def check_readable(config: RLHFConfig, media: MediaCounts) -> None:
     """Reward models read texts.
 
     Raises:
-        ConfigError: There are reward models, and prompts with images.
+        ConfigError: There are reward models, and prompts with media.
     """
-    if config.reward_model and images:
+    if config.reward_model and media.shown:
+        shown = " and ".join(f"{count:,} {kind}s" for kind, count in media.shown.items())
         raise ConfigError(
-            f"--reward_model reads texts only, but the prompts show {images:,} images: use reward functions."
+            f"--reward_model reads texts only, but the prompts have {shown}: use reward functions."
         )
 
 
@@ -216,20 +233,29 @@ def reward_model_spec(config: RLHFConfig, groups: Groups) -> RewardModelSpec:
     )
 
 
-def media_limits(config: RLHFConfig, vision: bool, most_images: int) -> dict[str, int] | None:
-    """Most items of each kind in one prompt of a vision model: what the user says, else what the data has.
+def prompt_limits(
+    config: RLHFConfig, takes_media: bool, sets: Sequence[MediaCounts]
+) -> dict[str, int] | None:
+    """Most items of each kind in one prompt of a model that takes media: what the user says, else what the
+    data sets have.
 
     Raises:
-        ConfigError: The data has a prompt with more images than the user allows.
+        ConfigError: The data has a prompt with more of a kind than the user allows.
     """
-    if not vision:
+    if not takes_media:
         return None
-    limits = {"image": max(most_images, 1), "video": 0, "audio": 0, **config.vllm_limit_mm_per_prompt}
-    if limits["image"] < most_images:
-        raise ConfigError(
-            f"--vllm_limit_mm_per_prompt allows {limits['image']} images, but a prompt has {most_images}. "
-            "Raise it, or leave it out."
-        )
+    most: dict[str, int] = {
+        kind: max((one.most.get(kind, 0) for one in sets), default=0) for kind in KINDS.values()
+    }
+    # An engine that may have none at all would not be one for media.
+    least = most if any(most.values()) else {**most, "image": 1}
+    limits = {**least, **config.vllm_limit_mm_per_prompt}
+    for kind, count in most.items():
+        if limits[kind] < count:
+            raise ConfigError(
+                f"--vllm_limit_mm_per_prompt allows {limits[kind]} {kind}s, but a prompt has {count}. "
+                "Raise it, or leave it out."
+            )
     return limits
 
 
@@ -241,7 +267,7 @@ def engine_spec(
     rank: int,
     media: dict[str, int] | None = None,
 ) -> EngineSpec:
-    """What a rollout worker is told; `media` are the limits of a vision model."""
+    """What a rollout worker is told; `media` are the limits of a model that takes media."""
     assert config.model is not None
     on_gpu = groups.on_gpu
     eager = not on_gpu if config.vllm_enforce_eager is None else config.vllm_enforce_eager
@@ -263,8 +289,8 @@ def engine_spec(
         seed=config.seed + rank,
         use_hf=config.use_hf,
         sleep_level=config.sleep_level if on_gpu and groups.colocated else 0,
-        media_limits=media,
-        max_pixels=config.max_pixels,
+        prompt_limits=media,
+        media_limits=MediaLimits.of(config),
         more=config.vllm_engine_kwargs,
         multi_turn=multi_turn(config),
     )
@@ -314,17 +340,20 @@ def sampling(
     )
 
 
-def image_notices(config: TrainConfig, on_gpu: bool, vision: bool) -> list[str]:
-    """One line for what the model's taking images, or not, changes."""
-    if vision:
+def media_notices(config: TrainConfig, on_gpu: bool, takes_media: bool) -> list[str]:
+    """One line for what the model's taking media, or not, changes."""
+    if takes_media:
         if layout(config, on_gpu) == "packed":
-            return ["the model takes images: its rows are padded, as they cannot be packed"]
+            return ["the model takes media: its rows are padded, as they cannot be packed"]
         return []
-    names = ("freeze_llm", "freeze_vit", "freeze_aligner", "max_pixels", "root_image_dir", "inline_media")
+    names = (
+        "freeze_llm", "freeze_vit", "freeze_aligner", "max_pixels", "video_max_pixels", "fps",
+        "fps_max_frames", "root_image_dir", "inline_media",
+    )  # fmt: skip
     online = ("vllm_limit_mm_per_prompt",) if isinstance(config, RLHFConfig) else ()
     given = [f"--{name}" for name in (*names, *online) if config.is_set(name)]
     does = "do" if len(given) > 1 else "does"
-    notices = [f"{', '.join(given)} {does} nothing: the model takes no images"] if given else []
+    notices = [f"{', '.join(given)} {does} nothing: the model takes texts only"] if given else []
     if config.is_set("dataloader_num_workers"):
         notices.append(
             "--dataloader_num_workers does nothing: rows of texts are prepared before training and read "

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from raytune_rl.config import PreferenceConfig, SFTConfig, resolved
 from raytune_rl.config.batching import SFTSchedule, sft_schedule_of
-from raytune_rl.data.example import Task
+from raytune_rl.data.example import Kind, Task
+from raytune_rl.data.media_tags import KINDS
 from raytune_rl.data.packing import PackBatches, Packs
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.data.sampler import BatchPlan
@@ -79,7 +80,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
             *origin.notices,
             *train.account.notices,
             *launch.machine_notices(config, groups.on_gpu),
-            *launch.image_notices(config, groups.on_gpu, train.account.vision),
+            *launch.media_notices(config, groups.on_gpu, train.account.takes_media),
         ]
         plan = offline_report.plan_of(
             config, objective, groups, schedule, train, held_out, origin, cluster, told, packs
@@ -151,6 +152,10 @@ class OfflineRun:
         self.schedule = schedule
         self.rows = ScoredSet.without_reference(train)
         self.held_out = None if held_out is None else ScoredSet.without_reference(held_out)
+        shown = [rows.account.media.kinds for rows in (train, held_out) if rows is not None]
+        self.kinds: tuple[Kind, ...] = tuple(dict.fromkeys(kind for kinds in shown for kind in kinds))
+        if stream is not None:  # what a later window shows is not known
+            self.kinds = tuple(KINDS.values())
         self.origin = origin
         self.run = Run(config, origin, schedule.total_steps, best_by="eval_loss", greater_is_better=False)
         self.order = self.order_of(train, packs)
@@ -180,7 +185,8 @@ class OfflineRun:
             loss_settings=vars(objective.settings) if objective.plugin_files else objective.settings,
             temperature=1.0,
             dropout=config.lora_dropout,
-            vision=self.rows.rows.account.vision,
+            takes_media=self.rows.rows.account.takes_media,
+            kinds=self.kinds,
         )
         spec = replace(spec, plugin_files=tuple(str(Path(f).resolve()) for f in objective.plugin_files))
         ranks = groups["policy"].workers
@@ -212,7 +218,7 @@ class OfflineRun:
             return
         config, groups = self.config, self.groups
         assert isinstance(config, PreferenceConfig)
-        spec, settings = launch.reference_spec(config, groups, self.rows.rows.account.vision)
+        spec, settings = launch.reference_spec(config, groups, self.rows.rows.account.takes_media)
         group = WorkerGroup(
             groups["reference"],
             slots["reference"],

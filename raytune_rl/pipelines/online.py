@@ -78,8 +78,8 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
             train, held_out = prompt_sets(
                 config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here, tell=tell
             )
-        needs.check([*train.account.columns, *(["images"] if train.account.images.shown else [])])
-        launch.check_readable(config, train.account.images.shown)
+        needs.check([*train.account.columns, *(f"{kind}s" for kind in train.account.media.kinds)])
+        launch.check_readable(config, train.account.media)
         schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)
         limit = check_lengths(
@@ -90,7 +90,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
             *origin.notices,
             *train.account.notices,
             *launch.machine_notices(config, groups.on_gpu),
-            *launch.image_notices(config, groups.on_gpu, train.account.vision),
+            *launch.media_notices(config, groups.on_gpu, train.account.takes_media),
         ]
         plan = report.online_plan(config, groups, schedule, train, held_out, longest, origin, cluster, told)
         started = (kind or OnlineRun)(config, algorithm, groups, schedule, train, held_out, origin)
@@ -127,8 +127,8 @@ class OnlineRun:
         self.prompts = train
         self.held_out = held_out
         self.origin = origin
-        most = max(s.account.images.most for s in (train, held_out) if s is not None)
-        self.media = launch.media_limits(config, train.account.vision, most)
+        shown = [s.account.media for s in (train, held_out) if s is not None]
+        self.media = launch.prompt_limits(config, train.account.takes_media, shown)
         self.run = Run(config, origin, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
         self.max_gap = float(origin.state.get("max_gap", 0.0))
         self.lost_workers: Counter[str] = Counter(origin.state.get("lost_workers", {}))
@@ -201,18 +201,18 @@ class OnlineRun:
                 self.after_generation(generation, last)
 
     def late_columns(self, batch: Sequence[Trajectory]) -> dict[str, list[Any]]:
-        """What lies beside the trajectories: the pictures of their prompts, and the log-probs that the loss
+        """What lies beside the trajectories: the media of their prompts, and the log-probs that the loss
         needs beside the policy's own (the reference's, and the old policy's if it will move).
         """
         rows, lengths = [t.data for t in batch], [t.length for t in batch]
-        pictures = media_places(batch)
-        late: dict[str, list[Any]] = {**pictures}
+        media = media_places(batch)
+        late: dict[str, list[Any]] = {**media}
         if self.reference is not None:
             with self.run.timer.phase("reference"):
-                late["ref_logprobs"] = self.reference.logprobs(rows, lengths, pictures).columns
+                late["ref_logprobs"] = self.reference.logprobs(rows, lengths, media).columns
         if not self.schedule.batch.on_policy:
             with self.run.timer.phase("train"):
-                late["old_logprobs"] = self.policy.logprobs(rows, lengths, pictures).columns
+                late["old_logprobs"] = self.policy.logprobs(rows, lengths, media).columns
         return late
 
     def credit(

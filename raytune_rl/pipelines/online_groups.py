@@ -77,7 +77,7 @@ def start_groups(
         run_name: Names the weight store.
         slots: Reserved places by group.
         max_model_len: Of the engines, tokens.
-        media: Most pictures and the like in one prompt; None for a model without vision.
+        media: Most images, videos and audios in one prompt; None for a model that takes texts only.
         stack: Ends the actors.
         say: Tells the user a sentence.
         lost: Told the name of a group that lost a worker and goes on, and a sentence about it.
@@ -101,8 +101,9 @@ def start_groups(
         loss_settings=algorithm.settings,
         temperature=config.temperature,
         dropout=config.lora_dropout,
-        publish_mode=wire.publish_mode(config, account.vision),
-        vision=account.vision,
+        publish_mode=wire.publish_mode(config, account.takes_media),
+        takes_media=account.takes_media,
+        kinds=account.media.kinds,
         banned=account.placeholder_ids,
     )
     spec = replace(spec, with_entropy=algorithm.with_entropy, plugin_files=algorithm.plugin_files)
@@ -156,7 +157,7 @@ def start_groups(
     budget = launch.max_tokens(config, groups.on_gpu)
     trainer: PolicyGroup
     if isinstance(config, PPOConfig):
-        estimator = launch.critic_spec(config, groups, total_steps, account.vision)
+        estimator = launch.critic_spec(config, groups, total_steps, account.takes_media, account.media.kinds)
         critics = groups["critic"].workers
         critic = group(
             "critic",

@@ -59,7 +59,7 @@ def online_plan(
         longest,
         config.max_completion_length,
     )
-    arrive = "as an adapter" if wire.publish_mode(config, train.account.vision) == "adapter" else "whole"
+    arrive = "as an adapter" if wire.publish_mode(config, train.account.takes_media) == "adapter" else "whole"
     inside = {
         "policy": trainer(config, groups),
         "rollout": f"vLLM, weights arrive {arrive}",
@@ -155,13 +155,12 @@ def data_section(
     lines = [(s.name, f"{s.rows:,} rows, {s.bad:,} bad, {s.taken:,} taken") for s in train.sources]
     lines.append(("train on", f"{rows:,} {unit}"))
     lines += [(reason, f"{count:,} {unit} left out") for reason, count in train.dropped.items()]
-    if train.images.shown:
-        mib = (
-            f", {train.images.stored_bytes / 2**20:,.1f} MiB"
-            if train.images.stored_bytes
-            else ", read where they lie"
-        )
-        lines.append(("images", f"{train.images.shown:,}, {train.images.distinct:,} distinct{mib}"))
+    for kind, shown in train.media.shown.items():
+        lines.append((f"{kind}s", f"{shown:,}, {train.media.distinct[kind]:,} distinct"))
+    if train.media.shown:
+        stored = train.media.stored_bytes
+        where = f"{stored / 2**20:,.1f} MiB in the object store" if stored else "read where they lie"
+        lines.append(("their files", where))
     if train.quarantine:
         lines.append(("rows left out are in", train.quarantine))
     if held_out is not None:
@@ -288,10 +287,10 @@ def completion_rows(
     texts: Sequence[str],
     compared: AdvantageResult | None,
     dialogues: Sequence[Mapping[str, Any]] = (),
-    images: Sequence[Sequence[str]] = (),
+    media: Sequence[Sequence[str]] = (),
 ) -> list[CompletionRow]:
     """One row a completion, for completions.jsonl; without advantages for what was replaced, with all
-    messages where the model had several turns, and the names of its pictures if the data has any."""
+    messages where the model had several turns, and the names of its prompt's media if the data has any."""
     scored, rewards = experience.scored, experience.rewards
     return [
         CompletionRow(
@@ -306,7 +305,7 @@ def completion_rows(
             finish_reason=t.finish_reason,
             extra={
                 **({"num_turns": t.turns, **dialogues[i]} if dialogues else {}),
-                **({"images": list(images[i])} if images else {}),
+                **({"media": list(media[i])} if media else {}),
             },
         )
         for i, (t, text) in enumerate(zip(experience.batch, texts, strict=True))

@@ -16,8 +16,9 @@ from rich.text import Text
 
 from raytune_rl.algorithms.advantages import combine_rewards
 from raytune_rl.config import RewardCheckConfig
-from raytune_rl.data.example import Example
+from raytune_rl.data.example import Example, MediaRef
 from raytune_rl.data.load import load_examples
+from raytune_rl.data.media_tags import TAGS
 from raytune_rl.errors import RewardError
 from raytune_rl.rewards.preflight import RewardNeeds
 from raytune_rl.rewards.sandbox import Sandbox, memory_limit_bytes
@@ -75,8 +76,8 @@ def run(config: RewardCheckConfig, console: Console | None = None) -> tuple[Trie
         )
         examples = loaded.examples[: config.rows or None]
         names = list(dict.fromkeys(name for example in examples for name in example.extra))
-        pictures = ["images"] if any(example.images for example in examples) else []
-        RewardNeeds(sandbox.names, sandbox.required).check([*names, "messages", *pictures])
+        media = [name for name in TAGS if any(getattr(example, name) for example in examples)]
+        RewardNeeds(sandbox.names, sandbox.required).check([*names, "messages", *media])
         ids = _tokenizer(config)
         tried = tuple(
             _score(sandbox, kind, texts, examples, names, ids)
@@ -136,13 +137,17 @@ def _columns(
     ids: Callable[[str], list[int]],
 ) -> dict[str, Any]:
     tokens = [ids(text) for text in texts]
-    images = [[_image(ref) for ref in examples[row].images] for row in rows]
+    media = {
+        name: [[_as_reward_sees(ref) for ref in getattr(examples[row], name)] for row in rows]
+        for name in TAGS
+        if any(getattr(example, name) for example in examples)
+    }
     return {
         **{name: [examples[row].extra.get(name) for row in rows] for name in names},
         "messages": with_completions(
             [[m.for_template() for m in examples[row].messages] for row in rows], texts
         ),
-        **({"images": images} if any(example.images for example in examples) else {}),
+        **media,
         "prompt_id": [str(row) for row in rows],
         "request_id": [f"{row}-0" for row in rows],
         "finish_reason": ["stop"] * len(rows),
@@ -155,7 +160,9 @@ def _columns(
     }
 
 
-def _image(ref: str | bytes) -> dict[str, Any]:
+def _as_reward_sees(ref: MediaRef) -> Any:
+    if isinstance(ref, tuple):
+        return [_as_reward_sees(frame) for frame in ref]
     data = isinstance(ref, bytes)
     return {"path": None if data else ref, "bytes": ref if data else None}
 

@@ -35,7 +35,7 @@ class Trajectory:
         prompt_tokens, completion_tokens: Lengths.
         finish_reason: "stop" or "length".
         version: Weight version that sampled it.
-        pictures: Where its prompt's pictures lie; None if no prompt of the run has any.
+        media: Where its prompt's media lie; None if no prompt of the run has any.
         dialogue: Where the messages of its turns lie; None if the model has one turn only.
         other_tokens: Tokens behind the prompt that the model did not sample.
         turns: Of the model.
@@ -51,7 +51,7 @@ class Trajectory:
     completion_tokens: int
     finish_reason: str
     version: int
-    pictures: RowPointer | None = None
+    media: RowPointer | None = None
     dialogue: RowPointer | None = None
     other_tokens: int = 0
     turns: int = 1
@@ -168,7 +168,7 @@ class RolloutGroup:
         for answer, metas in zip(*settle(pending), strict=True):
             for meta in metas:
                 prompt = int(rows[meta.prompt_id])
-                made = _trajectory(meta, answer, prompt, prompts.pictures(prompt), self._multi_turn)
+                made = _trajectory(meta, answer, prompt, prompts.media(prompt), self._multi_turn)
                 found[meta.prompt_id, meta.sample] = made
         wanted = [(g, s) for g in range(len(rows)) for s in range(completions)]
         lost = [key for key in wanted if key not in found]
@@ -190,7 +190,7 @@ class RolloutGroup:
 
 
 def _trajectory(
-    meta: CompletionMeta, answer: Pending, prompt: int, pictures: RowPointer | None, multi_turn: bool
+    meta: CompletionMeta, answer: Pending, prompt: int, media: RowPointer | None, multi_turn: bool
 ) -> Trajectory:
     return Trajectory(
         prompt=prompt,
@@ -202,7 +202,7 @@ def _trajectory(
         completion_tokens=meta.completion_tokens,
         finish_reason=meta.finish_reason,
         version=meta.version,
-        pictures=pictures,
+        media=media,
         dialogue=RowPointer(answer.ref[3], meta.row) if multi_turn else None,
         other_tokens=meta.other_tokens,
         turns=meta.turns,
@@ -211,8 +211,8 @@ def _trajectory(
 
 
 def media_places(trajectories: Sequence[Trajectory]) -> dict[str, list[RowPointer]]:
-    """The late column by which policy and reference find the pictures; empty where there are none."""
-    places = [t.pictures for t in trajectories if t.pictures is not None]
+    """The late column by which policy and reference find the media; empty where there are none."""
+    places = [t.media for t in trajectories if t.media is not None]
     return {ROW_COLUMN: places} if places else {}
 
 
@@ -243,7 +243,7 @@ class RewardGroup:
                     reward_columns(mine, state),
                     [mine[0].dialogue.ref] if mine[0].dialogue is not None else None,
                     [mine[0].data.ref],
-                    [mine[0].pictures.ref] if mine[0].pictures is not None else None,
+                    [mine[0].media.ref] if mine[0].media is not None else None,
                     what=f"scoring {len(mine)} completions",
                 )
                 pending.append(call)
@@ -287,13 +287,13 @@ def read_dialogues(trajectories: Sequence[Trajectory], timeout_s: float) -> list
 
 
 def read_media_names(trajectories: Sequence[Trajectory], timeout_s: float) -> list[list[str]]:
-    """Paths of the pictures of each one's prompt, or digests of their bytes, for the log; empty where no
+    """Paths of the media of each one's prompt, or digests of their bytes, for the log; empty where no
     prompt has any."""
-    places = [t.pictures for t in trajectories if t.pictures is not None]
+    places = [t.media for t in trajectories if t.media is not None]
     if not places:
         return []
-    columns = fetch(Pending(places[0].ref, "the object store", "reading names of pictures", timeout_s))
-    return [[p.path or f"{p.digest:016x}" for p in media_of(columns, place.row)] for place in places]
+    columns = fetch(Pending(places[0].ref, "the object store", "reading names of media", timeout_s))
+    return [[medium.name for medium in media_of(columns, place.row)] for place in places]
 
 
 def _read(places: Sequence[RowPointer], timeout_s: float) -> list[Any]:

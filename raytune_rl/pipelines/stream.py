@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_rl.config import SFTConfig
 from raytune_rl.data.example import Task
-from raytune_rl.pipelines.data import Account, ImagePlaces, SourceCounts, TokenSet, token_set, token_sets
+from raytune_rl.pipelines.data import Account, MediaPlaces, SourceCounts, TokenSet, token_set, token_sets
 from raytune_rl.tracking.files import read_jsonl
 
 
@@ -25,7 +25,7 @@ class StreamWorker:
     """Makes windows. Run as an actor, in the driver's folder: relative paths are the user's."""
 
     def __init__(
-        self, folder: str, config: SFTConfig, task: Task, quarantine: str, places: ImagePlaces
+        self, folder: str, config: SFTConfig, task: Task, quarantine: str, places: MediaPlaces
     ) -> None:
         from raytune_rl.data.stream import RowWindows
         from raytune_rl.pipelines.data_task import rows_encoder
@@ -68,7 +68,7 @@ class Stream:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": 0}
         self._config = config
-        told = (str(Path.cwd()), config, task, str(quarantine), ImagePlaces.of(config, one_machine))
+        told = (str(Path.cwd()), config, task, str(quarantine), MediaPlaces.of(config, one_machine))
         self._worker = ray.remote(StreamWorker).options(**options).remote(*told)
         stack.callback(ray.kill, self._worker)
         self.number = first - 1

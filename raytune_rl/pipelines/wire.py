@@ -10,7 +10,7 @@ from raytune_rl.models.hub import resolve_path
 from raytune_rl.models.served import LORA_RANKS, held_back, read_adapter_config
 
 
-def publish_mode(config: RLHFConfig, vision: bool = False) -> str:
+def publish_mode(config: RLHFConfig, takes_media: bool = False) -> str:
     """Names it: full, merged, or adapter, alone, wherever an engine gives the policy's answers with it.
 
     Raises:
@@ -21,22 +21,24 @@ def publish_mode(config: RLHFConfig, vision: bool = False) -> str:
         return "full"
     if config.vllm_enable_lora is False:
         return "merged"
-    reason = why_merged(config, vision)
+    reason = why_merged(config, takes_media)
     if config.vllm_enable_lora and reason is not None:
         raise ConfigError(f"--vllm_enable_lora true: {reason}; leave it out, and the merged weights travel.")
     return "adapter" if reason is None else "merged"
 
 
-def why_merged(config: RLHFConfig, vision: bool = False) -> str | None:
+def why_merged(config: RLHFConfig, takes_media: bool = False) -> str | None:
     """Why an engine that has the base and gets the adapter would not be the policy; None if it would."""
-    if vision and not (config.freeze_vit and config.freeze_aligner):
+    if takes_media and not (config.freeze_vit and config.freeze_aligner):
         return (
             "vLLM applies adapters to the language model only, but --freeze_vit or --freeze_aligner false "
             "trains others"
         )
     # Modules that the user or an earlier run named may lie in the tower too; all-linear keeps out of it.
     named = "target_regex" if config.target_regex is not None else "target_modules"
-    if vision and (config.adapters or named == "target_regex" or config.target_modules != ("all-linear",)):
+    if takes_media and (
+        config.adapters or named == "target_regex" or config.target_modules != ("all-linear",)
+    ):
         given = "adapters" if config.adapters else named
         return f"vLLM applies adapters to the language model only, but those of --{given} may lie elsewhere"
     if config.quant_bits and "quantization" not in config.vllm_engine_kwargs:

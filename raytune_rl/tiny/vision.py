@@ -23,7 +23,8 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 VISION_TOKENS = (VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
 
-# ChatML whose turns are texts or lists of parts; a picture is one placeholder between its two marks.
+# ChatML whose turns are texts or lists of parts; a picture or video is one placeholder between its
+# two marks.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -62,7 +63,7 @@ def make_tiny_vision_model(
         layers: Decoder layers.
         seed: Of the weights.
         max_position: Longest sequence in tokens.
-        min_pixels, max_pixels: The picture sizes between which the processor scales.
+        min_pixels, max_pixels: The sizes of pictures and frames between which the processor scales.
         init_std: Standard deviation of the initial weights.
 
     Returns:
@@ -72,7 +73,7 @@ def make_tiny_vision_model(
         ModelError: The directory holds something else.
     """
     recipe: dict[str, object] = {
-        "kind": "qwen2_5_vl",
+        "kind": "qwen2_5_vl with videos",
         "tied": tied,
         "layers": layers,
         "seed": seed,
@@ -89,7 +90,10 @@ def _write(directory: Path, recipe: dict[str, Any]) -> None:
     model = _model(tokenizer, recipe)
     size = {"shortest_edge": recipe["min_pixels"], "longest_edge": recipe["max_pixels"]}
     processor = Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE
+        Qwen2VLImageProcessor(size=size),
+        tokenizer,
+        Qwen2VLVideoProcessor(size=size),
+        chat_template=CHAT_TEMPLATE,
     )
     model.save_pretrained(directory)
     processor.save_pretrained(directory)

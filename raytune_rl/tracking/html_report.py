@@ -56,7 +56,7 @@ def most_changed(rows: Sequence[Mapping[str, Any]], count: int = 20) -> list[Cha
     by_prompt: dict[tuple[str, ...], dict[int, list[Mapping[str, Any]]]] = {}
     for row in rows:
         if _finite(row.get("reward")):
-            prompt = (str(row["prompt"]), *row.get("images", ()))  # the same question, of another picture
+            prompt = (str(row["prompt"]), *row.get("media", ()))  # the same question, of another picture
             by_prompt.setdefault(prompt, {}).setdefault(int(row["step"]), []).append(row)
     found = []
     for prompt, steps in by_prompt.items():

@@ -207,13 +207,11 @@ class PolicyWorker:
             enable_gradient_checkpointing(tuned.model)
         scorer = scoring.scorer_of(tuned.model, self._loss.forward)
         sharded = spec.optimizer.deepspeed.get("zero_optimization", {}).get("stage") == 3
-        self._images = scoring.media_collator(
-            spec.model, loaded, always=sharded or trains_vision(tuned.model)
-        )
+        self._media = scoring.media_collator(spec.model, loaded, always=sharded or trains_vision(tuned.model))
         self._tokenizer = (
             load_tokenizer(loaded.path, trust_remote_code=spec.model.trust_remote_code)
-            if self._images is None
-            else self._images.vision.processor
+            if self._media is None
+            else self._media.media.processor
         )
         # Planned before the engine cuts the parameters up.
         self._exporter = WeightExporter(scorer, spec.publish_mode) if spec.publish_mode else None  # type: ignore[arg-type]
@@ -266,7 +264,7 @@ class PolicyWorker:
 
         torch.manual_seed(step_seed(self._spec.seed, step, self._rank))
         rows = scoring.read_rows(batch, self._spec.score.timeout_s)
-        scoring.expect_media(rows, batch, self._images)
+        scoring.expect_media(rows, batch, self._media)
         self._engine.train()
         parts = []
         tokens = 0
@@ -294,7 +292,7 @@ class PolicyWorker:
         from raytune_rl.algorithms.registry import LossInputs
 
         spec = self._spec
-        micro = scoring.micro_batch(rows, members, spec.model.layout, self._images)
+        micro = scoring.micro_batch(rows, members, spec.model.layout, self._media)
         outputs = self._forward(micro)
         late = [name for name in batch.places if name not in ("", ROW_COLUMN)]
         columns = {name: scoring.late_column(rows, members, name) for name in late}
@@ -360,7 +358,7 @@ class PolicyWorker:
     def logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """Log-probs under the present weights; see `scoring.score`."""
         self._engine.eval()
-        return scoring.score(self._engine, batch, self._spec.model, self._spec.score, self._images)
+        return scoring.score(self._engine, batch, self._spec.model, self._spec.score, self._media)
 
     def base_logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """The same of the base model: the adapter is off, and what it saves beside itself as it was."""
@@ -374,7 +372,7 @@ class PolicyWorker:
     def entropies(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """The same, and the entropy at every loss token."""
         self._engine.eval()
-        return scoring.score(self._engine, batch, self._spec.model, self._spec.score, self._images, True)
+        return scoring.score(self._engine, batch, self._spec.model, self._spec.score, self._media, True)
 
     def count_entropies(self, batch: RowBatch, bucket: int | None) -> NDArray[np.int64]:
         """See `row_stats.count_entropies`."""
@@ -387,7 +385,7 @@ class PolicyWorker:
     def values(self, batch: RowBatch) -> tuple[int, Columns]:
         """A critic's values under the present weights; see `scoring.values`."""
         self._engine.eval()
-        return scoring.values(self._engine, batch, self._spec.model, self._spec.score, self._images)
+        return scoring.values(self._engine, batch, self._spec.model, self._spec.score, self._media)
 
     def reward_moments(self, batch: RowBatch, settings: EstimateSettings) -> Moments:
         """See `estimates.reward_moments`; rows have the scalar "score"."""
@@ -413,7 +411,7 @@ class PolicyWorker:
         from raytune_rl.algorithms.metrics import merge_all
 
         rows = scoring.read_rows(batch, self._spec.score.timeout_s)
-        scoring.expect_media(rows, batch, self._images)
+        scoring.expect_media(rows, batch, self._media)
         self._engine.eval()
         with torch.no_grad():
             parts = [self._micro_step(rows, batch, members)[1].host() for members in batch.micro_batches]

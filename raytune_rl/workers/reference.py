@@ -33,7 +33,7 @@ class ReferenceWorker:
         model: Any = loaded.model
         if spec.adapters:
             model = apply_tuner(model, TunerSettings(lora_dropout=0.0), scoring.adapters(spec)).model
-        self._images = scoring.media_collator(spec, loaded, always=False)
+        self._media = scoring.media_collator(spec, loaded, always=False)
         self._spec = spec
         self._settings = settings
         self._scorer = TokenScorer(model).eval().requires_grad_(False)
@@ -44,7 +44,7 @@ class ReferenceWorker:
 
     def logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """See `scoring.score`."""
-        return scoring.score(self._scorer, batch, self._spec, self._settings, self._images)
+        return scoring.score(self._scorer, batch, self._spec, self._settings, self._media)
 
     def mix(self, manifest: Manifest, share: float) -> None:
         """Moves every weight towards a published version: ref <- share * policy + (1 - share) * ref.

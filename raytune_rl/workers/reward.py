@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raytune_rl.data.media_table import Medium, media_of
+from raytune_rl.data.media_table import Medium, count_media, media_of
 from raytune_rl.data.ragged import Columns
 from raytune_rl.errors import DeadlineExceededError, RewardError
 from raytune_rl.rewards.sandbox import Sandbox
@@ -56,7 +56,7 @@ class RewardWorker:
         extra: dict[str, Any],
         dialogues_ref: Any = None,
         tokens_ref: Any = None,
-        pictures_ref: Any = None,
+        media_ref: Any = None,
     ) -> Scores:
         """Scores the completions `rows`.
 
@@ -74,8 +74,9 @@ class RewardWorker:
                 "rollout_infos"}` each, in the order of the completions. Rewards see both columns.
             tokens_ref: {"tokens", "loss_mask"} of the completions, in the same three ways. Rewards see
                 "response_token_ids", what the model sampled.
-            pictures_ref: Columns of `data.media_table`, one entry a prompt. Rewards see "images", of each
-                completion a list of {"path", "bytes"}, one of which is None.
+            media_ref: Columns of `data.media_table`, one entry a prompt. Rewards see "images", "videos" and
+                "audios", as far as the prompts have them: of each completion a list of {"path", "bytes"},
+                one of which is None; a video given as its frames is a list of these.
 
         Returns:
             The scores, row `i` of them for `rows[i]`.
@@ -109,9 +110,14 @@ class RewardWorker:
             made: Columns = _fetch(tokens_ref, "tokens")
             ids, sampled = made["tokens"], made["loss_mask"]
             selected["response_token_ids"] = [ids[row][sampled[row]].tolist() for row in rows]
-        if pictures_ref is not None:
-            shown: Columns = _fetch(pictures_ref, "pictures")
-            selected["images"] = [[_image(p) for p in media_of(shown, row)] for row in column_rows]
+        if media_ref is not None:
+            columns_of_media: Columns = _fetch(media_ref, "media")
+            of_prompt = {row: media_of(columns_of_media, row) for row in set(column_rows)}
+            for kind in count_media(columns_of_media).kinds:
+                selected[f"{kind}s"] = [
+                    [_as_reward_sees(medium) for medium in of_prompt[row] if medium.kind == kind]
+                    for row in column_rows
+                ]
         batch = RewardBatch(chosen, {**selected, **extra})
         return self._sandbox.score(batch.texts, batch.columns)
 
@@ -132,9 +138,11 @@ class RewardWorker:
         self._sandbox.close()
 
 
-def _image(picture: Medium) -> dict[str, Any]:
-    data = None if picture.data is None else bytes(picture.data)
-    return {"path": picture.path, "bytes": data}
+def _as_reward_sees(medium: Medium) -> Any:
+    files = [
+        {"path": file.path, "bytes": None if file.data is None else bytes(file.data)} for file in medium.files
+    ]
+    return files if medium.as_frames else files[0]
 
 
 def _fetch(value: Any, what: str) -> Any:

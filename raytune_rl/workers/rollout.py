@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.data.example import Message
+from raytune_rl.data.media_limits import NO_LIMITS, MediaLimits
 from raytune_rl.data.media_table import Medium, media_of
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.errors import DataError, StaleWeightsError
@@ -66,9 +67,9 @@ class EngineSpec:
         use_hf: A hub id is one of Hugging Face instead of ModelScope.
         sleep_level: What to drop between generations on a GPU: 0 nothing, 1 weights to the CPU, 2 weights
             discarded.
-        media_limits: Vision models: most items of each kind ("image", ...) in one prompt; None for a model
-            without vision.
-        max_pixels: Vision models: most pixels of an image, or None for the processor's own limit.
+        prompt_limits: Most items of each kind ("image", ...) in one prompt; None for a model
+            that takes texts only.
+        media_limits: How much of a medium is shown.
         more: Further arguments of vLLM's EngineArgs.
         adapter: Local directory of a LoRA adapter to serve; only without a store.
         multi_turn: For conversations of several turns; None: one completion a prompt.
@@ -90,8 +91,8 @@ class EngineSpec:
     seed: int = 0
     use_hf: bool = False
     sleep_level: int = 0
-    media_limits: Mapping[str, int] | None = None
-    max_pixels: int | None = None
+    prompt_limits: Mapping[str, int] | None = None
+    media_limits: MediaLimits = NO_LIMITS
     more: Mapping[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     multi_turn: MultiTurnSpec | None = None
@@ -142,13 +143,13 @@ class EnginePrompt:
 
     Attributes:
         tokens: int32, as the policy trains on it.
-        given: int32, as vLLM takes it: with one placeholder for each picture. The same without pictures.
-        pictures: In their order.
+        given: int32, as vLLM takes it: with one placeholder for each medium. The same without media.
+        media: In their order.
     """
 
     tokens: NDArray[np.int32]
     given: NDArray[np.int32]
-    pictures: tuple[Medium, ...] = ()
+    media: tuple[Medium, ...] = ()
 
     def followed_by(self, tokens: NDArray[np.int32]) -> EnginePrompt:
         """The prompt with what was said since."""
@@ -262,7 +263,7 @@ class RolloutWorker:
         """Completes prompts.
 
         Args:
-            prompts: Columns with "prompt", Ragged int32 token ids; for prompts with images also "given" and
+            prompts: Columns with "prompt", Ragged int32 token ids; for prompts with media also "given" and
                 the columns of `data.media_table`.
             requests: Which prompts, and the seeds of their completions.
             sampling: How to draw.
@@ -351,8 +352,8 @@ class RolloutWorker:
 
     def _fitting(self, prompt: EnginePrompt, changed: NDArray[np.int32], more: int) -> EnginePrompt:
         longest = self._engine.max_model_len
-        if prompt.pictures:
-            raise DataError("--multi_turn_scheduler changed a prompt with pictures, which only texts can be")
+        if prompt.media:
+            raise DataError("--multi_turn_scheduler changed a prompt with media, which only texts can be")
         if len(changed) + more > longest:
             raise DataError(
                 f"--multi_turn_scheduler made a prompt of {len(changed)} tokens. With {more} for the answer "

@@ -12,6 +12,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from raytune_rl.data.media_limits import NO_LIMITS, MediaLimits
 from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.data.rows import ReadRows, RowBatch
 from raytune_rl.errors import ModelError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from raytune_rl.algorithms.registry import Forward
     from raytune_rl.data.collate import MicroBatch
+    from raytune_rl.data.example import Kind
     from raytune_rl.data.media_batch import MediaCollator
     from raytune_rl.data.media_table import Medium
     from raytune_rl.models.load import LoadedModel
@@ -45,8 +47,9 @@ class ModelSpec:
         adapters: Adapter directories to start from.
         quant_bits: 4 for a base quantised to NF4, or None.
         use_hf: A hub id is one of Hugging Face instead of ModelScope.
-        max_pixels: Vision models: most pixels of an image, or None for the processor's own limit.
-        image_threads: Vision models: threads that make the pixels of coming micro-batches.
+        media_limits: Models that take media: how much of one is shown.
+        media_kinds: The kinds of media in the data.
+        media_threads: Threads that make the pixels of coming micro-batches.
         liger: Use liger-kernel's layers on a GPU.
     """
 
@@ -58,8 +61,9 @@ class ModelSpec:
     adapters: tuple[str, ...] = ()
     quant_bits: int | None = None
     use_hf: bool = False
-    max_pixels: int | None = None
-    image_threads: int = 1
+    media_limits: MediaLimits = NO_LIMITS
+    media_kinds: tuple[Kind, ...] = ()
+    media_threads: int = 1
     liger: bool = False
 
 
@@ -134,12 +138,13 @@ def read_rows(batch: RowBatch, timeout_s: float) -> ReadRows:
 
 
 def media_collator(spec: ModelSpec, loaded: LoadedModel, *, always: bool) -> MediaCollator | None:
-    """What collates the rows of a vision model; None for a text model.
+    """What collates the rows of a model that takes media; None for a text model.
 
     Args:
         spec: Of the model.
         loaded: The model.
-        always: Whether every micro-batch must pass through the vision tower, because that is a collective.
+        always: Whether every micro-batch must pass through the towers of the media, because that is a
+            collective.
 
     Raises:
         ModelError: The processor cannot be used for training, or the layout is packed.
@@ -151,37 +156,40 @@ def media_collator(spec: ModelSpec, loaded: LoadedModel, *, always: bool) -> Med
     if not takes_media(loaded.model.config):
         return None
     if spec.layout == "packed":
-        raise ModelError(f"{type(loaded.model).__name__} takes images; its rows cannot be packed")
+        raise ModelError(f"{type(loaded.model).__name__} takes media; its rows cannot be packed")
     processor = load_media_processor(loaded.path, trust_remote_code=spec.trust_remote_code)
     if processor is None:
         return None
-    vision = MediaProcessor.of(processor, spec.max_pixels)
-    return MediaCollator(vision, dtype=loaded.model.dtype, always=always, threads=spec.image_threads)
+    media = MediaProcessor.of(processor, spec.media_limits)
+    kinds = [kind for kind in spec.media_kinds if media.refusal(kind) is None] or media.kinds[:1]
+    return MediaCollator(
+        media, dtype=loaded.model.dtype, always=kinds if always else (), threads=spec.media_threads
+    )
 
 
-def expect_media(rows: ReadRows, batch: RowBatch, images: MediaCollator | None) -> None:
+def expect_media(rows: ReadRows, batch: RowBatch, media: MediaCollator | None) -> None:
     """Begins with the pixels of a batch's micro-batches, in their order."""
-    if images is not None:
-        images.expect(_pictures(rows, row) for members in batch.micro_batches for row in members)
+    if media is not None:
+        media.expect(_media(rows, row) for members in batch.micro_batches for row in members)
 
 
-def _pictures(rows: ReadRows, row: int) -> list[Medium]:
+def _media(rows: ReadRows, row: int) -> list[Medium]:
     from raytune_rl.data.media_table import ROW_COLUMN, media_of
 
     return media_of(*rows.source(row, ROW_COLUMN if rows.has_late(ROW_COLUMN) else ""))
 
 
 def micro_batch(
-    rows: ReadRows, members: Sequence[int], layout: str, images: MediaCollator | None = None
+    rows: ReadRows, members: Sequence[int], layout: str, media: MediaCollator | None = None
 ) -> MicroBatch:
     """Collates the rows of one micro-batch on this worker's device."""
     from raytune_rl.data.collate import collate
 
     tokens = [rows.column("tokens", row) for row in members]
     masks = [rows.column("loss_mask", row) for row in members]
-    if images is not None:
-        pictures = [_pictures(rows, row) for row in members]
-        return images.collate(tokens, masks, pictures, pad_token_id=PAD).to(device())
+    if media is not None:
+        shown = [_media(rows, row) for row in members]
+        return media.collate(tokens, masks, shown, pad_token_id=PAD).to(device())
     return collate(tokens, masks, layout=layout, pad_token_id=PAD).to(device())  # type: ignore[arg-type]
 
 
@@ -226,7 +234,7 @@ def score(
     batch: RowBatch,
     spec: ModelSpec,
     settings: ScoreSettings,
-    images: MediaCollator | None = None,
+    media: MediaCollator | None = None,
     with_entropy: bool = False,
 ) -> tuple[NDArray[np.float64], Columns]:
     """Log-probs of a batch's loss tokens, without gradient.
@@ -238,12 +246,12 @@ def score(
     import torch
 
     rows = read_rows(batch, settings.timeout_s)
-    expect_media(rows, batch, images)
+    expect_media(rows, batch, media)
     names = ("logprobs", "entropy") if with_entropy else ("logprobs",)
     found: dict[str, dict[int, np.ndarray]] = {name: {} for name in names}
     with torch.no_grad():
         for members in batch.micro_batches:
-            micro = micro_batch(rows, members, spec.layout, images)
+            micro = micro_batch(rows, members, spec.layout, media)
             scored = scorer(
                 **forward_inputs(micro),
                 temperature=settings.temperature,
@@ -265,7 +273,7 @@ def values(
     batch: RowBatch,
     spec: ModelSpec,
     settings: ScoreSettings,
-    images: MediaCollator | None = None,
+    media: MediaCollator | None = None,
 ) -> tuple[int, Columns]:
     """A critic's values at a batch's loss tokens, without gradient.
 
@@ -278,7 +286,7 @@ def values(
     found: dict[int, np.ndarray] = {}
     with torch.no_grad():
         for members in batch.micro_batches:
-            micro = micro_batch(rows, members, spec.layout, images)
+            micro = micro_batch(rows, members, spec.layout, media)
             flat = scorer(**forward_inputs(micro, "values")).cpu().numpy()
             counts = np.bincount(micro.row_of.cpu().numpy(), minlength=len(members))
             pieces = np.split(flat, np.cumsum(counts)[:-1]) if members else []

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from PIL.Image import Image
 from safetensors.torch import save_file
 from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
@@ -32,6 +31,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from raytune_rl.data.chat import ChatTemplate
 from raytune_rl.data.example import Message
+from raytune_rl.data.media_processor import Decoded
 from raytune_rl.errors import ConfigError, DataError, StaleWeightsError, WorkerDiedError
 from raytune_rl.models.load import resolve_path
 from raytune_rl.models.served import LORA_RANKS
@@ -84,11 +84,11 @@ class VllmEngine:
         os.environ[ADDRESS_VARIABLE] = ray.get_runtime_context().gcs_address
         self._spec = spec
         args = engine_args(spec)
-        self._images = EngineMedia.of(args["model"], spec)
-        if self._images is not None:
+        self._media = EngineMedia.of(args["model"], spec)
+        if self._media is not None:
             args |= {
-                "limit_mm_per_prompt": dict(spec.media_limits or {}),
-                "mm_processor_kwargs": self._images.processor_settings,
+                "limit_mm_per_prompt": dict(spec.prompt_limits or {}),
+                "mm_processor_kwargs": self._media.processor_settings,
             }
         self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
         self._numbers = itertools.count()
@@ -121,8 +121,8 @@ class VllmEngine:
                 "update_weights", kwargs={"update_info": {"version": manifest.version}}
             )
             self._engine.collective_rpc("finish_weight_update")
-        if self._images is not None:
-            self._engine.reset_encoder_cache()  # features of pictures under the old weights
+        if self._media is not None:
+            self._engine.reset_encoder_cache()  # features of media under the old weights
         if not self._engine.reset_prefix_cache():
             raise StaleWeightsError(
                 "vLLM kept key-value blocks of the old weights: requests were still running"
@@ -164,18 +164,18 @@ class VllmEngine:
         """Completes each prompt once, with its own seed and limit. Order of answers is that of the prompts.
 
         Raises:
-            MediaError: A picture's file is gone or is not the one that was tokenized.
-            DataError: vLLM makes other tokens of a prompt with pictures than the policy.
+            MediaError: A medium's file is gone or is not the one that was tokenized.
+            DataError: vLLM makes other tokens of a prompt with media than the policy.
         """
         position: dict[str, int] = {}
-        decoded: dict[int, Image] = {}
+        decoded: dict[str, Decoded] = {}
         for index, (prompt, seed, limit) in enumerate(zip(prompts, seeds, limits, strict=True)):
             name = str(next(self._numbers))
             position[name] = index
             request: Any = {"prompt_token_ids": prompt.given.tolist()}
-            if prompt.pictures:
-                assert self._images is not None
-                request = self._images.request(prompt, decoded)
+            if prompt.media:
+                assert self._media is not None
+                request = self._media.request(prompt, decoded)
             params = self._params(sampling, seed, min(limit, self._spec.max_model_len - len(prompt.tokens)))
             self._engine.add_request(name, request, params, lora_request=self._adapter)
         answers: dict[int, Sampled] = {}

@@ -1,14 +1,16 @@
-"""Prompts with pictures as vLLM takes them, and the proof that it reads them as the policy does."""
+"""Prompts with media as vLLM takes them, and the proof that it reads them as the policy does."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL.Image import Image
 
-from raytune_rl.data.media_processor import MediaProcessor
+from raytune_rl.data.media_limits import MediaLimits
+from raytune_rl.data.media_processor import Decoded, MediaProcessor
+from raytune_rl.data.video import Video
 from raytune_rl.errors import DataError
 from raytune_rl.models.load import load_media_processor
 from raytune_rl.workers.rollout import EnginePrompt, EngineSpec
@@ -18,48 +20,60 @@ from raytune_rl.workers.rollout import EnginePrompt, EngineSpec
 class EngineMedia:
     """The model's processor, as policy and data task set it up.
 
-    vLLM calls the processor itself. It is given the pictures decoded in the policy's way, and the prompt with
-    one placeholder a picture.
+    vLLM calls the processor itself. It is given the media decoded in the policy's way, and the prompt with
+    one placeholder a medium.
     """
 
-    vision: MediaProcessor
-    max_pixels: int | None
+    media: MediaProcessor
+    limits: MediaLimits
 
     @classmethod
     def of(cls, path: str, spec: EngineSpec) -> EngineMedia | None:
         """For the model in a local directory; None if it takes texts only."""
-        if spec.media_limits is None:
+        if spec.prompt_limits is None:
             return None
         processor = load_media_processor(path, trust_remote_code=spec.trust_remote_code)
-        return (
-            None if processor is None else cls(MediaProcessor.of(processor, spec.max_pixels), spec.max_pixels)
-        )
+        if processor is None:
+            return None
+        return cls(MediaProcessor.of(processor, spec.media_limits), spec.media_limits)
 
     @property
-    def processor_settings(self) -> dict[str, int] | None:
+    def processor_settings(self) -> Mapping[str, int] | None:
         """What vLLM is to set in its own copy of the processor; None if pictures come scaled already."""
-        own_limit = self.max_pixels is not None and self.vision.max_pixels is None
-        return {"max_pixels": self.max_pixels} if own_limit and self.max_pixels else None
+        asked = self.limits.max_pixels
+        return {"max_pixels": asked} if asked and self.media.limits.max_pixels is None else None
 
-    def request(self, prompt: EnginePrompt, decoded: dict[int, Image]) -> dict[str, Any]:
+    def request(self, prompt: EnginePrompt, decoded: dict[str, Decoded]) -> dict[str, Any]:
         """vLLM's form of a prompt.
 
         Args:
-            prompt: With at least one picture.
-            decoded: Pictures by digest, kept between the prompts of one call.
+            prompt: With at least one medium.
+            decoded: Media by kind and key, kept between the prompts of one call.
 
         Raises:
-            MediaError: A picture's file is gone or is not the one that was tokenized.
+            MediaError: A medium's file is gone or is not the one that was tokenized.
         """
-        for picture in prompt.pictures:
-            if picture.digest not in decoded:
-                decoded[picture.digest] = self.vision.decode(picture.read(), picture.name)
+        data: dict[str, list[Any]] = {}
+        names: dict[str, list[str]] = {}
+        for medium in prompt.media:
+            key = f"{medium.kind}:{medium.key}"
+            if key not in decoded:
+                decoded[key] = self.media.read(medium)
+            data.setdefault(medium.kind, []).append(_as_engine_takes(decoded[key]))
+            # The digests name a medium in vLLM's caches, so that it need not hash pixels.
+            names.setdefault(medium.kind, []).append(medium.key)
         return {
             "prompt_token_ids": prompt.given.tolist(),
-            "multi_modal_data": {"image": [decoded[p.digest] for p in prompt.pictures]},
-            # The digest names a picture in vLLM's caches, so that it need not hash pixels.
-            "multi_modal_uuids": {"image": [f"{p.digest:016x}" for p in prompt.pictures]},
+            "multi_modal_data": data,
+            "multi_modal_uuids": names,
         }
+
+
+def _as_engine_takes(decoded: Decoded) -> Any:
+    if isinstance(decoded.content, Video):
+        # Frames were chosen already: it must not choose among them again.
+        return decoded.content.frames, {**decoded.content.metadata, "do_sample_frames": False}
+    return decoded.content
 
 
 def check_prompt(prompt: EnginePrompt, read: Any) -> None:
@@ -68,8 +82,9 @@ def check_prompt(prompt: EnginePrompt, read: Any) -> None:
     Raises:
         DataError: They are not the same tokens.
     """
-    if prompt.pictures and not np.array_equal(prompt.tokens, np.asarray(read)):
+    if prompt.media and not np.array_equal(prompt.tokens, np.asarray(read)):
+        kinds = " and ".join(sorted({f"{medium.kind}s" for medium in prompt.media}))
         raise DataError(
-            f"vLLM reads a prompt with {len(prompt.pictures)} images as {len(read)} tokens, the policy as "
-            f"{len(prompt.tokens)}: their image processors differ, so what is sampled could not be trained on"
+            f"vLLM reads a prompt with {kinds} as {len(read)} tokens, the policy as {len(prompt.tokens)}: "
+            "their processors differ, so what is sampled could not be trained on"
         )

@@ -14,7 +14,7 @@ from raytune_rl.algorithms.sft import SFTSettings
 from raytune_rl.config import SFTConfig
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.pipelines import launch
-from raytune_rl.pipelines.data import ImagePlaces
+from raytune_rl.pipelines.data import MediaPlaces
 from raytune_rl.pipelines.data_task import encode_rows_task
 from raytune_rl.pipelines.policy_group import PolicyGroup
 from raytune_rl.runtime.group import WorkerGroup
@@ -53,7 +53,7 @@ class Rows:
 def rows_of(config: SFTConfig, directory: Path) -> Rows:
     """The rows of `config.dataset`, as the data task makes them."""
     bad_rows = str(directory / "quarantine.jsonl")
-    places = ImagePlaces(".", inline=False, one_machine=False)
+    places = MediaPlaces(".", inline=False, one_machine=False)
     told = encode_rows_task(config, "sft", bad_rows, places, str(directory / "cache"))
     facts, columns, *_ = (item for item in told if not isinstance(item, str))
     ref = ray.put(columns)
@@ -65,7 +65,7 @@ def rows_of(config: SFTConfig, directory: Path) -> Rows:
 def spec_of(config: SFTConfig, *, vision: bool = False, publish_mode: str | None = None) -> PolicySpec:
     """What `launch.policy_spec` tells the ranks on a machine without a GPU."""
     return PolicySpec(
-        model=launch.model_spec(config, on_gpu=False, vision=vision),
+        model=launch.model_spec(config, on_gpu=False, takes_media=vision),
         tuner=launch.tuner(config, config.lora_dropout),
         optimizer=launch.optimizer(config, total_steps=10),
         loss="sft",

@@ -81,8 +81,8 @@ def rows(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Rows:
         else:
             examples.append(Example((question, answer), images=(picture,)))
     vision = MediaProcessor.of(AutoProcessor.from_pretrained(model))
-    encoded = encode_sft(examples, vision.processor.tokenizer, images=MediaSettings(vision))
-    columns = {"tokens": encoded.tokens, "loss_mask": encoded.loss_mask, **encoded.images}
+    encoded = encode_sft(examples, vision.processor.tokenizer, media=MediaSettings(vision))
+    columns = {"tokens": encoded.tokens, "loss_mask": encoded.loss_mask, **encoded.media}
     return Rows(model, encoded, ray.put(columns))
 
 
@@ -149,7 +149,7 @@ def plain_logprobs(model: Any, rows: Rows, row: int) -> np.ndarray:
     processor = AutoProcessor.from_pretrained(rows.model)
     tokens, mask = rows.encoded.tokens[row], rows.encoded.loss_mask[row]
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
-    images = [Image.open(p.path) for p in media_of(rows.encoded.images, row) if p.path]
+    images = [Image.open(p.path) for p in media_of(rows.encoded.media, row) if p.path]
     inputs = dict(processor.image_processor(images, return_tensors="pt")) if images else {}
     with torch.no_grad():
         logits = model(
@@ -174,7 +174,7 @@ def test_mixed_rows_give_one_gradient_however_they_are_cut(worlds: dict[str, Wor
     assert_same(whole, worlds["two"].gradient(plan(2, None)), 1e-5)
     assert_same(whole, worlds["two"].gradient(plan(2, 1)), 1e-5)
 
-    texts = [row for row in range(len(rows.lengths)) if not media_of(rows.encoded.images, row)]
+    texts = [row for row in range(len(rows.lengths)) if not media_of(rows.encoded.media, row)]
     shown = [row for row in range(len(rows.lengths)) if row not in texts]
     apart = replace(plan(2, None), ranks=((tuple(texts), ()), (tuple(shown[:6]), tuple(shown[6:]))))
     assert_same(whole, worlds["two"].gradient(apart), 1e-5)

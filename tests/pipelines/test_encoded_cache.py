@@ -17,7 +17,7 @@ from raytune_rl.data.example import RowError
 from raytune_rl.data.mapped import MappedColumns, open_columns
 from raytune_rl.data.ragged import Ragged
 from raytune_rl.errors import DataError
-from raytune_rl.pipelines.data import ImagePlaces, quarantined
+from raytune_rl.pipelines.data import MediaPlaces, quarantined
 from raytune_rl.pipelines.data_task import encode_rows_task
 from raytune_rl.pipelines.stream import StreamWorker
 from raytune_rl.tiny.model import make_tiny_model
@@ -58,7 +58,7 @@ class Task:
 
     def __call__(self, one_machine: bool = True, **changed: Any) -> list[Any]:
         config = SFTConfig(**{**self.settings, **changed})
-        places = ImagePlaces.of(config, one_machine)
+        places = MediaPlaces.of(config, one_machine)
         items = encode_rows_task(config, "sft", str(self.quarantine), places, str(self.cache))
         return [item for item in items if not isinstance(item, str)]
 
@@ -173,7 +173,7 @@ def test_a_run_that_stops_leaves_nothing(task: Task) -> None:
 def test_a_stream_sets_a_row_that_is_too_long_aside_once(task: Task, data: Path) -> None:
     changed = {"streaming": True, "max_steps": 4, "shuffle_buffer_size": 20, "split_dataset_ratio": 0}
     config = SFTConfig(**{**task.settings, **changed})
-    told = (str(data.parent), config, "sft", str(task.quarantine), ImagePlaces.of(config, True))
+    told = (str(data.parent), config, "sft", str(task.quarantine), MediaPlaces.of(config, True))
     with contextlib.chdir(data.parent):  # the worker stays in its folder, this process does not
         worker = StreamWorker(*told)
         windows = [worker.window(number) for number in range(3)]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from raytune_rl.config import RLHFConfig
+from raytune_rl.data.media_table import MediaCounts
 from raytune_rl.errors import ConfigError
 from raytune_rl.pipelines import launch, wire
 
@@ -17,42 +18,52 @@ def config(**settings: Any) -> RLHFConfig:
     return RLHFConfig(**GIVEN, **settings)
 
 
-def test_the_engine_makes_room_for_the_images_that_the_data_has() -> None:
-    assert launch.media_limits(config(), vision=False, most_images=0) is None
-    assert launch.media_limits(config(), True, 3) == {"image": 3, "video": 0, "audio": 0}
-    assert launch.media_limits(config(), True, 0) == {"image": 1, "video": 0, "audio": 0}
+def most(**of_kind: int) -> MediaCounts:
+    return MediaCounts(most=of_kind)
+
+
+def test_the_engine_makes_room_for_the_media_that_the_data_has() -> None:
+    assert launch.prompt_limits(config(), False, []) is None
+    assert launch.prompt_limits(config(), True, [most(image=3), most(image=1)]) == {
+        "image": 3,
+        "video": 0,
+        "audio": 0,
+    }
+    assert launch.prompt_limits(config(), True, [most()]) == {"image": 1, "video": 0, "audio": 0}
+    found = launch.prompt_limits(config(), True, [most(video=1), most(audio=2)])
+    assert found == {"image": 0, "video": 1, "audio": 2}
     limited = config(vllm_limit_mm_per_prompt={"image": 5})
-    assert launch.media_limits(limited, True, 2) == {"image": 5, "video": 0, "audio": 0}
+    assert launch.prompt_limits(limited, True, [most(image=2)]) == {"image": 5, "video": 0, "audio": 0}
     with pytest.raises(ConfigError, match="allows 5 images, but a prompt has 6"):
-        launch.media_limits(limited, True, 6)
+        launch.prompt_limits(limited, True, [most(image=6)])
 
 
 def test_adapters_in_the_tower_arrive_merged() -> None:
     """vLLM applies adapters to the language model only."""
-    assert wire.publish_mode(config(), vision=True) == "adapter"
-    assert wire.publish_mode(config(freeze_vit=False), vision=True) == "merged"
-    assert wire.publish_mode(config(freeze_aligner=False), vision=True) == "merged"
-    assert wire.publish_mode(config(freeze_vit=False), vision=False) == "adapter"
+    assert wire.publish_mode(config(), takes_media=True) == "adapter"
+    assert wire.publish_mode(config(freeze_vit=False), takes_media=True) == "merged"
+    assert wire.publish_mode(config(freeze_aligner=False), takes_media=True) == "merged"
+    assert wire.publish_mode(config(freeze_vit=False), takes_media=False) == "adapter"
     for named in ({"target_regex": ".*q_proj"}, {"target_modules": ("gate_proj",)}):
-        assert wire.publish_mode(config(**named), vision=True) == "merged"
-        assert wire.publish_mode(config(**named), vision=False) == "adapter"
+        assert wire.publish_mode(config(**named), takes_media=True) == "merged"
+        assert wire.publish_mode(config(**named), takes_media=False) == "adapter"
     with pytest.raises(ConfigError, match="--vllm_enable_lora true: vLLM applies adapters to the language"):
-        wire.publish_mode(config(freeze_vit=False, vllm_enable_lora=True), vision=True)
+        wire.publish_mode(config(freeze_vit=False, vllm_enable_lora=True), takes_media=True)
 
 
 def test_flags_for_images_are_told_to_do_nothing_for_a_text_model() -> None:
     given = config(max_pixels=5000, vllm_limit_mm_per_prompt={"image": 1})
-    assert launch.image_notices(given, on_gpu=False, vision=False) == [
-        "--max_pixels, --vllm_limit_mm_per_prompt do nothing: the model takes no images"
+    assert launch.media_notices(given, on_gpu=False, takes_media=False) == [
+        "--max_pixels, --vllm_limit_mm_per_prompt do nothing: the model takes texts only"
     ]
-    assert launch.image_notices(given, on_gpu=False, vision=True) == []
+    assert launch.media_notices(given, on_gpu=False, takes_media=True) == []
 
 
 def test_the_loaders_processes_are_threads_that_make_pixels() -> None:
-    assert launch.model_spec(config(), on_gpu=False, vision=True).image_threads == 1
+    assert launch.model_spec(config(), on_gpu=False, takes_media=True).media_threads == 1
     given = config(dataloader_num_workers=4)
-    assert launch.model_spec(given, on_gpu=False, vision=True).image_threads == 4
-    (told,) = launch.image_notices(given, on_gpu=False, vision=False)
+    assert launch.model_spec(given, on_gpu=False, takes_media=True).media_threads == 4
+    (told,) = launch.media_notices(given, on_gpu=False, takes_media=False)
     assert told.startswith(
         "--dataloader_num_workers does nothing: rows of texts are prepared before training"
     )

@@ -48,11 +48,11 @@ def test_what_the_engine_would_not_serve_arrives_merged(settings: dict[str, Any]
 
 
 def test_of_a_vision_model_the_language_model_alone_is_served(tmp_path: Path) -> None:
-    assert publish_mode(config(), vision=True) == "adapter"
-    assert publish_mode(config(target_modules=["q_proj"]), vision=True) == "merged"
-    assert publish_mode(config(adapters=[adapter(tmp_path / "tower")]), vision=True) == "merged"
+    assert publish_mode(config(), takes_media=True) == "adapter"
+    assert publish_mode(config(target_modules=["q_proj"]), takes_media=True) == "merged"
+    assert publish_mode(config(adapters=[adapter(tmp_path / "tower")]), takes_media=True) == "merged"
     with pytest.raises(ConfigError, match="those of --target_modules may lie elsewhere"):
-        publish_mode(config(target_modules=["q_proj"], vllm_enable_lora=True), vision=True)
+        publish_mode(config(target_modules=["q_proj"], vllm_enable_lora=True), takes_media=True)
 
 
 def test_an_engine_that_quantises_the_base_takes_the_adapter() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoProcessor
 from raytune_rl.data.encode import EncodedSFT, MediaSettings, encode_prompts, encode_sft
 from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 from raytune_rl.data.example import Example, Message, RowError
+from raytune_rl.data.media_limits import MediaLimits
 from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import count_media, media_of
 from raytune_rl.errors import DataError, ModelError
@@ -45,7 +46,7 @@ def row(*messages: Message, images: tuple[Any, ...] = (), line: int = 1) -> Exam
 
 def encode(vision: MediaProcessor, *examples: Example, **options: Any) -> EncodedSFT:
     settings = MediaSettings(vision, options.pop("root", None), options.pop("inline", False))
-    return encode_sft(list(examples), vision.processor.tokenizer, images=settings, **options)
+    return encode_sft(list(examples), vision.processor.tokenizer, media=settings, **options)
 
 
 def trained(vision: MediaProcessor, encoded: EncodedSFT, at: int = 0) -> list[str]:
@@ -82,7 +83,7 @@ def test_tokens_are_the_processors_and_only_answers_are_trained_on(
     assert encoded.tokens[0].tolist() == whole["input_ids"][0]
     pads = (encoded.tokens[0] == vision.processor.image_token_id).sum()
     assert pads == (whole["image_grid_thw"].prod(-1) // 4).sum()
-    assert [p.path for p in media_of(encoded.images, 0)] == [pictures[i] for i in (0, 2, 3)]
+    assert [p.files[0].path for p in media_of(encoded.media, 0)] == [pictures[i] for i in (0, 2, 3)]
 
 
 def test_loss_scale_all_still_leaves_out_what_stands_for_pictures(
@@ -111,8 +112,8 @@ def test_rows_without_pictures_are_tokenized_as_text_beside_them(
     alone = encode(vision, examples[2])
     assert encoded.tokens[2].tolist() == alone.tokens[0].tolist()
     assert trained(vision, encoded, 2) == ["Both are blue.<|im_end|>"]
-    assert [len(media_of(encoded.images, i)) for i in range(3)] == [0, 1, 0]
-    assert alone.images == {}
+    assert [len(media_of(encoded.media, i)) for i in range(3)] == [0, 1, 0]
+    assert alone.media == {}
 
 
 def test_processes_give_the_same_as_one(vision: MediaProcessor, pictures: list[str]) -> None:
@@ -121,8 +122,10 @@ def test_processes_give_the_same_as_one(vision: MediaProcessor, pictures: list[s
     one, two = encode(vision, *examples), encode(vision, *examples, num_proc=2)
     np.testing.assert_array_equal(one.tokens.values, two.tokens.values)
     np.testing.assert_array_equal(one.loss_mask.values, two.loss_mask.values)
-    np.testing.assert_array_equal(one.images["image_data"].values, two.images["image_data"].values)  # type: ignore[union-attr]
-    assert count_media(one.images)[:2] == count_media(two.images)[:2] == (70, 4)
+    np.testing.assert_array_equal(one.media["media_data"].values, two.media["media_data"].values)  # type: ignore[union-attr]
+    counts = count_media(one.media)
+    assert counts == count_media(two.media)
+    assert (counts.shown, counts.distinct) == ({"image": 70}, {"image": 4})
 
 
 @pytest.mark.parametrize(
@@ -133,8 +136,8 @@ def test_processes_give_the_same_as_one(vision: MediaProcessor, pictures: list[s
             1,
             r"2 times the model's own image token '<\|image_pad\|>' for 1 images",
         ),
-        ("See <|image_pad|>", 0, r"holds the model's own token '<\|image_pad\|>', but no picture"),
-        ("See <|video_pad|>", 0, r"holds the model's own token '<\|video_pad\|>', but no picture"),
+        ("See <|image_pad|>", 0, r"holds the model's own token '<\|image_pad\|>', but no medium"),
+        ("See <|video_pad|>", 0, r"holds the model's own token '<\|video_pad\|>', but no medium"),
     ],
 )
 def test_a_placeholder_in_the_rows_own_text_is_an_error(
@@ -151,12 +154,14 @@ def test_a_broken_picture_names_row_and_path_and_is_counted_by_kind(
     (tmp_path / "bad.png").write_bytes(Path(pictures[0]).read_bytes()[:70])
     bad = row(USER, BOT, images=("bad.png",), line=3)
     gone = row(USER, BOT, images=("gone.png",), line=4)
-    with pytest.raises(RowError, match=r"^data.jsonl:3: an image cannot be read: image '.*bad.png' cannot"):
+    with pytest.raises(
+        RowError, match=r"^data.jsonl:3: an image, video or audio cannot be read: image '.*bad.png' cannot"
+    ):
         encode(vision, bad, root=str(tmp_path))
     good = row(USER, BOT, images=(pictures[0],))
     encoded = encode(vision, bad, good, gone, root=str(tmp_path), strict=False)
     assert encoded.index.tolist() == [1]
-    assert encoded.reasons == {"an image cannot be read": 2}
+    assert encoded.reasons == {"an image, video or audio cannot be read": 2}
     assert [drop.unusable for drop in encoded.dropped] == [True, True]
     assert "gone.png" in encoded.dropped[1].detail
     with pytest.raises(DataError, match=r"none of 1 rows can be used.*gone\.png"):
@@ -179,28 +184,30 @@ def test_a_dropped_long_row_and_a_cut_through_a_picture(vision: MediaProcessor, 
     assert encoded.index.tolist() == [1]
     assert encoded.reasons == {f"longer than max_length {size}": 1}
     encoded = encode(vision, long, short, max_length=size, truncation_strategy="left")
-    assert encoded.reasons == {f"truncation to max_length {size} would cut into an image": 1}
+    assert encoded.reasons == {f"truncation to max_length {size} would cut into an image, video or audio": 1}
     cut = encode(vision, short, max_length=size - 2, truncation_strategy="right")
     assert len(cut.tokens[0]) == size - 2
     assert trained(vision, cut) == ["A red square."]
 
 
 def test_max_pixels_is_the_processors_own_limit(tiny_vl: Path, pictures: list[str]) -> None:
-    few = MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl), max_pixels=28 * 28 * 6)
-    assert few.max_pixels is None, "this processor scales by itself"
+    few = MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl), MediaLimits(28 * 28 * 6))
+    assert few.limits.max_pixels is None, "this processor scales by itself"
     encoded = encode(few, row(USER, BOT, images=(pictures[3],)))
     assert (encoded.tokens[0] == few.processor.image_token_id).sum() <= 6
     with pytest.raises(ModelError, match="--max_pixels 100 is below the 784"):
-        MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl), max_pixels=100)
+        MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl), MediaLimits(100))
 
 
 def test_prompts_end_where_the_answer_begins(vision: MediaProcessor, pictures: list[str]) -> None:
     settings = MediaSettings(vision)
     examples = [row(USER, images=(pictures[0],)), row(USER, images=(pictures[0],))]
-    prompts = encode_prompts(examples, vision.processor.tokenizer, images=settings)
+    prompts = encode_prompts(examples, vision.processor.tokenizer, media=settings)
     text = vision.processor.tokenizer.decode(prompts.prompts[0])
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
-    assert count_media(prompts.images)[:2] == (2, 1), "one picture however many prompts show it"
+    counts = count_media(prompts.media)
+    shown = counts.shown, counts.distinct
+    assert shown == ({"image": 2}, {"image": 1}), "one picture however many prompts show it"
 
 
 def test_a_prompt_is_also_kept_with_one_placeholder_a_picture(
@@ -213,7 +220,7 @@ def test_a_prompt_is_also_kept_with_one_placeholder_a_picture(
 
     def encode_all(limit: int | None = None) -> Any:
         settings = MediaSettings(vision)
-        return encode_prompts(examples, tokenizer, limit, "left", images=settings)
+        return encode_prompts(examples, tokenizer, limit, "left", media=settings)
 
     whole = encode_all()
     assert whole.given.lengths[0] == whole.prompts.lengths[0] - (whole.prompts[0] == pad).sum() + 2
@@ -222,29 +229,23 @@ def test_a_prompt_is_also_kept_with_one_placeholder_a_picture(
     cut = encode_all(int(whole.prompts.lengths[0]) - 3)
     assert cut.given[0].tolist() == whole.given[0][3:].tolist()
     assert cut.prompts[0].tolist() == whole.prompts[0][3:].tolist()
-    texts = encode_prompts(examples[1:], tokenizer, images=MediaSettings(vision))
+    texts = encode_prompts(examples[1:], tokenizer, media=MediaSettings(vision))
     assert texts.given is None
     assert vision.placeholder_ids == (pad, tokenizer.convert_tokens_to_ids("<|video_pad|>"))
-
-
-def test_videos_are_refused_by_name(vision: MediaProcessor) -> None:
-    film = Example((Message("user", "<video>What?"), BOT), videos=("a.mp4",), source="x", line=2)
-    with pytest.raises(RowError, match=r"x:2: the row has videos or audios; only images"):
-        encode(vision, film)
 
 
 def test_both_sides_of_a_pair_show_the_pictures(vision: MediaProcessor, pictures: list[str]) -> None:
     wrong = Message("assistant", "A green circle, perhaps.")
     pair = Example((USER, BOT), images=(pictures[2],), rejected=(USER, wrong), source="data.jsonl", line=1)
     tokenizer, settings = vision.processor.tokenizer, MediaSettings(vision)
-    found = encode_pairs([pair], tokenizer, images=settings)
+    found = encode_pairs([pair], tokenizer, media=settings)
     assert trained(vision, found) == ["A red square.<|im_end|>"]
     assert trained(vision, found, 1) == ["A green circle, perhaps.<|im_end|>"]
     pads = [(found.tokens[i] == vision.processor.image_token_id).sum() for i in (0, 1)]
     assert pads == [8, 8]
-    assert [[p.path for p in media_of(found.images, i)] for i in (0, 1)] == [[pictures[2]]] * 2
+    assert [[p.files[0].path for p in media_of(found.media, i)] for i in (0, 1)] == [[pictures[2]]] * 2
     with pytest.raises(DataError, match="might cut into an image"):
-        encode_pairs([pair], tokenizer, int(found.tokens.lengths.max()) - 1, "left", images=settings)
+        encode_pairs([pair], tokenizer, int(found.tokens.lengths.max()) - 1, "left", media=settings)
 
 
 def test_a_labelled_row_keeps_its_pictures_with_another_answer(
@@ -254,7 +255,7 @@ def test_a_labelled_row_keeps_its_pictures_with_another_answer(
         Example((USER, BOT), images=(pictures[0],), label=True, source="data.jsonl", line=1),
         Example((TEXT, Message("assistant", "Fine.")), label=False, source="data.jsonl", line=2),
     ]
-    found = encode_labelled(examples, vision.processor.tokenizer, images=MediaSettings(vision))
-    assert [len(media_of(found.images, i)) for i in range(4)] == [1, 1, 0, 0]
+    found = encode_labelled(examples, vision.processor.tokenizer, media=MediaSettings(vision))
+    assert [len(media_of(found.media, i)) for i in range(4)] == [1, 1, 0, 0]
     assert trained(vision, found, 1) == ["Fine.<|im_end|>"]
     assert trained(vision, found, 3) == ["A red square.<|im_end|>"]

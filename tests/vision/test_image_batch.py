@@ -16,7 +16,8 @@ from raytune_rl.data.collate import MicroBatch
 from raytune_rl.data.encode import EncodedSFT, MediaSettings, encode_sft
 from raytune_rl.data.example import Example, Message
 from raytune_rl.data.media_batch import MediaCollator
-from raytune_rl.data.media_processor import MediaProcessor
+from raytune_rl.data.media_limits import MediaLimits
+from raytune_rl.data.media_processor import Decoded, MediaProcessor
 from raytune_rl.data.media_table import media_of
 from raytune_rl.errors import DataError
 from raytune_rl.models.scorer import TokenScorer
@@ -59,14 +60,14 @@ def encoded(vision: MediaProcessor, tmp_path_factory: pytest.TempPathFactory) ->
         ),
         Example((Message("user", "Look <image>"), Message("assistant", "A circle it is.")), images=(a,)),
     ]
-    return encode_sft(examples, vision.processor.tokenizer, images=MediaSettings(vision))
+    return encode_sft(examples, vision.processor.tokenizer, media=MediaSettings(vision))
 
 
 def collate(collator: MediaCollator, encoded: EncodedSFT, rows: list[int]) -> MicroBatch:
     return collator.collate(
         [encoded.tokens[row] for row in rows],
         [encoded.loss_mask[row] for row in rows],
-        [media_of(encoded.images, row) for row in rows],
+        [media_of(encoded.media, row) for row in rows],
         pad_token_id=PAD,
     )
 
@@ -86,7 +87,7 @@ def plain_loss(model: Any, vision: MediaProcessor, encoded: EncodedSFT, row: int
     """Transformers' own loss for a row alone, from its own processor, and its number of loss tokens."""
     tokens, mask = encoded.tokens[row], encoded.loss_mask[row]
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
-    images = [Image.open(p.path) for p in media_of(encoded.images, row) if p.path]
+    images = [Image.open(p.files[0].path) for p in media_of(encoded.media, row) if p.files[0].path]
     inputs = dict(vision.processor.image_processor(images, return_tensors="pt")) if images else {}
     labels = ids.masked_fill(~torch.from_numpy(mask)[None], -100)
     types = (ids == vision.processor.image_token_id).int()
@@ -131,9 +132,9 @@ def test_pixels_put_together_are_those_made_together(
     collator = MediaCollator(vision)
     again = [collate(collator, encoded, rows).model_inputs for _ in range(2)]
     images = [
-        [vision.decode(p.read(), p.name) for p in media_of(encoded.images, row)]
+        [vision.read(p).content for p in media_of(encoded.media, row)]
         for row in rows
-        if media_of(encoded.images, row)
+        if media_of(encoded.media, row)
     ]
     together = vision.processor(images=images, return_tensors="pt")
     for name in ("pixel_values", "image_grid_thw"):
@@ -167,7 +168,7 @@ def test_pixels_are_kept_within_a_limit(
     made: list[Any] = []
     real = MediaProcessor.pixels
     monkeypatch.setattr(MediaProcessor, "pixels", lambda self, rows: made.append(rows) or real(self, rows))
-    size = real(vision, [[Image.new("RGB", (56, 56))]])["pixel_values"].nbytes + 24
+    size = real(vision, [[Decoded("image", Image.new("RGB", (56, 56)))]])["pixel_values"].nbytes + 24
     roomy, narrow = MediaCollator(vision, cache_bytes=10 * size), MediaCollator(vision, cache_bytes=size)
     for _ in range(3):
         collate(roomy, encoded, [0])
@@ -182,7 +183,7 @@ def test_pixels_are_kept_within_a_limit(
 
 def test_pixels_made_ahead_are_the_same(vision: MediaProcessor, encoded: EncodedSFT) -> None:
     plain, ahead = MediaCollator(vision), MediaCollator(vision, threads=2)
-    ahead.expect(media_of(encoded.images, row) for row in (2, 1, 0, 3))
+    ahead.expect(media_of(encoded.media, row) for row in (2, 1, 0, 3))
     for rows in ([2, 1], [0, 3]):
         mine, theirs = (collate(c, encoded, rows).model_inputs for c in (ahead, plain))
         assert mine.keys() == theirs.keys()
@@ -200,7 +201,7 @@ def test_pixels_come_in_the_models_type(vision: MediaProcessor, encoded: Encoded
 def test_a_grey_picture_touches_the_tower_with_a_gradient_of_exactly_zero(
     vision: MediaProcessor, encoded: EncodedSFT, model: Any, rows: list[int]
 ) -> None:
-    bare, always = MediaCollator(vision), MediaCollator(vision, always=True)
+    bare, always = MediaCollator(vision), MediaCollator(vision, always=("image",))
     without, with_grey = collate(bare, encoded, rows), collate(always, encoded, rows)
     assert "pixel_values" not in without.model_inputs
     assert with_grey.model_inputs["pixel_values"].shape[0] > 0
@@ -221,14 +222,14 @@ def test_a_grey_picture_touches_the_tower_with_a_gradient_of_exactly_zero(
 
 
 def test_a_row_with_a_picture_needs_no_grey_one(vision: MediaProcessor, encoded: EncodedSFT) -> None:
-    micro = collate(MediaCollator(vision, always=True), encoded, [1, 0])
+    micro = collate(MediaCollator(vision, always=("image",)), encoded, [1, 0])
     assert micro.model_inputs["image_grid_thw"].shape == (1, 3)
     assert micro.input_ids.shape[0] == 2
 
 
 def test_placeholders_that_do_not_fit_the_pixels_are_refused(tiny_vl: Path, encoded: EncodedSFT) -> None:
-    other = MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl), max_pixels=28 * 28 * 2)
-    with pytest.raises(DataError, match=r"4 image tokens in a micro-batch whose images make [12] features"):
+    other = MediaProcessor.of(AutoProcessor.from_pretrained(tiny_vl), MediaLimits(28 * 28 * 2))
+    with pytest.raises(DataError, match=r"4 image tokens for [12] features of a micro-batch's images"):
         collate(MediaCollator(other), encoded, [0])
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from raytune_rl.data.media import MediaError, decode_image, fetch_medium
-from raytune_rl.data.media_table import Medium, count_media, media_columns, media_of
+from raytune_rl.data.media_table import MediaCounts, Medium, count_media, media_columns, media_of
 
 
 def png(colour: tuple[int, ...] = (200, 10, 10), size: tuple[int, int] = (8, 6), mode: str = "RGB") -> bytes:
@@ -111,18 +111,19 @@ def test_max_pixels_scales_down_only_and_keeps_the_shape() -> None:
 
 def test_distinct_pictures_lie_in_the_table_once(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
-    path = Medium.of(fetch_medium(str(tmp_path / "a.png")), inline=False)
-    inline = Medium.of(fetch_medium(png((1, 2, 3))), inline=False)
+    path = Medium.of("image", [fetch_medium(str(tmp_path / "a.png"))], inline=False)
+    inline = Medium.of("image", [fetch_medium(png((1, 2, 3)))], inline=False)
     columns = media_columns([[path], [], [inline, path], [path]])
-    assert count_media(columns) == (4, 2, len(png((1, 2, 3))), 2)
+    size = len(png((1, 2, 3)))
+    assert count_media(columns) == MediaCounts({"image": 4}, {"image": 2}, size, {"image": 2})
     assert all(isinstance(values, np.ndarray) or hasattr(values, "offsets") for values in columns.values())
     rows = [media_of(columns, row) for row in range(4)]
-    assert [[p.digest for p in row] for row in rows] == [
-        [path.digest], [], [inline.digest, path.digest], [path.digest]
+    assert [[p.key for p in row] for row in rows] == [
+        [path.key], [], [inline.key, path.key], [path.key]
     ]  # fmt: skip
-    assert rows[2][0].read() == png((1, 2, 3))
-    assert rows[0][0].path == str(tmp_path / "a.png")
-    assert rows[0][0].read() == png()
+    assert rows[2][0].read() == [png((1, 2, 3))]
+    assert rows[0][0].files[0].path == str(tmp_path / "a.png")
+    assert rows[0][0].read() == [png()]
     assert media_columns([[], []]) == {}
     assert media_of({}, 3) == []
 
@@ -130,12 +131,12 @@ def test_distinct_pictures_lie_in_the_table_once(tmp_path: Path) -> None:
 def test_a_file_that_changed_after_tokenization_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_bytes(png())
-    (picture,) = media_of(media_columns([[Medium.of(fetch_medium(str(file)), inline=False)]]), 0)
+    (picture,) = media_of(media_columns([[Medium.of("image", [fetch_medium(str(file))], inline=False)]]), 0)
     file.write_bytes(png(size=(99, 99)))
     with pytest.raises(MediaError, match=r"a\.png' has changed since"):
         picture.read()
-    inline = Medium.of(fetch_medium(str(file)), inline=True)
+    inline = Medium.of("image", [fetch_medium(str(file))], inline=True)
     file.unlink()
-    assert inline.read() == png(size=(99, 99))
+    assert inline.read() == [png(size=(99, 99))]
     with pytest.raises(MediaError, match="there is no file"):
         picture.read()

@@ -129,13 +129,13 @@ def test_mixed_rows_score_as_in_transformers(
         Example((Message("user", "How are you?"), answer)),
         Example((Message("user", "<image> and <image>?"), answer), images=(c, b)),
     ]
-    encoded = encode_sft(examples, processor.tokenizer, images=MediaSettings(vision))
+    encoded = encode_sft(examples, processor.tokenizer, media=MediaSettings(vision))
     marked = [np.isin(encoded.tokens[row], vision.placeholder_ids).sum() for row in range(3)]
     assert marked == placeholders
     micro = MediaCollator(vision).collate(
         [encoded.tokens[row] for row in range(3)],
         [encoded.loss_mask[row] for row in range(3)],
-        [media_of(encoded.images, row) for row in range(3)],
+        [media_of(encoded.media, row) for row in range(3)],
         pad_token_id=0,
     )
     scorer = TokenScorer(model)
@@ -154,7 +154,7 @@ def test_mixed_rows_score_as_in_transformers(
             torch.testing.assert_close(mine[micro.row_of == row], theirs, atol=1e-5, rtol=0)
 
     asked = [Example(example.messages[:1], images=example.images) for example in examples]
-    prompts = encode_prompts(asked, processor.tokenizer, images=MediaSettings(vision))
+    prompts = encode_prompts(asked, processor.tokenizer, media=MediaSettings(vision))
     assert prompts.given is not None
     one_each = [prompts.given[row].tolist().count(placeholder_id(vision)) for row in range(3)]
     assert one_each == [1, 0, 2]
@@ -162,7 +162,7 @@ def test_mixed_rows_score_as_in_transformers(
 
 
 def placeholder_id(vision: MediaProcessor) -> int:
-    return vision.processor.tokenizer.convert_tokens_to_ids(vision.placeholder)
+    return vision.processor.tokenizer.convert_tokens_to_ids(vision.placeholder("image"))
 
 
 def plain(model: Any, processor: Any, example: Example, expected: np.ndarray) -> torch.Tensor:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from raytune_rl.data.media_table import Medium
+from raytune_rl.data.media_table import Medium, StoredFile
 from raytune_rl.data.pixels_ahead import PixelsAhead
 
 DEADLINE_S = 20.0
 
 
 def rows(count: int) -> list[list[Medium]]:
-    return [[Medium(number, data=b"")] for number in range(count)]
+    return [[Medium("image", (StoredFile(number, data=b""),))] for number in range(count)]
 
 
 def test_what_is_expected_is_made_in_another_thread_and_within_the_limit() -> None:
@@ -25,10 +25,10 @@ def test_what_is_expected_is_made_in_another_thread_and_within_the_limit() -> No
 
     def make(row: Sequence[Medium]) -> int:
         elsewhere.append(threading.get_ident() != here)
-        made.append(row[0].digest)
+        made.append(row[0].files[0].digest)
         if len(made) == 3:
             enough.set()
-        return row[0].digest * 10
+        return row[0].files[0].digest * 10
 
     ahead = PixelsAhead(make, threads=1, rows=3)
     wanted = rows(6)
@@ -50,7 +50,7 @@ def test_without_threads_or_expectation_it_is_made_at_once() -> None:
 
 
 def test_a_row_that_was_forgotten_is_still_right() -> None:
-    ahead = PixelsAhead(lambda row: row[0].digest, threads=1, rows=2)
+    ahead = PixelsAhead(lambda row: row[0].files[0].digest, threads=1, rows=2)
     first, second, *_ = rows(4)
     ahead.expect([first, second])
     ahead.expect([second])

@@ -35,11 +35,11 @@ def micro_batch(tiny_vl: Path, root: Path, color: str) -> MicroBatch:
         Example(turns, images=(str(root / f"{color}.png"),)),
         Example((Message("user", "How are you?"), Message("assistant", "Well."))),
     ]
-    rows = encode_sft(examples, vision.processor.tokenizer, images=MediaSettings(vision))
+    rows = encode_sft(examples, vision.processor.tokenizer, media=MediaSettings(vision))
     return MediaCollator(vision).collate(
         [rows.tokens[row] for row in range(2)],
         [rows.loss_mask[row] for row in range(2)],
-        [media_of(rows.images, row) for row in range(2)],
+        [media_of(rows.media, row) for row in range(2)],
         pad_token_id=0,
     )
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from raytune_rl.data.media_table import Medium, media_columns
+from raytune_rl.data.media_table import Medium, StoredFile, media_columns
 from raytune_rl.data.ragged import Ragged
 from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import RewardError
@@ -78,7 +78,8 @@ def test_sampled_tokens_and_pictures(plugin):
         "tokens": Ragged.from_rows([[9, 9, 1, 2, 3], [9, 4, 9, 5]], np.int32),
         "loss_mask": Ragged.from_rows([[0, 0, 1, 1, 1], [0, 1, 0, 1]], np.bool_),
     }
-    pictures = media_columns([[Medium(1, path="a.png")], [Medium(1, path="a.png"), Medium(2, b"png")], []])
+    shown = Medium("image", (StoredFile(1, path="a.png"),))
+    pictures = media_columns([[shown], [shown, Medium("image", (StoredFile(2, b"png"),))], []])
     try:
         scores = worker.score(["x", "y"], [1, 0, 1], {}, [0, 1, 2], {}, None, made, pictures)
         assert scores.values[:, 0].tolist() == [100 + 9, 300 + 6, 9]
@@ -98,7 +99,8 @@ def test_all_that_ms_swift_hands_to_a_reward_arrives(plugin):
         "tokens": Ragged.from_rows([[1, 2]] * 2, np.int32),
         "loss_mask": Ragged.from_rows([[0, 1]] * 2, np.bool_),
     }
-    pictures = media_columns([[Medium(1, path="a.png")], []])
+    shown = Medium("image", (StoredFile(1, path="a.png"),))
+    pictures = media_columns([[shown], []])
     extra = reward_columns([ended(0, "length"), ended(1, "stop")], TrainerState(3, 9))
     try:
         scores = worker.score(["x", "y"], [0, 1], columns, [0, 1], extra, None, made, pictures)

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from raytune_rl.data.media import MediaFile, digest_of
+from raytune_rl.data.media_limits import MediaLimits
+from raytune_rl.data.media_processor import Decoded
 from raytune_rl.data.media_table import Medium, media_columns
 from raytune_rl.data.ragged import Ragged
 from raytune_rl.errors import DataError
@@ -21,7 +23,7 @@ from raytune_rl.workers.vllm_media import EngineMedia, check_prompt
 def picture(side: int) -> Medium:
     file = io.BytesIO()
     Image.new("RGB", (side, side)).save(file, "PNG")
-    return Medium.of(MediaFile(file.getvalue(), None, digest_of(file.getvalue())), inline=True)
+    return Medium.of("image", [MediaFile(file.getvalue(), None, digest_of(file.getvalue()))], inline=True)
 
 
 def columns() -> dict:
@@ -36,20 +38,22 @@ def columns() -> dict:
 def test_what_vllm_expands_must_be_what_the_policy_has() -> None:
     shown, text = read_prompt(columns(), 0), read_prompt(columns(), 1)
     assert shown.given.tolist() == [1, 9, 2, 9]
-    assert text.pictures == ()
+    assert text.media == ()
     check_prompt(shown, [1, 9, 9, 2, 9])
-    with pytest.raises(DataError, match="a prompt with 2 images as 4 tokens, the policy as 5"):
+    with pytest.raises(DataError, match="a prompt with images as 4 tokens, the policy as 5"):
         check_prompt(shown, [1, 9, 2, 9])
 
 
 def test_pictures_are_decoded_once_and_named_by_their_digest(tmp_path: Path) -> None:
     model = str(make_tiny_vision_model(tmp_path / "model"))
-    spec = EngineSpec(model, "float32", 64, "store", 10.0, media_limits={"image": 2}, max_pixels=1568)
+    spec = EngineSpec(
+        model, "float32", 64, "store", 10.0, prompt_limits={"image": 2}, media_limits=MediaLimits(1568)
+    )
     images = EngineMedia.of(model, spec)
     assert images is not None
     assert images.processor_settings == {"max_pixels": 1568}, "this processor has such a limit of its own"
     prompt = read_prompt(columns(), 0)
-    decoded: dict[int, Image.Image] = {}
+    decoded: dict[str, Decoded] = {}
     request = images.request(prompt, decoded)
     assert request["prompt_token_ids"] == [1, 9, 2, 9]
     assert [image.size for image in request["multi_modal_data"]["image"]] == [(56, 56), (28, 28)]

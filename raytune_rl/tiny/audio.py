@@ -1,0 +1,103 @@
+"""A Qwen2-Audio of 0.5 M parameters, made from a configuration, with its processor; no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    Qwen2AudioConfig,
+    Qwen2AudioEncoderConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioProcessor,
+    Qwen2Config,
+    WhisperFeatureExtractor,
+)
+
+from raytune_rl.tiny.model import write_once
+from raytune_rl.tiny.shapes import corpus
+from raytune_rl.tiny.tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, make_tiny_tokenizer
+
+AUDIO, AUDIO_BEGIN, AUDIO_END = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
+
+# ChatML whose turns are texts or lists of parts; a sound is one placeholder between its two marks.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'audio' %}{{ '<|audio_bos|><|AUDIO|><|audio_eos|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SECONDS = 2
+"""Every sound is cut or padded to this length: Whisper's 30 would be most of a test."""
+
+
+def make_tiny_audio_model(directory: str | Path, *, seed: int = 0, init_std: float = 0.06) -> Path:
+    """Writes a randomly initialised Qwen2-Audio (float32 safetensors), its processor and its tokenizer.
+
+    Text: hidden 128, 2 layers, 4 heads of 32, 2 key-value heads. Sound: 16 mel bins, 2 layers of width 64; a
+    second is 25 tokens.
+
+    Args:
+        directory: Where to write; appears whole or not at all. The same arguments leave it as it is.
+        seed: Of the weights.
+        init_std: Standard deviation of the initial weights.
+
+    Raises:
+        ModelError: The directory holds something else.
+    """
+    recipe: dict[str, object] = {"kind": "qwen2_audio", "seed": seed, "init_std": init_std}
+    return write_once(Path(directory), recipe, lambda aside: _write(aside, recipe))
+
+
+def _write(directory: Path, recipe: dict[str, Any]) -> None:
+    marks = (AUDIO_BEGIN, AUDIO_END, AUDIO)
+    tokenizer = make_tiny_tokenizer(marks, texts=corpus(), chat_template=CHAT_TEMPLATE)
+    extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=SECONDS)
+    processor = Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE)
+    _model(tokenizer, recipe).save_pretrained(directory)
+    processor.save_pretrained(directory)
+
+
+def _model(tokenizer: Any, recipe: dict[str, Any]) -> Qwen2AudioForConditionalGeneration:
+    def token(text: str) -> int:
+        return int(tokenizer.convert_tokens_to_ids(text))
+
+    config = Qwen2AudioConfig(
+        audio_config=Qwen2AudioEncoderConfig(
+            num_mel_bins=16,
+            encoder_layers=2,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=128,
+            d_model=64,
+            max_source_positions=50 * SECONDS,
+        ),
+        text_config=Qwen2Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            initializer_range=recipe["init_std"],
+            bos_token_id=None,
+            eos_token_id=token(IM_END),
+            pad_token_id=token(END_OF_TEXT),
+        ),
+        audio_token_index=token(AUDIO),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe["seed"])
+        model = Qwen2AudioForConditionalGeneration(config).to(torch.float32)
+    model.generation_config = GenerationConfig(
+        eos_token_id=token(IM_END), pad_token_id=token(END_OF_TEXT), do_sample=True
+    )
+    return model

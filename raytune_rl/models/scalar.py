@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from raytune_rl.errors import ModelError
+from raytune_rl.models.positions import positions_with_videos
 from raytune_rl.models.unwrap import hf_model, scalar_head
 
 
@@ -76,6 +77,8 @@ class ScalarScorer(nn.Module):
             parameter.
         """
         inner = hf_model(self.model)
+        if position_ids is None:
+            position_ids = positions_with_videos(inner.base_model, input_ids, attention_mask, model_inputs)
         output = inner.base_model(
             input_ids=input_ids,
             position_ids=position_ids,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.logprobs import TokenLogprobs, default_chunk_tokens, token_logprobs
+from raytune_rl.models.positions import positions_with_videos
 from raytune_rl.models.unwrap import hf_model
 
 
@@ -79,6 +80,8 @@ class TokenScorer(nn.Module):
             every parameter, so that a rank without work takes part in the gradient collectives with zeros.
         """
         inner = hf_model(self.model)
+        if position_ids is None:
+            position_ids = positions_with_videos(inner.base_model, input_ids, attention_mask, model_inputs)
         output = inner.base_model(
             input_ids=input_ids,
             position_ids=position_ids,

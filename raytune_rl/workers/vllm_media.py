@@ -26,6 +26,7 @@ class EngineMedia:
 
     media: MediaProcessor
     limits: MediaLimits
+    videos: bool
 
     @classmethod
     def of(cls, path: str, spec: EngineSpec) -> EngineMedia | None:
@@ -35,13 +36,17 @@ class EngineMedia:
         processor = load_media_processor(path, trust_remote_code=spec.trust_remote_code)
         if processor is None:
             return None
-        return cls(MediaProcessor.of(processor, spec.media_limits), spec.media_limits)
+        videos = spec.prompt_limits.get("video", 0) > 0
+        return cls(MediaProcessor.of(processor, spec.media_limits), spec.media_limits, videos)
 
     @property
-    def processor_settings(self) -> Mapping[str, int] | None:
+    def processor_settings(self) -> Mapping[str, Any] | None:
         """What vLLM is to set in its own copy of the processor; None if pictures come scaled already."""
         asked = self.limits.max_pixels
-        return {"max_pixels": asked} if asked and self.media.limits.max_pixels is None else None
+        if not asked or self.media.limits.max_pixels is not None:
+            return None
+        # Alone, the name would be taken as the limit of videos too.
+        return {"images_kwargs": {"max_pixels": asked}} if self.videos else {"max_pixels": asked}
 
     def request(self, prompt: EnginePrompt, decoded: dict[str, Decoded]) -> dict[str, Any]:
         """vLLM's form of a prompt.

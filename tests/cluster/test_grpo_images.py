@@ -1,4 +1,4 @@
-"""GRPO on a vision model: engine, policy and reference see the same pictures, and agree."""
+"""GRPO on a vision model: engine, policy and reference see the same pictures and films, and agree."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from raytune_rl.pipelines import online, ppo
 from raytune_rl.tiny.shapes import write_shapes
 from raytune_rl.tiny.vision import make_tiny_vision_model
 from tests.cluster.test_online import GAP, PLUGIN, steps
+from tests.vision.films import film
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 
-# Rewards see each completion's pictures and the tokens that were sampled.
+# Rewards see each completion's pictures and films, and the tokens that were sampled.
 SEES = """
 
 class Sees(ORM):
-    def __call__(self, completions, images, response_token_ids, completion_tokens, **kwargs):
+    def __call__(self, completions, images, videos, response_token_ids, completion_tokens, **kwargs):
         assert [len(ids) for ids in response_token_ids] == completion_tokens
-        for row in images:
-            assert all(bool(image["path"]) != bool(image["bytes"]) for image in row)
-        return [float(len(row)) for row in images]
+        shown = [seen + films for seen, films in zip(images, videos)]
+        for row in shown:
+            assert all(bool(one["path"]) != bool(one["bytes"]) for one in row)
+        return [float(len(row)) for row in shown]
 
 orms["sees"] = Sees
 """
 
 
 def mixed_rows(directory: Path) -> Path:
-    """Prompts with one picture and no tag, with two and their tags, and with none."""
+    """Prompts with one picture and no tag, with two and their tags, with none, and with a film."""
     shapes = [json.loads(line) for line in write_shapes(directory, train=16).rl.read_text().splitlines()]
     lines = []
     for number, row in enumerate(shapes):
@@ -43,6 +45,9 @@ def mixed_rows(directory: Path) -> Path:
             row = {"images": both, "problem": "<image>Is <image> alike?", "solution": row["solution"]}
         elif number % 4 == 2:
             row = {"problem": "How are you?", "solution": "well"}
+        elif number % 4 == 3:
+            (directory / f"{number}.mp4").write_bytes(film(frames=12, fps=4))
+            row = {"videos": [f"{number}.mp4"], "problem": "<video>What?", "solution": "grey"}
         lines.append(json.dumps(row))
     path = directory / "mixed.jsonl"
     path.write_text("\n".join(lines) + "\n")
@@ -62,6 +67,7 @@ def config(root: Path, **settings: object) -> RLHFConfig:
         "freeze_vit": False,
         "freeze_aligner": False,
         "max_pixels": 28 * 28 * 3,
+        "root_image_dir": str(root / "data"),
         "policy_workers": 2,
         "per_device_train_batch_size": 8,
         "num_generations": 4,
@@ -89,11 +95,9 @@ def test_mixed_prompts_are_sampled_and_trained_on_alike(cluster: None, tmp_path:
     assert max(line["grad_norm"] for line in told.values()) > 0
     assert told[6]["kl"] > 0
     rows = [json.loads(line) for line in (result.run_dir / "completions.jsonl").read_text().splitlines()]
-    assert [len(row["images"]) for row in rows] == [row["rewards"]["Sees"] for row in rows]
-    assert {len(row["images"]) for row in rows} == {0, 1, 2}
-    assert len({name for row in rows for name in row["images"]}) == 3, (
-        "a picture is named the same everywhere"
-    )
+    assert [len(row["media"]) for row in rows] == [row["rewards"]["Sees"] for row in rows]
+    assert {len(row["media"]) for row in rows} == {0, 1, 2}
+    assert len({name for row in rows for name in row["media"]}) == 3, "a picture is named the same everywhere"
 
     before = load_file(tmp_path / "model" / "model.safetensors")
     after = load_file(result.last_checkpoint / "model.safetensors")
@@ -103,6 +107,7 @@ def test_mixed_prompts_are_sampled_and_trained_on_alike(cluster: None, tmp_path:
 
     prompts = {json.loads(line)["prompt"] for line in (result.run_dir / "completions.jsonl").open()}
     assert {prompt.count("<|image_pad|>") for prompt in prompts} == {0, 1, 2}
+    assert {prompt.count("<|video_pad|>") for prompt in prompts} == {0, 1}
 
 
 def test_ppo_on_pictures(cluster: None, tmp_path: Path) -> None:

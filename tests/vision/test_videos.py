@@ -26,6 +26,8 @@ from raytune_rl.models.scorer import TokenScorer
 from tests.vision.films import film, tone
 
 BOT = Message("assistant", "A grey film it is.")
+# (width, height) as they come: (rows, columns) of tokens, of 28 pixels each.
+SIZES = {(64, 48): (2, 2), (60, 40): (1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,32 @@ def score(model: Any, micro: MicroBatch) -> torch.Tensor:
     ).logprobs
 
 
+def positions(model: Any, types: np.ndarray, known: list[Any]) -> torch.Tensor:
+    """int64 [3, 1, T], by the rule of the paper: every piece begins after the largest position before it. A
+    frame of a video is as far from the next as `tokens_per_second` says."""
+    per_second = model.config.vision_config.tokens_per_second
+    media = iter(known)
+    axes: list[np.ndarray] = []
+    start, at = 0, 0
+    while at < len(types):
+        count = int(np.argmax(types[at:] != types[at])) or len(types) - at
+        if types[at] == 0:
+            piece = np.tile(np.arange(count), (3, 1))
+        else:
+            one = next(media)
+            still = isinstance(one, Image.Image)
+            times = 1 if still else -(-len(one.frames) // 2)
+            apart = 1 if still else per_second * 2 * one.metadata["duration"] / len(one.frames)
+            width, height = one.size if still else one.frames.shape[2:0:-1]
+            grid = SIZES[(width, height)]
+            when, row, column = np.indices((times, *grid))
+            piece = np.stack([(when * apart).astype(np.int64), row, column]).reshape(3, -1)
+        axes.append(piece + start)
+        start = int(axes[-1].max()) + 1
+        at += count
+    return torch.from_numpy(np.concatenate(axes, axis=1)).long()[:, None]
+
+
 def plain_logprobs(model: Any, media: MediaProcessor, encoded: EncodedSFT, row: int) -> torch.Tensor:
     """Transformers' own log-probs of a row alone, with what its processor makes of the frames."""
     tokens, mask = encoded.tokens[row], encoded.loss_mask[row]
@@ -107,10 +135,11 @@ def plain_logprobs(model: Any, media: MediaProcessor, encoded: EncodedSFT, row: 
         seconds = [2 * len(one.frames) ** -1 * one.metadata["duration"] for one in videos]
         inputs["second_per_grid_ts"] = torch.tensor(seconds)
     types = media.token_types(ids.numpy())
-    logits = model(input_ids=ids, mm_token_type_ids=torch.from_numpy(types), **inputs).logits
-    places = np.flatnonzero(mask)
-    chosen = logits[0, places - 1].float().log_softmax(-1)
-    return chosen.gather(-1, ids[0, places, None]).squeeze(-1)
+    places = positions(model, types[0], known)
+    logits = model(input_ids=ids, position_ids=places, **inputs).logits
+    trained = np.flatnonzero(mask)
+    chosen = logits[0, trained - 1].float().log_softmax(-1)
+    return chosen.gather(-1, ids[0, trained, None]).squeeze(-1)
 
 
 def test_frames_are_two_a_second_unless_the_processor_knows_better(

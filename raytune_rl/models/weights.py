@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from raytune_rl.errors import ModelError
+from raytune_rl.models.checkpoint_names import checkpoint_form, renames_twice
 from raytune_rl.models.merge import Source, merged_sources, own_tensors, plain_sources
 from raytune_rl.models.unwrap import hf_model, peft_model, tuned_model
 from raytune_rl.tracking.files import follow_umask
@@ -122,7 +122,7 @@ class WeightExporter:
                     continue
                 made = {source.name: source.make() for source in group.sources}
                 if group.converts:
-                    made = revert_weight_conversion(self._hf, made)
+                    made = checkpoint_form(self._hf, made)
                 yield from ((spec.name, made[spec.name]) for spec in group.specs if spec.name in wanted)
 
     def _sources(self) -> list[Source]:
@@ -176,6 +176,9 @@ def save_model(
         inner.save_pretrained(
             str(target), safe_serialization=True, save_embedding_layers=False, state_dict=state
         )
+    elif renames_twice(inner):
+        form = checkpoint_form(inner, dict(inner.state_dict()) if state is None else state)
+        inner.save_pretrained(str(target), state_dict=form, save_original_format=False)
     else:
         inner.save_pretrained(str(target), state_dict=state)
     if tokenizer is not None:
@@ -233,7 +236,7 @@ def _plan(hf: Any, sources: list[Source]) -> list[_Group]:
 
 def _group(hf: Any, sources: list[Source]) -> _Group:
     empty = {s.name: torch.empty(s.shape, dtype=s.dtype, device="meta") for s in sources}
-    converted = revert_weight_conversion(hf, dict(empty))
+    converted = checkpoint_form(hf, dict(empty))
     specs = tuple(TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in converted.items())
     same = converted.keys() == empty.keys() and all(converted[name] is empty[name] for name in empty)
     return _Group(specs, tuple(sources), converts=not same)

@@ -16,6 +16,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from raytune_rl.models.weights import save_model
 from raytune_rl.tiny.model import write_once
 from raytune_rl.tiny.shapes import corpus
 from raytune_rl.tiny.tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, make_tiny_tokenizer
@@ -35,8 +36,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SECONDS = 2
-"""Every sound is cut or padded to this length: Whisper's 30 would be most of a test."""
+SECONDS = 30
+"""Every sound is padded to this length, as Whisper has it; vLLM takes no other."""
 
 
 def make_tiny_audio_model(directory: str | Path, *, seed: int = 0, init_std: float = 0.06) -> Path:
@@ -62,8 +63,7 @@ def _write(directory: Path, recipe: dict[str, Any]) -> None:
     tokenizer = make_tiny_tokenizer(marks, texts=corpus(), chat_template=CHAT_TEMPLATE)
     extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=SECONDS)
     processor = Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE)
-    _model(tokenizer, recipe).save_pretrained(directory)
-    processor.save_pretrained(directory)
+    save_model(_model(tokenizer, recipe), directory, processor)
 
 
 def _model(tokenizer: Any, recipe: dict[str, Any]) -> Qwen2AudioForConditionalGeneration:

@@ -112,6 +112,6 @@ def test_lora_keeps_out_of_the_ears_unless_asked(path: Path) -> None:
 
 
 def test_a_sound_longer_than_the_model_hears_is_an_error(media: MediaProcessor) -> None:
-    bad = Example((Message("user", "<audio>What?"), BOT), audios=(tone(2.5),), source="data.jsonl", line=5)
-    with pytest.raises(RowError, match=r"data.jsonl:5: .* lasts 2.5 s, and the model hears 2 s"):
+    bad = Example((Message("user", "<audio>What?"), BOT), audios=(tone(31, rate=8000),), source="data.jsonl", line=5)
+    with pytest.raises(RowError, match=r"data.jsonl:5: .* lasts 31.0 s, and the model hears 30 s"):
         encode_sft([bad], media.processor.tokenizer, media=MediaSettings(media))

@@ -70,7 +70,7 @@ def run(config: ExportConfig, say: Callable[[str], None] | None = None) -> Expor
 
 def _tell(merged: Merged, say: Callable[[str], None]) -> None:
     parity = merged.parity
-    what = "a text and a picture" if parity.image else "a text"
+    what = f"a text and a {parity.medium}" if parity.medium else "a text"
     say(f"merged: {merged.path}")
     say(
         "logits of the merged model differ from those of base and adapter by at most "

@@ -31,12 +31,12 @@ class Probe:
 
     Attributes:
         inputs: keyword arguments of the model's forward.
-        image: whether a picture is among them.
+        medium: "picture" or "sound" if there is one among them.
         notices: lines for the user.
     """
 
     inputs: Mapping[str, Tensor]
-    image: bool
+    medium: str | None
     notices: tuple[str, ...]
 
 
@@ -50,7 +50,7 @@ class Parity:
         largest: largest absolute logit of base and adapter.
         effect: by how much the adapter moves the base's logits, at most; to be seen beside `difference`.
         tokens: length of the input.
-        image: whether a picture was part of the input.
+        medium: "picture" or "sound" if one was part of the input.
     """
 
     difference: float
@@ -58,18 +58,19 @@ class Parity:
     largest: float
     effect: float
     tokens: int
-    image: bool
+    medium: str | None
 
 
 def make_probe(config: Any, directory: Path, *, trust_remote_code: bool) -> Probe:
-    """Text by the tokenizer in `directory`, with a picture for a vision model; bare ids if there is none."""
+    """Text by the tokenizer in `directory`, with a picture or sound where the model takes it; bare ids if
+    there is none."""
     notices: list[str] = []
     if takes_media(config):
         try:
-            return Probe(_picture(directory, trust_remote_code), True, ())
+            return _with_medium(directory, trust_remote_code)
         except (ModelError, *_PROCESSOR_ERRORS) as error:
             notices.append(
-                f"the merged model is compared on text alone, not on a picture: {first_line(error)}"
+                f"the merged model is compared on text alone, not on a picture or sound: {first_line(error)}"
             )
     try:
         tokenizer = load_tokenizer(str(directory), trust_remote_code=trust_remote_code)
@@ -77,7 +78,7 @@ def make_probe(config: Any, directory: Path, *, trust_remote_code: bool) -> Prob
     except (ModelError, *_PROCESSOR_ERRORS) as error:
         notices.append(f"the merged model is compared on made-up token ids: {first_line(error)}")
         ids = (torch.arange(24) * 7919 % config.get_text_config().vocab_size)[None]
-    return Probe({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, False, tuple(notices))
+    return Probe({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None, tuple(notices))
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def compare(expected: Tensor, effect: float, merged: nn.Module, probe: Probe) ->
     largest = expected.abs().max().item()
     difference = (logits(merged, probe) - expected).abs().max().item()
     tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * max(1.0, largest)
-    parity = Parity(difference, tolerance, largest, effect, expected.shape[0], probe.image)
+    parity = Parity(difference, tolerance, largest, effect, expected.shape[0], probe.medium)
     if not difference <= tolerance:
         raise ParityError(
             f"The merged model is not what was trained: its logits differ by up to {difference:.3g} from "
@@ -127,13 +128,20 @@ def compare(expected: Tensor, effect: float, merged: nn.Module, probe: Probe) ->
     return parity
 
 
-def _picture(directory: Path, trust_remote_code: bool) -> Mapping[str, Tensor]:
+def _with_medium(directory: Path, trust_remote_code: bool) -> Probe:
+    """A picture and a text, or for a model that hears only, a sound and a text."""
     processor = load_processor(str(directory), trust_remote_code=trust_remote_code)
-    gradient = bytes(value % 256 for y in range(56) for x in range(56) for value in (4 * x, 4 * y, x * y))
-    image = Image.frombytes("RGB", (56, 56), gradient)
-    content = [{"type": "image"}, {"type": "text", "text": _TEXT}]
+    given: dict[str, Any]
+    if getattr(processor, "image_processor", None) is not None:
+        gradient = bytes(value % 256 for y in range(56) for x in range(56) for value in (4 * x, 4 * y, x * y))
+        medium, given = "picture", {"images": [Image.frombytes("RGB", (56, 56), gradient)]}
+    else:
+        rate = processor.feature_extractor.sampling_rate
+        tone = torch.sin(torch.arange(rate // 2) * (2 * torch.pi * 440 / rate)).numpy()
+        medium, given = "sound", {"audio": [tone], "sampling_rate": rate}
+    content = [{"type": "image" if medium == "picture" else "audio"}, {"type": "text", "text": _TEXT}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    batch = processor(text=[text], images=[image], return_tensors="pt")
+    batch = processor(text=[text], **given, return_tensors="pt")
     if not any(isinstance(value, Tensor) and value.is_floating_point() for value in batch.values()):
-        raise ModelError("the processor made nothing of the picture")
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        raise ModelError(f"the processor made nothing of the {medium}")
+    return Probe({name: value for name, value in batch.items() if isinstance(value, Tensor)}, medium, ())

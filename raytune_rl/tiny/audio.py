@@ -16,7 +16,6 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from raytune_rl.models.weights import save_model
 from raytune_rl.tiny.model import write_once
 from raytune_rl.tiny.shapes import corpus
 from raytune_rl.tiny.tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, make_tiny_tokenizer
@@ -63,7 +62,17 @@ def _write(directory: Path, recipe: dict[str, Any]) -> None:
     tokenizer = make_tiny_tokenizer(marks, texts=corpus(), chat_template=CHAT_TEMPLATE)
     extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=SECONDS)
     processor = Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE)
-    save_model(_model(tokenizer, recipe), directory, processor)
+    model = _model(tokenizer, recipe)
+    # Transformers 5 would write the language model's names with one prefix too many for other programs.
+    named = {_name_on_the_hub(name): tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(directory, state_dict=named, save_original_format=False)
+    processor.save_pretrained(directory)
+
+
+def _name_on_the_hub(name: str) -> str:
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    return name.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
 
 
 def _model(tokenizer: Any, recipe: dict[str, Any]) -> Qwen2AudioForConditionalGeneration:

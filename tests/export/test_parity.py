@@ -1,4 +1,4 @@
-"""Vision models: the picture's part is compared too."""
+"""Models that see or hear: that part is compared too."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from raytune_rl.export import merge as merging
 from raytune_rl.export.errors import ParityError
 from raytune_rl.models.load import load_model
 from raytune_rl.models.settings import TunerSettings
+from raytune_rl.tiny.audio import make_tiny_audio_model
 from raytune_rl.tiny.tokenizer import make_tiny_tokenizer
 from tests.export.conftest import Train
 from tests.export.test_merge import beside, merge
@@ -79,7 +80,7 @@ def test_adapters_on_tower_and_text_are_merged(
     settings = TunerSettings(lora_rank=4, freeze_vit=False, freeze_aligner=False)
     adapter = train(tmp_path / "checkpoint-1", vision_base, settings=settings)
     merged = merge(adapter)
-    assert merged.parity.image
+    assert merged.parity.medium == "picture"
     assert merged.parity.difference <= merged.parity.tolerance < merged.parity.effect
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (vision_base / name).exists():
@@ -97,3 +98,12 @@ def test_adapters_on_tower_and_text_are_merged(
     with pytest.raises(ParityError):
         merge(other)
     assert "checkpoint-2-merged" not in beside(other)
+
+
+def test_adapters_on_the_ears_are_merged(tmp_path: Path, train: Train) -> None:
+    base = make_tiny_audio_model(tmp_path / "base", init_std=0.2)
+    settings = TunerSettings(lora_rank=4, freeze_vit=False, freeze_aligner=False)
+    merged = merge(train(tmp_path / "checkpoint-1", base, settings=settings))
+    assert merged.parity.medium == "sound"
+    assert merged.parity.difference <= merged.parity.tolerance < merged.parity.effect
+    assert load_model(str(merged.path)).notices == ()

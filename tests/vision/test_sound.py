@@ -107,11 +107,14 @@ def test_rows_are_scored_as_by_transformers(path: Path, media: MediaProcessor, e
 
 
 def test_lora_keeps_out_of_the_ears_unless_asked(path: Path) -> None:
-    settings = TunerSettings(tuner_type="lora", target_modules=("all-linear",))
-    assert not trains_vision(apply_tuner(load_model(str(path)).model, settings).model)
+    assert not trains_vision(apply_tuner(load_model(str(path)).model, TunerSettings()).model)
+    asked = TunerSettings(freeze_vit=False)
+    assert trains_vision(apply_tuner(load_model(str(path)).model, asked).model)
 
 
 def test_a_sound_longer_than_the_model_hears_is_an_error(media: MediaProcessor) -> None:
-    bad = Example((Message("user", "<audio>What?"), BOT), audios=(tone(31, rate=8000),), source="data.jsonl", line=5)
+    bad = Example(
+        (Message("user", "<audio>What?"), BOT), audios=(tone(31, rate=8000),), source="data.jsonl", line=5
+    )
     with pytest.raises(RowError, match=r"data.jsonl:5: .* lasts 31.0 s, and the model hears 30 s"):
         encode_sft([bad], media.processor.tokenizer, media=MediaSettings(media))

@@ -240,6 +240,10 @@ def test_image_settings_of_the_environment_give_way_to_flags() -> None:
     assert both.config.max_pixels == 5000
     assert both.notices == ("MAX_PIXELS=1003520 does nothing: --max_pixels 5000 is given.",)
     assert sft("--max_pixels", "5000", environ={"MAX_PIXELS": "5000"}).notices == ()
+    films = sft(environ={"FPS": "0.5", "FPS_MAX_FRAMES": "16", "VIDEO_MAX_PIXELS": "50176"}).config
+    assert (films.fps, films.fps_max_frames, films.video_max_pixels) == (0.5, 16, 50176)
+    with pytest.raises(ConfigError, match="FPS: 'fast' is not a number above 0"):
+        sft(environ={"FPS": "fast"})
     with pytest.raises(ConfigError, match="MAX_PIXELS: 'many' is not a whole number"):
         sft(environ={"MAX_PIXELS": "many"})
 

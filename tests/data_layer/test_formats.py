@@ -2,6 +2,7 @@ import pytest
 
 from raytune_rl.data.example import Message, Row, RowError
 from raytune_rl.data.formats import Converter
+from raytune_rl.data.media_tags import in_order
 
 
 def convert(fields, task="sft", **kwargs):
@@ -381,3 +382,27 @@ def test_loss_of_a_message_is_kept():
     messages[1]["loss"] = "no"
     with pytest.raises(RowError, match="'loss' is 'no'"):
         convert({"messages": messages})
+
+
+def test_a_video_may_be_a_list_of_frames():
+    asked = {"query": "<video> or <video>?"}
+    example = convert({**asked, "videos": ["v.mp4", ["0.png", {"bytes": b"x", "path": None}]]}, "grpo")
+    assert example.videos == ("v.mp4", ("0.png", b"x"))
+    example = convert({"query": "<video>?", "videos": [["0.png", "1.png"]]}, "grpo")
+    assert example.videos == (("0.png", "1.png"),)
+    content = [{"type": "video", "video": ["0.png", "1.png"]}, {"type": "text", "text": "What?"}]
+    example = convert({"messages": [{"role": "user", "content": content}]}, "grpo")
+    assert example.videos == (("0.png", "1.png"),)
+    with pytest.raises(RowError, match="is no path, URL"):
+        convert({**asked, "videos": ["v.mp4", []]}, "grpo")
+
+
+def test_media_come_in_the_order_of_their_tags():
+    fields = {
+        "query": "<video><image>And <audio><image>?",
+        "images": ["a", "b"],
+        "videos": ["v"],
+        "audios": "s",
+    }
+    found = in_order(convert(fields, "grpo"))
+    assert found == [("video", "v"), ("image", "a"), ("audio", "s"), ("image", "b")]

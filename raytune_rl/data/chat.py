@@ -5,7 +5,7 @@ Tokenizers and processors are passed in; nothing here imports Transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,9 +68,20 @@ class ChatTemplate:
         )
 
     def render(
-        self, messages: Sequence[Message], tools: Sequence[dict] = (), *, generation_prompt: bool
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict] = (),
+        *,
+        generation_prompt: bool,
+        more: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as text, special tokens written out.
+
+        Args:
+            messages: The conversation.
+            tools: JSON schemas of the tools that the assistant may call.
+            generation_prompt: Whether to end with the beginning of an assistant's turn.
+            more: Further arguments of the template.
 
         Raises:
             DataError: The template refuses the conversation (roles out of order, for example).
@@ -84,6 +95,7 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
                 **overrides,
+                **(more or {}),
             )
         except Exception as error:  # a template is a program: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error

@@ -27,6 +27,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "audios": ("audios", "audio"),
     "messages": ("messages", "conversation", "conversations"),
     "tools": ("tools",),
+    "chat_template_kwargs": ("chat_template_kwargs",),
     "history": ("history",),
 }
 

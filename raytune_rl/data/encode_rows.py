@@ -105,7 +105,8 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
                 raise DataError(problem)
 
     def render(messages: Sequence[Any], *, generation_prompt: bool) -> str:
-        return job.chat.render(messages, example.tools, generation_prompt=generation_prompt)
+        more = example.template_kwargs
+        return job.chat.render(messages, example.tools, generation_prompt=generation_prompt, more=more)
 
     text = render(example.messages, generation_prompt=job.loss_scale is None)
     try:

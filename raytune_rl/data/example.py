@@ -99,6 +99,7 @@ class Example:
         images, videos, audios: References in the order of their tags.
         extra: The row's other columns under their own names; rewards receive them.
         tools: JSON schemas of the tools the assistant may call.
+        template_kwargs: Further arguments of the chat template, such as `enable_thinking`.
         rejected: For the task "pairs": the conversation with the rejected answer instead of the chosen one.
         label: For the task "labels": whether the answer is desirable.
         source, line: Where the row came from, as in `Row`.
@@ -110,6 +111,7 @@ class Example:
     audios: tuple[MediaRef, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] = ()
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
     rejected: tuple[Message, ...] = ()
     label: bool | None = None
     source: str = ""

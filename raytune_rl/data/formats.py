@@ -14,7 +14,7 @@ from raytune_rl.data.preference_rows import read_label, rejected_turns, with_cho
 from raytune_rl.data.row_formats import Parts, format_of
 
 #: Parts that are no text of their own: without a value their columns say nothing about a row.
-_STRUCTURE = (*TAGS, "messages", "tools", "history", "system")
+_STRUCTURE = (*TAGS, "messages", "tools", "chat_template_kwargs", "history", "system")
 
 
 #: What the data say the answer is, where a model is to give its own (`infer`); ms-swift's name.
@@ -62,7 +62,8 @@ class Converter:
             explicit |= {} if response is None or "response" in explicit else {"response": response}
         parts = Parts(fields, explicit, self._prompt_only)
         parsed = format_of(parts).parse(parts)
-        used = {*parsed.used, *(name for kind in (*TAGS, "tools") if (name := parts.column(kind)))}
+        structure = (*TAGS, "tools", "chat_template_kwargs")
+        used = {*parsed.used, *(name for kind in structure if (name := parts.column(kind)))}
         messages = self._for_task(self._with_system(parsed.conversation.messages))
         media = {kind: _media(parts, kind, parsed.conversation) for kind in TAGS}
         messages, named = legacy_images(messages)
@@ -94,6 +95,7 @@ class Converter:
             **media,
             extra=extra,
             tools=_tools(parts),
+            template_kwargs=_template_kwargs(parts),
             rejected=rejected,
             label=label,
             source=row.source,
@@ -160,3 +162,21 @@ def _tools(parts: Parts) -> tuple[dict[str, Any], ...]:
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
         raise FormatError(f"{column!r} must be a list of tool schemas")
     return tuple(tools)
+
+
+# What the template is called with anyway.
+_RENDERING = ("conversation", "messages", "tools", "add_generation_prompt", "tokenize", "chat_template")
+
+
+def _template_kwargs(parts: Parts) -> dict[str, Any]:
+    column = parts.column("chat_template_kwargs")
+    value = None if column is None else parts.fields[column]
+    if column is None or value is None or value == "":
+        return {}
+    given = parse_text(value, column) if isinstance(value, str) else value
+    if not isinstance(given, dict):
+        raise FormatError(f'{column!r} must be an object, such as {{"enable_thinking": false}}')
+    if taken := sorted(given.keys() & set(_RENDERING)):
+        raise FormatError(f"{column!r} sets {', '.join(taken)}, which the row says elsewhere")
+    # A table of rows has every key in every row.
+    return {str(name): argument for name, argument in given.items() if argument is not None}

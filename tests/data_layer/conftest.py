@@ -31,7 +31,8 @@ QWEN3_TEMPLATE = (
     "{% elif loop.index0 > ns.last and (loop.last or thought) %}"
     "<think>\n{{ thought }}\n</think>\n\n{{ said }}"
     "{% else %}{{ said }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 CORPUS = [
     "What is the weather like today? It is sunny, and the wind is calm.",

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -269,7 +271,7 @@ def test_what_the_template_refuses_is_named(new_chatml):
 
 def test_images_need_a_processor(chatml):
     row = Example((Message("user", "<image>"),), images=("a.png",), source="x", line=2)
-    with pytest.raises(RowError, match=r"x:2: .*processor"):
+    with pytest.raises(RowError, match=r"x:2: .*takes texts only"):
         encode_prompts([row], chatml)
 
 
@@ -293,3 +295,13 @@ def test_encoding_does_not_depend_on_the_number_of_processes(chatml, monkeypatch
     one, two = encode_sft(rows, chatml), encode_sft(rows, chatml, num_proc=2)
     assert one.tokens.values.tolist() == two.tokens.values.tolist()
     assert one.loss_mask.values.tolist() == two.loss_mask.values.tolist()
+
+
+def test_a_rows_own_arguments_reach_its_template(qwen3):
+    asked = [example(USER_1), replace(example(USER_1), template_kwargs={"enable_thinking": False})]
+    found = encode_prompts(asked, qwen3)
+    plain, silent = (qwen3.decode(found.prompts[row]) for row in range(2))
+    assert silent == f"{plain}<think>\n\n</think>\n\n"
+    mute = replace(example(USER_1, BOT_1), template_kwargs={"enable_thinking": False})
+    trained = trained_text(qwen3, encode_sft([mute], qwen3))
+    assert trained == [f"{BOT_1.content}<|im_end|>"], "the empty thought is given, not learned"

@@ -406,3 +406,18 @@ def test_media_come_in_the_order_of_their_tags():
     }
     found = in_order(convert(fields, "grpo"))
     assert found == [("video", "v"), ("image", "a"), ("audio", "s"), ("image", "b")]
+
+
+def test_arguments_of_the_chat_template():
+    row = {"query": "q", "response": "a", "chat_template_kwargs": {"enable_thinking": False, "unset": None}}
+    example = convert(row)
+    assert example.template_kwargs == {"enable_thinking": False}
+    assert "chat_template_kwargs" not in example.extra
+    assert convert({**row, "chat_template_kwargs": '{"enable_thinking": true}'}).template_kwargs == {
+        "enable_thinking": True
+    }
+    assert convert({**row, "chat_template_kwargs": None}).template_kwargs == {}
+    with pytest.raises(RowError, match=r"d.jsonl:3: 'chat_template_kwargs' must be an object"):
+        convert({**row, "chat_template_kwargs": [1]})
+    with pytest.raises(RowError, match="sets tokenize, which the row says elsewhere"):
+        convert({**row, "chat_template_kwargs": {"tokenize": True}})

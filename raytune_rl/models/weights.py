@@ -63,7 +63,7 @@ class WeightExporter:
 
         Args:
             model: a PreTrainedModel or PeftModel, or a wrapper of one (TokenScorer, DDP, a DeepSpeed engine
-                below ZeRO-3). For ZeRO-3: before the engine is started, while its parameters are whole.
+                below ZeRO-3). For ZeRO-3: before the engine is started, which cuts adapters up too.
             mode: "full": the parameters as they are. "merged": base plus adapter, the model itself left
                 untouched. "adapter": what adapter_model.safetensors holds, under the names it has there.
 

@@ -189,6 +189,7 @@ class PolicyWorker:
 
         from raytune_rl.algorithms.registry import get_loss
         from raytune_rl.models.load import DTYPES, enable_gradient_checkpointing, load_tokenizer
+        from raytune_rl.models.sharding import is_cut
         from raytune_rl.models.tuner import apply_tuner, trains_vision
         from raytune_rl.models.weights import WeightExporter, whole
         from raytune_rl.rewards.plugins import load_plugins
@@ -201,12 +202,14 @@ class PolicyWorker:
         self._loss = get_loss(spec.loss)
         given = spec.loss_settings
         self._settings = self._loss.settings_type(**given) if isinstance(given, Mapping) else given
-        loaded = scoring.load(spec.model, self._loss.forward)
+        zero = spec.optimizer.deepspeed.get("zero_optimization", {})
+        sharded = zero.get("stage") == 3
+        loaded = scoring.load(spec.model, self._loss.forward, zero if sharded else None)
         tuned = apply_tuner(loaded.model, spec.tuner, scoring.adapters(spec.model))
         if spec.gradient_checkpointing:
             enable_gradient_checkpointing(tuned.model)
         scorer = scoring.scorer_of(tuned.model, self._loss.forward)
-        sharded = spec.optimizer.deepspeed.get("zero_optimization", {}).get("stage") == 3
+        cut = is_cut(scorer)  # and so not checked yet
         self._images = scoring.image_collator(
             spec.model, loaded, always=sharded or trains_vision(tuned.model)
         )
@@ -215,11 +218,13 @@ class PolicyWorker:
             if self._images is None
             else self._images.vision.processor
         )
-        # Planned before the engine cuts the parameters up.
+        # Planned before the engine cuts up what is whole.
         self._exporter = WeightExporter(scorer, spec.publish_mode) if spec.publish_mode else None  # type: ignore[arg-type]
         asked = spec.model.dtype
         computes_in = loaded.model.dtype if asked is None else DTYPES[asked]
         self._engine, self._rate = start_engine(scorer, spec.optimizer, computes_in)
+        if cut:
+            scorer.verify()
         self._offload = Offload(self._engine)
         self._gather = gathered if is_sharded(self._engine) else whole
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")

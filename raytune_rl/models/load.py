@@ -31,7 +31,7 @@ from transformers.utils import is_flash_attn_2_available
 from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line, resolve_path
 from raytune_rl.models.scalar import beside_the_head, give_single_label, scalar_class
-from raytune_rl.models.sharding import examine, loading_cut
+from raytune_rl.models.sharding import Examined, examine, loading_cut, mend_buffers
 
 DTYPES = {
     "float32": torch.float32,
@@ -132,20 +132,24 @@ def load_model(
         options["quantization_config"] = _bitsandbytes(quantization, chosen)
         options["device_map"] = {"": str(where)}
     auto_class = scalar_class(config) if scalar else _auto_class(config)
-    cut = False
+    examined: Examined | None = None
     try:
         if zero3 is not None and quantization is None:
-            info, why_whole = examine(auto_class, config, local, zero3, options)
-            cut = not why_whole
-            if why_whole:
-                notices.append(f"every rank loads the whole model before ZeRO-3 cuts it up: {why_whole}")
+            examined = examine(auto_class, config, local, zero3, options)
+            if examined.why_whole:
+                notices.append(
+                    f"every rank loads the whole model before ZeRO-3 cuts it up: {examined.why_whole}"
+                )
+                examined = None
             else:  # before any rank waits for another
-                new_head = _check_weights(info, local, scalar, notices)
-        with loading_cut(zero3, chosen) if zero3 is not None and cut else nullcontext():
+                new_head = _check_weights(examined.info, local, scalar, notices)
+        with loading_cut(zero3, chosen) if zero3 is not None and examined else nullcontext():
             model, info = auto_class.from_pretrained(local, output_loading_info=True, **options)
     except _LOAD_ERRORS as error:
         raise ModelError(f"cannot load the model in '{local}': {first_line(error)}") from error
-    if not cut:
+    if examined is not None:
+        mend_buffers(model, examined.buffers)
+    else:
         new_head = _check_weights(info, local, scalar, notices)
     if quantization is None:
         model = model.to(where)

@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from raytune_rl.errors import ModelError
-from raytune_rl.models.sharding import shape_of
+from raytune_rl.models.sharding import own_tensors, shape_of
 
 _QUANTIZED = ("Params4bit", "Int8Params")
 
@@ -52,13 +52,6 @@ def plain_sources(model: nn.Module) -> Iterator[Source]:
         prefix = f"{name}." if name else ""
         for inner, tensor in own_tensors(module):
             yield _tensor(prefix + inner, tensor)
-
-
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint keeps of a module, its children not counted: parameters and persistent buffers."""
-    yield from module.named_parameters(recurse=False)
-    passing = module._non_persistent_buffers_set
-    yield from ((n, b) for n, b in module.named_buffers(recurse=False) if n not in passing)
 
 
 def merged_sources(peft: PeftModel) -> Iterator[Source]:

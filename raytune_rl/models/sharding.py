@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ def numel_of(tensor: Tensor) -> int:
 def is_cut(model: nn.Module) -> bool:
     """Whether parameters of the model are cut."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint keeps of a module, its children not counted: parameters and persistent buffers."""
+    yield from module.named_parameters(recurse=False)
+    passing = module._non_persistent_buffers_set
+    yield from ((n, b) for n, b in module.named_buffers(recurse=False) if n not in passing)
 
 
 @contextmanager
@@ -82,9 +90,24 @@ def changing(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What is seen of a checkpoint without its data.
+
+    Attributes:
+        info: Transformers' loading info; empty where `why_whole` was clear before.
+        why_whole: why the model cannot be loaded cut; empty if it can.
+        buffers: dtypes of the buffers that the model makes itself, by name.
+    """
+
+    info: Mapping[str, Any] = field(default_factory=dict)
+    why_whole: str = ""
+    buffers: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+
 def examine(
     auto_class: Any, config: Any, directory: str, zero: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[dict[str, Any], str]:
+) -> Examined:
     """Loads a model without its data, to see what its checkpoint lacks and whether it can be loaded cut.
 
     When Transformers loads cut it looks neither for weights too many, nor, but on rank 0, at shapes; here
@@ -96,26 +119,43 @@ def examine(
         directory: holds the weights.
         zero: as in `loading_cut`.
         options: of from_pretrained.
-
-    Returns:
-        Transformers' loading info, and why it cannot be loaded cut; empty if it can. With a reason the info
-        may be empty.
     """
     if zero.get("mics_shard_size", -1) > 0:
-        return {}, "mics_shard_size cuts in another way"
+        return Examined(why_whole="mics_shard_size cuts in another way")
     if getattr(config, "auto_map", None) and options.get("trust_remote_code"):
-        return {}, "it is built by Python code of its own"
+        return Examined(why_whole="it is built by Python code of its own")
     files = _safetensors(Path(directory))
     if not files:
-        return {}, "its weights are not safetensors"
+        return Examined(why_whole="its weights are not safetensors")
     model, info = _without_data(auto_class, config, files, options)
-    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if types - {options["dtype"]}:
-        return info, "it keeps some weights in another type than the rest"
+    stored = [tensor for module in model.modules() for _, tensor in own_tensors(module)]
+    if {tensor.dtype for tensor in stored if tensor.is_floating_point()} - {options["dtype"]}:
+        return Examined(info, "it keeps some weights in another type than the rest")
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if model.get_parameter(target) is not model.get_parameter(source):
-            return info, f"its checkpoint has the tied weight {target} twice"
-    return info, ""
+            return Examined(info, f"its checkpoint has the tied weight {target} twice")
+    return Examined(info, buffers={name: buffer.dtype for name, buffer in model.named_buffers()})
+
+
+@torch.no_grad()
+def mend_buffers(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Makes the buffers anew that a cut model has in its weights' type, such as the frequencies of positions:
+    DeepSpeed rounds whatever floats a model makes while it is built.
+
+    Args:
+        model: loaded cut.
+        dtypes: of its buffers, as `Examined` has them.
+    """
+    for prefix, module in model.named_modules():
+        wrong = [
+            (name, dtypes[full])
+            for name, buffer in module.named_buffers(recurse=False)
+            if dtypes.get(full := f"{prefix}.{name}".lstrip("."), buffer.dtype) != buffer.dtype
+        ]
+        for name, dtype in wrong:
+            module._buffers[name] = module._buffers[name].to(dtype)
+        if wrong:
+            model._init_weights(module)  # leaves alone what was loaded, which bears a mark
 
 
 def _without_data(

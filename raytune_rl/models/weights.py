@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from raytune_rl.errors import ModelError
-from raytune_rl.models.merge import Source, merged_sources, own_tensors, plain_sources
+from raytune_rl.models.merge import Source, merged_sources, plain_sources
+from raytune_rl.models.sharding import own_tensors
 from raytune_rl.models.unwrap import hf_model, peft_model, tuned_model
 from raytune_rl.tracking.files import follow_umask
 

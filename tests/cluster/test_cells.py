@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.config import SFTConfig, deepspeed
-from raytune_rl.errors import ConfigError
+from raytune_rl.errors import ConfigError, WorkerFailedError
 from raytune_rl.export.parity import logits, make_probe
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.placement import GroupSpec
@@ -282,7 +283,7 @@ def test_a_sharded_adapter_is_published_and_saved(
 CUT: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "whole modules": {"modules_to_save": ("lm_head",)},
-    "vision": {"train_type": "full"},
+    "vision": {"train_type": "full", "torch_dtype": "bfloat16"},
     "vision adapter": {},
 }
 
@@ -302,8 +303,10 @@ def test_what_is_cut_while_it_is_loaded_learns_as_what_is_whole(
         assert not any("loads the whole model" in notice for notice in notices)
         losses[variant] = world.train(rows, range(3))
         logits[variant] = world.logits(model)
-    assert losses["zero3"] == pytest.approx(losses["zero2"], abs=5e-5)
-    assert np.abs(logits["zero3"] - logits["zero2"]).max() < 5e-3
+    assert losses["zero3"][0] == pytest.approx(losses["zero2"][0], abs=1e-5), "its buffers are not rounded"
+    if "torch_dtype" not in given:
+        assert losses["zero3"] == pytest.approx(losses["zero2"], abs=5e-5)
+        assert np.abs(logits["zero3"] - logits["zero2"]).max() < 5e-3
     assert world.group.call("share") == pytest.approx([0.5, 0.5], abs=1e-3), "no rank ever has the whole"
     if given["train_type"] == "full":
         return
@@ -330,3 +333,19 @@ def test_a_new_head_of_a_model_that_is_cut(
     assert saved["zero3"].keys() == saved["zero2"].keys()
     assert all(torch.equal(saved["zero3"][name], tensor) for name, tensor in saved["zero2"].items())
     assert bool(saved["zero3"]["score.weight"].any()) == (loss == "rm")
+
+
+def test_what_a_model_lacks_is_told_before_any_rank_waits(
+    worlds: dict[int, World], tiny: Tiny, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny.untied, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WorkerFailedError, match=r"lacks 1 weights of the model \(first: lm_head.weight\)"):
+        worlds[2].become(spec_of(sft(tiny, "zero3", model=str(tmp_path))))
+    save_file({**weights, "extra": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tied = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(tied))
+    notices = worlds[2].become(spec_of(sft(tiny, "zero3", model=str(tmp_path))))
+    assert any("1 weights in" in notice and "extra" in notice for notice in notices)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.config import SFTConfig, deepspeed
-from raytune_rl.errors import ConfigError, WorkerFailedError
+from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.export.parity import logits, make_probe
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.placement import GroupSpec
@@ -342,7 +342,7 @@ def test_what_a_model_lacks_is_told_before_any_rank_waits(
     weights = load_file(tmp_path / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WorkerFailedError, match=r"lacks 1 weights of the model \(first: lm_head.weight\)"):
+    with pytest.raises(ModelError, match=r"lacks 1 weights of the model \(first: lm_head.weight\)"):
         worlds[2].become(spec_of(sft(tiny, "zero3", model=str(tmp_path))))
     save_file({**weights, "extra": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     tied = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
+
+from raytune_rl.models.sharding import shape_of
 
 # Transformers 5 renames the inner model of Qwen2-Audio and its kin once for itself and once for the whole. It
 # loads both forms; the hubs and vLLM know the one.
@@ -25,5 +28,9 @@ def checkpoint_form(hf: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def renames_twice(hf: Any) -> bool:
     """Whether `save_pretrained` would write names that no other program knows."""
-    made = revert_weight_conversion(hf, dict(hf.state_dict()))
+    names = {
+        name: torch.empty(shape_of(tensor), dtype=tensor.dtype, device="meta")
+        for name, tensor in hf.state_dict(keep_vars=True).items()
+    }
+    made = revert_weight_conversion(hf, names)
     return any(_TWICE in name for name in made)

@@ -6,6 +6,8 @@ shown.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from transformers.utils import is_flash_attn_2_available
 from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line, resolve_path
 from raytune_rl.models.scalar import beside_the_head, give_single_label, scalar_class
+from raytune_rl.models.sharding import Examined, examine, loading_cut, mend_buffers
 
 DTYPES = {
     "float32": torch.float32,
@@ -85,6 +88,7 @@ def load_model(
     quantization: Quantization | None = None,
     scalar: bool = False,
     liger: bool = False,
+    zero3: Mapping[str, Any] | None = None,
     use_hf: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -105,6 +109,9 @@ def load_model(
             state.
         liger: put liger-kernel's layers in place of the model's own; nothing changes on a CPU. Its losses are
             not used: ours sees the hidden states.
+        zero3: load it cut into shares, one a rank of the world that torch.distributed has joined: the section
+            zero_optimization of a DeepSpeed configuration of stage 3. What cannot be loaded so is loaded
+            whole, with a notice.
         use_hf, revision, token: see `resolve_path`.
 
     Raises:
@@ -124,25 +131,26 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization, chosen)
         options["device_map"] = {"": str(where)}
+    auto_class = scalar_class(config) if scalar else _auto_class(config)
+    examined: Examined | None = None
     try:
-        model, info = (scalar_class(config) if scalar else _auto_class(config)).from_pretrained(
-            local, output_loading_info=True, **options
-        )
+        if zero3 is not None and quantization is None:
+            examined = examine(auto_class, config, local, zero3, options)
+            if examined.why_whole:
+                notices.append(
+                    f"every rank loads the whole model before ZeRO-3 cuts it up: {examined.why_whole}"
+                )
+                examined = None
+            else:  # before any rank waits for another
+                new_head = _check_weights(examined.info, local, scalar, notices)
+        with loading_cut(zero3, chosen) if zero3 is not None and examined else nullcontext():
+            model, info = auto_class.from_pretrained(local, output_loading_info=True, **options)
     except _LOAD_ERRORS as error:
         raise ModelError(f"cannot load the model in '{local}': {first_line(error)}") from error
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    new_head = scalar and "score.weight" in missing
-    if scalar:
-        missing, unexpected = beside_the_head(missing, unexpected)
-    if missing:
-        raise ModelError(
-            f"'{local}' lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}); "
-            "Transformers would fill them with random numbers. Is it a whole checkpoint of a language model?"
-        )
-    if unexpected:
-        notices.append(
-            f"{len(unexpected)} weights in '{local}' are not used by the model (first: {unexpected[0]})"
-        )
+    if examined is not None:
+        mend_buffers(model, examined.buffers)
+    else:
+        new_head = _check_weights(info, local, scalar, notices)
     if quantization is None:
         model = model.to(where)
     elif quantization.bits == 4 and where.type == "cpu":
@@ -153,6 +161,28 @@ def load_model(
     # PEFT writes it into an adapter as the base: found from any directory, and by others if it is a hub's.
     model.name_or_path = str(Path(local).absolute()) if Path(path).expanduser().is_dir() else path
     return LoadedModel(model.eval(), local, tuple(notices), new_head)
+
+
+def _check_weights(info: Mapping[str, Any], path: str, scalar: bool, notices: list[str]) -> bool:
+    """Whether a scalar model's head is new, from Transformers' loading info.
+
+    Raises:
+        ModelError: other weights are missing.
+    """
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    new_head = scalar and "score.weight" in missing
+    if scalar:
+        missing, unexpected = beside_the_head(missing, unexpected)
+    if missing:
+        raise ModelError(
+            f"'{path}' lacks {len(missing)} weights of the model (first: {missing[0]}); "
+            "Transformers would fill them with random numbers. Is it a whole checkpoint of a language model?"
+        )
+    if unexpected:
+        notices.append(
+            f"{len(unexpected)} weights in '{path}' are not used by the model (first: {unexpected[0]})"
+        )
+    return new_head
 
 
 def _apply_liger(model: Any) -> None:

@@ -22,6 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from raytune_rl.errors import ModelError
+from raytune_rl.models.sharding import own_tensors, shape_of
 
 _QUANTIZED = ("Params4bit", "Int8Params")
 
@@ -51,13 +52,6 @@ def plain_sources(model: nn.Module) -> Iterator[Source]:
         prefix = f"{name}." if name else ""
         for inner, tensor in own_tensors(module):
             yield _tensor(prefix + inner, tensor)
-
-
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint keeps of a module, its children not counted: parameters and persistent buffers."""
-    yield from module.named_parameters(recurse=False)
-    passing = module._non_persistent_buffers_set
-    yield from ((n, b) for n, b in module.named_buffers(recurse=False) if n not in passing)
 
 
 def merged_sources(peft: PeftModel) -> Iterator[Source]:
@@ -152,7 +146,7 @@ def _layer(prefix: str, layer: Any, adapter: str) -> Iterator[Source]:
         elif name == "bias" and has_adapter and layer.lora_bias[adapter]:
             parts = (tensor, layer.lora_B[adapter].bias)
             make = partial(_merged_bias, layer, adapter, tensor)
-            yield Source(prefix + name, tuple(tensor.shape), tensor.dtype, parts, make)
+            yield Source(prefix + name, shape_of(tensor), tensor.dtype, parts, make)
         else:
             yield _own_tensor(prefix + name, base, tensor)
 
@@ -172,7 +166,7 @@ def _merged_bias(layer: Any, adapter: str, bias: Tensor) -> Tensor:
 
 
 def _tensor(name: str, tensor: Tensor) -> Source:
-    return Source(name, tuple(tensor.shape), tensor.dtype, (tensor,), tensor.detach)
+    return Source(name, shape_of(tensor), tensor.dtype, (tensor,), tensor.detach)
 
 
 def _own_tensor(name: str, module: nn.Module, tensor: Tensor) -> Source:
@@ -189,6 +183,6 @@ def _own_tensor(name: str, module: nn.Module, tensor: Tensor) -> Source:
 def _dense_spec(module: Any, parameter: Any) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype after dequantisation, which a packed parameter does not show."""
     if type(parameter).__name__ not in _QUANTIZED:
-        return tuple(parameter.shape), parameter.dtype
+        return shape_of(parameter), parameter.dtype
     dense = dequantize_module_weight(module)
     return tuple(dense.shape), dense.dtype

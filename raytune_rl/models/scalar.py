@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.positions import positions_with_videos
+from raytune_rl.models.sharding import shape_of
 from raytune_rl.models.unwrap import hf_model, scalar_head
 
 
@@ -101,7 +102,7 @@ class ScalarScorer(nn.Module):
 
     @torch.no_grad()
     def verify(self, tokens: int = 8, tolerance: float = 1e-3) -> None:
-        """Compares the score of a short text with the model's own forward; run once after loading.
+        """Compares the score of a short text with the model's own forward; see `TokenScorer.verify`.
 
         Raises:
             ModelError: they differ by more than `tolerance` (times 64 below float32).
@@ -112,7 +113,7 @@ class ScalarScorer(nn.Module):
         self.eval()
         pad = -1 if self._pad is None else self._pad
         known = torch.arange(tokens + 1, device=weight.device)
-        ids = known[known != pad][None, :tokens] % weight.shape[0]
+        ids = known[known != pad][None, :tokens] % shape_of(weight)[0]
         positions, mask = torch.arange(tokens, device=weight.device)[None], torch.ones_like(ids)
         mine = self(ids, positions, mask, positions[0, -1:])
         theirs = inner(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits

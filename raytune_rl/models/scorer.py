@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raytune_rl.errors import ModelError
 from raytune_rl.models.logprobs import TokenLogprobs, default_chunk_tokens, token_logprobs
 from raytune_rl.models.positions import positions_with_videos
+from raytune_rl.models.sharding import shape_of
 from raytune_rl.models.unwrap import hf_model
 
 
@@ -105,7 +106,8 @@ class TokenScorer(nn.Module):
 
     @torch.no_grad()
     def verify(self, tokens: int = 8, tolerance: float = 1e-3) -> None:
-        """Compares a short text scored here with the model's own logits; run once after loading.
+        """Compares a short text scored here with the model's own logits; run once after loading: while
+        its engine is running, if the model is cut into shares.
 
         A model may do something to its logits that this class has not heard of; training on would then be
         silently wrong.
@@ -117,7 +119,7 @@ class TokenScorer(nn.Module):
         weight = inner.get_input_embeddings().weight
         was_training = self.training
         self.eval()
-        ids = torch.arange(tokens, device=weight.device)[None] % weight.shape[0]
+        ids = torch.arange(tokens, device=weight.device)[None] % shape_of(weight)[0]
         positions = torch.arange(tokens, device=weight.device)[None]
         index = torch.arange(tokens - 1, device=weight.device)
         mask = torch.ones_like(ids)

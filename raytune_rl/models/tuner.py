@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line
 from raytune_rl.models.load import takes_media
 from raytune_rl.models.settings import TunerSettings
+from raytune_rl.models.sharding import changing, is_cut, known_to_peft, numel_of
 from raytune_rl.models.unwrap import hf_model, scalar_head
 
 # Names of the module that maps image features into the language model's space, over the families Transformers
@@ -45,7 +47,8 @@ def apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Seque
     """Makes a loaded model trainable.
 
     Args:
-        model: from `load_model`; a quantised one takes LoRA only.
+        model: from `load_model`; a quantised one takes LoRA only. If it is cut into shares, this is a
+            collective.
         settings: what to train.
         adapters: local adapter directories to start from. LoRA goes on training the last one, after merging
             those before it; full training merges them all.
@@ -54,6 +57,11 @@ def apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Seque
         ModelError: an adapter is missing or does not fit, nothing matches the targets, or the request cannot
             be trained (a tied embedding by an adapter, a quantised base in full).
     """
+    with known_to_peft(model):
+        return _apply_tuner(model, settings, adapters)
+
+
+def _apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Sequence[str]) -> TunedModel:
     notices: list[str] = []
     quantized = bool(getattr(model, "is_quantized", False))
     if settings.tuner_type == "full" and quantized:
@@ -67,7 +75,7 @@ def apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Seque
             "adapters cannot be merged into a quantised base without loss; merge them with export first"
         )
     for adapter in merged:
-        model = _open_adapter(model, adapter).merge_and_unload()
+        model = _merged(_open_adapter(model, adapter))
         notices.append(f"adapter '{adapter}' is merged into the base before training")
     if settings.tuner_type == "full":
         _freeze_parts(model, settings)
@@ -231,11 +239,23 @@ def _open_adapter(model: PreTrainedModel, path: str, *, dropout: float | None = 
         raise ModelError(f"adapter '{path}' does not fit {type(model).__name__}: {line}") from error
 
 
+def _merged(peft: PeftModel) -> Any:
+    """The base with the adapter merged in. PEFT's own merge is for whole weights: cut ones are gathered layer
+    by layer."""
+    if not is_cut(peft):
+        return peft.merge_and_unload()
+    for layer in peft.modules():
+        if isinstance(layer, BaseTunerLayer):
+            with changing(layer.get_base_layer().parameters()):
+                layer.merge()
+    return peft.unload()
+
+
 def _report(model: Any, notices: list[str]) -> TunedModel:
     # A 4-bit parameter holds two weights a byte; PEFT knows, so its count is used where there is one.
     if isinstance(model, PeftModel):
         trainable, total = model.get_nb_trainable_parameters()
     else:
-        total = sum(p.numel() for p in model.parameters())
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(numel_of(p) for p in model.parameters())
+        trainable = sum(numel_of(p) for p in model.parameters() if p.requires_grad)
     return TunedModel(model, trainable, total, tuple(notices))

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.checkpoint_names import checkpoint_form, renames_twice
-from raytune_rl.models.merge import Source, merged_sources, own_tensors, plain_sources
+from raytune_rl.models.merge import Source, merged_sources, plain_sources
+from raytune_rl.models.sharding import own_tensors
 from raytune_rl.models.unwrap import hf_model, peft_model, tuned_model
 from raytune_rl.tracking.files import follow_umask
 
@@ -63,7 +64,7 @@ class WeightExporter:
 
         Args:
             model: a PreTrainedModel or PeftModel, or a wrapper of one (TokenScorer, DDP, a DeepSpeed engine
-                below ZeRO-3). For ZeRO-3: before the engine is started, while its parameters are whole.
+                below ZeRO-3). For ZeRO-3: before the engine is started, which cuts adapters up too.
             mode: "full": the parameters as they are. "merged": base plus adapter, the model itself left
                 untouched. "adapter": what adapter_model.safetensors holds, under the names it has there.
 

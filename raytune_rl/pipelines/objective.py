@@ -5,7 +5,7 @@ data and weights. The loop itself (`offline`) knows no algorithm.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from raytune_rl.config import PreferenceConfig
 from raytune_rl.config.preference import WITH_REFERENCE, loss_settings
 from raytune_rl.data.example import Task
 from raytune_rl.errors import ConfigError
+from raytune_rl.pipelines.loss_args import settings_of
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY
 from raytune_rl.rewards.plugins import load_plugins
 
@@ -146,20 +147,8 @@ def _own(config: PreferenceConfig, like: Loss, shape: Shape) -> Objective:
             f"loss '{loss.name}' is made for {loss.rows} rows and {loss.forward}, but --rlhf_type "
             f"{config.rlhf_type} gives {like.rows} rows and {like.forward}."
         )
-    names = {field.name for field in fields(loss.settings_type)}
-    if unknown := sorted(config.loss_args.keys() - names):
-        raise ConfigError(
-            f"--loss_args: {', '.join(unknown)} is no setting of loss '{loss.name}', which has: "
-            f"{', '.join(sorted(names)) or 'none'}."
-        )
-    said = {name: value for name, value in loss_settings(config).items() if name in names - {"loss_type"}}
-    given = {**said, **config.loss_args}
-    try:
-        settings = loss.settings_type(**given)
-    except TypeError as error:
-        raise ConfigError(
-            f"--loss_args: loss '{loss.name}' cannot be set up with {given}: {error}."
-        ) from None
+    said = {name: value for name, value in loss_settings(config).items() if name != "loss_type"}
+    _, settings = settings_of(loss, said, config.loss_args)
     columns = set(loss.required_columns(settings))
     wanted = columns | set(loss.required_rows(settings))
     wanted |= {"advantages"} if loss.needs_advantages else set()

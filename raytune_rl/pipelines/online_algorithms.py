@@ -7,7 +7,7 @@ is chosen by flags of its own and combines with any of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from raytune_rl.algorithms.advantages import DEFAULT_SCALE
@@ -16,6 +16,7 @@ from raytune_rl.algorithms.correction import RolloutCorrection
 from raytune_rl.algorithms.registry import Loss, get_loss
 from raytune_rl.config import PPOConfig, RLHFConfig, resolved
 from raytune_rl.errors import ConfigError
+from raytune_rl.pipelines.loss_args import settings_of
 from raytune_rl.rewards.plugins import load_plugins
 
 # loss_type -> the loss; the normaliser goes by the loss type's own name.
@@ -58,23 +59,16 @@ def algorithm_of(config: RLHFConfig) -> Algorithm:
     """
     if config.loss_type in LOSSES:
         loss = get_loss(LOSSES[config.loss_type])
-        return _checked(config, loss, _settings(config, loss), config.loss_type, ())
+        return _checked(config, loss, {}, config.loss_type, ())
     load_plugins(config.external_plugins)
     loss = get_loss(config.loss_type)
     if loss.compute.__module__.startswith("raytune_rl."):
         raise ConfigError(f"--loss_type {config.loss_type} is a loss of another command, not of this one.")
-    own = {field.name for field in fields(loss.settings_type)}
-    if unknown := sorted(config.loss_args.keys() - own):
-        raise ConfigError(
-            f"--loss_args: {', '.join(unknown)} is no setting of loss '{loss.name}', which has: "
-            f"{', '.join(sorted(own)) or 'none'}."
-        )
-    settings = {**_settings(config, loss), **config.loss_args}
-    return _checked(config, loss, settings, loss.normaliser, config.external_plugins)
+    return _checked(config, loss, config.loss_args, loss.normaliser, config.external_plugins)
 
 
-def _settings(config: RLHFConfig, loss: Loss) -> dict[str, Any]:
-    """Of all that flags say of losses, what this one has a field for."""
+def _said(config: RLHFConfig) -> dict[str, Any]:
+    """All that flags say of losses."""
     correction = None
     if config.rollout_importance_sampling_mode is not None:
         correction = RolloutCorrection(
@@ -83,7 +77,7 @@ def _settings(config: RLHFConfig, loss: Loss) -> dict[str, Any]:
             config.rollout_importance_sampling_min,
         )
     in_reward = resolved.kl_in_reward(config)
-    said = {
+    return {
         "beta": 0.0 if in_reward else config.beta,
         "kl_estimator": "k3" if in_reward or config.beta == 0 else resolved.kl_estimator(config),
         "importance_sampling_level": config.importance_sampling_level,
@@ -100,23 +94,16 @@ def _settings(config: RLHFConfig, loss: Loss) -> dict[str, Any]:
         "fipo_clip_high_only": config.fipo_clip_high_only,
         "fipo_safety_threshold": config.fipo_safety_threshold,
     }
-    own = {field.name for field in fields(loss.settings_type)}
-    return {name: value for name, value in said.items() if name in own}
 
 
 def _checked(
     config: RLHFConfig,
     loss: Loss,
-    settings: Mapping[str, Any],
+    loss_args: Mapping[str, Any],
     normaliser: str,
     plugin_files: tuple[str, ...],
 ) -> Algorithm:
-    try:
-        made = loss.settings_type(**settings)
-    except TypeError as error:
-        raise ConfigError(
-            f"--loss_args: loss '{loss.name}' cannot be set up with {dict(settings)}: {error}."
-        ) from None
+    settings, made = settings_of(loss, _said(config), loss_args)
     if loss.rows != "single" or loss.forward != "logprobs":
         raise ConfigError(f"loss '{loss.name}' is made for {loss.rows} rows and {loss.forward}, not for RL.")
     if normaliser not in NORMALISERS:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raytune_rl.config.deepspeed import fill_auto
+from raytune_rl.models.sharding import numel_of, shape_of
 
 if TYPE_CHECKING:
     from raytune_rl.workers.policy import OptimizerSpec
@@ -43,7 +44,7 @@ def start_engine(module: torch.nn.Module, spec: OptimizerSpec, dtype: torch.dtyp
     )
     trainable = [p for p in module.parameters() if p.requires_grad]
     # Buckets larger than the model only cost memory.
-    preferred = {"zero_optimization.reduce_bucket_size": min(sum(p.numel() for p in trainable), int(2e8))}
+    preferred = {"zero_optimization.reduce_bucket_size": min(sum(map(numel_of, trainable)), int(2e8))}
     sharded = spec.deepspeed.get("zero_optimization", {}).get("stage") == 3
     config = fill_auto(spec.deepspeed, _known(spec, trainable, dtype), preferred if sharded else None)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
@@ -110,8 +111,8 @@ def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[
     """Matrices decay; biases and norms, which are vectors, do not. Empty groups are left out."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if len(shape_of(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if len(shape_of(p)) < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

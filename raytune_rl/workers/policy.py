@@ -22,9 +22,10 @@ import numpy as np
 from raytune_rl.data.media_table import ROW_COLUMN
 from raytune_rl.data.ragged import Columns
 from raytune_rl.data.rows import ReadRows, RowBatch
-from raytune_rl.runtime.weights import TensorEntry, entry_of, plan_buckets, to_arrays
-from raytune_rl.workers import estimates, row_stats, scoring
+from raytune_rl.runtime.weights import TensorEntry
+from raytune_rl.workers import estimates, publishing, row_stats, scoring
 from raytune_rl.workers.estimates import EstimateFacts, EstimateSettings
+from raytune_rl.workers.publishing import Publisher
 from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ class PolicyWorker:
 
         from raytune_rl.algorithms.registry import get_loss
         from raytune_rl.models.load import DTYPES, enable_gradient_checkpointing, load_tokenizer
+        from raytune_rl.models.sharding import is_cut
         from raytune_rl.models.tuner import apply_tuner, trains_vision
         from raytune_rl.models.weights import WeightExporter, whole
         from raytune_rl.rewards.plugins import load_plugins
@@ -201,25 +203,32 @@ class PolicyWorker:
         self._loss = get_loss(spec.loss)
         given = spec.loss_settings
         self._settings = self._loss.settings_type(**given) if isinstance(given, Mapping) else given
-        loaded = scoring.load(spec.model, self._loss.forward)
+        zero = spec.optimizer.deepspeed.get("zero_optimization", {})
+        sharded = zero.get("stage") == 3
+        loaded = scoring.load(spec.model, self._loss.forward, zero if sharded else None)
         tuned = apply_tuner(loaded.model, spec.tuner, scoring.adapters(spec.model))
         if spec.gradient_checkpointing:
             enable_gradient_checkpointing(tuned.model)
         scorer = scoring.scorer_of(tuned.model, self._loss.forward)
-        sharded = spec.optimizer.deepspeed.get("zero_optimization", {}).get("stage") == 3
+        cut = is_cut(scorer)  # and so not checked yet
         self._media = scoring.media_collator(spec.model, loaded, always=sharded or trains_vision(tuned.model))
         self._tokenizer = (
             load_tokenizer(loaded.path, trust_remote_code=spec.model.trust_remote_code)
             if self._media is None
             else self._media.media.processor
         )
-        # Planned before the engine cuts the parameters up.
-        self._exporter = WeightExporter(scorer, spec.publish_mode) if spec.publish_mode else None  # type: ignore[arg-type]
+        # Planned before the engine cuts up what is whole.
+        exporter = WeightExporter(scorer, spec.publish_mode) if spec.publish_mode else None  # type: ignore[arg-type]
         asked = spec.model.dtype
         computes_in = loaded.model.dtype if asked is None else DTYPES[asked]
         self._engine, self._rate = start_engine(scorer, spec.optimizer, computes_in)
+        if cut:
+            scorer.verify()
         self._offload = Offload(self._engine)
         self._gather = gathered if is_sharded(self._engine) else whole
+        self._publisher = (
+            None if exporter is None else Publisher(exporter, self._gather, self._rank, self._world_size)
+        )
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         notices = loaded.notices + tuned.notices
         if loaded.new_head and not spec.model.adapters:
@@ -430,42 +439,19 @@ class PolicyWorker:
 
     def weight_index(self) -> tuple[tuple[TensorEntry, ...], ...]:
         """The buckets this rank publishes: each a tuple of entries. Ranks share the work bucket by bucket."""
-        assert self._exporter is not None
-        entries = [
-            TensorEntry(s.name, str(s.dtype).removeprefix("torch."), s.shape) for s in self._exporter.index
-        ]
-        # As `parameter_groups` has them, and so DeepSpeed in its flat buffers: neighbours travel together.
-        entries.sort(key=lambda entry: len(entry.shape) < 2)
-        buckets = plan_buckets(entries)
-        self._share = [[entries[i] for i in bucket] for bucket in buckets[self._rank :: self._world_size]]
-        return tuple(tuple(bucket) for bucket in self._share)
+        assert self._publisher is not None
+        return self._publisher.index()
 
     def publish(self) -> tuple[Any, ...]:
         """The present weights: how many buckets, then each bucket of `weight_index` as a list of flat uint8
         arrays.
         """
-        assert self._exporter is not None
-        mine = {entry.name for bucket in self._share for entry in bucket}
-        # At once, because a sharded tensor is whole only here, and merged ones would fill a GPU.
-        held = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in self._exporter.tensors(mine, self._gather)
-        }
-        wrong = [e for bucket in self._share for e in bucket if entry_of(e.name, held[e.name]) != e]
-        if wrong:
-            raise RuntimeError(f"weight {wrong[0].name} changed its shape or type since the index was made")
-        return len(self._share), *(to_arrays(held[entry.name] for entry in bucket) for bucket in self._share)
+        assert self._publisher is not None
+        return self._publisher.publish()
 
     def adapter_config(self) -> str:
         """The adapter's PEFT configuration as JSON text, as in adapter_config.json."""
-        import json
-
-        from raytune_rl.models.unwrap import peft_model
-
-        peft = peft_model(self._engine)
-        assert peft is not None
-        config = peft.peft_config[str(peft.active_adapters[0])].to_dict()
-        return json.dumps(config, default=_jsonable)
+        return publishing.adapter_config(self._engine)
 
     # -- checkpoints
     # ------------------------------------------------------------------------------------------
@@ -498,11 +484,6 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _jsonable(value: Any) -> Any:
-    """PEFT's configuration holds sets and enums."""
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(getattr(value, "value", value))
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

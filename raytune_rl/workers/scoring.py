@@ -4,7 +4,7 @@ reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -89,12 +89,16 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load(spec: ModelSpec, forward: Forward = "logprobs") -> LoadedModel:
-    """Loads the base model of a spec onto this worker's device, with the head that `forward` needs.
+def load(
+    spec: ModelSpec, forward: Forward = "logprobs", zero3: Mapping[str, Any] | None = None
+) -> LoadedModel:
+    """Loads the base model of a spec onto this worker's device, with the head that `forward` needs; with
+    `zero3` this rank's share of it (see `load_model`).
 
     A critic's new head starts at 0: it foresees nothing, which is nearer to the truth than noise.
     """
     from raytune_rl.models.load import Quantization, load_model
+    from raytune_rl.models.sharding import changing
 
     loaded = load_model(
         spec.path,
@@ -106,9 +110,12 @@ def load(spec: ModelSpec, forward: Forward = "logprobs") -> LoadedModel:
         scalar=forward != "logprobs",
         use_hf=spec.use_hf,
         liger=spec.liger,
+        zero3=zero3,
     )
     if loaded.new_head and forward == "values":
-        cast(Any, loaded.model).score.weight.data.zero_()
+        weight = cast(Any, loaded.model).score.weight
+        with changing([weight]):
+            weight.data.zero_()
     return loaded
 
 
@@ -120,15 +127,18 @@ def adapters(spec: ModelSpec) -> list[str]:
 
 
 def scorer_of(model: Any, forward: Forward) -> TokenScorer | ScalarScorer:
-    """The module to train or to ask, checked against the model's own forward."""
+    """The module to train or to ask, checked against the model's own forward; if it is cut into shares, the
+    caller must do that once its engine is running."""
     from raytune_rl.models.scalar import ScalarScorer
     from raytune_rl.models.scorer import TokenScorer
+    from raytune_rl.models.sharding import is_cut
 
     if forward == "logprobs":
         scorer: TokenScorer | ScalarScorer = TokenScorer(model)
     else:
         scorer = ScalarScorer(model, skips_padding=forward == "scores")
-    scorer.verify()
+    if not is_cut(model):
+        scorer.verify()
     return scorer
 
 

@@ -31,6 +31,16 @@ class Chameleon(PolicyWorker):
         self._spec = spec
         return self._build().notices
 
+    def share(self) -> float:
+        """Loads the model anew; the part of its bytes that this rank then holds."""
+        from raytune_rl.models.sharding import numel_of
+        from raytune_rl.workers import scoring
+
+        zero = self._spec.optimizer.deepspeed["zero_optimization"]
+        parameters = list(scoring.load(self._spec.model, zero3=zero).model.parameters())
+        held = sum(p.numel() + getattr(p, "ds_tensor", p[:0]).numel() for p in parameters)
+        return held / sum(map(numel_of, parameters))
+
     def logits(self, directory: str) -> np.ndarray:
         """Logits of the probe that exports are checked with, float32 [tokens, vocabulary]."""
         from raytune_rl.export.parity import logits, make_probe

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.config import SFTConfig, deepspeed
-from raytune_rl.errors import ConfigError
+from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.export.parity import logits, make_probe
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.placement import GroupSpec
@@ -268,11 +272,80 @@ def test_a_sharded_adapter_is_published_and_saved(
 
     published = dict(read(world.policy.publish(0), 30.0))
     if wire == "adapter":
-        from safetensors.torch import load_file
-
         want = load_file(tmp_path / "adapter_model.safetensors")
     else:
         want = {n: t for n, t in model.merge_and_unload().state_dict().items() if n != "lm_head.weight"}
     assert published.keys() == want.keys()
     for name, tensor in want.items():
         torch.testing.assert_close(published[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+CUT: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "whole modules": {"modules_to_save": ("lm_head",)},
+    "vision": {"train_type": "full", "torch_dtype": "bfloat16"},
+    "vision adapter": {},
+}
+
+
+@pytest.mark.parametrize("cell", CUT)
+def test_what_is_cut_while_it_is_loaded_learns_as_what_is_whole(
+    worlds: dict[int, World], places: dict[str, tuple[Path, Path]], tiny: Tiny, tmp_path: Path, cell: str
+) -> None:
+    vision = cell.startswith("vision")
+    model, data = places["vision"] if vision else (tiny.untied, tiny.data.sft)
+    given = {"train_type": "lora", "learning_rate": 1e-2, "model": str(model), "dataset": f"{data}#8"}
+    given |= CUT[cell]
+    rows = rows_of(sft(tiny, "zero2", **given), tmp_path)
+    world, losses, logits = worlds[2], {}, {}
+    for variant in ("zero2", "zero3"):
+        notices = world.become(spec_of(sft(tiny, variant, **given), vision=vision))
+        assert not any("loads the whole model" in notice for notice in notices)
+        losses[variant] = world.train(rows, range(3))
+        logits[variant] = world.logits(model)
+    assert losses["zero3"][0] == pytest.approx(losses["zero2"][0], abs=1e-5), "its buffers are not rounded"
+    if "torch_dtype" not in given:
+        assert losses["zero3"] == pytest.approx(losses["zero2"], abs=5e-5)
+        assert np.abs(logits["zero3"] - logits["zero2"]).max() < 5e-3
+    assert world.group.call("share") == pytest.approx([0.5, 0.5], abs=1e-3), "no rank ever has the whole"
+    if given["train_type"] == "full":
+        return
+    world.policy.save(tmp_path / "saved", only_model=True)
+    for train_type in ("lora", "full"):  # goes on with the adapter, or merges it into what is cut
+        given |= {"train_type": train_type, "adapters": (str(tmp_path / "saved"),), "modules_to_save": ()}
+        given |= {"use_dora": False}
+        world.become(spec_of(sft(tiny, "zero3", **given), vision=vision))
+        np.testing.assert_allclose(world.logits(model), logits["zero3"], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("loss", ["rm", "ppo_value"])
+def test_a_new_head_of_a_model_that_is_cut(
+    worlds: dict[int, World], tiny: Tiny, tmp_path: Path, loss: str
+) -> None:
+    saved = {}
+    for variant in ("zero2", "zero3"):
+        spec = spec_of(sft(tiny, variant, model=str(tiny.untied)))
+        spec = replace(spec, loss=loss, loss_settings=get_loss(loss).settings_type())
+        notices = worlds[2].become(spec)
+        assert any("the head that gives" in notice for notice in notices)
+        worlds[2].policy.save(tmp_path / variant, only_model=True)
+        saved[variant] = load_file(tmp_path / variant / "model.safetensors")
+    assert saved["zero3"].keys() == saved["zero2"].keys()
+    assert all(torch.equal(saved["zero3"][name], tensor) for name, tensor in saved["zero2"].items())
+    assert bool(saved["zero3"]["score.weight"].any()) == (loss == "rm")
+
+
+def test_what_a_model_lacks_is_told_before_any_rank_waits(
+    worlds: dict[int, World], tiny: Tiny, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny.untied, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights of the model \(first: lm_head.weight\)"):
+        worlds[2].become(spec_of(sft(tiny, "zero3", model=str(tmp_path))))
+    save_file({**weights, "extra": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tied = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(tied))
+    notices = worlds[2].become(spec_of(sft(tiny, "zero3", model=str(tmp_path))))
+    assert any("1 weights in" in notice and "extra" in notice for notice in notices)

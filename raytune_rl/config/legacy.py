@@ -6,6 +6,7 @@ written is told in one line.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,9 @@ RENAMED = {
 REMOVED = ("vllm_device", "num_infer_workers")
 """Names without a setting of their own, read by `translate`."""
 
+_MODEL_KWARGS = ("max_pixels", "video_max_pixels", "fps", "fps_max_frames")
+"""Keys of ms-swift's --model_kwargs that are settings here."""
+
 EXTERNAL_SERVER = (
     "vllm_server_host",
     "vllm_server_port",
@@ -54,6 +58,8 @@ def known(name: str, flags: Mapping[str, Flag]) -> bool:
     """Whether `translate` reads this flag for a command that has these flags."""
     if name in IDLE:
         return IDLE_ONLY_WITH.get(name, "train_type") in flags
+    if name == "model_kwargs":
+        return "max_pixels" in flags
     return name in REMOVED and "rollout_workers" in flags
 
 
@@ -69,6 +75,8 @@ def translate(settings: dict[str, Any], environ: Mapping[str, str]) -> tuple[dic
     if str(scale).lower() in ("true", "false"):
         settings["scale_rewards"] = "group" if str(scale).lower() == "true" else "none"
         notices.append(f"--scale_rewards {scale} is read as --scale_rewards {settings['scale_rewards']}.")
+    if "model_kwargs" in settings:
+        notices.append(_media_settings(settings))
     if "vllm_device" in settings or "num_infer_workers" in settings:
         notices.extend(_place_rollout(settings, environ))
     return settings, notices
@@ -85,6 +93,30 @@ def _idle(name: str, value: Any) -> str:
     if allowed and said not in allowed:
         raise ConfigError(f"--{name} {said} is not built here, only {' or '.join(allowed)}: {why}.")
     return f"--{name} {said} does nothing: {why}."
+
+
+def _media_settings(settings: dict[str, Any]) -> str:
+    """How much of a medium is shown, as ms-swift 4 may be told in one object.
+
+    Raises:
+        ConfigError: It is no object, or says something else, or another thing than a flag.
+    """
+    given = settings.pop("model_kwargs")
+    if not isinstance(given, Mapping):
+        said = " ".join(_words(given))
+        try:
+            given = json.loads(said)
+        except ValueError:
+            given = None
+        if not isinstance(given, Mapping):
+            raise ConfigError(f'--model_kwargs takes an object in JSON, such as {{"fps": 1}}, not {said!r}.')
+    for name, value in given.items():
+        if name not in _MODEL_KWARGS:
+            raise ConfigError(f"--model_kwargs: {name} is not built here, only {', '.join(_MODEL_KWARGS)}.")
+        if str(settings.get(name, value)) != str(value):
+            raise ConfigError(f"--model_kwargs says {name} {value}, but --{name} {settings[name]} is given.")
+        settings[name] = value
+    return f"--model_kwargs is read as {' '.join(f'--{name} {value}' for name, value in given.items())}."
 
 
 def _place_rollout(settings: dict[str, Any], environ: Mapping[str, str]) -> list[str]:

@@ -242,6 +242,16 @@ def test_image_settings_of_the_environment_give_way_to_flags() -> None:
     assert sft("--max_pixels", "5000", environ={"MAX_PIXELS": "5000"}).notices == ()
     films = sft(environ={"FPS": "0.5", "FPS_MAX_FRAMES": "16", "VIDEO_MAX_PIXELS": "50176"}).config
     assert (films.fps, films.fps_max_frames, films.video_max_pixels) == (0.5, 16, 50176)
+    swift = sft("--model_kwargs", '{"fps_max_frames": 12, "fps": 1}')
+    assert (swift.config.fps, swift.config.fps_max_frames) == (1.0, 12)
+    assert swift.notices == ("--model_kwargs is read as --fps_max_frames 12 --fps 1.",)
+    for words, said in (
+        (['{"crop": 1}'], "crop is not built here, only max_pixels"),
+        (["fps=1"], "takes an object in JSON"),
+        (['{"fps": 1}', "--fps", "2"], "says fps 1, but --fps 2 is given"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            sft("--model_kwargs", *words)
     with pytest.raises(ConfigError, match="FPS: 'fast' is not a number above 0"):
         sft(environ={"FPS": "fast"})
     with pytest.raises(ConfigError, match="MAX_PIXELS: 'many' is not a whole number"):

@@ -189,8 +189,9 @@ def assistant_spans(
         if end is None:
             raise DataError(
                 f"the chat template does not write turn {turn} as the row has it once others follow (it may "
-                "leave out earlier thoughts). Train on the last round only (--loss_scale last_round) or use "
-                "another template"
+                "leave out earlier thoughts). Train on the last round only (--loss_scale last_round), make "
+                "it one row for each answer, ending there, or use another template. Trained on as the "
+                "template writes it, an answer without its thought would teach the model not to think"
             )
         spans[turn] = (len(before), end)
     return spans

@@ -24,7 +24,9 @@ class DataOptions(Options):
         0.0, "Share of the training rows set aside for validation when there is no --val_dataset.", ge=0, lt=1
     )
     columns: dict[str, str] = _setting(
-        {}, 'Columns to rename, as JSON: \'{"name in the file": "name that is meant"}\'.'
+        {},
+        'Columns to rename, as JSON: \'{"name in the file": "name that is meant"}\'. An object in the column '
+        'chat_template_kwargs ({"enable_thinking": false}) goes to the chat template with its row.',
     )
     system: str | None = _setting(
         None, "System prompt for rows without one of their own: the text, or the path of a .txt file."
@@ -87,7 +89,8 @@ class DataOptions(Options):
     dataset_cache_dir: str | None = _setting(
         None,
         "SFT and preferences: folder of encoded rows, about as large as the data; what lies in it may be "
-        "deleted. Not set: RAYTUNE_RL_CACHE, else ~/.cache/raytune_rl.",
+        "deleted, and goes when no run has begun with it for 30 days. Not set: RAYTUNE_RL_CACHE, "
+        "else ~/.cache/raytune_rl.",
     )
     dataloader_num_workers: int | None = _setting(
         None,

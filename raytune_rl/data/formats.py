@@ -164,8 +164,12 @@ def _tools(parts: Parts) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
-# What the template is called with anyway.
-_RENDERING = ("conversation", "messages", "tools", "add_generation_prompt", "tokenize", "chat_template")
+# Arguments of a chat template that a row may not give: the conversation itself, and how it is written.
+_RENDERING = {
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs",
+}  # fmt: skip
 
 
 def _template_kwargs(parts: Parts) -> dict[str, Any]:
@@ -176,7 +180,7 @@ def _template_kwargs(parts: Parts) -> dict[str, Any]:
     given = parse_text(value, column) if isinstance(value, str) else value
     if not isinstance(given, dict):
         raise FormatError(f'{column!r} must be an object, such as {{"enable_thinking": false}}')
-    if taken := sorted(given.keys() & set(_RENDERING)):
-        raise FormatError(f"{column!r} sets {', '.join(taken)}, which the row says elsewhere")
+    if taken := sorted(given.keys() & _RENDERING):
+        raise FormatError(f"{column!r} sets {', '.join(taken)}, which no row may")
     # A table of rows has every key in every row.
     return {str(name): argument for name, argument in given.items() if argument is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,15 @@ from raytune_rl.data.mapped import MappedColumns, open_columns, written_whole
 from raytune_rl.data.ragged import Columns
 from raytune_rl.errors import ConfigError, DataError
 from raytune_rl.pipelines.data import Account, MediaPlaces, SourceCounts, TrainConfig
-from raytune_rl.pipelines.encoded_cache import SETS, EncodedSet, Facts, read_entry, write_entry, write_facts
+from raytune_rl.pipelines.encoded_cache import (
+    SETS,
+    EncodedSet,
+    Facts,
+    prune,
+    read_entry,
+    write_entry,
+    write_facts,
+)
 from raytune_rl.pipelines.told import Counted, Tell, while_told
 
 
@@ -127,7 +135,8 @@ def _encoded_sets(
     found = read_entry(entry, bad_rows) if config.load_from_cache_file else None
     if found is not None:
         notice = f"data as encoded before, from {entry} (--load_from_cache_file false encodes it anew)"
-        return [replace(one, facts=_with_notice(one.facts, notice)) for one in found]
+        told = [notice, prune(cache, entry)]
+        return [replace(one, facts=_with_notices(one.facts, told)) for one in found]
     try:
         with written_whole(entry) as folder:
             made = dict(_encode(config, task, bad_rows, places, folder, tell))
@@ -137,12 +146,17 @@ def _encoded_sets(
             f"encoded rows cannot be written to {cache}: {error}. Make room, or name another folder with "
             "--dataset_cache_dir (and with TMPDIR, where rows wait before they are encoded)"
         ) from error
-    return [replace(one, columns=open_columns(str(entry / name))) for name, one in made.items()]
+    told = [prune(cache, entry)]
+    return [
+        replace(one, columns=open_columns(str(entry / name)), facts=_with_notices(one.facts, told))
+        for name, one in made.items()
+    ]
 
 
-def _with_notice(facts: Facts, notice: str) -> Facts:
+def _with_notices(facts: Facts, told: Sequence[str | None]) -> Facts:
     lengths, trained, account, values = facts
-    return lengths, trained, replace(account, notices=(notice, *account.notices)), values
+    notices = tuple(sentence for sentence in told if sentence is not None)
+    return lengths, trained, replace(account, notices=(*notices, *account.notices)), values
 
 
 def _key(config: SFTConfig | PreferenceConfig, task: Task, places: MediaPlaces, tell: Tell) -> str | None:

@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import shutil
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,11 @@ Facts = tuple[NDArray[np.int64], NDArray[np.int64], Account, dict[str, NDArray[n
 
 SETS = ("train", "held_out")
 _ENTRY, _TRAINED = "entry.json", "loss_lengths"
+_NAME = re.compile(r"[0-9a-f]{32}")
+
+UNUSED_DAYS = 30
+"""Entries that no run has begun with for so long are removed by the next run that looks into the cache. A run
+maps its rows from its entry while it trains, and marks it only as it starts: hence so many days."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ def write_entry(folder: Path, accounts: dict[str, Account], quarantines: dict[st
 def read_entry(folder: Path, quarantines: dict[str, Path]) -> list[EncodedSet] | None:
     """The sets of an entry, with its bad rows written to `quarantines`; None if it is not there, is damaged,
     or shows media that have changed."""
+    _mark(folder)  # first: no other run shall remove it from under this one
     try:
         said = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))
         if any(_state(path) != state for path, state in said["media"].items()):
@@ -81,6 +91,38 @@ def read_entry(folder: Path, quarantines: dict[str, Path]) -> list[EncodedSet] |
         EncodedSet(s.columns, (*s.facts[:2], _here(s.facts[2], quarantines[name]), s.facts[3]))
         for name, s in zip(SETS, found, strict=False)
     ]
+
+
+def prune(cache: Path, keep: Path) -> str | None:
+    """Marks an entry as used now, and removes those that have not been for `UNUSED_DAYS`.
+
+    An entry is renamed before it is emptied, so that no other run finds a part of it; what a process that was
+    killed leaves under that name is cleared by `data.mapped.written_whole`. What is no entry stays.
+
+    Returns:
+        A sentence for the user if some were removed.
+    """
+    _mark(keep)
+    removed = 0
+    for entry in [path for path in cache.glob("*") if _NAME.fullmatch(path.name) and path != keep]:
+        with suppress(OSError):
+            if time.time() - (entry / _ENTRY).stat().st_mtime < UNUSED_DAYS * 24 * 3600:
+                continue
+            aside = entry.with_name(f"{entry.name}.tmp-{secrets.token_hex(6)}")
+            entry.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+            removed += 1
+    return (
+        f"{removed} sets of encoded rows, unused for {UNUSED_DAYS} days, removed from {cache}"
+        if removed
+        else None
+    )
+
+
+def _mark(entry: Path) -> None:
+    """Notes that an entry is used now."""
+    with suppress(OSError):  # it is not there, or is somebody else's
+        os.utime(entry / _ENTRY)
 
 
 def _read_set(folder: Path, name: str, account: dict[str, Any]) -> EncodedSet:

@@ -419,5 +419,5 @@ def test_arguments_of_the_chat_template():
     assert convert({**row, "chat_template_kwargs": None}).template_kwargs == {}
     with pytest.raises(RowError, match=r"d.jsonl:3: 'chat_template_kwargs' must be an object"):
         convert({**row, "chat_template_kwargs": [1]})
-    with pytest.raises(RowError, match="sets tokenize, which the row says elsewhere"):
+    with pytest.raises(RowError, match="sets tokenize, which no row may"):
         convert({**row, "chat_template_kwargs": {"tokenize": True}})

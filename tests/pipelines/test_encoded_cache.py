@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from raytune_rl.data.ragged import Ragged
 from raytune_rl.errors import DataError
 from raytune_rl.pipelines.data import MediaPlaces, quarantined
 from raytune_rl.pipelines.data_task import encode_rows_task
+from raytune_rl.pipelines.encoded_cache import UNUSED_DAYS, prune
 from raytune_rl.pipelines.stream import StreamWorker
 from raytune_rl.tiny.model import make_tiny_model
 
@@ -180,3 +182,35 @@ def test_a_stream_sets_a_row_that_is_too_long_aside_once(task: Task, data: Path)
         StreamWorker(*told).window(0)
     assert [facts[2].dropped for _, facts in windows] == [{"longer than max_length 60": 1}] * 3
     assert sorted(json.loads(line)["line"] for line in task.quarantine.read_text().splitlines()) == [4, 7]
+
+
+def test_what_no_run_has_used_for_long_goes_and_nothing_else(tmp_path: Path) -> None:
+    old, kept, recent = (tmp_path / (letter * 32) for letter in "abc")
+    foreign = tmp_path / "notes"
+    for folder in (old, kept, recent, foreign):
+        folder.mkdir()
+        (folder / "entry.json").write_text("{}")
+    long_ago = time.time() - (UNUSED_DAYS + 1) * 24 * 3600
+    for folder in (old, kept, foreign):
+        os.utime(folder / "entry.json", (long_ago, long_ago))
+    told = prune(tmp_path, kept)
+    assert told is not None
+    assert "1 sets of encoded rows, unused for 30 days" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([kept.name, recent.name, "notes"])
+    assert prune(tmp_path, recent) is None, "the entry in use was marked as used"
+    assert kept.exists()
+
+
+def test_a_run_marks_its_entry_and_tells_of_those_that_went(task: Task) -> None:
+    task()
+    (entry,) = task.cache.iterdir()
+    stale = task.cache / ("0" * 32)
+    stale.mkdir()
+    for folder in (entry, stale):
+        (folder / "entry.json").touch()
+        os.utime(folder / "entry.json", (0, 0))
+    found = task()
+    assert task.encoded == 2, "train and held-out rows, once"
+    assert any("removed from" in notice for notice in found[0][2].notices)
+    assert list(task.cache.iterdir()) == [entry]
+    assert (entry / "entry.json").stat().st_mtime > 0

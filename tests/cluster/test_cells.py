@@ -117,7 +117,7 @@ def test_what_is_trained_is_what_others_load(
     world.policy.save(checkpoint, only_model=True)
     again = loaded(kind, tuner, model, checkpoint)
     probe = make_probe(again.config, checkpoint, trust_remote_code=False)
-    assert probe.image == (kind == "vision")
+    assert probe.medium == ("picture" if kind == "vision" else None)
     theirs = logits(again, probe).numpy()
     np.testing.assert_allclose(theirs, mine, rtol=0, atol=2e-5)
     modes = {oct(file.stat().st_mode & 0o777) for file in checkpoint.iterdir() if file.is_file()}

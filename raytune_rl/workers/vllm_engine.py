@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -37,6 +33,7 @@ from raytune_rl.models.load import resolve_path
 from raytune_rl.models.served import LORA_RANKS
 from raytune_rl.runtime.weights import Manifest, find_manifest, read
 from raytune_rl.workers import vllm_plugin
+from raytune_rl.workers.adapter_files import adapter_files
 from raytune_rl.workers.rollout import EnginePrompt, EngineSpec, Piece, Sampling
 from raytune_rl.workers.vllm_media import EngineMedia, check_prompt
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
@@ -97,7 +94,6 @@ class VllmEngine:
         if spec.store is None:
             self._serve_from_disk(spec.adapter)
             return
-        self._adapter_dir = Path(tempfile.mkdtemp(prefix="raytune_rl_adapter_"))
         self._engine.collective_rpc(
             "init_weight_transfer_engine",
             kwargs={"init_info": {"store": spec.store, "timeout_s": spec.pull_timeout_s}},
@@ -244,20 +240,16 @@ class VllmEngine:
         self.version = 0
 
     def _load_adapter(self, manifest: Manifest) -> None:
-        """Hands LoRA tensors to vLLM, which reads adapters from a directory; each version has a name of its
-        own.
+        """Hands LoRA tensors to vLLM, which reads adapters from a directory, at once and only once; each
+        version has a name of its own.
         """
-        directory = self._adapter_dir / str(manifest.version)
-        directory.mkdir()
         tensors = {name: tensor.clone() for name, tensor in read(manifest, self._spec.pull_timeout_s)}
-        save_file(tensors, directory / "adapter_model.safetensors")
-        (directory / "adapter_config.json").write_text(manifest.adapter_config or "{}")
-        fresh = LoRARequest(f"policy-{manifest.version}", manifest.version + 1, str(directory))
-        if self._adapter is not None:
-            self._engine.remove_lora(self._adapter.lora_int_id)
-        self._engine.add_lora(fresh)
-        self._adapter = fresh
-        shutil.rmtree(directory)
+        with adapter_files(tensors, manifest.adapter_config) as directory:
+            fresh = LoRARequest(f"policy-{manifest.version}", manifest.version + 1, str(directory))
+            if self._adapter is not None:
+                self._engine.remove_lora(self._adapter.lora_int_id)
+            self._engine.add_lora(fresh)
+            self._adapter = fresh
 
 
 def engine_args(spec: EngineSpec) -> dict[str, Any]:

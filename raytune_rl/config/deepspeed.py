@@ -39,7 +39,7 @@ _BUCKETS: dict[str, Any] = {
     "allgather_bucket_size": 2e8,
     "overlap_comm": False,
     "reduce_scatter": True,
-    "reduce_bucket_size": 2e8,
+    "reduce_bucket_size": "auto",  # 2e8, or the model's own size where that is less
     "contiguous_gradients": True,
 }
 _STAGE3: dict[str, Any] = {

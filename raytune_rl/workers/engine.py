@@ -36,16 +36,18 @@ def start_engine(module: torch.nn.Module, spec: OptimizerSpec, dtype: torch.dtyp
     import deepspeed
 
     deepspeed.init_distributed()
+    trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameter_groups(module, spec.weight_decay),
         lr=spec.learning_rate,
         betas=spec.betas,
         eps=spec.epsilon,
+        # One pass over memory; on a CPU, torch's default makes fresh arrays as large as the model.
+        fused=True if all(p.device.type == "cpu" for p in trainable) else None,
     )
-    trainable = [p for p in module.parameters() if p.requires_grad]
     # Buckets larger than the model only cost memory.
     preferred = {"zero_optimization.reduce_bucket_size": min(sum(map(numel_of, trainable)), int(2e8))}
-    sharded = spec.deepspeed.get("zero_optimization", {}).get("stage") == 3
+    sharded = spec.deepspeed.get("zero_optimization", {}).get("stage") in (1, 2, 3)
     config = fill_auto(spec.deepspeed, _known(spec, trainable, dtype), preferred if sharded else None)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if hasattr(engine.optimizer, "fp32_groups"):

@@ -25,7 +25,7 @@ def test_zero2_is_the_default_and_has_the_values_of_ms_swift() -> None:
         "allgather_bucket_size": 2e8,
         "overlap_comm": False,
         "reduce_scatter": True,
-        "reduce_bucket_size": "auto",
+        "reduce_bucket_size": "auto",  # 2e8, or the model where it is smaller
         "contiguous_gradients": True,
     }
 

@@ -96,7 +96,7 @@ class MultiTurnScheduler:
 
     def on_trajectory_start(self, requests: Sequence[Request]) -> Any:
         """Called with all conversations before their first turn. May change their messages, of prompts
-        without pictures.
+        without media.
         """
 
     def on_turn_end(

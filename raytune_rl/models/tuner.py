@@ -93,7 +93,7 @@ def _apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Sequ
 
 
 def trains_vision(model: nn.Module) -> bool:
-    """Whether something that only pictures pass through is trainable: the vision tower or the aligner."""
+    """Whether something that only media pass through is trainable: a tower or the aligner."""
     inner = hf_model(model)
     part_of = _parts(inner)
     return any(p.requires_grad and part_of(name) != "llm" for name, p in inner.named_parameters())

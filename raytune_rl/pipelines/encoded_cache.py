@@ -4,7 +4,7 @@ An entry is a folder that is whole or absent:
 
     train/, held_out/              the columns (see `data.mapped`)
     train.facts/, held_out.facts/  one number a row: trained tokens, and what the data say of the row
-    entry.json                     the accounts, and the picture files as they were
+    entry.json                     the accounts, and the media files as they were
     quarantine.jsonl               what was wrong with the rows left out (and quarantine-val.jsonl)
 """
 

@@ -21,8 +21,8 @@ RUN_COLUMNS = (
     "num_turns", "rollout_infos", "response_token_ids",
 )  # fmt: skip
 """What reward functions receive beside the data set's columns: names of ms-swift, and `completion_tokens`.
-`response_token_ids` are the tokens that the model sampled, of all its turns. Rows with media have `images`, `videos`,
-`audios` too, see `workers.reward`."""
+`response_token_ids` are the tokens that the model sampled, of all its turns. Rows with media have `images`,
+`videos` and `audios` too, see `workers.reward`."""
 
 FailureKind = Literal["exception", "timeout", "crash", "invalid"]
 

@@ -32,8 +32,8 @@ def test_most_changed_compares_a_prompts_first_and_last_step() -> None:
         row(3, "down", "poor", 0.5),
         row(3, "down", "none", None),
         row(1, "once", "x", 5.0),
-        row(1, "what is it?", "a cat", 1.0, images=["cat.png"]),
-        row(3, "what is it?", "a dog", 0.0, images=["dog.png"]),
+        row(1, "what is it?", "a cat", 1.0, media=["cat.png"]),
+        row(3, "what is it?", "a dog", 0.0, media=["dog.png"]),
     ]
     changed = most_changed(rows)
     assert [(c.prompt, c.change) for c in changed] == [("up", 1.5), ("down", -0.5)]

@@ -19,8 +19,6 @@ IDLE: dict[str, tuple[tuple[str, ...], str]] = {
     "dataloader_persistent_workers": (_ANY, "rows are read from Ray's shared memory"),
     "dataloader_prefetch_factor": (_ANY, "rows are read from Ray's shared memory"),
     "enable_flattened_weight_sync": (_ANY, "weights always travel in large flat buckets"),
-    "save_strategy": (("steps",), "checkpoints are written every --save_steps steps and at the end"),
-    "eval_strategy": (("steps",), "evaluation runs every --eval_steps steps, given validation data"),
     "logging_strategy": (("steps",), "lines are logged every --logging_steps steps"),
     "logging_first_step": (_TRUE, "step 1 is always logged"),
     "optim": (("adamw_torch", "adamw_torch_fused"), "the optimizer is PyTorch's AdamW"),

@@ -37,14 +37,10 @@ def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str
     why = "held-out rows are evaluated together, --max_tokens_per_micro_batch tokens at a time"
     yield from _idle(config, ("per_device_eval_batch_size",), why)
     if not resolved.has_validation(config):
-        names = ("eval_steps", "num_generations_eval", "eval_temperature")
+        names = ("eval_strategy", "eval_steps", "num_generations_eval", "eval_temperature")
         why = "there is no validation data (--val_dataset or --split_dataset_ratio)"
         yield from _idle(config, names, why)
-    elif config.save_steps % resolved.eval_steps(config):
-        yield (
-            f"--save_steps {config.save_steps} and --eval_steps {resolved.eval_steps(config)}: only "
-            "checkpoints of steps that both divide are evaluated and can be the best one."
-        )
+    yield from _when(config)
     if config.train_type == "full":
         lora = (
             "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "target_regex", "modules_to_save",
@@ -66,6 +62,30 @@ def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str
         yield (
             f"--deepspeed: {' and '.join(unused)} of the configuration {'do' if unused[1:] else 'does'} "
             "nothing: AdamW and its schedule follow --learning_rate, --lr_scheduler_type and their like."
+        )
+
+
+def _when(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str]:
+    """Of when to save and when to evaluate."""
+    evaluates, save = resolved.has_validation(config), config.save_strategy
+    evaluation = resolved.eval_strategy(config)
+    if evaluates and evaluation == "epoch":
+        said = "--eval_strategy is" if config.eval_strategy else "--eval_strategy follows --save_strategy"
+        yield from _idle(config, ("eval_steps",), f"{said} epoch")
+    by_save_steps = evaluates and evaluation == "steps" and config.eval_steps is None
+    if save == "epoch" and not by_save_steps:
+        yield from _idle(config, ("save_steps",), "--save_strategy is epoch")
+    if not evaluates or save == evaluation == "epoch":
+        return
+    if save != evaluation:
+        yield (
+            f"--save_strategy {save} and --eval_strategy {evaluation}: only checkpoints of steps at which "
+            "both fall together are evaluated and can be the best one."
+        )
+    elif config.save_steps % resolved.eval_steps(config):
+        yield (
+            f"--save_steps {config.save_steps} and --eval_steps {resolved.eval_steps(config)}: only "
+            "checkpoints of steps that both divide are evaluated and can be the best one."
         )
 
 

@@ -46,9 +46,24 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
     return -int(-config.warmup_ratio * total_steps // 1)
 
 
+def eval_strategy(config: TrainConfig) -> Literal["steps", "epoch"]:
+    """As `save_strategy`, unless given."""
+    return config.eval_strategy or config.save_strategy
+
+
 def eval_steps(config: TrainConfig) -> int:
     """As `save_steps`, unless given."""
     return config.save_steps if config.eval_steps is None else config.eval_steps
+
+
+def checkpoint_interval(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps from one checkpoint to the next."""
+    return steps_per_epoch if config.save_strategy == "epoch" else config.save_steps
+
+
+def evaluation_interval(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps from one evaluation to the next."""
+    return steps_per_epoch if eval_strategy(config) == "epoch" else eval_steps(config)
 
 
 def truncation_strategy(config: TrainConfig) -> str:

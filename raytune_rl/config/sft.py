@@ -54,6 +54,12 @@ class SupervisedOptions(Options):
     def _check_streaming(self) -> None:
         if getattr(self, "max_steps", 1) < 1:
             raise ConfigError("--streaming true needs --max_steps: how many rows a stream has is not known.")
+        for name in ("save", "eval"):
+            if getattr(self, f"{name}_strategy", None) == "epoch":
+                raise ConfigError(
+                    f"--{name}_strategy epoch needs to know where an epoch ends, which --streaming true does "
+                    f"not: give --{name}_steps instead."
+                )
         if getattr(self, "split_dataset_ratio", 0) > 0:
             raise ConfigError(
                 "--split_dataset_ratio cannot set aside a share of a stream: name the rows with "

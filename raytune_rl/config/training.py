@@ -77,6 +77,11 @@ class TrainingOptions(Options):
 
     output_dir: str = _output("output", "Folder of the run.")
     add_version: bool = _output(True, "Write into a new sub-folder vN-<time> of --output_dir.")
+    save_strategy: Literal["steps", "epoch"] = _output(
+        "steps",
+        "When to write a checkpoint beside the one of the last step: every --save_steps steps, or at the end "
+        "of each epoch.",
+    )
     save_steps: int = _output(
         500, "Optimizer steps between checkpoints; the last step is always saved.", ge=1
     )
@@ -85,6 +90,11 @@ class TrainingOptions(Options):
     )
     save_only_model: bool = _output(
         False, "Save the weights only: smaller checkpoints, which cannot be resumed."
+    )
+    eval_strategy: Literal["steps", "epoch"] | None = _output(
+        None,
+        "When to evaluate, given validation data, beside before the first step and after the last: every "
+        "--eval_steps steps, or at the end of each epoch. Not set: as --save_strategy.",
     )
     eval_steps: int | None = _output(
         None, "Optimizer steps between evaluations, given validation data. Not set: as --save_steps.", ge=1

@@ -258,7 +258,7 @@ class OfflineRun:
 
     def train(self) -> None:
         """One batch, one optimizer step, until the schedule ends."""
-        run, config = self.run, self.config
+        run, config, epoch = self.run, self.config, self.schedule.steps_per_epoch
         if run.step == 0:
             self.evaluate()
         run.timer.finish()
@@ -266,9 +266,9 @@ class OfflineRun:
             self.train_step(self.next_units())
             last = run.step >= self.schedule.total_steps or run.stop_requested
             with run.timer.paused():
-                if last or run.step % resolved.eval_steps(config) == 0:
+                if last or run.step % resolved.evaluation_interval(config, epoch) == 0:
                     self.evaluate()
-                if last or run.step % config.save_steps == 0:
+                if last or run.step % resolved.checkpoint_interval(config, epoch) == 0:
                     run.save(self.policy, self.position)
 
     def next_units(self) -> Units:

@@ -14,6 +14,7 @@ from raytune_rl.pipelines.data import Account, TokenSet, quarantined
 from raytune_rl.pipelines.report import (
     cluster_section,
     data_section,
+    epochs_not_reached,
     group_plans,
     next_commands,
     output_section,
@@ -77,9 +78,9 @@ def plan_of(
                 shape.unit,
             ),
             Section("Training", rows),
-            output_section(config, origin),
+            output_section(config, origin, schedule),
         ],
-        notices,
+        [*notices, *epochs_not_reached(config, schedule)],
     )
 
 

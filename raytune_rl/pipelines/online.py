@@ -325,14 +325,14 @@ class OnlineRun:
         """What is due: the reference's move, evaluation, checkpoint. A step inside a generation counts at its
         end.
         """
-        run, config = self.run, self.config
+        run, config, epoch = self.run, self.config, self.schedule.steps_per_epoch
         per = self.schedule.batch.optimizer_steps_per_generation * config.num_iterations
         moves = config.sync_ref_model and due(run.step, per, config.ref_model_sync_steps)
         if moves and isinstance(self.reference, ReferenceGroup):
             self.reference.mix(self.published, config.ref_model_mixup_alpha)
-        if last or run.stop_requested or due(run.step, per, resolved.eval_steps(config)):
+        if last or run.stop_requested or due(run.step, per, resolved.evaluation_interval(config, epoch)):
             self.evaluate()
-        if last or run.stop_requested or due(run.step, per, config.save_steps):
+        if last or run.stop_requested or due(run.step, per, resolved.checkpoint_interval(config, epoch)):
             state = {
                 "generation": generation,
                 "max_gap": self.max_gap,

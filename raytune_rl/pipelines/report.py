@@ -13,7 +13,7 @@ import numpy as np
 
 from raytune_rl.algorithms.advantages import AdvantageResult
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
-from raytune_rl.config.batching import GRPOSchedule
+from raytune_rl.config.batching import GRPOSchedule, SFTSchedule
 from raytune_rl.pipelines import launch, wire
 from raytune_rl.pipelines.data import Account, PromptSet, quarantined
 from raytune_rl.pipelines.experience import Experience
@@ -73,7 +73,7 @@ def online_plan(
     if groups.on_gpu:
         share = launch.gpu_share(config, groups)
         extra.append(f"vLLM takes {share:.0%} of each of its GPUs' memory (--vllm_gpu_memory_utilization)")
-    if per > 1 and config.save_steps % per:
+    if per > 1 and config.save_strategy == "steps" and config.save_steps % per:
         extra.append(
             f"a generation feeds {per} optimizer steps and checkpoints are written between generations: "
             f"--save_steps {config.save_steps} takes effect at the end of the generation it falls into"
@@ -82,6 +82,7 @@ def online_plan(
         extra.append(
             "dynamic sampling draws further prompts for those that teach nothing, so the run goes through "
             "the data faster than its steps tell; the metric `epoch` counts what was drawn"
+            + (", --save_strategy and --eval_strategy epoch count steps" if _epochs_asked(config) else "")
         )
     elif schedule.prompts_unused_per_epoch:
         extra.append(
@@ -99,9 +100,9 @@ def online_plan(
             ),
             generation.section(),
             Section("Algorithm", in_words(config)),
-            output_section(config, origin),
+            output_section(config, origin, schedule),
         ],
-        [*notices, *extra],
+        [*notices, *epochs_not_reached(config, schedule), *extra],
     )
 
 
@@ -181,14 +182,33 @@ def _held_out_lines(train: Account, held_out: Account, rows: int, unit: str) -> 
     return lines
 
 
-def output_section(config: TrainConfig, origin: Origin) -> Section:
-    rows = [
-        ("folder", str(origin.run_dir.path)),
-        ("checkpoint every", f"{config.save_steps:,} steps and at the end"),
-    ]
+def output_section(config: TrainConfig, origin: Origin, schedule: GRPOSchedule | SFTSchedule) -> Section:
+    often = f"{resolved.checkpoint_interval(config, schedule.steps_per_epoch):,} steps"
+    if config.save_strategy == "epoch":
+        often = f"epoch ({often})"
+    rows = [("folder", str(origin.run_dir.path)), ("checkpoint every", f"{often} and at the end")]
     if origin.checkpoint is not None:
         rows.append(("goes on from", f"{origin.checkpoint.name}, step {origin.step:,}"))
     return Section("Output", rows)
+
+
+def _epochs_asked(config: TrainConfig) -> list[str]:
+    """The flags that ask for something at the end of each epoch, where it can be."""
+    asked = ["--save_strategy epoch"] if config.save_strategy == "epoch" else []
+    if resolved.has_validation(config) and resolved.eval_strategy(config) == "epoch":
+        asked.append("--eval_strategy epoch")
+    return asked
+
+
+def epochs_not_reached(config: TrainConfig, schedule: GRPOSchedule | SFTSchedule) -> list[str]:
+    """A notice if the run ends before its first epoch does, although something should happen then."""
+    asked = _epochs_asked(config)
+    if not asked or schedule.total_steps >= schedule.steps_per_epoch:
+        return []
+    return [
+        f"{' and '.join(asked)}: the run ends after {schedule.total_steps:,} of the "
+        f"{schedule.steps_per_epoch:,} steps of its first epoch, so this happens at its end alone"
+    ]
 
 
 # -- during

@@ -35,13 +35,17 @@ def test_the_tables_fit_the_settings() -> None:
 def test_what_happens_anyway_is_read_and_anything_else_refused() -> None:
     argv = ["--model", "m", "--dataset", "d"]
     read = parse(
-        [*argv, "--save_strategy", "steps", "--lazy_tokenize", "--optim", "adamw_torch"],
+        [*argv, "--logging_strategy", "steps", "--lazy_tokenize", "--optim", "adamw_torch"],
         SFTConfig,
         environ={},
     )
     assert len(read.notices) == 3
     assert all("does nothing" in notice for notice in read.notices)
-    for wrong in (["--save_strategy", "epoch"], ["--optim", "adafactor"], ["--logging_first_step", "false"]):
+    for wrong in (
+        ["--logging_strategy", "epoch"],
+        ["--optim", "adafactor"],
+        ["--logging_first_step", "false"],
+    ):
         with pytest.raises(ConfigError, match="is not built here, only"):
             parse([*argv, *wrong], SFTConfig, environ={})
 

@@ -158,6 +158,15 @@ def test_defaults_that_depend_on_others() -> None:
     assert resolved.epsilon_high(rlhf(epsilon_high=0.28)) == 0.28
     assert resolved.num_generations_eval(rlhf(num_generations=4)) == 4
     assert resolved.eval_steps(sft(save_steps=7)) == 7
+    for settings, save, evaluate in (
+        ({}, 500, 500),
+        ({"save_steps": 7, "eval_steps": 3}, 7, 3),
+        ({"save_strategy": "epoch"}, 20, 20),
+        ({"save_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 3}, 20, 3),
+        ({"eval_strategy": "epoch", "save_steps": 7}, 7, 20),
+    ):
+        assert resolved.checkpoint_interval(sft(**settings), 20) == save
+        assert resolved.evaluation_interval(sft(**settings), 20) == evaluate
     assert resolved.truncation_strategy(sft()) == "delete"
     assert resolved.truncation_strategy(rlhf()) == "left"
     assert resolved.reward_weights(rlhf()) == (1.0, 1.0)

@@ -258,6 +258,9 @@ def test_image_settings_of_the_environment_give_way_to_flags() -> None:
         sft(environ={"MAX_PIXELS": "many"})
 
 
+EVALUATED = ["--val_dataset", "v", "--num_generations_eval", "1"]
+
+
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
@@ -268,8 +271,25 @@ def test_image_settings_of_the_environment_give_way_to_flags() -> None:
         (["--lr_scheduler_type", "constant", "--warmup_steps", "3"], "--warmup_steps does nothing"),
         (["--target_regex", "a", "--target_modules", "b"], "--target_modules does nothing"),
         (
-            ["--save_steps", "3", "--eval_steps", "2", "--val_dataset", "v", "--num_generations_eval", "1"],
+            ["--save_steps", "3", "--eval_steps", "2", *EVALUATED],
             "only checkpoints of steps that both divide",
+        ),
+        (
+            ["--save_strategy", "epoch", "--save_steps", "3"],
+            "--save_steps does nothing: --save_strategy is epoch",
+        ),
+        (["--eval_strategy", "epoch"], "--eval_strategy does nothing: there is no validation data"),
+        (
+            ["--eval_strategy", "epoch", "--eval_steps", "2", *EVALUATED],
+            "--eval_steps does nothing: --eval_strategy is epoch",
+        ),
+        (
+            ["--save_strategy", "epoch", "--eval_steps", "2", *EVALUATED],
+            "--eval_steps does nothing: --eval_strategy follows --save_strategy",
+        ),
+        (
+            ["--save_strategy", "epoch", "--eval_strategy", "steps", *EVALUATED],
+            "only checkpoints of steps at which both fall together",
         ),
         (["--vllm_mode", "server"], "--vllm_mode server is read as --colocate false"),
         (["--colocate", "false", "--sleep_level", "1"], "--sleep_level does nothing"),
@@ -279,6 +299,14 @@ def test_image_settings_of_the_environment_give_way_to_flags() -> None:
 def test_what_cannot_act_is_told(argv: list[str], part: str) -> None:
     assert len([n for n in rlhf(*argv).notices if part in n]) == 1
     assert rlhf().notices == ()
+
+
+def test_what_acts_at_the_end_of_an_epoch_is_told_of_nothing() -> None:
+    both = ["--save_strategy", "epoch", "--eval_strategy", "epoch", "--save_total_limit", "2", *EVALUATED]
+    # Evaluation every so many steps: as many as between checkpoints, were those written by steps.
+    steps = ["--save_strategy", "epoch", "--eval_strategy", "steps", "--save_steps", "3", *EVALUATED]
+    assert rlhf(*both).notices == rlhf("--save_strategy", "steps", "--save_steps", "3").notices == ()
+    assert "does nothing" not in "".join(rlhf(*steps).notices)
 
 
 def test_help_names_every_flag_once_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,14 @@ def test_bad_rows_are_counted_and_do_not_move_the_windows(tmp_path: Path) -> Non
     ("settings", "message"),
     [
         ({}, "--streaming true needs --max_steps"),
+        (
+            {"max_steps": 5, "save_strategy": "epoch"},
+            "--save_strategy epoch needs to know .*: give --save_steps",
+        ),
+        (
+            {"max_steps": 5, "eval_strategy": "epoch"},
+            "--eval_strategy epoch needs to know .*: give --eval_steps",
+        ),
         ({"max_steps": 3, "split_dataset_ratio": 0.1}, "--split_dataset_ratio cannot set aside"),
         ({"max_steps": 3, "dataset": "a.jsonl#100"}, "--dataset a.jsonl#100: rows cannot be drawn"),
     ],

@@ -64,6 +64,19 @@ def test_pairs_are_counted_as_pairs(tmp_path: Path) -> None:
     )
 
 
+def test_when_checkpoints_are_written_is_told(tmp_path: Path) -> None:
+    """4 pairs, 2 a step."""
+    small = {"rlhf_type": "dpo", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    assert "500 steps and at the end" in plan(tmp_path, 8, {}, **small)
+    whole = plan(tmp_path, 8, {}, save_strategy="epoch", max_steps=2, **small)
+    assert "epoch (2 steps) and at the end" in whole
+    assert "first epoch" not in whole
+    short = plan(tmp_path, 8, {}, save_strategy="epoch", max_steps=1, **small)
+    assert "--save_strategy epoch: the run ends after 1 of the 2 steps of its first epoch" in short
+    short = plan(tmp_path, 8, {}, eval_strategy="epoch", split_dataset_ratio=0.5, max_steps=1, **small)
+    assert "--eval_strategy epoch: the run ends after 1 of the 2 steps" in short
+
+
 def test_rows_of_kto_are_counted_without_their_counterparts(tmp_path: Path) -> None:
     labels = {"label": np.repeat([1.0, 0.0, 1.0, 1.0], 2)}
     said = plan(tmp_path, 8, labels, rlhf_type="kto")

@@ -30,14 +30,16 @@ def reward_model(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(cluster: None, tiny: Tiny, reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Two generations of two mini-batches, each trained on twice; what the driver received is kept."""
+    """Two generations of two mini-batches, each trained on twice, an epoch each; what the driver received is
+    kept.
+    """
     import ray
 
     output = tmp_path_factory.mktemp("ppo")
     (output / "plugin.py").write_text(PLUGIN)
     config = PPOConfig(
         model=str(tiny.untied),
-        dataset=str(tiny.data.train),
+        dataset=f"{tiny.data.train}#16",
         reward_funcs=["digits"],
         reward_model=[str(reward_model)],
         reward_weights=[1.0, 0.1],
@@ -52,7 +54,7 @@ def finished(cluster: None, tiny: Tiny, reward_model: Path, tmp_path_factory: py
         missing_eos_penalty=0.5,
         max_steps=8,
         logging_steps=1,
-        save_steps=4,
+        save_strategy="epoch",
         output_dir=str(output / "out"),
         log_completions=True,
     )

@@ -68,10 +68,27 @@ def steps(run: Path) -> list[dict[str, float]]:
     return [line for line in lines if "loss" in line]
 
 
+def evaluated(run: Path) -> list[str]:
+    """Steps of all steps at which there was an evaluation."""
+    lines = [json.loads(line) for line in (run / "logging.jsonl").read_text().splitlines()]
+    return [line["global_step/max_steps"] for line in lines if "eval_loss" in line]
+
+
 def test_dpo_learns_the_same_on_one_rank_and_on_two_and_resumes_exactly(toy: Toy) -> None:
-    settings: dict[str, Any] = {"rpo_alpha": 0.1, "save_only_model": False, "save_steps": 2}
+    """32 pairs, 16 a step: the checkpoint gone on from is the one of the first epoch's end."""
+    settings: dict[str, Any] = {
+        "dataset": f"{toy.files.pairs}#32",
+        "rpo_alpha": 0.1,
+        "save_only_model": False,
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "eval_steps": None,
+    }
     one = toy.run("dpo", **settings, max_tokens_per_micro_batch=800)
     before, after = one.before, one.after
+    assert sorted(p.name for p in one.run_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert evaluated(one.run_dir) == ["0/4", "2/4", "4/4"]
+    assert one.best_checkpoint == one.run_dir / "checkpoint-4"
     # The policy is its own reference at first: no margin, and the loss of a coin.
     assert before["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert before["eval_loss"] - 0.1 * before["eval_nll_loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -98,6 +115,7 @@ def test_dpo_learns_the_same_on_one_rank_and_on_two_and_resumes_exactly(toy: Toy
     repeated = steps(one.run_dir)
     assert [line["loss"] for line in repeated] == [line["loss"] for line in whole]
     assert again.after == after
+    assert evaluated(one.run_dir) == ["0/4", "2/4", "4/4"]
 
 
 @pytest.mark.parametrize(

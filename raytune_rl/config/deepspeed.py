@@ -1,7 +1,7 @@
 """DeepSpeed configurations: presets by name, a JSON file, or JSON itself.
 
-The presets have the values of ms-swift's presets of the same names. `"auto"` marks what the policy worker
-fills in from the run's own settings (`fill_auto`).
+The presets have the values of ms-swift's presets of the same names, but a bucket is never larger than what is
+trained. `"auto"` marks what the policy worker fills in from the run's own settings (`fill_auto`).
 """
 
 from __future__ import annotations

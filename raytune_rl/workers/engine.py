@@ -47,8 +47,8 @@ def start_engine(module: torch.nn.Module, spec: OptimizerSpec, dtype: torch.dtyp
     )
     # Buckets larger than the model only cost memory.
     preferred = {"zero_optimization.reduce_bucket_size": min(sum(map(numel_of, trainable)), int(2e8))}
-    sharded = spec.deepspeed.get("zero_optimization", {}).get("stage") in (1, 2, 3)
-    config = fill_auto(spec.deepspeed, _known(spec, trainable, dtype), preferred if sharded else None)
+    zero = spec.deepspeed.get("zero_optimization", {}).get("stage") in (1, 2, 3)
+    config = fill_auto(spec.deepspeed, _known(spec, trainable, dtype), preferred if zero else None)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if hasattr(engine.optimizer, "fp32_groups"):
         _undo_first_step(engine.optimizer)

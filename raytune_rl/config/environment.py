@@ -30,7 +30,7 @@ def apply(
 
 def _media(settings: dict[str, Any], flags: Mapping[str, Flag], environ: Mapping[str, str]) -> list[str]:
     notices = []
-    for name, read in _MEDIA.items():
+    for name, read in {**MEDIA_LIMITS, "root_image_dir": _as_it_is}.items():
         value = environ.get(name.upper())
         if not value or name not in flags:
             continue
@@ -128,10 +128,14 @@ def _visible_workers(
     return [f"{said} is read as --policy_workers {devices}."]
 
 
-_MEDIA: dict[str, Callable[[str, str], Any]] = {
+def _as_it_is(_: str, value: str) -> str:
+    return value
+
+
+MEDIA_LIMITS: dict[str, Callable[[str, str], Any]] = {
     "max_pixels": whole_number,
     "video_max_pixels": whole_number,
     "fps": positive_number,
     "fps_max_frames": whole_number,
-    "root_image_dir": lambda _, value: value,
 }
+"""Settings of how much of a medium is shown, and what reads them out of a variable."""

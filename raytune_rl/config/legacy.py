@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from raytune_rl.config.environment import visible_devices, whole_number
+from raytune_rl.config.environment import MEDIA_LIMITS, visible_devices, whole_number
 from raytune_rl.config.flags import Flag
 from raytune_rl.config.not_offered import IDLE, IDLE_ONLY_WITH
 from raytune_rl.errors import ConfigError
@@ -33,9 +33,6 @@ RENAMED = {
 
 REMOVED = ("vllm_device", "num_infer_workers")
 """Names without a setting of their own, read by `translate`."""
-
-_MODEL_KWARGS = ("max_pixels", "video_max_pixels", "fps", "fps_max_frames")
-"""Keys of ms-swift's --model_kwargs that are settings here."""
 
 EXTERNAL_SERVER = (
     "vllm_server_host",
@@ -111,8 +108,8 @@ def _media_settings(settings: dict[str, Any]) -> str:
         if not isinstance(given, Mapping):
             raise ConfigError(f'--model_kwargs takes an object in JSON, such as {{"fps": 1}}, not {said!r}.')
     for name, value in given.items():
-        if name not in _MODEL_KWARGS:
-            raise ConfigError(f"--model_kwargs: {name} is not built here, only {', '.join(_MODEL_KWARGS)}.")
+        if name not in MEDIA_LIMITS:
+            raise ConfigError(f"--model_kwargs: {name} is not built here, only {', '.join(MEDIA_LIMITS)}.")
         if str(settings.get(name, value)) != str(value):
             raise ConfigError(f"--model_kwargs says {name} {value}, but --{name} {settings[name]} is given.")
         settings[name] = value

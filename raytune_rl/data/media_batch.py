@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.data.collate import MicroBatch, collate
 from raytune_rl.data.example import Kind
-from raytune_rl.data.media_processor import MediaProcessor
+from raytune_rl.data.media_processor import Decoded, MediaProcessor
 from raytune_rl.data.media_table import Medium
 from raytune_rl.data.pixels_ahead import Key, PixelsAhead, key_of
 
@@ -52,6 +52,7 @@ class MediaCollator:
         self.media = media
         self._dtype = dtype
         self._always = tuple(always)
+        self._samples: dict[tuple[Kind, ...], tuple[NDArray[np.int32], list[Decoded], Pixels]] = {}
         self._cache = _Cache(cache_bytes)
         self._ahead = PixelsAhead(self._make, threads)
 
@@ -79,16 +80,18 @@ class MediaCollator:
         parts = [self._of_row(row) for row in media if row]
         shown = {medium.kind for row in media for medium in row}
         missing = [kind for kind in self._always if kind not in shown]
+        decoded: list[list[Decoded]] = []
         if missing:
-            sample, decoded = self.media.sample(missing)
+            sample, grey, made = self._sample(tuple(missing))
             rows.append(sample)
             masks.append(np.zeros(len(sample), dtype=np.bool_))
-            parts.append(self.media.pixels([decoded]))
+            decoded.append(grey)
+            parts.append(made)
         pixels = _joined(parts)
         if pixels is None:
             # Rows that the processor would pad to each other's shape (tiles, several pictures a row): let it.
             known = [[self.media.read(medium) for medium in row] for row in media if row]
-            pixels = self.media.pixels([*known, decoded] if missing else known)
+            pixels = self.media.pixels([*known, *decoded])
         micro = collate(rows, masks, layout="padded", pad_token_id=pad_token_id)
         types = self.media.token_types(micro.input_ids.numpy())
         types *= 0 if micro.attention_mask is None else micro.attention_mask.numpy()
@@ -102,6 +105,14 @@ class MediaCollator:
             inputs[self.media.type_name] = torch.from_numpy(types)
         ends = micro.row_ends[: len(tokens)]
         return replace(micro, position_ids=None, n_rows=len(tokens), row_ends=ends, model_inputs=inputs)
+
+    def _sample(self, kinds: tuple[Kind, ...]) -> tuple[NDArray[np.int32], list[Decoded], Pixels]:
+        """The row that is put behind others for these kinds: tokens, media and what the model takes of them;
+        made once."""
+        if kinds not in self._samples:
+            tokens, grey = self.media.sample(kinds)
+            self._samples[kinds] = tokens, grey, self.media.pixels([grey])
+        return self._samples[kinds]
 
     def _of_row(self, row: Sequence[Medium]) -> Pixels:
         key = key_of(row)

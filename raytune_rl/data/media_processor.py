@@ -32,12 +32,8 @@ if TYPE_CHECKING:
 _OF_TEXT = {"input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets"}
 # One number a token saying which are placeholders, under the names that families have for it.
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
-# Where a processor lists the tokens that stand for features, in the order of their types.
-_PLACEHOLDERS: tuple[tuple[Kind, str], ...] = (
-    ("image", "image_token_ids"),
-    ("video", "video_token_ids"),
-    ("audio", "audio_token_ids"),
-)
+# The type of a kind's placeholders, as Transformers numbers them.
+_TYPE_OF = {kind: number for number, kind in enumerate(KINDS.values(), 1)}
 _TAG_OF = {kind: TAGS[column] for column, kind in KINDS.items()}
 
 
@@ -217,15 +213,15 @@ class MediaProcessor:
     def token_types(self, tokens: NDArray) -> NDArray[np.int64]:
         """1 for image placeholders, 2 for video, 3 for audio, 0 for text; int64 in the shape of `tokens`."""
         types = np.zeros(tokens.shape, dtype=np.int64)
-        for number, (_, name) in enumerate(_PLACEHOLDERS, 1):
-            types[np.isin(tokens, self._ids(name))] = number
+        for kind, number in _TYPE_OF.items():
+            types[np.isin(tokens, self._ids(kind))] = number
         return types
 
     @cached_property
     def placeholder_ids(self) -> tuple[int, ...]:
         """All tokens that stand for features of images, videos or audio. A completion must have none: there
         would be nothing to put in its place."""
-        return tuple(sorted({token for _, name in _PLACEHOLDERS for token in self._ids(name)}))
+        return tuple(sorted({token for kind in _TYPE_OF for token in self._ids(kind)}))
 
     @cached_property
     def placeholders(self) -> tuple[str, ...]:
@@ -256,13 +252,13 @@ class MediaProcessor:
         Raises:
             DataError: The model would make another number of features than there are placeholders.
         """
-        for number, kind in enumerate(("image", "video"), 1):
+        for kind in ("image", "video"):
             grid = output.get(f"{kind}_grid_thw")
             merge = getattr(getattr(self.processor, f"{kind}_processor", None), "merge_size", None)
             if merge is None or (grid is None and output):
                 continue
             features = 0 if grid is None else int(np.asarray(grid).prod(-1).sum()) // merge**2
-            written = int((types == number).sum())
+            written = int((types == _TYPE_OF[kind]).sum())
             if features != written:
                 raise DataError(
                     f"{written} {kind} tokens for {features} features of {whose} {kind}s; was the data "
@@ -301,8 +297,10 @@ class MediaProcessor:
         # A video with fewer frames than the rule asks for is shown whole.
         return [int(number) for number in chosen] or list(range(metadata["total_num_frames"]))
 
-    def _ids(self, name: str) -> list[int]:
-        return [token for token in getattr(self.processor, name, None) or () if token is not None]
+    def _ids(self, kind: Kind) -> list[int]:
+        """The tokens that stand for features of a kind."""
+        listed = getattr(self.processor, f"{kind}_token_ids", None) or ()
+        return [token for token in listed if token is not None]
 
     def _call(self, text: str, media: Sequence[Decoded]) -> Mapping[str, Any]:
         try:

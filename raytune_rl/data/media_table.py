@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from raytune_rl.data.example import Kind
 from raytune_rl.data.mapped import ArrayWriter, RaggedWriter
 from raytune_rl.data.media import MediaError, MediaFile, fetch_medium, shown
+from raytune_rl.data.media_tags import KINDS
 from raytune_rl.data.ragged import Columns, Ragged
 
 #: Columns of the object that has the rows: the files and what they are, per row. The others are the table.
 ROW_COLUMN, _ROLE = "media", "media_role"
 _DATA, _IS_PATH, _DIGEST = "media_data", "media_is_path", "media_digest"
 
-_KINDS: tuple[Kind, ...] = ("image", "video", "audio")
+_KINDS = tuple(KINDS.values())
 # What a file is to its row: a medium of a kind, the first frame of a video, or a further one.
 _FRAME, _NEXT_FRAME = len(_KINDS), len(_KINDS) + 1
 

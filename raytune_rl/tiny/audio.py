@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
-    GenerationConfig,
     Qwen2AudioConfig,
     Qwen2AudioEncoderConfig,
     Qwen2AudioForConditionalGeneration,
@@ -16,7 +14,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from raytune_rl.tiny.model import write_once
+from raytune_rl.tiny.model import drawn, write_once
 from raytune_rl.tiny.shapes import corpus
 from raytune_rl.tiny.tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, make_tiny_tokenizer
 
@@ -75,7 +73,7 @@ def _name_on_the_hub(name: str) -> str:
     return name.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
 
 
-def _model(tokenizer: Any, recipe: dict[str, Any]) -> Qwen2AudioForConditionalGeneration:
+def _model(tokenizer: Any, recipe: dict[str, Any]) -> Any:
     def token(text: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(text))
 
@@ -103,10 +101,5 @@ def _model(tokenizer: Any, recipe: dict[str, Any]) -> Qwen2AudioForConditionalGe
         ),
         audio_token_index=token(AUDIO),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe["seed"])
-        model = Qwen2AudioForConditionalGeneration(config).to(torch.float32)
-    model.generation_config = GenerationConfig(
-        eos_token_id=token(IM_END), pad_token_id=token(END_OF_TEXT), do_sample=True
-    )
-    return model
+    eos, pad = token(IM_END), token(END_OF_TEXT)
+    return drawn(Qwen2AudioForConditionalGeneration, config, seed=recipe["seed"], eos=eos, pad=pad)

@@ -119,12 +119,18 @@ def _write(directory: Path, recipe: dict[str, Any]) -> None:
         eos_token_id=eos,
         pad_token_id=pad,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe["seed"])
-        model = Qwen2ForCausalLM(config).to(torch.float32)
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True)
+    model = drawn(Qwen2ForCausalLM, config, seed=recipe["seed"], eos=eos, pad=pad)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def drawn(kind: Any, config: Any, *, seed: Any, eos: int, pad: int) -> Any:
+    """A model of a Transformers class with random float32 weights, which samples when it generates."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config).to(torch.float32)
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True)
+    return model
 
 
 def _is_made(root: Path, recipe: dict[str, object]) -> bool:

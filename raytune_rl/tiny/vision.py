@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
-    GenerationConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -15,7 +13,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from raytune_rl.tiny.model import write_once
+from raytune_rl.tiny.model import drawn, write_once
 from raytune_rl.tiny.shapes import corpus
 from raytune_rl.tiny.tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, make_tiny_tokenizer
 
@@ -99,7 +97,7 @@ def _write(directory: Path, recipe: dict[str, Any]) -> None:
     processor.save_pretrained(directory)
 
 
-def _model(tokenizer: Any, recipe: dict[str, Any]) -> Qwen2_5_VLForConditionalGeneration:
+def _model(tokenizer: Any, recipe: dict[str, Any]) -> Any:
     def token(text: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(text))
 
@@ -134,10 +132,5 @@ def _model(tokenizer: Any, recipe: dict[str, Any]) -> Qwen2_5_VLForConditionalGe
         vision_start_token_id=token(VISION_START),
         vision_end_token_id=token(VISION_END),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe["seed"])
-        model = Qwen2_5_VLForConditionalGeneration(config).to(torch.float32)
-    model.generation_config = GenerationConfig(
-        eos_token_id=token(IM_END), pad_token_id=token(END_OF_TEXT), do_sample=True
-    )
-    return model
+    eos, pad = token(IM_END), token(END_OF_TEXT)
+    return drawn(Qwen2_5_VLForConditionalGeneration, config, seed=recipe["seed"], eos=eos, pad=pad)

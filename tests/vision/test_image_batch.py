@@ -20,10 +20,10 @@ from raytune_rl.data.media_limits import MediaLimits
 from raytune_rl.data.media_processor import Decoded, MediaProcessor
 from raytune_rl.data.media_table import media_of
 from raytune_rl.errors import DataError
-from raytune_rl.models.scorer import TokenScorer
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner, trains_vision
 from raytune_rl.tiny.shapes import draw
+from tests.vision.scoring import score
 
 PAD = 0
 BOT = Message("assistant", "A red square.")
@@ -70,17 +70,6 @@ def collate(collator: MediaCollator, encoded: EncodedSFT, rows: list[int]) -> Mi
         [media_of(encoded.media, row) for row in rows],
         pad_token_id=PAD,
     )
-
-
-def score(model: Any, micro: MicroBatch) -> torch.Tensor:
-    return TokenScorer(model)(
-        micro.input_ids,
-        micro.position_ids,
-        micro.attention_mask,
-        micro.predict_index,
-        micro.targets,
-        **micro.model_inputs,
-    ).logprobs
 
 
 def plain_loss(model: Any, vision: MediaProcessor, encoded: EncodedSFT, row: int) -> tuple[float, int]:

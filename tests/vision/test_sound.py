@@ -18,11 +18,11 @@ from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import count_media, media_of
 from raytune_rl.data.sound import decode_audio
 from raytune_rl.models.load import load_model
-from raytune_rl.models.scorer import TokenScorer
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner, trains_vision
 from raytune_rl.tiny.audio import make_tiny_audio_model
 from tests.vision.films import film, tone
+from tests.vision.scoring import score
 
 BOT = Message("assistant", "A tone it is.")
 
@@ -76,14 +76,7 @@ def test_rows_are_scored_as_by_transformers(path: Path, media: MediaProcessor, e
         [media_of(encoded.media, row) for row in rows],
         pad_token_id=0,
     )
-    mine = TokenScorer(model)(
-        micro.input_ids,
-        micro.position_ids,
-        micro.attention_mask,
-        micro.predict_index,
-        micro.targets,
-        **micro.model_inputs,
-    ).logprobs
+    mine = score(model, micro)
     theirs = []
     for row in rows:
         ids = torch.from_numpy(encoded.tokens[row].astype(np.int64))[None]

@@ -22,8 +22,8 @@ from raytune_rl.data.media_table import count_media, media_of
 from raytune_rl.data.video import decode_video
 from raytune_rl.errors import ModelError
 from raytune_rl.models.load import load_model
-from raytune_rl.models.scorer import TokenScorer
 from tests.vision.films import film, tone
+from tests.vision.scoring import score
 
 BOT = Message("assistant", "A grey film it is.")
 # (width, height) as they come: (rows, columns) of tokens, of 28 pixels each.
@@ -81,17 +81,6 @@ def collate(collator: MediaCollator, encoded: EncodedSFT, rows: list[int]) -> Mi
         [media_of(encoded.media, row) for row in rows],
         pad_token_id=0,
     )
-
-
-def score(model: Any, micro: MicroBatch) -> torch.Tensor:
-    return TokenScorer(model)(
-        micro.input_ids,
-        micro.position_ids,
-        micro.attention_mask,
-        micro.predict_index,
-        micro.targets,
-        **micro.model_inputs,
-    ).logprobs
 
 
 def positions(model: Any, types: np.ndarray, known: list[Any]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raytune_rl.data.example import Example, Message
+from raytune_rl.data.example import Example, Kind, Message
 from raytune_rl.data.media_tags import kinds_of, split_tags
 from raytune_rl.errors import DataError, ModelError
 
@@ -74,6 +74,7 @@ class ChatTemplate:
         *,
         generation_prompt: bool,
         more: Mapping[str, Any] | None = None,
+        kinds: Sequence[Kind] | None = None,
     ) -> str:
         """The conversation as text, special tokens written out.
 
@@ -82,6 +83,7 @@ class ChatTemplate:
             tools: JSON schemas of the tools that the assistant may call.
             generation_prompt: Whether to end with the beginning of an assistant's turn.
             more: Further arguments of the template.
+            kinds: The media whose tags stand for one; other tags are text. None: all that the model takes.
 
         Raises:
             DataError: The template refuses the conversation (roles out of order, for example).
@@ -90,7 +92,7 @@ class ChatTemplate:
         writer = self.tokenizer if self.processor is None else self.processor
         try:
             return writer.apply_chat_template(
-                [self._written(message) for message in messages],
+                [self._written(message, kinds) for message in messages],
                 tools=list(tools) or None,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
@@ -100,10 +102,11 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error
 
-    def _written(self, message: Message) -> dict[str, Any]:
+    def _written(self, message: Message, kinds: Sequence[Kind] | None) -> dict[str, Any]:
         plain = message.for_template()
         if self.processor is not None:
-            parts = split_tags(message.content, kinds_of(self.processor))
+            taken = kinds_of(self.processor)
+            parts = split_tags(message.content, [kind for kind in taken if kinds is None or kind in kinds])
             if self.parts_always or any(part["type"] != "text" for part in parts):
                 plain["content"] = parts
         return plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 #: Accepted names of each part, as in ms-swift.
 SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -41,9 +42,30 @@ class ColumnError(ValueError):
 
 @dataclass(frozen=True)
 class ColumnMap:
-    """The user's `--columns`: source name to target name, an explicit word that wins over every guess."""
+    """The user's `--columns`: source name to target name, an explicit word that wins over every guess. All
+    are renamed at once, so that two columns may change places."""
 
     renames: Mapping[str, str]
+
+    def apply(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """The row under its new names; and part to column, for the targets that are parts.
+
+        Raises:
+            ColumnError: Two columns would have one name.
+        """
+        renames = self.plain_renames(fields)
+        explicit = self.explicit_parts(fields)
+        taken = set(renames.values())
+        # A column that plays a part keeps its name, unless another is to have it.
+        for part, column in explicit.items():
+            if column in taken:
+                if part in taken or (part in fields and part not in (*renames, *explicit.values())):
+                    raise ColumnError(
+                        f"--columns renames {column!r} to {part!r}, but the row has a {part!r} already"
+                    )
+                renames[column] = part
+        renamed = {renames.get(name, name): value for name, value in fields.items()}
+        return renamed, {part: renames.get(column, column) for part, column in explicit.items()}
 
     def explicit_parts(self, names: Iterable[str]) -> dict[str, str]:
         """Part to column, for the targets that are parts and whose source is among `names`."""
@@ -61,14 +83,18 @@ class ColumnMap:
         """Column to new name, for the other targets (a column that a reward wants under its own name,
         say)."""
         there = list(names)
-        plain = {}
-        for source, target in self._present(there):
-            if target.lower() in SYNONYMS or target.lower() in _ALPACA_PARTS:
+        present = self._present(there)
+        leaving = {source for source, target in present if source != target}
+        plain: dict[str, str] = {}
+        for source, target in present:
+            if target.lower() in SYNONYMS or target.lower() in _ALPACA_PARTS or source == target:
                 continue
-            if target in there:
+            if target in there and target not in leaving:
                 raise ColumnError(
                     f"--columns renames {source!r} to {target!r}, but the row has a {target!r} already"
                 )
+            if target in plain.values():
+                raise ColumnError(f"--columns renames two columns to {target!r}")
             plain[source] = target
         return plain
 

@@ -106,7 +106,11 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
 
     def render(messages: Sequence[Any], *, generation_prompt: bool) -> str:
         more = example.template_kwargs
-        return job.chat.render(messages, example.tools, generation_prompt=generation_prompt, more=more)
+        return job.chat.render(
+            messages, example.tools, generation_prompt=generation_prompt, more=more, kinds=kinds
+        )
+
+    kinds = [kind for column, kind in KINDS.items() if getattr(example, column)]
 
     text = render(example.messages, generation_prompt=job.loss_scale is None)
     try:

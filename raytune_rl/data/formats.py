@@ -27,13 +27,14 @@ class Converter:
     def __init__(
         self, task: Task, *, system: str | None = None, columns: Mapping[str, str] | None = None
     ) -> None:
-        """`system` is used where a row has none of its own; `columns` maps source names to target names."""
+        """`system` is used where a row has none of its own (an empty one is none); `columns` maps source names
+        to target names."""
         self.notices: Counter[str] = Counter()
         self.seen_columns: set[str] = set()
         self._task = task
         self._prompt_only = task in PROMPT_TASKS
         self._keeps_answer = task == "infer"
-        self._system = system
+        self._system = system if system and system.strip() else None
         self._columns = ColumnMap(columns or {})
 
     def __call__(self, row: Row) -> Example:
@@ -54,9 +55,7 @@ class Converter:
         return [source for source in self._columns.renames if source.lower() not in seen]
 
     def _convert(self, row: Row) -> Example:
-        renames = self._columns.plain_renames(row.fields)
-        explicit = self._columns.explicit_parts(row.fields)
-        fields = {renames.get(name, name): value for name, value in row.fields.items()}
+        fields, explicit = self._columns.apply(row.fields)
         if self._task == "pairs":
             fields, response = with_chosen(fields)
             explicit |= {} if response is None or "response" in explicit else {"response": response}
@@ -74,6 +73,8 @@ class Converter:
             self.notices["rows name images between <img> and </img>; each is read as an image"] += 1
         _check_grounding(fields, messages)
         for kind, refs in media.items():
+            if not refs and any(TAGS[kind] in message.content for message in messages):
+                self.notices[f"rows have {TAGS[kind]} in their text but no {kind}: there it is text"] += 1
             messages, added = place_tags(messages, kind, len(refs))
             if added:
                 self.notices[f"rows had {kind} but no {TAGS[kind]} tag; tags were put first"] += 1
@@ -103,11 +104,17 @@ class Converter:
         )
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
-        if self._system is None or (messages and messages[0].role == "system"):
-            return list(messages)
-        return [Message("system", self._system), *messages]
+        own = list(messages)
+        # CSV files and tables have the column in every row: an empty prompt is none.
+        if own and own[0].role == "system" and not own[0].content.strip():
+            del own[0]
+        if self._system is None or (own and own[0].role == "system"):
+            return own
+        return [Message("system", self._system), *own]
 
     def _for_task(self, messages: list[Message]) -> Sequence[Message]:
+        if not messages:
+            raise FormatError("the conversation has no turn but an empty system prompt")
         if self._prompt_only:
             if messages and messages[-1].role == "assistant":
                 messages = messages[:-1]

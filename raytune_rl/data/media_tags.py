@@ -108,7 +108,8 @@ def legacy_images(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tup
 
 
 def place_tags(messages: Sequence[Message], column: str, count: int) -> tuple[tuple[Message, ...], bool]:
-    """Checks that the conversation has one tag a medium.
+    """Checks that the conversation has one tag a medium. Where there are no media, tags are words (HTML has a
+    `<video>`, too).
 
     Args:
         messages: The conversation.
@@ -124,7 +125,7 @@ def place_tags(messages: Sequence[Message], column: str, count: int) -> tuple[tu
     """
     tag = TAGS[column]
     tags = sum(message.content.count(tag) for message in messages)
-    if tags == count:
+    if tags == count or not count:
         return tuple(messages), False
     if tags:
         raise ValueError(

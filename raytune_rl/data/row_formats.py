@@ -85,13 +85,15 @@ def _parse_messages(parts: Parts) -> Parsed:
     assert column is not None
     conversation = parse_conversation(parts.fields[column], column)
     system = _system(parts)
-    has_own = conversation.messages and conversation.messages[0].role == "system"
+    first = conversation.messages[:1]
+    has_own = bool(first and first[0].role == "system" and first[0].content.strip())
     if system is not None and has_own and conversation.messages[0].content != system:
         raise FormatError(
             f"two different system prompts: column {parts.column('system')!r} and {column!r}[0]"
         )
     if system is not None and not has_own:
-        conversation.messages.insert(0, Message("system", system))
+        emptied = 1 if first and first[0].role == "system" else 0
+        conversation.messages[:emptied] = [Message("system", system)]
     return Parsed(conversation, _names(column, parts.column("system")))
 
 
@@ -159,8 +161,8 @@ def _turns(
 ) -> Parsed:
     system, history = parts.column("system"), parts.column("history")
     conversation = Conversation()
-    if system is not None:
-        conversation.messages.append(Message("system", _text(parts, system)))
+    if prompt := _system(parts):
+        conversation.messages.append(Message("system", prompt))
     for asked, answered in _history(parts, history):
         conversation.messages += [Message("user", asked), Message("assistant", answered)]
     conversation.messages.append(Message("user", query))
@@ -183,8 +185,10 @@ def _history(parts: Parts, column: str | None) -> list[tuple[str, str]]:
 
 
 def _system(parts: Parts) -> str | None:
+    """The prompt in the row's column; None without one. An empty one is none."""
     column = parts.column("system")
-    return None if column is None else _text(parts, column)
+    text = "" if column is None else _text(parts, column)
+    return text if text.strip() else None
 
 
 def _text(parts: Parts, column: str) -> str:

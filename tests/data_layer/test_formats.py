@@ -321,7 +321,6 @@ def test_media_without_tags_are_put_first_and_counted():
     [
         ("<image>What?", ["a", "b"], "2 images but 1 <image> tags"),
         ("<image><image>What?", ["a"], "1 images but 2 <image> tags"),
-        ("<image>What?", [], "0 images but 1 <image> tags"),
         ("<image>What?", [{"bytes": None, "path": None}], "is no path, URL"),
     ],
 )

@@ -259,3 +259,15 @@ def test_a_labelled_row_keeps_its_pictures_with_another_answer(
     assert [len(media_of(found.media, i)) for i in range(4)] == [1, 1, 0, 0]
     assert trained(vision, found, 1) == ["Fine.<|im_end|>"]
     assert trained(vision, found, 3) == ["A red square.<|im_end|>"]
+
+
+def test_a_tag_without_a_medium_is_a_word(vision: MediaProcessor, pictures: list[str]) -> None:
+    encoded = encode(
+        vision,
+        row(Message("user", "Is it <image> or <video>?"), Message("assistant", "<image>.")),
+        row(Message("user", "<image>Is it a <video>?"), BOT, images=(pictures[0],)),
+    )
+    decode = vision.processor.tokenizer.decode
+    assert "Is it <image> or <video>?" in decode(encoded.tokens[0])
+    assert trained(vision, encoded) == ["<image>.<|im_end|>"]
+    assert "<|vision_end|>Is it a <video>?" in decode(encoded.tokens[1])

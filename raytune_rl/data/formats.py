@@ -27,8 +27,8 @@ class Converter:
     def __init__(
         self, task: Task, *, system: str | None = None, columns: Mapping[str, str] | None = None
     ) -> None:
-        """`system` is used where a row has none of its own (an empty one is none); `columns` maps source names
-        to target names."""
+        """`system` is used where a row has none of its own (an empty one is none); `columns` maps source to
+        target names."""
         self.notices: Counter[str] = Counter()
         self.seen_columns: set[str] = set()
         self._task = task

@@ -131,5 +131,5 @@ def test_two_sides_of_a_pair_change_places():
 )
 def test_a_name_that_two_columns_would_have_is_refused(columns):
     fields = {"query": "q", "a": "1", "b": "2", "truth": "3", "solution": "4", "response": "5"}
-    with pytest.raises(RowError, match="has a '(truth|response)' already|two columns to 'x'"):
+    with pytest.raises(RowError, match=r"has a '(truth|response)' already|two columns to 'x'"):
         convert(fields, "grpo", columns=columns)

@@ -57,7 +57,10 @@ def test_words_are_trained_on_as_they_stand(chatml):
 EMPTY = [
     {"system": "", "query": "q", "response": "a"},
     {"system": " \n", "instruction": "q", "input": "", "output": "a"},
-    {"system_prompt": "", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    {
+        "system_prompt": "",
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+    },
     {
         "messages": [
             {"role": "system", "content": ""},
@@ -65,9 +68,15 @@ EMPTY = [
             {"role": "assistant", "content": "a"},
         ]
     },
-    {"system": "", "conversations": [{"from": "system", "value": ""}, {"from": "human", "value": "q"},
-                                     {"from": "gpt", "value": "a"}]},
-]  # fmt: skip
+    {
+        "system": "",
+        "conversations": [
+            {"from": "system", "value": ""},
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "a"},
+        ],
+    },
+]
 
 
 @pytest.mark.parametrize("fields", EMPTY)

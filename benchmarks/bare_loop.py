@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import ray
 
-from raytune_rl.data.rows import RowPointer
+from raytune_rl.protocol.rows import RowPointer
 
 
 class BareLoop:

@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
-from raytune_rl.data.ragged import Ragged
-from raytune_rl.workers.rollout import EngineSpec, PromptRequest, RolloutWorker, Sampling
+from raytune_rl.protocol.columns import Ragged
+from raytune_rl.protocol.rollout import EngineSpec, Sampling
+from raytune_rl.protocol.trajectory import PromptRequest
+from raytune_rl.workers.rollout import RolloutWorker
 
 
 def long_tailed(count: int, mean: int, longest: int, sigma: float = 1.0) -> list[int]:

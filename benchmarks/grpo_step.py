@@ -34,13 +34,14 @@ from benchmarks.table import machine, median, render, spread
 from raytune_rl.algorithms.aggregation import row_weights
 from raytune_rl.config import RLHFConfig
 from raytune_rl.data.microbatch import plan_micro_batches
-from raytune_rl.data.rows import RowPointer
-from raytune_rl.pipelines import launch, online, online_groups
-from raytune_rl.pipelines.rollouts import Trajectory, sample_seed
+from raytune_rl.groups import specs, start
+from raytune_rl.groups.fleet import sample_seed
+from raytune_rl.pipelines import online
+from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.trajectory import PromptRequest, Trajectory
 from raytune_rl.tiny.arithmetic import write_dataset
 from raytune_rl.tiny.model import make_tiny_model
 from raytune_rl.tracking.timer import StepTimer
-from raytune_rl.workers.rollout import PromptRequest
 
 PHASES = ("generate", "reward", "train", "sync")
 # Together with a question and the chat template, 46 tokens.
@@ -146,7 +147,7 @@ class MeasuredRun(online.OnlineRun):
         weights = row_weights(
             [t.completion_tokens for t in batch], self.config.loss_type, self.config.max_completion_length
         )
-        budget = launch.max_tokens(self.config, self.groups.on_gpu)
+        budget = specs.max_tokens(self.config, self.groups.on_gpu)
         schedule = plan_micro_batches(
             [t.length for t in batch], world_size=1, max_tokens=budget, layout="padded"
         )
@@ -190,7 +191,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, list[Measur
     MeasuredRun.options = options
     with (
         mock.patch.object(online, "OnlineRun", MeasuredRun),
-        mock.patch.object(online_groups, "RolloutWorker", ForcedRolloutWorker),
+        mock.patch.object(start, "RolloutWorker", ForcedRolloutWorker),
     ):
         online.run(config)
     return MeasuredRun.measured

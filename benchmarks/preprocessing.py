@@ -44,7 +44,7 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> None:
 def encode(model: str, data: str, processes: int) -> dict[str, float]:
     """What one process measures."""
     from raytune_rl.models.load import load_tokenizer
-    from raytune_rl.pipelines.data_task import model_facts
+    from raytune_rl.prepare.task import model_facts
 
     config = SFTConfig(model=model, dataset=data, dataset_num_proc=max(processes, 1))
     tokenizer = load_tokenizer(model)
@@ -68,8 +68,8 @@ def encode(model: str, data: str, processes: int) -> dict[str, float]:
 
 def _task(config: SFTConfig, cache: str) -> tuple[float, Any]:
     """Seconds of the data task, and the facts that it gives."""
-    from raytune_rl.pipelines.data import ImagePlaces
-    from raytune_rl.pipelines.data_task import encode_rows_task
+    from raytune_rl.prepare.sets import ImagePlaces
+    from raytune_rl.prepare.task import encode_rows_task
 
     began = time.perf_counter()
     quarantine = str(Path(cache).parent / "quarantine.jsonl")

@@ -34,15 +34,15 @@ import ray
 from benchmarks.table import machine, median, render
 from raytune_rl.algorithms.policy_loss import GRPOSettings
 from raytune_rl.config import deepspeed
-from raytune_rl.models.settings import TunerSettings
-from raytune_rl.pipelines.policy_group import PolicyGroup
+from raytune_rl.groups.trainer import PolicyGroup
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
+from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
 from raytune_rl.runtime.cluster import NAMESPACE, reserve
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
 from raytune_rl.runtime.weights import find_manifest, read, start_store
 from raytune_rl.tiny.model import make_tiny_model
-from raytune_rl.workers.policy import OptimizerSpec, PolicySpec, PolicyWorker, policy_env
-from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
+from raytune_rl.workers.policy import PolicyWorker, policy_env
 
 PAUSE_S = 1.5
 DEADLINE_S = 300.0

@@ -19,10 +19,12 @@ PACKAGE = "raytune_rl"
 
 FLOORS = [
     {"errors"},
-    {"multi_turn"},
-    {"config", "algorithms", "rewards", "tracking"},
+    {"multi_turn", "algorithms"},
+    {"protocol"},
+    {"config", "rewards", "tracking"},
     {"data", "models", "runtime", "tiny"},
     {"workers"},
+    {"prepare", "groups"},
     {"pipelines", "export"},
     {"infer"},
     {"cli", "examples"},
@@ -33,11 +35,14 @@ FORBIDDEN = {
     "config": HEAVY,
     "multi_turn": HEAVY,
     "algorithms": {"ray"},
+    "protocol": {"ray", "vllm", "deepspeed", "transformers"},
     "data": {"ray"},
     "models": {"ray"},
     "rewards": {"ray"},
     "tiny": {"ray"},
     # Controllers move references; whoever imports torch here is about to touch a tensor.
+    "prepare": {"torch", "vllm", "deepspeed"},
+    "groups": {"torch", "vllm", "deepspeed"},
     "pipelines": {"torch", "vllm", "deepspeed"},
     "infer": {"torch", "vllm", "deepspeed"},
 }

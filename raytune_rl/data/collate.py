@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from raytune_rl.data.microbatch import Layout
-from raytune_rl.data.ragged import Ragged
+from raytune_rl.protocol.columns import Ragged
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from raytune_rl.data.mapped import RaggedWriter, int_array
 from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import MediaWriter
 from raytune_rl.data.parallel import map_chunks
-from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.errors import ConfigError, DataError
+from raytune_rl.protocol.columns import Columns, Ragged
 
 _LOOKED_AT = 64
 """Examples that tell whether a data set has media."""

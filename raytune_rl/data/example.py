@@ -17,7 +17,6 @@ PROMPT_TASKS: frozenset[str] = frozenset({"grpo", "ppo", "infer"})
 FileRef = str | bytes
 #: A medium: one file, or of a video also its frames, each a file.
 MediaRef = FileRef | tuple[FileRef, ...]
-Kind = Literal["image", "video", "audio"]
 
 
 @dataclass(frozen=True)

@@ -19,23 +19,13 @@ from raytune_rl.data.registered import asked, question_of
 from raytune_rl.data.sources import drawn, parse_spec, read_rows
 from raytune_rl.data.spool import Chosen, Spool
 from raytune_rl.errors import ConfigError, DataError
+from raytune_rl.protocol.data import SourceCounts
 from raytune_rl.tracking.files import read_jsonl
 
 logger = logging.getLogger(__name__)
 
 _TOLD_EVERY = 1000
 """Rows between two words on how far reading is."""
-
-
-@dataclass(frozen=True)
-class SourceReport:
-    """One data set in numbers: `rows` = `good` + `bad`; `taken` differs from `good` where `#N` was given."""
-
-    name: str
-    rows: int
-    good: int
-    bad: int
-    taken: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,7 @@ class LoadReport:
         quarantine_path: Where the bad rows lie; None when there are none or no file was asked for.
     """
 
-    sources: tuple[SourceReport, ...] = ()
+    sources: tuple[SourceCounts, ...] = ()
     reasons: dict[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     quarantine_path: Path | None = None
@@ -126,7 +116,7 @@ def load_examples(
     quarantine = Quarantine(quarantine_path)
     examples: Spool[Example] = Spool()
     orders: list[NDArray[np.int64]] = []
-    sources: list[SourceReport] = []
+    sources: list[SourceCounts] = []
     notices: list[str] = []
     try:
         for number, text in enumerate(specs):
@@ -149,7 +139,7 @@ def load_examples(
             if not good:
                 raise DataError(_nothing_usable(text, rows, quarantine))
             taken = drawn(good, spec.sample, shuffle=shuffle, seed=[seed, number])
-            sources.append(SourceReport(text, rows, good, rows - good, len(taken)))
+            sources.append(SourceCounts(text, rows, rows - good, len(taken)))
             orders.append(first + taken)
     finally:
         quarantine.close()
@@ -173,7 +163,7 @@ def account_of(
     """The report on part of a stream."""
     quarantine.flush()
     told = [*notices, *(f"{count} {sentence}" for sentence, count in convert.notices.items())]
-    source = SourceReport(name, rows, rows - bad, bad, rows - bad)
+    source = SourceCounts(name, rows, bad, rows - bad)
     return LoadReport((source,), dict(quarantine.reasons), tuple(told), quarantine.written_to)
 
 

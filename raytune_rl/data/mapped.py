@@ -21,8 +21,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import DTypeLike, NDArray
 
-from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.errors import DataError
+from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.tracking.files import fsync_path
 
 _VALUES, _OFFSETS = ".values", ".offsets"

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from raytune_rl.data.collate import MicroBatch, collate
-from raytune_rl.data.example import Kind
 from raytune_rl.data.media_processor import Decoded, MediaProcessor
 from raytune_rl.data.media_table import Medium
 from raytune_rl.data.pixels_ahead import Key, PixelsAhead, key_of
+from raytune_rl.protocol.media import Kind
 
 CACHE_BYTES = 512 * 2**20
 Pixels = dict[str, torch.Tensor]

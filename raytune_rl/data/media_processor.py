@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raytune_rl.data.chat import ChatTemplate
-from raytune_rl.data.example import FileRef, Kind, Message
+from raytune_rl.data.example import FileRef, Message
 from raytune_rl.data.media import MediaError, decode_image, shown
-from raytune_rl.data.media_limits import DEFAULT_FPS, NO_LIMITS, MediaLimits
 from raytune_rl.data.media_table import Medium
 from raytune_rl.data.media_tags import KINDS, TAGS, kinds_of
 from raytune_rl.data.sound import decode_audio
 from raytune_rl.data.video import Video, decode_video, video_of_frames
 from raytune_rl.errors import DataError, ModelError
+from raytune_rl.protocol.media import DEFAULT_FPS, NO_LIMITS, Kind, MediaLimits
 
 if TYPE_CHECKING:
     import torch

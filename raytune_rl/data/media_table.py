@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.data.example import Kind
 from raytune_rl.data.mapped import ArrayWriter, RaggedWriter
 from raytune_rl.data.media import MediaError, MediaFile, fetch_medium, shown
 from raytune_rl.data.media_tags import KINDS
-from raytune_rl.data.ragged import Columns, Ragged
+from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.data import MediaCounts
+from raytune_rl.protocol.media import Kind
 
 #: Columns of the object that has the rows: the files and what they are, per row. The others are the table.
 ROW_COLUMN, _ROLE = "media", "media_role"
@@ -101,28 +102,6 @@ class Medium:
     def read(self) -> list[bytes]:
         """The encoded bytes of its files; errors as of `StoredFile.read`."""
         return [file.read(self.kind) for file in self.files]
-
-
-@dataclass(frozen=True)
-class MediaCounts:
-    """The media of a data set in numbers.
-
-    Attributes:
-        shown: By kind, how many the rows show; kinds that none shows are not among them.
-        distinct: By kind, how many of these are distinct.
-        stored_bytes: Of those files whose content, not path, is in the object store.
-        most: By kind, the most that one row shows.
-    """
-
-    shown: dict[str, int] = field(default_factory=dict)
-    distinct: dict[str, int] = field(default_factory=dict)
-    stored_bytes: int = 0
-    most: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds that the rows show."""
-        return tuple(kind for kind in _KINDS if kind in self.shown)
 
 
 class MediaWriter:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from raytune_rl.data.example import Example, FileRef, Kind, MediaRef, Message
+from raytune_rl.data.example import Example, FileRef, MediaRef, Message
+from raytune_rl.protocol.media import Kind
 
 #: Column to the tag that stands for one medium of it.
 TAGS: dict[str, str] = {"images": "<image>", "videos": "<video>", "audios": "<audio>"}

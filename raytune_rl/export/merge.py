@@ -20,9 +20,9 @@ from raytune_rl.export.parity import Parity, Probe, compare, expected_logits, ma
 from raytune_rl.export.source import ADAPTER_CONFIG, Base, adapter_dir, find_base
 from raytune_rl.export.write import copy_companions, write_configs, write_weights
 from raytune_rl.models.load import load_config, load_model
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import WeightExporter
+from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.tracking.files import follow_umask
 from raytune_rl.tracking.run_dir import package_versions
 

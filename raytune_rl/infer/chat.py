@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from raytune_rl.data.example import Message
 from raytune_rl.errors import RaytuneError
-from raytune_rl.workers.rollout import Piece
+from raytune_rl.protocol.rollout import Piece
 
 Answer = Callable[[Sequence[Message], int], Iterator[Piece]]
 HELP = "Write to the model. clear begins anew; quit, exit or the end of input leaves."

@@ -15,21 +15,24 @@ from rich.progress import track
 
 from raytune_rl.config import InferConfig
 from raytune_rl.data.example import Message
-from raytune_rl.data.media_limits import MediaLimits
 from raytune_rl.errors import ConfigError
+from raytune_rl.groups.fleet import RolloutGroup, read_texts, sample_seed
+from raytune_rl.groups.sizes import Groups, infer_groups
 from raytune_rl.infer.chat import HELP, converse
 from raytune_rl.infer.rows import Asked, encode_rows_task
 from raytune_rl.infer.settings import Shape, context_length, generation_settings, sampling_of
 from raytune_rl.infer.source import Source, find_source
 from raytune_rl.models.load import load_config
-from raytune_rl.pipelines.data import Account, PromptSet, on_this_node
-from raytune_rl.pipelines.resources import Groups, infer_groups
-from raytune_rl.pipelines.rollouts import RolloutGroup, Trajectory, read_texts, sample_seed
+from raytune_rl.prepare.sets import on_this_node
+from raytune_rl.protocol.data import Account, PromptSet
+from raytune_rl.protocol.media import MediaLimits
+from raytune_rl.protocol.rollout import EngineSpec, Piece, Sampling
+from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.runtime.cluster import ClusterInfo, reserve, session
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, stream
 from raytune_rl.tracking.files import in_short, json_line
-from raytune_rl.workers.rollout import EngineSpec, Piece, RolloutWorker, Sampling, rollout_env
+from raytune_rl.workers.rollout import RolloutWorker, rollout_env
 
 ROWS_AT_A_TIME = 256
 """Rows that one engine answers before they are written down."""

@@ -88,9 +88,9 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
 
 def _reader(config: InferConfig, model: str) -> tuple[Any, Any]:
     """The tokenizer, and of a model that takes media its processor."""
-    from raytune_rl.data.media_limits import MediaLimits
     from raytune_rl.data.media_processor import MediaProcessor
     from raytune_rl.models import load
+    from raytune_rl.protocol.media import MediaLimits
 
     trust = config.trust_remote_code
     takes_media = load.takes_media(load.load_config(model, trust_remote_code=trust))

@@ -10,7 +10,7 @@ from typing import Any
 
 from raytune_rl.config import InferConfig
 from raytune_rl.errors import ConfigError
-from raytune_rl.workers.rollout import Sampling
+from raytune_rl.protocol.rollout import Sampling
 
 CONTEXT = 8192
 """Tokens of a conversation where nobody says: a larger cache than most chats need would cost memory."""

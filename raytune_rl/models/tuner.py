@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line
 from raytune_rl.models.load import takes_media
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.sharding import changing, is_cut, known_to_peft, numel_of
 from raytune_rl.models.unwrap import hf_model, scalar_head
+from raytune_rl.protocol.model import TunerSettings
 
 # Names of the module that maps image features into the language model's space, over the families Transformers
 # has.

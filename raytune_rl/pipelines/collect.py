@@ -15,11 +15,11 @@ from typing import Any
 from raytune_rl.algorithms.advantages import combine_rewards
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.data.sampler import BatchPlan, stretch
-from raytune_rl.pipelines.data import PromptSet
+from raytune_rl.groups.start import OnlineGroups
 from raytune_rl.pipelines.experience import Experience, fill_with_signal
-from raytune_rl.pipelines.online_groups import OnlineGroups
-from raytune_rl.pipelines.rollouts import Trajectory
-from raytune_rl.rewards.types import TrainerState
+from raytune_rl.protocol.data import PromptSet
+from raytune_rl.protocol.rewards import TrainerState
+from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.tracking.summary import PromptCounts
 from raytune_rl.tracking.timer import StepTimer
 

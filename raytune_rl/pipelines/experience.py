@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.algorithms.advantages import decoupled_totals, group_advantages
-from raytune_rl.pipelines.rollouts import Scored, Trajectory
+from raytune_rl.protocol.rewards import Scored
+from raytune_rl.protocol.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from raytune_rl.algorithms.advantages import AdvantageResult
 from raytune_rl.config import RLHFConfig
+from raytune_rl.groups.fleet import read_dialogues, read_media_names, read_texts
 from raytune_rl.pipelines import report
 from raytune_rl.pipelines.collect import Collected
-from raytune_rl.pipelines.data import PromptSet
 from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.lifecycle import Origin
-from raytune_rl.pipelines.rollouts import read_dialogues, read_media_names, read_texts
+from raytune_rl.protocol.data import PromptSet
 from raytune_rl.runtime.wait import Pending, fetch
 from raytune_rl.tracking.completions import CompletionLog
 

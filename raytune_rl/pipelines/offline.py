@@ -19,21 +19,24 @@ from numpy.typing import NDArray
 
 from raytune_rl.config import PreferenceConfig, SFTConfig, resolved
 from raytune_rl.config.batching import SFTSchedule, sft_schedule_of
-from raytune_rl.data.example import Kind, Task
+from raytune_rl.data.example import Task
 from raytune_rl.data.media_tags import KINDS
 from raytune_rl.data.packing import PackBatches, Packs
-from raytune_rl.data.rows import RowPointer
 from raytune_rl.data.sampler import BatchPlan
 from raytune_rl.errors import ConfigError
-from raytune_rl.pipelines import launch, offline_report, report
-from raytune_rl.pipelines.data import TokenSet, token_sets
+from raytune_rl.groups import specs
+from raytune_rl.groups.sizes import Groups, offline_groups
+from raytune_rl.groups.trainer import PolicyGroup, score_rows
+from raytune_rl.pipelines import offline_report, report
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
 from raytune_rl.pipelines.objective import Objective
-from raytune_rl.pipelines.policy_group import PolicyGroup, score_rows
-from raytune_rl.pipelines.resources import Groups, offline_groups
 from raytune_rl.pipelines.scored import Score, ScoredSet
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
-from raytune_rl.pipelines.stream import Stream, held_out_of
+from raytune_rl.prepare.sets import token_sets
+from raytune_rl.prepare.stream import Stream, held_out_of
+from raytune_rl.protocol.data import TokenSet
+from raytune_rl.protocol.media import Kind
+from raytune_rl.protocol.rows import RowPointer
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.workers.policy import PolicyWorker, policy_env
@@ -63,7 +66,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         with stage("connecting to Ray"):
             cluster = stack.enter_context(session(config.ray_address))
         groups = offline_groups(config, cluster)
-        launch.check_machine(config, groups.on_gpu)
+        specs.check_machine(config, groups.on_gpu)
         origin = find_origin(config)
         with stage("reading and tokenizing the data") as tell:
             where = (config, objective.shape.task, origin.run_dir.quarantine_jsonl)
@@ -79,8 +82,8 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
             *notices,
             *origin.notices,
             *train.account.notices,
-            *launch.machine_notices(config, groups.on_gpu),
-            *launch.media_notices(config, groups.on_gpu, train.account.takes_media),
+            *specs.machine_notices(config, groups.on_gpu),
+            *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
         ]
         plan = offline_report.plan_of(
             config, objective, groups, schedule, train, held_out, origin, cluster, told, packs
@@ -176,7 +179,7 @@ class OfflineRun:
     def start(self, slots: Mapping[str, Any], stack: ExitStack) -> None:
         """Starts the ranks and waits for them."""
         config, groups, objective = self.config, self.groups, self.objective
-        spec = launch.policy_spec(
+        spec = specs.policy_spec(
             config,
             groups,
             self.schedule.total_steps,
@@ -200,7 +203,7 @@ class OfflineRun:
         )
         stack.callback(workers.shutdown)
         self.policy = PolicyGroup(
-            workers, spec, launch.max_tokens(config, groups.on_gpu), config.start_timeout
+            workers, spec, specs.max_tokens(config, groups.on_gpu), config.start_timeout
         )
         for notice in self.policy.ready().notices:
             self.run.say(f"Note: {notice}")
@@ -218,7 +221,7 @@ class OfflineRun:
             return
         config, groups = self.config, self.groups
         assert isinstance(config, PreferenceConfig)
-        spec, settings = launch.reference_spec(config, groups, self.rows.rows.account.takes_media)
+        spec, settings = specs.reference_spec(config, groups, self.rows.rows.account.takes_media)
         group = WorkerGroup(
             groups["reference"],
             slots["reference"],
@@ -227,7 +230,7 @@ class OfflineRun:
             policy_env(groups.threads["reference"], groups.on_gpu),
             config.step_timeout,
         )
-        budget = launch.max_tokens(config, groups.on_gpu)
+        budget = specs.max_tokens(config, groups.on_gpu)
         try:
             group.call("ping", what="starting", timeout_s=config.start_timeout)
             group.replace_lost(config.start_timeout, lambda _, message: self.run.say(f"Note: {message}"))

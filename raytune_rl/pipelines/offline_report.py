@@ -10,7 +10,7 @@ import numpy as np
 from raytune_rl.config import PreferenceConfig, SFTConfig
 from raytune_rl.config.batching import SFTSchedule
 from raytune_rl.data.packing import Packs
-from raytune_rl.pipelines.data import Account, TokenSet, quarantined
+from raytune_rl.groups.sizes import Groups
 from raytune_rl.pipelines.report import (
     cluster_section,
     data_section,
@@ -20,7 +20,8 @@ from raytune_rl.pipelines.report import (
     output_section,
     trainer,
 )
-from raytune_rl.pipelines.resources import Groups
+from raytune_rl.prepare.sets import quarantined
+from raytune_rl.protocol.data import Account, TokenSet
 from raytune_rl.tracking.plan import RunPlan, Section
 from raytune_rl.tracking.summary import Change, RunSummary
 

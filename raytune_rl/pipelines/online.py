@@ -25,23 +25,27 @@ from raytune_rl.algorithms.advantages import (
 from raytune_rl.algorithms.aggregation import lengths_in_loss, row_weights
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
+from raytune_rl.groups import specs
+from raytune_rl.groups.fleet import media_places
+from raytune_rl.groups.logprobs import ReferenceGroup
+from raytune_rl.groups.sizes import Groups, online_groups
+from raytune_rl.groups.start import start_groups
 from raytune_rl.multi_turn.scheduler import make_scheduler
-from raytune_rl.pipelines import launch, report
+from raytune_rl.pipelines import report
 from raytune_rl.pipelines.collect import Collector
-from raytune_rl.pipelines.data import PromptSet, check_lengths, prompt_sets
 from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
-from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
-from raytune_rl.pipelines.online_groups import start_groups
-from raytune_rl.pipelines.reference_group import ReferenceGroup
-from raytune_rl.pipelines.resources import Groups, online_groups
-from raytune_rl.pipelines.rollouts import Trajectory, media_places
+from raytune_rl.pipelines.online_algorithms import algorithm_of
+from raytune_rl.prepare.sets import check_lengths, prompt_sets
+from raytune_rl.protocol.data import PromptSet
+from raytune_rl.protocol.rewards import TrainerState
+from raytune_rl.protocol.train import Algorithm
+from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.rewards.judge import plugin_class
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.rewards.preflight import preflight
 from raytune_rl.rewards.sandbox import memory_limit_bytes
-from raytune_rl.rewards.types import TrainerState
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.wait import Pending, fetch
 
@@ -72,14 +76,14 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
         with stage("connecting to Ray"):
             cluster = stack.enter_context(session(config.ray_address))
         groups = online_groups(config, cluster)
-        launch.check_machine(config, groups.on_gpu)
+        specs.check_machine(config, groups.on_gpu)
         origin = find_origin(config)
         with stage("reading and tokenizing the data") as tell:
             train, held_out = prompt_sets(
                 config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here, tell=tell
             )
         needs.check([*train.account.columns, *(f"{kind}s" for kind in train.account.media.kinds)])
-        launch.check_readable(config, train.account.media)
+        specs.check_readable(config, train.account.media)
         schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)
         limit = check_lengths(
@@ -89,8 +93,8 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
             *notices,
             *origin.notices,
             *train.account.notices,
-            *launch.machine_notices(config, groups.on_gpu),
-            *launch.media_notices(config, groups.on_gpu, train.account.takes_media),
+            *specs.machine_notices(config, groups.on_gpu),
+            *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
         ]
         plan = report.online_plan(config, groups, schedule, train, held_out, longest, origin, cluster, told)
         started = (kind or OnlineRun)(config, algorithm, groups, schedule, train, held_out, origin)
@@ -128,7 +132,7 @@ class OnlineRun:
         self.held_out = held_out
         self.origin = origin
         shown = [s.account.media for s in (train, held_out) if s is not None]
-        self.media = launch.prompt_limits(config, train.account.takes_media, shown)
+        self.media = specs.prompt_limits(config, train.account.takes_media, shown)
         self.run = Run(config, origin, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
         self.max_gap = float(origin.state.get("max_gap", 0.0))
         self.lost_workers: Counter[str] = Counter(origin.state.get("lost_workers", {}))

@@ -7,7 +7,6 @@ is chosen by flags of its own and combines with any of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from raytune_rl.algorithms.advantages import DEFAULT_SCALE
@@ -17,6 +16,7 @@ from raytune_rl.algorithms.registry import Loss, get_loss
 from raytune_rl.config import PPOConfig, RLHFConfig, resolved
 from raytune_rl.errors import ConfigError
 from raytune_rl.pipelines.loss_args import settings_of
+from raytune_rl.protocol.train import Algorithm
 from raytune_rl.rewards.plugins import load_plugins
 
 # loss_type -> the loss; the normaliser goes by the loss type's own name.
@@ -29,25 +29,6 @@ LOSSES: Mapping[str, str] = {
     "sapo": "sapo",
     "fipo": "fipo",
 }
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """What the policy group is told of the algorithm.
-
-    Attributes:
-        loss: Name in the registry of losses.
-        settings: The loss's own settings, by name: a plugin's class exists only where its file was loaded.
-        normaliser: Loss type for `row_weights`.
-        plugin_files: Files that register the loss; empty for a built-in one.
-        with_entropy: Whether the loss shall see entropies, to log them.
-    """
-
-    loss: str
-    settings: Mapping[str, Any]
-    normaliser: str
-    plugin_files: tuple[str, ...] = ()
-    with_entropy: bool = False
 
 
 def algorithm_of(config: RLHFConfig) -> Algorithm:

@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from raytune_rl.algorithms.advantages import AdvantageResult, group_advantages
 from raytune_rl.algorithms.ppo import missing_eos
 from raytune_rl.config import PPOConfig, resolved
+from raytune_rl.groups.critic import ActorCritic
+from raytune_rl.groups.fleet import media_places
 from raytune_rl.pipelines import online
-from raytune_rl.pipelines.actor_critic import ActorCritic
 from raytune_rl.pipelines.collect import Collected
 from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.lifecycle import RunResult
-from raytune_rl.pipelines.rollouts import Trajectory, media_places
-from raytune_rl.workers.estimates import EstimateSettings
+from raytune_rl.protocol.train import EstimateSettings
+from raytune_rl.protocol.trajectory import Trajectory
 
 
 def run(config: PPOConfig, notices: Sequence[str] = ()) -> RunResult:

@@ -14,12 +14,13 @@ import numpy as np
 from raytune_rl.algorithms.advantages import AdvantageResult
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, SFTSchedule
-from raytune_rl.pipelines import launch, wire
-from raytune_rl.pipelines.data import Account, PromptSet, quarantined
+from raytune_rl.groups import lora_sync, specs
+from raytune_rl.groups.sizes import Groups
 from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.online_algorithms import in_words
-from raytune_rl.pipelines.resources import Groups
-from raytune_rl.pipelines.rollouts import Trajectory
+from raytune_rl.prepare.sets import quarantined
+from raytune_rl.protocol.data import Account, PromptSet
+from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.tracking.completions import CompletionRow
 from raytune_rl.tracking.plan import GenerationPlan, GroupPlan, RunPlan, Section
 from raytune_rl.tracking.summary import Change, RunSummary
@@ -27,7 +28,7 @@ from raytune_rl.tracking.summary import Change, RunSummary
 if TYPE_CHECKING:
     from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult
     from raytune_rl.pipelines.online import OnlineRun
-    from raytune_rl.pipelines.policy_group import StepReport
+    from raytune_rl.protocol.train import StepReport
     from raytune_rl.runtime.cluster import ClusterInfo
     from raytune_rl.runtime.placement import GroupSpec
 
@@ -59,7 +60,9 @@ def online_plan(
         longest,
         config.max_completion_length,
     )
-    arrive = "as an adapter" if wire.publish_mode(config, train.account.takes_media) == "adapter" else "whole"
+    arrive = (
+        "as an adapter" if lora_sync.publish_mode(config, train.account.takes_media) == "adapter" else "whole"
+    )
     inside = {
         "policy": trainer(config, groups),
         "rollout": f"vLLM, weights arrive {arrive}",
@@ -71,7 +74,7 @@ def online_plan(
     per = batch.optimizer_steps_per_generation * config.num_iterations
     extra = []
     if groups.on_gpu:
-        share = launch.gpu_share(config, groups)
+        share = specs.gpu_share(config, groups)
         extra.append(f"vLLM takes {share:.0%} of each of its GPUs' memory (--vllm_gpu_memory_utilization)")
     if per > 1 and config.save_strategy == "steps" and config.save_steps % per:
         extra.append(
@@ -114,7 +117,7 @@ def trainer(config: TrainConfig, groups: Groups) -> str:
         if config.deepspeed is None
         else "own JSON"
     )
-    return f"DeepSpeed {zero}, {launch.dtype(config, groups.on_gpu)}, {config.train_type}"
+    return f"DeepSpeed {zero}, {specs.dtype(config, groups.on_gpu)}, {config.train_type}"
 
 
 def group_plans(groups: Groups, inside: Mapping[str, str]) -> list[GroupPlan]:

@@ -20,9 +20,9 @@ from raytune_rl.data.example import Example, MediaRef
 from raytune_rl.data.load import load_examples
 from raytune_rl.data.media_tags import TAGS
 from raytune_rl.errors import RewardError
+from raytune_rl.protocol.rewards import Failure, TrainerState, with_completions
 from raytune_rl.rewards.preflight import RewardNeeds
 from raytune_rl.rewards.sandbox import Sandbox, memory_limit_bytes
-from raytune_rl.rewards.types import Failure, TrainerState, with_completions
 from raytune_rl.tracking.text import number
 
 CHUNK = 64

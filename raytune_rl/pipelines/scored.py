@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.data.rows import RowPointer
-from raytune_rl.pipelines.data import TokenSet
-from raytune_rl.pipelines.policy_group import RowLogprobs
+from raytune_rl.protocol.data import TokenSet
+from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.train import RowLogprobs
 
 ROWS_OF_A_CALL = 2048
 """Rows that one worker scores in one call: each call has a deadline."""

@@ -15,8 +15,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from raytune_rl.protocol.rewards import Unscored
 from raytune_rl.rewards.base import ORM
-from raytune_rl.rewards.types import Unscored
 
 # Enough for any honest answer, which takes milliseconds. CPU seconds, not wall seconds: on a busy machine a
 # right answer must not turn into a failure.

@@ -9,7 +9,7 @@ class ORM:
     """A reward: called with completions and, by keyword, one list per column, all of the same length.
 
     It returns one entry a completion: a number, `None` where it has no opinion (the sample gets no reward
-    from this function), or `raytune_rl.rewards.types.Unscored` where it should have had one but could not
+    from this function), or `raytune_rl.protocol.rewards.Unscored` where it should have had one but could not
     (counted as a failure, with its reason).
 
     A constructor may take `args`: all settings of the run, as attributes.

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_rl.errors import RewardError
+from raytune_rl.protocol.rewards import Unscored, take_rows
 from raytune_rl.rewards.lean_process import die_with_parent
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.rewards.registry import RewardFunction, build, describe_error
 from raytune_rl.rewards.shims import swift_importable
-from raytune_rl.rewards.types import Unscored, take_rows
 
 Outcome = float | Unscored | None
 

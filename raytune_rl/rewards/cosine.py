@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from raytune_rl.protocol.rewards import Unscored
 from raytune_rl.rewards.accuracy import MathAccuracy
 from raytune_rl.rewards.base import ORM
-from raytune_rl.rewards.types import Unscored
 
 
 class CosineReward(ORM):

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raytune_rl.errors import RewardError
-from raytune_rl.rewards.types import Unscored
+from raytune_rl.protocol.rewards import Unscored
 
 _REWARD = re.compile(r"reward\W{0,5}?\s*([-+]?\d+(?:\.\d+)?|[-+]?\.\d+)", re.IGNORECASE)
 

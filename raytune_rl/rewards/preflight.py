@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_rl.errors import RewardError
+from raytune_rl.protocol.rewards import RUN_COLUMNS
 from raytune_rl.rewards.sandbox import Sandbox
-from raytune_rl.rewards.types import RUN_COLUMNS
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from raytune_rl.config.deepspeed import fill_auto
 from raytune_rl.models.sharding import numel_of, shape_of
 
 if TYPE_CHECKING:
-    from raytune_rl.workers.policy import OptimizerSpec
+    from raytune_rl.protocol.train import OptimizerSpec
 
 Rate = Callable[[int], float]
 

@@ -6,51 +6,19 @@ comes in two calls, between which the driver merges three numbers a worker.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.data.ragged import Columns, Ragged
-from raytune_rl.data.rows import ReadRows
+from raytune_rl.data.read_rows import ReadRows
+from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.train import EstimateFacts, EstimateSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from raytune_rl.algorithms.metrics import MetricSums
     from raytune_rl.algorithms.moments import Moments
-
-
-@dataclass(frozen=True)
-class EstimateSettings:
-    """Constants of the estimate; see `algorithms.ppo`.
-
-    Attributes:
-        kl_coef: Price of a nat of KL to the reference; with 0 there are no reference log-probs.
-        gamma: Discount of rewards.
-        lam: GAE's lambda.
-    """
-
-    kl_coef: float
-    gamma: float
-    lam: float
-
-
-@dataclass(frozen=True)
-class EstimateFacts:
-    """What the driver is told of a worker's share.
-
-    Attributes:
-        advantages, returns, errors: Moments over the tokens of rows that have a score; an error is a return
-            less the value that the critic gave.
-        metrics: `objective/*` under TRL's names, over those rows, and "kl" over their tokens.
-    """
-
-    advantages: Moments
-    returns: Moments
-    errors: Moments
-    metrics: MetricSums
 
 
 def reward_moments(rows: ReadRows, scores: NDArray[np.float64], settings: EstimateSettings) -> Moments:

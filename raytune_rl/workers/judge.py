@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from raytune_rl.data.chat import ChatTemplate
 from raytune_rl.data.example import Message
 from raytune_rl.errors import RewardError
+from raytune_rl.protocol.rewards import Unscored
 from raytune_rl.rewards.judge import plugin_class
 from raytune_rl.rewards.registry import describe_error
-from raytune_rl.rewards.types import Unscored
 
 
 class JudgeTemplate:

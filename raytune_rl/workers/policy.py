@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raytune_rl.data.media_table import ROW_COLUMN
-from raytune_rl.data.ragged import Columns
-from raytune_rl.data.rows import ReadRows, RowBatch
-from raytune_rl.runtime.weights import TensorEntry
+from raytune_rl.data.read_rows import ReadRows
+from raytune_rl.protocol.columns import Columns
+from raytune_rl.protocol.rows import RowBatch
+from raytune_rl.protocol.train import EstimateFacts, EstimateSettings, PolicyFacts, PolicySpec, TrainResult
+from raytune_rl.protocol.weights import TensorEntry
 from raytune_rl.workers import estimates, publishing, row_stats, scoring
-from raytune_rl.workers.estimates import EstimateFacts, EstimateSettings
 from raytune_rl.workers.publishing import Publisher
-from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,95 +34,6 @@ if TYPE_CHECKING:
     from raytune_rl.algorithms.metrics import MetricSums
     from raytune_rl.algorithms.moments import Moments
     from raytune_rl.data.collate import MicroBatch
-    from raytune_rl.models.settings import TunerSettings
-
-
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """AdamW and its schedule.
-
-    Attributes:
-        learning_rate: Peak.
-        schedule: A scheduler name of Transformers.
-        warmup_steps, total_steps: Optimizer steps.
-        betas, epsilon, weight_decay: AdamW's; matrices decay, vectors (biases, norms) do not.
-        deepspeed: A DeepSpeed configuration whose "auto" values are filled in here.
-        max_grad_norm: Clip the gradient to this norm; 0 does not clip.
-    """
-
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    total_steps: int
-    betas: tuple[float, float]
-    epsilon: float
-    weight_decay: float
-    max_grad_norm: float
-    deepspeed: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class PolicySpec:
-    """Everything a rank needs.
-
-    Attributes:
-        model: What to load.
-        tuner: What of it is trained.
-        optimizer: How.
-        loss: Name in the registry of losses. What it looks at (`Loss.forward`) decides the model's head:
-            log-probs, one score a row (reward model), or one value a token (critic).
-        loss_settings: That loss's own settings, or a mapping to make them of.
-        score: How log-probs are taken.
-        seed: Of adapter initialisation and dropout.
-        gradient_checkpointing: Recompute activations in the backward.
-        with_entropy: Compute the distribution's entropy at every loss token.
-        publish_mode: How weights leave: "full", "merged" or "adapter"; None when nobody pulls them.
-        plugin_files: Files that register the loss, if it is the user's own.
-    """
-
-    model: ModelSpec
-    tuner: TunerSettings
-    optimizer: OptimizerSpec
-    loss: str
-    loss_settings: Any
-    score: ScoreSettings
-    seed: int
-    gradient_checkpointing: bool
-    with_entropy: bool = False
-    publish_mode: str | None = None
-    plugin_files: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class PolicyFacts:
-    """What rank 0 tells after loading."""
-
-    trainable: int
-    total: int
-    dtype: str
-    notices: tuple[str, ...] = field(default=())
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """One optimizer step of one rank.
-
-    Attributes:
-        metrics: Mergeable sums over this rank's rows, "loss" among them.
-        grad_norm: Global gradient norm before clipping; the same on every rank. Infinite: the gradient was
-            not finite, and the step was left out.
-        learning_rate: Of this step.
-        seconds: Time of the step on this rank.
-        tokens: Tokens that went through the model, padding included.
-        memory_gib: Peak memory of the process's device.
-    """
-
-    metrics: MetricSums
-    grad_norm: float
-    learning_rate: float
-    seconds: float
-    tokens: int
-    memory_gib: float
 
 
 def policy_env(threads: int, on_gpu: bool) -> dict[str, str]:

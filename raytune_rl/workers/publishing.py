@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from raytune_rl.runtime.weights import TensorEntry, entry_of, plan_buckets, to_arrays
+from raytune_rl.protocol.weights import TensorEntry
+from raytune_rl.runtime.weights import entry_of, plan_buckets, to_arrays
 
 if TYPE_CHECKING:
     from raytune_rl.models.weights import Gather, WeightExporter

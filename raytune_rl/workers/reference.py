@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.data.ragged import Columns
-from raytune_rl.data.rows import RowBatch
 from raytune_rl.errors import CheckpointError, ModelError
-from raytune_rl.runtime.weights import Manifest, read
+from raytune_rl.protocol.columns import Columns
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings
+from raytune_rl.protocol.rows import RowBatch
+from raytune_rl.protocol.weights import Manifest
+from raytune_rl.runtime.weights import read
 from raytune_rl.workers import scoring
-from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 
 
 class ReferenceWorker:
@@ -26,8 +27,8 @@ class ReferenceWorker:
 
     def __init__(self, spec: ModelSpec, settings: ScoreSettings) -> None:
         from raytune_rl.models.scorer import TokenScorer
-        from raytune_rl.models.settings import TunerSettings
         from raytune_rl.models.tuner import apply_tuner
+        from raytune_rl.protocol.model import TunerSettings
 
         loaded = scoring.load(spec)
         model: Any = loaded.model

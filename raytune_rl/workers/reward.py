@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from raytune_rl.data.media_table import Medium, count_media, media_of
-from raytune_rl.data.ragged import Columns
 from raytune_rl.errors import DeadlineExceededError, RewardError
+from raytune_rl.protocol.columns import Columns
+from raytune_rl.protocol.rewards import RewardBatch, Scores, take_rows, with_completions
 from raytune_rl.rewards.sandbox import Sandbox
-from raytune_rl.rewards.types import RewardBatch, Scores, take_rows, with_completions
 
 # Texts of a batch are megabytes at most; a node that does not hand them over in this time is gone.
 FETCH_LIMIT_S = 120.0

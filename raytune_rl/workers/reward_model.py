@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +19,13 @@ import ray
 from numpy.typing import NDArray
 
 from raytune_rl.errors import ConfigError, ModelError
+from raytune_rl.protocol.model import ModelSpec
+from raytune_rl.protocol.rewards import Failure, RewardModelSpec, Scores, TrainerState
 from raytune_rl.rewards.plugins import load_plugins
-from raytune_rl.rewards.types import Failure, Scores, TrainerState
 from raytune_rl.workers import scoring
-from raytune_rl.workers.scoring import ModelSpec
 
 DEFAULT = "default"
 """The plugin that takes a classifier's score of the whole conversation."""
-
-
-@dataclass(frozen=True)
-class RewardModelSpec:
-    """Which reward models a worker holds.
-
-    Attributes:
-        models: What to load; a path may be the directory of an adapter, whose base is loaded with it.
-        labels: A name for each, for metrics.
-        max_tokens: Token budget of a pass.
-        timeout_s: Deadline for reading texts from the object store, seconds.
-        plugins: How each model is asked, by registered name; empty: as "default".
-        plugin_files: Files that may register further ones.
-    """
-
-    models: tuple[ModelSpec, ...]
-    labels: tuple[str, ...]
-    max_tokens: int
-    timeout_s: float
-    plugins: tuple[str, ...] = ()
-    plugin_files: tuple[str, ...] = ()
 
 
 class RewardModelWorker:
@@ -136,8 +115,8 @@ class _Classifier:
         from raytune_rl.data.chat import ChatTemplate
         from raytune_rl.data.encode_rows import Job
         from raytune_rl.models.load import load_tokenizer
-        from raytune_rl.models.settings import TunerSettings
         from raytune_rl.models.tuner import apply_tuner
+        from raytune_rl.protocol.model import TunerSettings
 
         name, spec = spec.path, with_base(local(spec))
         loaded = scoring.load(spec, "scores")
@@ -201,8 +180,8 @@ class _Judged:
 
     def __init__(self, spec: ModelSpec, plugin: str, max_tokens: int) -> None:
         from raytune_rl.models.load import load_tokenizer
-        from raytune_rl.models.settings import TunerSettings
         from raytune_rl.models.tuner import apply_tuner
+        from raytune_rl.protocol.model import TunerSettings
         from raytune_rl.workers.judge import Judge, is_classifier
 
         spec = local(spec)

@@ -8,187 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.data.example import Message
-from raytune_rl.data.media_limits import NO_LIMITS, MediaLimits
-from raytune_rl.data.media_table import Medium, media_of
-from raytune_rl.data.ragged import Columns, Ragged
+from raytune_rl.data.media_table import media_of
 from raytune_rl.errors import DataError, StaleWeightsError
 from raytune_rl.multi_turn.scheduler import Request
+from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.rollout import EngineSpec, MultiTurnSpec, Piece, Sampling
+from raytune_rl.protocol.trajectory import CompletionMeta, PromptRequest
 from raytune_rl.workers.conversation import Conversation, Conversations
-
-GPU_SHARE = 0.9
-"""Of a GPU's memory, for an engine that has the GPU to itself."""
-
-
-@dataclass(frozen=True)
-class MultiTurnSpec:
-    """Who answers the model, in conversations of several turns.
-
-    Attributes:
-        scheduler: Registered name.
-        max_turns: Of the model; None is no limit but the length.
-        plugin_files: Files that may register it.
-        timeout_s: For the scheduler's answers of one round, seconds.
-    """
-
-    scheduler: str
-    max_turns: int | None
-    plugin_files: tuple[str, ...]
-    timeout_s: float
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """How to build an engine.
-
-    Attributes:
-        model: Local directory of the base model.
-        dtype: torch dtype name of the weights.
-        max_model_len: Longest prompt plus completion, tokens.
-        store: Name of the weight store's actor; None serves what lies in `model` (and `adapter`) as version
-            0.
-        pull_timeout_s: Deadline for pulling one version, seconds.
-        tensor_parallel_size: GPUs of one engine.
-        gpu_memory_utilization: Share of each GPU that vLLM may use.
-        kv_cache_bytes: Size of the key-value cache; None leaves it to `gpu_memory_utilization` (the way on
-            GPUs).
-        max_num_seqs: Sequences decoded at once; None is vLLM's default.
-        enforce_eager: No CUDA graphs or compilation.
-        enable_prefix_caching: Share the prompt's key-value blocks among completions.
-        lora_rank: Rank of the adapters it will serve; 0 when weights arrive merged or the training is full.
-        trust_remote_code: Run code from the model's directory.
-        seed: Engine seed; each completion has a seed of its own besides.
-        use_hf: A hub id is one of Hugging Face instead of ModelScope.
-        sleep_level: What to drop between generations on a GPU: 0 nothing, 1 weights to the CPU, 2 weights
-            discarded.
-        prompt_limits: Most items of each kind ("image", ...) in one prompt; None for a model
-            that takes texts only.
-        media_limits: How much of a medium is shown.
-        more: Further arguments of vLLM's EngineArgs.
-        adapter: Local directory of a LoRA adapter to serve; only without a store.
-        multi_turn: For conversations of several turns; None: one completion a prompt.
-    """
-
-    model: str
-    dtype: str
-    max_model_len: int
-    store: str | None
-    pull_timeout_s: float
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = GPU_SHARE
-    kv_cache_bytes: int | None = None
-    max_num_seqs: int | None = None
-    enforce_eager: bool = False
-    enable_prefix_caching: bool = True
-    lora_rank: int = 0
-    trust_remote_code: bool = False
-    seed: int = 0
-    use_hf: bool = False
-    sleep_level: int = 0
-    prompt_limits: Mapping[str, int] | None = None
-    media_limits: MediaLimits = NO_LIMITS
-    more: Mapping[str, Any] = field(default_factory=dict)
-    adapter: str | None = None
-    multi_turn: MultiTurnSpec | None = None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. Names and meaning are vLLM's; `banned` tokens are never drawn."""
-
-    temperature: float
-    max_tokens: int
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop_words: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    banned: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer while it is written; the last has the reason for which it ends."""
-
-    text: str
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True)
-class PromptRequest:
-    """One prompt and the completions wanted of it.
-
-    Attributes:
-        prompt_id: The controller's number of the prompt, given back in the answer.
-        row: Where the prompt lies in the prompt columns.
-        seeds: One seed a completion; the same prompt, seed and weights give the same completion on any
-            worker.
-    """
-
-    prompt_id: int
-    row: int
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class EnginePrompt:
-    """One prompt.
-
-    Attributes:
-        tokens: int32, as the policy trains on it.
-        given: int32, as vLLM takes it: with one placeholder for each medium. The same without media.
-        media: In their order.
-    """
-
-    tokens: NDArray[np.int32]
-    given: NDArray[np.int32]
-    media: tuple[Medium, ...] = ()
-
-    def followed_by(self, tokens: NDArray[np.int32]) -> EnginePrompt:
-        """The prompt with what was said since."""
-        if not len(tokens):
-            return self
-        return replace(
-            self,
-            tokens=np.concatenate([self.tokens, tokens]),
-            given=np.concatenate([self.given, tokens]),
-        )
-
-
-@dataclass(frozen=True)
-class CompletionMeta:
-    """What the controller learns of one completion: no tokens, only sizes and facts.
-
-    Attributes:
-        prompt_id: From the request.
-        sample: Index among the prompt's completions.
-        row: Row in the returned columns and texts.
-        prompt_tokens: Length of the prompt.
-        completion_tokens: Sampled tokens, end tokens included.
-        finish_reason: "stop" (ended by itself) or "length" (cut at the limit).
-        version: Weight version that sampled it.
-        other_tokens: Tokens behind the prompt that the model did not sample (several turns only).
-        turns: Of the model.
-        failure: Why a scheduler's hook ended the conversation early; empty if none did.
-    """
-
-    prompt_id: int
-    sample: int
-    row: int
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: str
-    version: int
-    other_tokens: int = 0
-    turns: int = 1
-    failure: str = ""
+from raytune_rl.workers.engine_prompt import EnginePrompt
 
 
 def rollout_env(threads: int, tensor_parallel_size: int, on_gpu: bool) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.data.rows import RowBatch
+from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.workers.scoring import read_rows
 
 

@@ -5,24 +5,23 @@ reference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from raytune_rl.data.media_limits import NO_LIMITS, MediaLimits
-from raytune_rl.data.ragged import Columns, Ragged
-from raytune_rl.data.rows import ReadRows, RowBatch
+from raytune_rl.data.read_rows import ReadRows
 from raytune_rl.errors import ModelError
+from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings
+from raytune_rl.protocol.rows import RowBatch
 
 if TYPE_CHECKING:
     import torch
 
     from raytune_rl.algorithms.registry import Forward
     from raytune_rl.data.collate import MicroBatch
-    from raytune_rl.data.example import Kind
     from raytune_rl.data.media_batch import MediaCollator
     from raytune_rl.data.media_table import Medium
     from raytune_rl.models.load import LoadedModel
@@ -32,54 +31,6 @@ if TYPE_CHECKING:
 
 PAD = 0
 """Fills padded positions. They are masked, so any id of the vocabulary serves."""
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Which model a worker loads, and how.
-
-    Attributes:
-        path: Local directory.
-        dtype: torch dtype name, or None for the model's own (float32 on a CPU).
-        attn_impl: Attention kernel, or None for the best there is.
-        layout: "padded" or "packed" micro-batches.
-        trust_remote_code: Run code from the model's directory.
-        adapters: Adapter directories to start from.
-        quant_bits: 4 for a base quantised to NF4, or None.
-        use_hf: A hub id is one of Hugging Face instead of ModelScope.
-        media_limits: Models that take media: how much of one is shown.
-        media_kinds: The kinds of media in the data.
-        media_threads: Threads that make the pixels of coming micro-batches.
-        liger: Use liger-kernel's layers on a GPU.
-    """
-
-    path: str
-    dtype: str | None
-    attn_impl: str | None
-    layout: str
-    trust_remote_code: bool = False
-    adapters: tuple[str, ...] = ()
-    quant_bits: int | None = None
-    use_hf: bool = False
-    media_limits: MediaLimits = NO_LIMITS
-    media_kinds: tuple[Kind, ...] = ()
-    media_threads: int = 1
-    liger: bool = False
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How log-probs are taken.
-
-    Attributes:
-        temperature: Divides the logits.
-        timeout_s: Deadline for reading rows from the object store, seconds.
-        banned: Tokens that sampling never gives; the distribution is over the others.
-    """
-
-    temperature: float
-    timeout_s: float
-    banned: tuple[int, ...] = ()
 
 
 def device() -> torch.device:

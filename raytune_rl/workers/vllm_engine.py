@@ -31,10 +31,12 @@ from raytune_rl.data.media_processor import Decoded
 from raytune_rl.errors import ConfigError, DataError, StaleWeightsError, WorkerDiedError
 from raytune_rl.models.load import resolve_path
 from raytune_rl.models.served import LORA_RANKS
-from raytune_rl.runtime.weights import Manifest, find_manifest, read
+from raytune_rl.protocol.rollout import EngineSpec, Piece, Sampling
+from raytune_rl.protocol.weights import Manifest
+from raytune_rl.runtime.weights import find_manifest, read
 from raytune_rl.workers import vllm_plugin
 from raytune_rl.workers.adapter_files import adapter_files
-from raytune_rl.workers.rollout import EnginePrompt, EngineSpec, Piece, Sampling
+from raytune_rl.workers.engine_prompt import EnginePrompt
 from raytune_rl.workers.vllm_media import EngineMedia, check_prompt
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from raytune_rl.data.media_limits import MediaLimits
 from raytune_rl.data.media_processor import Decoded, MediaProcessor
 from raytune_rl.data.video import Video
 from raytune_rl.errors import DataError
 from raytune_rl.models.load import load_media_processor
-from raytune_rl.workers.rollout import EnginePrompt, EngineSpec
+from raytune_rl.protocol.media import MediaLimits
+from raytune_rl.protocol.rollout import EngineSpec
+from raytune_rl.workers.engine_prompt import EnginePrompt
 
 
 @dataclass(frozen=True)

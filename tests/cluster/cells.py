@@ -12,15 +12,16 @@ import ray
 from raytune_rl.algorithms.aggregation import row_weights
 from raytune_rl.algorithms.sft import SFTSettings
 from raytune_rl.config import SFTConfig
-from raytune_rl.data.rows import RowPointer
-from raytune_rl.pipelines import launch
-from raytune_rl.pipelines.data import MediaPlaces
-from raytune_rl.pipelines.data_task import encode_rows_task
-from raytune_rl.pipelines.policy_group import PolicyGroup
+from raytune_rl.groups import specs
+from raytune_rl.groups.trainer import PolicyGroup
+from raytune_rl.prepare.sets import MediaPlaces
+from raytune_rl.prepare.task import encode_rows_task
+from raytune_rl.protocol.model import ScoreSettings
+from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.train import PolicySpec
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
-from raytune_rl.workers.policy import PolicySpec, PolicyWorker, policy_env
-from raytune_rl.workers.scoring import ScoreSettings
+from raytune_rl.workers.policy import PolicyWorker, policy_env
 
 
 class Chameleon(PolicyWorker):
@@ -73,11 +74,11 @@ def rows_of(config: SFTConfig, directory: Path) -> Rows:
 
 
 def spec_of(config: SFTConfig, *, vision: bool = False, publish_mode: str | None = None) -> PolicySpec:
-    """What `launch.policy_spec` tells the ranks on a machine without a GPU."""
+    """What `specs.policy_spec` tells the ranks on a machine without a GPU."""
     return PolicySpec(
-        model=launch.model_spec(config, on_gpu=False, takes_media=vision),
-        tuner=launch.tuner(config, config.lora_dropout),
-        optimizer=launch.optimizer(config, total_steps=10),
+        model=specs.model_spec(config, on_gpu=False, takes_media=vision),
+        tuner=specs.tuner(config, config.lora_dropout),
+        optimizer=specs.optimizer(config, total_steps=10),
         loss="sft",
         loss_settings=SFTSettings(),
         score=ScoreSettings(1.0, 60.0),

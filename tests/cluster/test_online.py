@@ -17,14 +17,14 @@ import ray
 import torch
 
 from raytune_rl.config import RLHFConfig
-from raytune_rl.data.ragged import Ragged
 from raytune_rl.errors import ConfigError, DataError, PlacementError
 from raytune_rl.models.load import load_model, load_tokenizer
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
 from raytune_rl.pipelines import online
 from raytune_rl.pipelines.lifecycle import RunResult
+from raytune_rl.protocol.columns import Ragged
+from raytune_rl.protocol.model import TunerSettings
 from tests.cluster.conftest import Tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]

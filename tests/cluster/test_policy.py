@@ -29,18 +29,18 @@ from raytune_rl.algorithms.sapo import SAPOSettings
 from raytune_rl.algorithms.sft import SFTSettings
 from raytune_rl.config import deepspeed
 from raytune_rl.data.microbatch import plan_micro_batches
-from raytune_rl.data.ragged import Columns, Ragged
-from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import CheckpointError, WorkerFailedError
-from raytune_rl.models.settings import TunerSettings
-from raytune_rl.pipelines.policy_group import PolicyGroup, rank_batch
+from raytune_rl.groups.trainer import PolicyGroup, rank_batch
+from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
+from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
 from raytune_rl.runtime.wait import fetch
-from raytune_rl.workers.policy import OptimizerSpec, PolicySpec, PolicyWorker, policy_env
+from raytune_rl.workers.policy import PolicyWorker, policy_env
 from raytune_rl.workers.reference import ReferenceWorker
-from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
 from tests.cluster.conftest import Tiny
 
 pytestmark = pytest.mark.cluster

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import ray
 
-from raytune_rl.data.ragged import Columns, Ragged
 from raytune_rl.errors import StaleWeightsError
-from raytune_rl.runtime.weights import Manifest, entry_of, plan_buckets, start_store, to_bytes
-from raytune_rl.workers.rollout import EngineSpec, PromptRequest, RolloutWorker, Sampling, rollout_env
+from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.rollout import EngineSpec, Sampling
+from raytune_rl.protocol.trajectory import PromptRequest
+from raytune_rl.protocol.weights import Manifest
+from raytune_rl.runtime.weights import entry_of, plan_buckets, start_store, to_bytes
+from raytune_rl.workers.rollout import RolloutWorker, rollout_env
 from tests.cluster.conftest import Tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]

@@ -18,18 +18,19 @@ from raytune_rl.algorithms.rm import RMSettings
 from raytune_rl.config import deepspeed
 from raytune_rl.data.collate import collate_rows
 from raytune_rl.data.microbatch import plan_micro_batches
-from raytune_rl.data.ragged import Columns, Ragged
-from raytune_rl.data.rows import RowPointer
+from raytune_rl.groups.trainer import PolicyGroup, rank_batch
 from raytune_rl.models.load import load_model, load_tokenizer
 from raytune_rl.models.scalar import ScalarScorer
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.weights import save_model
-from raytune_rl.pipelines.policy_group import PolicyGroup, rank_batch
+from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
+from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
-from raytune_rl.workers.policy import OptimizerSpec, PolicySpec, PolicyWorker, policy_env
-from raytune_rl.workers.scoring import ModelSpec, ScoreSettings, forward_inputs
+from raytune_rl.workers.policy import PolicyWorker, policy_env
+from raytune_rl.workers.scoring import forward_inputs
 from tests.cluster.conftest import Tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]

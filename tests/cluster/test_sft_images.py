@@ -24,16 +24,16 @@ from raytune_rl.data.example import Example, Message
 from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import media_of
 from raytune_rl.data.microbatch import Schedule, plan_micro_batches
-from raytune_rl.data.rows import RowPointer
-from raytune_rl.models.settings import TunerSettings
-from raytune_rl.pipelines.policy_group import PolicyGroup, rank_batch
+from raytune_rl.groups.trainer import PolicyGroup, rank_batch
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
+from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
 from raytune_rl.tiny.shapes import write_shapes
 from raytune_rl.tiny.vision import make_tiny_vision_model
-from raytune_rl.workers.policy import OptimizerSpec, PolicySpec, policy_env
-from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
+from raytune_rl.workers.policy import policy_env
 from tests.cluster.test_policy import InspectedPolicy, assert_same
 from tests.vision.films import film
 

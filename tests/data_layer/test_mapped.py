@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from raytune_rl.data.mapped import ArrayWriter, RaggedWriter, open_columns, written_whole
-from raytune_rl.data.ragged import Ragged
 from raytune_rl.errors import DataError
+from raytune_rl.protocol.columns import Ragged
 
 ROWS = [np.array([1, 2, 3], dtype=np.int32), np.empty(0, dtype=np.int32), np.arange(5000, dtype=np.int32)]
 

@@ -218,7 +218,7 @@ def test_the_run_fits_on_the_cluster_and_uses_every_gpu() -> None:
     from raytune_rl.config import RLHFConfig
     from raytune_rl.config.batching import grpo_schedule_of
     from raytune_rl.config.parser import parse
-    from raytune_rl.pipelines.resources import online_groups
+    from raytune_rl.groups.sizes import online_groups
     from raytune_rl.runtime.cluster import ClusterInfo
     from raytune_rl.runtime.placement import check_fits, make_layout
 

@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 from raytune_rl.config import RLHFConfig
 from raytune_rl.config.parser import parse
-from raytune_rl.pipelines.resources import online_groups
+from raytune_rl.groups.sizes import online_groups
 from raytune_rl.runtime.cluster import describe, reserve
 from tests.deploy.test_manifests import entrypoint
 

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raytune_rl.models.load import load_model, load_tokenizer
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
+from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.tiny.model import make_tiny_model
 from tests.export.fake_hubs import FakeHub, FakeHuggingFace, FakeModelScope, serving
 

@@ -18,7 +18,7 @@ from raytune_rl.export import merge as merging
 from raytune_rl.export import run
 from raytune_rl.export.errors import ExportError, HubTokenError, ParityError
 from raytune_rl.export.merge import Merged
-from raytune_rl.models.settings import TunerSettings
+from raytune_rl.protocol.model import TunerSettings
 from tests.export.conftest import Train
 from tests.export.fake_hubs import OWNER, TOKEN, FakeHub, FakeHuggingFace
 

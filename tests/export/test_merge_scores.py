@@ -13,9 +13,9 @@ from transformers import AutoModelForSequenceClassification
 from raytune_rl.config import ExportConfig
 from raytune_rl.export import run
 from raytune_rl.models.load import load_model, load_tokenizer
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
+from raytune_rl.protocol.model import TunerSettings
 
 
 def test_base_adapter_and_head_become_one(tmp_path: Path, bases: Callable[..., Path]) -> None:

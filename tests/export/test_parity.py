@@ -18,7 +18,7 @@ from transformers import (
 from raytune_rl.export import merge as merging
 from raytune_rl.export.errors import ParityError
 from raytune_rl.models.load import load_model
-from raytune_rl.models.settings import TunerSettings
+from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.tiny.audio import make_tiny_audio_model
 from raytune_rl.tiny.tokenizer import make_tiny_tokenizer
 from tests.export.conftest import Train

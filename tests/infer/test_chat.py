@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from raytune_rl.data.example import Message
 from raytune_rl.errors import DataError
 from raytune_rl.infer.chat import converse
-from raytune_rl.workers.rollout import Piece
+from raytune_rl.protocol.rollout import Piece
 
 
 class Parrot:

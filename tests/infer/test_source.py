@@ -14,9 +14,9 @@ from raytune_rl.errors import ModelError
 from raytune_rl.export.errors import ExportError
 from raytune_rl.infer.source import find_source
 from raytune_rl.models.load import load_model, load_tokenizer
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
+from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.tiny.model import make_tiny_model
 
 

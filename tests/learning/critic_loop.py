@@ -18,14 +18,17 @@ from raytune_rl.algorithms.ppo import ValueSettings
 from raytune_rl.algorithms.registry import LossInputs, get_loss
 from raytune_rl.config import PPOConfig, resolved
 from raytune_rl.data.collate import MicroBatch, collate
-from raytune_rl.data.ragged import Columns, Ragged
-from raytune_rl.data.rows import ReadRows, RowPointer, make_batch
+from raytune_rl.data.read_rows import ReadRows
 from raytune_rl.models.scalar import ScalarScorer
 from raytune_rl.models.weights import save_model
 from raytune_rl.pipelines.online_algorithms import algorithm_of
+from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.model import ModelSpec
+from raytune_rl.protocol.rows import RowPointer, make_batch
+from raytune_rl.protocol.train import EstimateSettings
 from raytune_rl.tiny.arithmetic import Problem
-from raytune_rl.workers.estimates import EstimateSettings, estimate, reward_moments, whitened
-from raytune_rl.workers.scoring import ModelSpec, forward_inputs, load
+from raytune_rl.workers.estimates import estimate, reward_moments, whitened
+from raytune_rl.workers.scoring import forward_inputs, load
 from tests.learning.loop import Policy, Spoiled
 
 

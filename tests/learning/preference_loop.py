@@ -24,12 +24,12 @@ from raytune_rl.data.collate import MicroBatch, collate_rows
 from raytune_rl.data.encode import EncodedSFT
 from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 from raytune_rl.data.load import load_examples
-from raytune_rl.data.ragged import Ragged
 from raytune_rl.models.load import load_model, load_tokenizer
 from raytune_rl.models.scalar import ScalarScorer
 from raytune_rl.models.scorer import TokenScorer
 from raytune_rl.pipelines.objective import Objective, preference
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
+from raytune_rl.protocol.columns import Ragged
 from raytune_rl.tiny.preferences import PreferenceFiles
 from raytune_rl.workers.scoring import forward_inputs
 

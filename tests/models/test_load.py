@@ -15,9 +15,9 @@ from transformers import BertConfig
 from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import resolve_path
 from raytune_rl.models.load import Quantization, load_model, load_processor, load_tokenizer
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
+from raytune_rl.protocol.model import TunerSettings
 
 
 @pytest.fixture

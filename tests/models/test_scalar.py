@@ -17,9 +17,9 @@ from raytune_rl.data.collate import MicroBatch, collate
 from raytune_rl.errors import ModelError
 from raytune_rl.models.load import LoadedModel, load_model
 from raytune_rl.models.scalar import ScalarScorer
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
+from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.tiny.model import make_tiny_model
 from raytune_rl.workers.scoring import forward_inputs
 

@@ -10,8 +10,8 @@ import pytest
 from raytune_rl.config import RLHFConfig
 from raytune_rl.pipelines.collect import Collector
 from raytune_rl.pipelines.experience import Experience
-from raytune_rl.pipelines.rollouts import Trajectory
-from raytune_rl.rewards.types import TrainerState
+from raytune_rl.protocol.rewards import TrainerState
+from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.tracking.timer import StepTimer
 from tests.pipelines.test_experience import experience
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from raytune_rl.algorithms.advantages import group_advantages
-from raytune_rl.data.rows import RowPointer
 from raytune_rl.data.sampler import order, stretch
 from raytune_rl.pipelines import report
 from raytune_rl.pipelines.experience import Experience, fill_with_signal, join
-from raytune_rl.pipelines.rollouts import Scored, Trajectory
-from raytune_rl.rewards.types import Failure
+from raytune_rl.protocol.rewards import Failure, Scored
+from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.trajectory import Trajectory
 
 NAN = float("nan")
 

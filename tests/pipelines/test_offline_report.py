@@ -13,13 +13,13 @@ from rich.console import Console
 from raytune_rl.config import PreferenceConfig
 from raytune_rl.config.batching import sft_schedule_of
 from raytune_rl.errors import ConfigError
+from raytune_rl.groups.sizes import offline_groups
 from raytune_rl.models.load import load_tokenizer
-from raytune_rl.pipelines.data import Account, SourceCounts, TokenSet
-from raytune_rl.pipelines.data_task import check_vocabulary
 from raytune_rl.pipelines.lifecycle import Origin
 from raytune_rl.pipelines.objective import preference
 from raytune_rl.pipelines.offline_report import plan_of, with_margin
-from raytune_rl.pipelines.resources import offline_groups
+from raytune_rl.prepare.task import check_vocabulary
+from raytune_rl.protocol.data import Account, SourceCounts, TokenSet
 from raytune_rl.runtime.cluster import ClusterInfo
 from raytune_rl.tiny.model import make_tiny_model
 from raytune_rl.tracking.run_dir import RunDir

@@ -9,7 +9,8 @@ from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.config import PPOConfig, RLHFConfig, resolved
 from raytune_rl.config.rl import LOSS_TYPES
 from raytune_rl.errors import ConfigError, RewardError
-from raytune_rl.pipelines.online_algorithms import LOSSES, Algorithm, algorithm_of, in_words
+from raytune_rl.pipelines.online_algorithms import LOSSES, algorithm_of, in_words
+from raytune_rl.protocol.train import Algorithm
 
 PLUGIN = """
 from dataclasses import dataclass

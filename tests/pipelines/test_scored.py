@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from raytune_rl.data.rows import RowPointer
 from raytune_rl.pipelines import scored
-from raytune_rl.pipelines.data import Account, TokenSet
-from raytune_rl.pipelines.policy_group import RowLogprobs
 from raytune_rl.pipelines.scored import ScoredSet
+from raytune_rl.protocol.data import Account, TokenSet
+from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.train import RowLogprobs
 
 
 def test_rows_are_scored_in_parts_and_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,9 @@ import signal
 
 import pytest
 
+from raytune_rl.protocol.rewards import Unscored
 from raytune_rl.rewards import accuracy
 from raytune_rl.rewards.accuracy import MathAccuracy
-from raytune_rl.rewards.types import Unscored
 
 RIGHT = [
     (r"so it is \boxed{72}", "72"),

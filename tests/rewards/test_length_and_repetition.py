@@ -5,9 +5,9 @@ import math
 import pytest
 
 from raytune_rl.errors import RewardError
+from raytune_rl.protocol.rewards import Unscored
 from raytune_rl.rewards.registry import build
 from raytune_rl.rewards.repetition import words
-from raytune_rl.rewards.types import Unscored
 
 
 def reward(name, **config):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from raytune_rl.errors import RewardError
+from raytune_rl.protocol.rewards import TrainerState
 from raytune_rl.rewards.sandbox import Sandbox
-from raytune_rl.rewards.types import TrainerState
 
 # The first word of a completion says what its reward does.
 PLUGIN = """
@@ -222,7 +222,7 @@ def test_the_starting_program_is_not_imported_again(plugin, tmp_path):
     script.write_text(f"""
 print("main runs")
 from raytune_rl.rewards.sandbox import Sandbox
-from raytune_rl.rewards.types import TrainerState
+from raytune_rl.protocol.rewards import TrainerState
 sandbox = Sandbox(["act"], [{plugin!r}], {{}}, 5.0)
 print(sandbox.score(["fine"], {{}}).values)
 sandbox.close()
@@ -236,7 +236,7 @@ sandbox.close()
 def test_children_die_with_their_parent(plugin, tmp_path):
     script = f"""
 from raytune_rl.rewards.sandbox import Sandbox
-from raytune_rl.rewards.types import TrainerState
+from raytune_rl.protocol.rewards import TrainerState
 sandbox = Sandbox(["process", "act"], [{plugin!r}], {{}}, 3600.0)
 print(int(sandbox.score(["fine"], {{}}).values[0, 0]), flush=True)
 sandbox.score(["hang in C"], {{}})

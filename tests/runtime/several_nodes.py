@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import PlacementError
-from raytune_rl.pipelines.resources import online_groups
+from raytune_rl.groups.sizes import online_groups
 from raytune_rl.runtime.cluster import describe, reserve, session
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec

@@ -10,11 +10,10 @@ import ray
 import torch
 
 from raytune_rl.errors import StaleWeightsError
+from raytune_rl.protocol.weights import Manifest, TensorEntry
 from raytune_rl.runtime.weights import (
     LONG_BYTES,
     PLAIN_BYTES,
-    Manifest,
-    TensorEntry,
     WeightStore,
     collect_index,
     entry_of,

@@ -14,10 +14,10 @@ from transformers import AutoProcessor
 from raytune_rl.data.encode import EncodedSFT, MediaSettings, encode_prompts, encode_sft
 from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 from raytune_rl.data.example import Example, Message, RowError
-from raytune_rl.data.media_limits import MediaLimits
 from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import count_media, media_of
 from raytune_rl.errors import DataError, ModelError
+from raytune_rl.protocol.media import MediaLimits
 from raytune_rl.tiny.shapes import draw
 
 USER, BOT = Message("user", "<image>Which shape is it?"), Message("assistant", "A red square.")

@@ -16,12 +16,12 @@ from raytune_rl.data.collate import MicroBatch
 from raytune_rl.data.encode import EncodedSFT, MediaSettings, encode_sft
 from raytune_rl.data.example import Example, Message
 from raytune_rl.data.media_batch import MediaCollator
-from raytune_rl.data.media_limits import MediaLimits
 from raytune_rl.data.media_processor import Decoded, MediaProcessor
 from raytune_rl.data.media_table import media_of
 from raytune_rl.errors import DataError
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner, trains_vision
+from raytune_rl.protocol.media import MediaLimits
+from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.tiny.shapes import draw
 from tests.vision.scoring import score
 

@@ -19,8 +19,8 @@ from raytune_rl.data.media_batch import MediaCollator
 from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import media_of
 from raytune_rl.models.scorer import TokenScorer
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner, trains_vision
+from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.tiny.shapes import corpus, draw
 from raytune_rl.tiny.tokenizer import make_tiny_tokenizer
 from raytune_rl.tiny.vision import CHAT_TEMPLATE

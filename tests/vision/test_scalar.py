@@ -19,9 +19,9 @@ from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import media_of
 from raytune_rl.models.load import load_model
 from raytune_rl.models.scalar import ScalarScorer
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
+from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.tiny.shapes import draw
 from raytune_rl.workers.scoring import forward_inputs
 

@@ -18,8 +18,8 @@ from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import count_media, media_of
 from raytune_rl.data.sound import decode_audio
 from raytune_rl.models.load import load_model
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner, trains_vision
+from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.tiny.audio import make_tiny_audio_model
 from tests.vision.films import film, tone
 from tests.vision.scoring import score

@@ -16,12 +16,12 @@ from raytune_rl.data.encode import EncodedSFT, MediaSettings, encode_prompts, en
 from raytune_rl.data.example import Example, Message, RowError
 from raytune_rl.data.media import MediaError
 from raytune_rl.data.media_batch import MediaCollator
-from raytune_rl.data.media_limits import MediaLimits
 from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import count_media, media_of
 from raytune_rl.data.video import decode_video
 from raytune_rl.errors import ModelError
 from raytune_rl.models.load import load_model
+from raytune_rl.protocol.media import MediaLimits
 from tests.vision.films import film, tone
 from tests.vision.scoring import score
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raytune_rl.errors import ConfigError
-from raytune_rl.workers.rollout import EngineSpec
+from raytune_rl.protocol.rollout import EngineSpec
 
 
 def test_further_arguments_are_vllms_own(tmp_path: Path) -> None:

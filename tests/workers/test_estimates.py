@@ -11,9 +11,11 @@ import torch
 from raytune_rl.algorithms.metrics import merge_all
 from raytune_rl.algorithms.moments import merge_moments
 from raytune_rl.algorithms.ppo import gae, token_rewards
-from raytune_rl.data.ragged import Columns, Ragged
-from raytune_rl.data.rows import ReadRows, RowPointer, make_batch
-from raytune_rl.workers.estimates import EstimateSettings, estimate, reward_moments, whitened
+from raytune_rl.data.read_rows import ReadRows
+from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.rows import RowPointer, make_batch
+from raytune_rl.protocol.train import EstimateSettings
+from raytune_rl.workers.estimates import estimate, reward_moments, whitened
 from tests.algorithms.step import rows_of
 
 LENGTHS = (5, 1, 7, 3, 2, 9)

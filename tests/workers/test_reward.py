@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 
 from raytune_rl.data.media_table import Medium, StoredFile, media_columns
-from raytune_rl.data.ragged import Ragged
-from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import RewardError
-from raytune_rl.pipelines.rollouts import Trajectory, reward_columns
-from raytune_rl.rewards.types import RUN_COLUMNS, TrainerState
+from raytune_rl.groups.fleet import reward_columns
+from raytune_rl.protocol.columns import Ragged
+from raytune_rl.protocol.rewards import RUN_COLUMNS, TrainerState
+from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.workers.reward import RewardWorker
 
 PLUGIN = """

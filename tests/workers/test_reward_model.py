@@ -14,17 +14,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from raytune_rl.errors import ConfigError, ModelError, RewardError
 from raytune_rl.models.load import load_model, load_tokenizer
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
+from raytune_rl.protocol.model import ModelSpec, TunerSettings
+from raytune_rl.protocol.rewards import RewardModelSpec, TrainerState
 from raytune_rl.rewards import judge
 from raytune_rl.rewards.judge import GenRMPlugin, JudgeAnswer, JudgeChoice, Spoken, plugin_class
 from raytune_rl.rewards.plugins import load_plugins
-from raytune_rl.rewards.types import TrainerState
 from raytune_rl.tiny.model import make_tiny_model
 from raytune_rl.workers.judge import JudgeTemplate
-from raytune_rl.workers.reward_model import RewardModelSpec, RewardModelWorker
-from raytune_rl.workers.scoring import ModelSpec
+from raytune_rl.workers.reward_model import RewardModelWorker
 
 TEXTS = ("4", "It is 42, I think.", "Forty two, and that is all there is to say of it.", "")
 

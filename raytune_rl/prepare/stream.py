@@ -17,7 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_rl.config import SFTConfig
 from raytune_rl.data.example import Task
-from raytune_rl.pipelines.data import Account, MediaPlaces, SourceCounts, TokenSet, token_set, token_sets
+from raytune_rl.prepare.sets import MediaPlaces, token_set, token_sets
+from raytune_rl.protocol.data import Account, SourceCounts, TokenSet
 from raytune_rl.tracking.files import read_jsonl
 
 
@@ -28,7 +29,7 @@ class StreamWorker:
         self, folder: str, config: SFTConfig, task: Task, quarantine: str, places: MediaPlaces
     ) -> None:
         from raytune_rl.data.stream import RowWindows
-        from raytune_rl.pipelines.data_task import rows_encoder
+        from raytune_rl.prepare.task import rows_encoder
 
         os.chdir(folder)
         self._quarantine = Path(quarantine)

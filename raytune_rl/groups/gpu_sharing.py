@@ -6,9 +6,9 @@ Where each group has its own GPUs, and on a CPU, nobody ever has to move and eve
 from __future__ import annotations
 
 from raytune_rl.config import RLHFConfig
-from raytune_rl.pipelines.policy_group import PolicyGroup
-from raytune_rl.pipelines.resources import Groups
-from raytune_rl.pipelines.rollouts import RolloutGroup
+from raytune_rl.groups.fleet import RolloutGroup
+from raytune_rl.groups.sizes import Groups
+from raytune_rl.groups.trainer import PolicyGroup
 
 
 class Turns:

@@ -8,8 +8,8 @@ import pytest
 
 from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.errors import ConfigError, PlacementError
-from raytune_rl.pipelines import launch
-from raytune_rl.pipelines.resources import Groups, offline_groups, online_groups
+from raytune_rl.groups import specs
+from raytune_rl.groups.sizes import Groups, offline_groups, online_groups
 from raytune_rl.runtime.cluster import ClusterInfo
 from raytune_rl.runtime.placement import check_fits, make_layout
 
@@ -136,7 +136,7 @@ def test_several_engines_beside_one_policy_worker_share_the_engines_part() -> No
 def test_what_an_engine_takes_of_a_gpus_memory() -> None:
     def share(**settings: Any) -> float:
         config = RLHFConfig(**TRAIN, reward_funcs="accuracy", **settings)
-        return launch.gpu_share(config, online_groups(config, EIGHT_GPUS))
+        return specs.gpu_share(config, online_groups(config, EIGHT_GPUS))
 
     assert share() == 0.5, "the policy is there too"
     assert share(policy_workers=4, rollout_workers=8) == 0.25, "and so is another engine"

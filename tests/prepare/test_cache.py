@@ -16,12 +16,12 @@ from raytune_rl.config import SFTConfig
 from raytune_rl.data import encode
 from raytune_rl.data.example import RowError
 from raytune_rl.data.mapped import MappedColumns, open_columns
-from raytune_rl.data.ragged import Ragged
 from raytune_rl.errors import DataError
-from raytune_rl.pipelines.data import MediaPlaces, quarantined
-from raytune_rl.pipelines.data_task import encode_rows_task
-from raytune_rl.pipelines.encoded_cache import UNUSED_DAYS, prune
-from raytune_rl.pipelines.stream import StreamWorker
+from raytune_rl.prepare.cache import UNUSED_DAYS, prune
+from raytune_rl.prepare.sets import MediaPlaces, quarantined
+from raytune_rl.prepare.stream import StreamWorker
+from raytune_rl.prepare.task import encode_rows_task
+from raytune_rl.protocol.columns import Ragged
 from raytune_rl.tiny.model import make_tiny_model
 
 

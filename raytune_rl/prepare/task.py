@@ -11,10 +11,8 @@ from typing import Any
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.data.example import Task
 from raytune_rl.data.mapped import MappedColumns, open_columns, written_whole
-from raytune_rl.data.ragged import Columns
 from raytune_rl.errors import ConfigError, DataError
-from raytune_rl.pipelines.data import Account, MediaPlaces, SourceCounts, TrainConfig
-from raytune_rl.pipelines.encoded_cache import (
+from raytune_rl.prepare.cache import (
     SETS,
     EncodedSet,
     Facts,
@@ -23,7 +21,10 @@ from raytune_rl.pipelines.encoded_cache import (
     write_entry,
     write_facts,
 )
-from raytune_rl.pipelines.told import Counted, Tell, while_told
+from raytune_rl.prepare.progress import Counted, Tell, while_told
+from raytune_rl.prepare.sets import MediaPlaces, TrainConfig
+from raytune_rl.protocol.columns import Columns
+from raytune_rl.protocol.data import Account
 
 
 @dataclass(frozen=True)
@@ -245,9 +246,9 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Media
 
 def model_facts(config: TrainConfig) -> ModelFacts:
     """Reads a model's config and tokenizer, and of a model that takes media the processor."""
-    from raytune_rl.data.media_limits import MediaLimits
     from raytune_rl.data.media_processor import MediaProcessor
     from raytune_rl.models import load
+    from raytune_rl.protocol.media import MediaLimits
 
     assert config.model is not None
     trust = config.trust_remote_code
@@ -342,7 +343,7 @@ def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | No
 
     chat = ChatTemplate.of(facts.tokenizer) if facts.media is None else facts.media.chat
     return Account(
-        tuple(SourceCounts(s.name, s.rows, s.bad, s.taken) for s in report.sources),
+        report.sources,
         dict(encoded.reasons),
         None if quarantine is None else str(quarantine),
         (*report.notices, *encoded.notices),

@@ -9,18 +9,17 @@ from typing import Any
 
 from raytune_rl.algorithms.ppo import ValueSettings
 from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
-from raytune_rl.data.example import Kind
-from raytune_rl.data.media_limits import MediaLimits
-from raytune_rl.data.media_table import MediaCounts
 from raytune_rl.data.media_tags import KINDS
 from raytune_rl.errors import ConfigError
-from raytune_rl.models.settings import TunerSettings
-from raytune_rl.pipelines import wire
-from raytune_rl.pipelines.resources import Groups
-from raytune_rl.workers.policy import OptimizerSpec, PolicySpec
-from raytune_rl.workers.reward_model import RewardModelSpec, with_base
-from raytune_rl.workers.rollout import GPU_SHARE, EngineSpec, MultiTurnSpec, Sampling
-from raytune_rl.workers.scoring import ModelSpec, ScoreSettings
+from raytune_rl.groups import lora_sync
+from raytune_rl.groups.sizes import Groups
+from raytune_rl.protocol.data import MediaCounts
+from raytune_rl.protocol.media import Kind, MediaLimits
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
+from raytune_rl.protocol.rewards import RewardModelSpec
+from raytune_rl.protocol.rollout import GPU_SHARE, EngineSpec, MultiTurnSpec, Sampling
+from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
+from raytune_rl.workers.reward_model import with_base
 
 CPU_CACHE_BYTES = 256 * 2**20
 SHARED_GPU_SHARE = 0.5
@@ -271,7 +270,7 @@ def engine_spec(
     assert config.model is not None
     on_gpu = groups.on_gpu
     eager = not on_gpu if config.vllm_enforce_eager is None else config.vllm_enforce_eager
-    adapter = wire.publish_mode(config, media is not None) == "adapter"
+    adapter = lora_sync.publish_mode(config, media is not None) == "adapter"
     return EngineSpec(
         model=config.model,
         dtype=dtype(config, on_gpu),
@@ -284,7 +283,7 @@ def engine_spec(
         max_num_seqs=config.vllm_max_num_seqs,
         enforce_eager=eager,
         enable_prefix_caching=config.vllm_enable_prefix_caching,
-        lora_rank=wire.engine_rank(config) if adapter else 0,
+        lora_rank=lora_sync.engine_rank(config) if adapter else 0,
         trust_remote_code=config.trust_remote_code,
         seed=config.seed + rank,
         use_hf=config.use_hf,

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from raytune_rl.config import RLHFConfig
-from raytune_rl.data.media_table import MediaCounts
 from raytune_rl.errors import ConfigError
-from raytune_rl.pipelines import launch, wire
+from raytune_rl.groups import lora_sync, specs
+from raytune_rl.protocol.data import MediaCounts
 
 GIVEN: dict[str, Any] = {"model": "m", "dataset": "d", "reward_funcs": "accuracy"}
 
@@ -23,47 +23,47 @@ def most(**of_kind: int) -> MediaCounts:
 
 
 def test_the_engine_makes_room_for_the_media_that_the_data_has() -> None:
-    assert launch.prompt_limits(config(), False, []) is None
-    assert launch.prompt_limits(config(), True, [most(image=3), most(image=1)]) == {
+    assert specs.prompt_limits(config(), False, []) is None
+    assert specs.prompt_limits(config(), True, [most(image=3), most(image=1)]) == {
         "image": 3,
         "video": 0,
         "audio": 0,
     }
-    assert launch.prompt_limits(config(), True, [most()]) == {"image": 1, "video": 0, "audio": 0}
-    found = launch.prompt_limits(config(), True, [most(video=1), most(audio=2)])
+    assert specs.prompt_limits(config(), True, [most()]) == {"image": 1, "video": 0, "audio": 0}
+    found = specs.prompt_limits(config(), True, [most(video=1), most(audio=2)])
     assert found == {"image": 0, "video": 1, "audio": 2}
     limited = config(vllm_limit_mm_per_prompt={"image": 5})
-    assert launch.prompt_limits(limited, True, [most(image=2)]) == {"image": 5, "video": 0, "audio": 0}
+    assert specs.prompt_limits(limited, True, [most(image=2)]) == {"image": 5, "video": 0, "audio": 0}
     with pytest.raises(ConfigError, match="allows 5 images, but a prompt has 6"):
-        launch.prompt_limits(limited, True, [most(image=6)])
+        specs.prompt_limits(limited, True, [most(image=6)])
 
 
 def test_adapters_in_the_tower_arrive_merged() -> None:
     """vLLM applies adapters to the language model only."""
-    assert wire.publish_mode(config(), takes_media=True) == "adapter"
-    assert wire.publish_mode(config(freeze_vit=False), takes_media=True) == "merged"
-    assert wire.publish_mode(config(freeze_aligner=False), takes_media=True) == "merged"
-    assert wire.publish_mode(config(freeze_vit=False), takes_media=False) == "adapter"
+    assert lora_sync.publish_mode(config(), takes_media=True) == "adapter"
+    assert lora_sync.publish_mode(config(freeze_vit=False), takes_media=True) == "merged"
+    assert lora_sync.publish_mode(config(freeze_aligner=False), takes_media=True) == "merged"
+    assert lora_sync.publish_mode(config(freeze_vit=False), takes_media=False) == "adapter"
     for named in ({"target_regex": ".*q_proj"}, {"target_modules": ("gate_proj",)}):
-        assert wire.publish_mode(config(**named), takes_media=True) == "merged"
-        assert wire.publish_mode(config(**named), takes_media=False) == "adapter"
+        assert lora_sync.publish_mode(config(**named), takes_media=True) == "merged"
+        assert lora_sync.publish_mode(config(**named), takes_media=False) == "adapter"
     with pytest.raises(ConfigError, match="--vllm_enable_lora true: vLLM applies adapters to the language"):
-        wire.publish_mode(config(freeze_vit=False, vllm_enable_lora=True), takes_media=True)
+        lora_sync.publish_mode(config(freeze_vit=False, vllm_enable_lora=True), takes_media=True)
 
 
 def test_flags_for_images_are_told_to_do_nothing_for_a_text_model() -> None:
     given = config(max_pixels=5000, vllm_limit_mm_per_prompt={"image": 1})
-    assert launch.media_notices(given, on_gpu=False, takes_media=False) == [
+    assert specs.media_notices(given, on_gpu=False, takes_media=False) == [
         "--max_pixels, --vllm_limit_mm_per_prompt do nothing: the model takes texts only"
     ]
-    assert launch.media_notices(given, on_gpu=False, takes_media=True) == []
+    assert specs.media_notices(given, on_gpu=False, takes_media=True) == []
 
 
 def test_the_loaders_processes_are_threads_that_make_pixels() -> None:
-    assert launch.model_spec(config(), on_gpu=False, takes_media=True).media_threads == 1
+    assert specs.model_spec(config(), on_gpu=False, takes_media=True).media_threads == 1
     given = config(dataloader_num_workers=4)
-    assert launch.model_spec(given, on_gpu=False, takes_media=True).media_threads == 4
-    (told,) = launch.media_notices(given, on_gpu=False, takes_media=False)
+    assert specs.model_spec(given, on_gpu=False, takes_media=True).media_threads == 4
+    (told,) = specs.media_notices(given, on_gpu=False, takes_media=False)
     assert told.startswith(
         "--dataloader_num_workers does nothing: rows of texts are prepared before training"
     )
@@ -75,14 +75,14 @@ def test_rows_are_packed_where_a_kernel_knows_their_borders(monkeypatch: pytest.
     """
     asked = config(attn_impl="flash_attn")
     for installed, layout in ((True, "packed"), (False, "padded")):
-        monkeypatch.setattr(launch, "_has_flash_attention", lambda there=installed: there)
-        assert launch.layout(asked, on_gpu=True) == layout
-        assert launch.layout(asked, on_gpu=False) == "padded"
-        assert launch.layout(config(attn_impl="flash_attn", padding_free=True), on_gpu=True) == "packed"
+        monkeypatch.setattr(specs, "_has_flash_attention", lambda there=installed: there)
+        assert specs.layout(asked, on_gpu=True) == layout
+        assert specs.layout(asked, on_gpu=False) == "padded"
+        assert specs.layout(config(attn_impl="flash_attn", padding_free=True), on_gpu=True) == "packed"
 
 
 def test_float16_is_refused_on_a_cpu() -> None:
     with pytest.raises(ConfigError, match="--torch_dtype float16 trains on a GPU only"):
-        launch.check_machine(config(torch_dtype="float16"), on_gpu=False)
-    launch.check_machine(config(torch_dtype="float16"), on_gpu=True)
-    launch.check_machine(config(torch_dtype="bfloat16"), on_gpu=False)
+        specs.check_machine(config(torch_dtype="float16"), on_gpu=False)
+    specs.check_machine(config(torch_dtype="float16"), on_gpu=True)
+    specs.check_machine(config(torch_dtype="bfloat16"), on_gpu=False)

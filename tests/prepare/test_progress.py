@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from raytune_rl.pipelines import lifecycle, told
+from raytune_rl.pipelines import lifecycle
 from raytune_rl.pipelines.lifecycle import stage
-from raytune_rl.pipelines.told import Counted, Tell, while_told
+from raytune_rl.prepare import progress
+from raytune_rl.prepare.progress import Counted, Tell, while_told
 
 
 def test_sentences_come_before_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(told, "EVERY_S", -1.0)
+    monkeypatch.setattr(progress, "EVERY_S", -1.0)
 
     def work(tell: Tell) -> list[int]:
         counted = Counted("tokenized", tell, 1500)

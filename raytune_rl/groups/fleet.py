@@ -5,7 +5,7 @@ reference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,71 +13,14 @@ import ray
 from numpy.typing import NDArray
 
 from raytune_rl.data.media_table import ROW_COLUMN, media_of
-from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import RaytuneError
-from raytune_rl.pipelines.data import PromptSet
-from raytune_rl.rewards.types import Failure, Scores, TrainerState
+from raytune_rl.protocol.data import PromptSet
+from raytune_rl.protocol.rewards import Failure, Scored, Scores, TrainerState
+from raytune_rl.protocol.rollout import Sampling
+from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.trajectory import CompletionMeta, PromptRequest, Trajectory
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, fetch_all, settle
-from raytune_rl.workers.rollout import CompletionMeta, PromptRequest, Sampling
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """One completion as the driver knows it: where it lies, how long it is, what it was worth.
-
-    Attributes:
-        prompt: Row in the prompt set.
-        group: Number of the prompt within the batch; completions of one group are compared with each other.
-        sample: Number among the group's completions.
-        data: Where tokens, loss mask, log-probs and versions lie.
-        text: Where the text lies.
-        prompt_tokens, completion_tokens: Lengths.
-        finish_reason: "stop" or "length".
-        version: Weight version that sampled it.
-        media: Where its prompt's media lie; None if no prompt of the run has any.
-        dialogue: Where the messages of its turns lie; None if the model has one turn only.
-        other_tokens: Tokens behind the prompt that the model did not sample.
-        turns: Of the model.
-        failure: Why a scheduler's hook ended it early; empty if none did.
-    """
-
-    prompt: int
-    group: int
-    sample: int
-    data: RowPointer
-    text: RowPointer
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: str
-    version: int
-    media: RowPointer | None = None
-    dialogue: RowPointer | None = None
-    other_tokens: int = 0
-    turns: int = 1
-    failure: str = ""
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and completion, and of others between the model's turns."""
-        return self.prompt_tokens + self.completion_tokens + self.other_tokens
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The rewards of a batch of trajectories.
-
-    Attributes:
-        labels: Class names of the reward functions, as in ms-swift's metric names.
-        names: Registry names.
-        values: float64 `[n, functions]`, NaN where there is none.
-        failures: Samples that a function could not score, with the reason.
-    """
-
-    labels: tuple[str, ...]
-    names: tuple[str, ...]
-    values: NDArray[np.float64]
-    failures: tuple[Failure, ...]
 
 
 def sample_seed(seed: int, batch: int, prompt: int, sample: int) -> int:

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from raytune_rl.data.rows import RowPointer
-from raytune_rl.pipelines.policy_group import PolicyGroup, RowLogprobs, score_rows
+from raytune_rl.groups.trainer import PolicyGroup, score_rows
+from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.train import RowLogprobs
+from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import fetch_all
-from raytune_rl.runtime.weights import Manifest
 
 
 class Reference(Protocol):

@@ -10,16 +10,16 @@ from typing import Any
 import ray
 
 from raytune_rl.config import PPOConfig, RLHFConfig
-from raytune_rl.pipelines import launch, wire
-from raytune_rl.pipelines.actor_critic import ActorCritic, Critic
-from raytune_rl.pipelines.data import PromptSet
-from raytune_rl.pipelines.online_algorithms import Algorithm
-from raytune_rl.pipelines.policy_group import PolicyGroup
-from raytune_rl.pipelines.reference_group import AdapterOff, Reference, ReferenceGroup
-from raytune_rl.pipelines.resources import Groups
-from raytune_rl.pipelines.reward_models import RewardModelGroup, Scorer, Together
-from raytune_rl.pipelines.rollouts import RewardGroup, RolloutGroup
-from raytune_rl.pipelines.turns import Turns
+from raytune_rl.groups import lora_sync, specs
+from raytune_rl.groups.critic import ActorCritic, Critic
+from raytune_rl.groups.fleet import RewardGroup, RolloutGroup
+from raytune_rl.groups.gpu_sharing import Turns
+from raytune_rl.groups.logprobs import AdapterOff, Reference, ReferenceGroup
+from raytune_rl.groups.rewards import RewardModelGroup, Scorer, Together
+from raytune_rl.groups.sizes import Groups
+from raytune_rl.groups.trainer import PolicyGroup
+from raytune_rl.protocol.data import PromptSet
+from raytune_rl.protocol.train import Algorithm
 from raytune_rl.rewards.sandbox import memory_limit_bytes
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.weights import start_store
@@ -93,7 +93,7 @@ def start_groups(
         stack.callback(made.shutdown)
         return made
 
-    spec = launch.policy_spec(
+    spec = specs.policy_spec(
         config,
         groups,
         total_steps,
@@ -101,7 +101,7 @@ def start_groups(
         loss_settings=algorithm.settings,
         temperature=config.temperature,
         dropout=config.lora_dropout,
-        publish_mode=wire.publish_mode(config, account.takes_media),
+        publish_mode=lora_sync.publish_mode(config, account.takes_media),
         takes_media=account.takes_media,
         kinds=account.media.kinds,
         banned=account.placeholder_ids,
@@ -117,7 +117,7 @@ def start_groups(
     rollout = group(
         "rollout",
         RolloutWorker,
-        lambda rank: {"spec": launch.engine_spec(config, groups, max_model_len, store_name, rank, media)},
+        lambda rank: {"spec": specs.engine_spec(config, groups, max_model_len, store_name, rank, media)},
         rollout_env(groups.threads["rollout"], config.vllm_tensor_parallel_size, groups.on_gpu),
     )
     judges: list[WorkerGroup] = []
@@ -141,7 +141,7 @@ def start_groups(
         models = group(
             "reward_model",
             RewardModelWorker,
-            lambda _: {"spec": launch.reward_model_spec(config, groups)},
+            lambda _: {"spec": specs.reward_model_spec(config, groups)},
             policy_env(groups.threads["reward_model"], groups.on_gpu),
         )
         judges.append(models)
@@ -151,13 +151,13 @@ def start_groups(
         reference = group(
             "reference",
             ReferenceWorker,
-            lambda _: {"spec": launch.online_reference(config, spec.model), "settings": spec.score},
+            lambda _: {"spec": specs.online_reference(config, spec.model), "settings": spec.score},
             policy_env(groups.threads["reference"], groups.on_gpu),
         )
-    budget = launch.max_tokens(config, groups.on_gpu)
+    budget = specs.max_tokens(config, groups.on_gpu)
     trainer: PolicyGroup
     if isinstance(config, PPOConfig):
-        estimator = launch.critic_spec(config, groups, total_steps, account.takes_media, account.media.kinds)
+        estimator = specs.critic_spec(config, groups, total_steps, account.takes_media, account.media.kinds)
         critics = groups["critic"].workers
         critic = group(
             "critic",
@@ -180,9 +180,9 @@ def start_groups(
     rollout.replace_lost(config.start_timeout, lost, {"load_weights": (None,)})
     engines = RolloutGroup(
         rollout,
-        launch.sampling(config, account.stop_token_ids, account.placeholder_ids),
+        specs.sampling(config, account.stop_token_ids, account.placeholder_ids),
         config.seed,
-        launch.sampling(config, account.stop_token_ids, account.placeholder_ids, evaluation=True),
+        specs.sampling(config, account.stop_token_ids, account.placeholder_ids, evaluation=True),
         multi_turn=config.multi_turn_scheduler is not None,
     )
     turns = Turns(config, groups, trainer, engines)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,39 +15,12 @@ from raytune_rl.algorithms import entropy
 from raytune_rl.algorithms.metrics import MetricSums, merge_all
 from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.data.microbatch import Schedule, plan_micro_batches
-from raytune_rl.data.rows import RowBatch, RowPointer, make_batch
+from raytune_rl.protocol.rows import RowBatch, RowPointer, make_batch
+from raytune_rl.protocol.train import PolicyFacts, PolicySpec, RowLogprobs, StepReport, TrainResult
+from raytune_rl.protocol.weights import Manifest, TensorEntry
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, acknowledge, fetch, fetch_all, settle
-from raytune_rl.runtime.weights import Manifest, TensorEntry, collect_index
-from raytune_rl.workers.policy import PolicyFacts, PolicySpec, TrainResult
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step of the whole group.
-
-    Attributes:
-        metrics: Of all ranks, as plain numbers ("loss" and what the loss and the mismatch measure).
-        tokens: Tokens that went through the model, padding included.
-        memory_gib: The largest peak of any rank.
-    """
-
-    metrics: dict[str, float]
-    tokens: int
-    memory_gib: float
-
-
-@dataclass(frozen=True)
-class RowLogprobs:
-    """Log-probs of rows under one model.
-
-    Attributes:
-        columns: Where each row's {"logprobs"} lies.
-        sums: Sum over each row's loss tokens, float64 `[n]`.
-    """
-
-    columns: list[RowPointer]
-    sums: NDArray[np.float64]
+from raytune_rl.runtime.weights import collect_index
 
 
 class PolicyGroup:

@@ -1,9 +1,9 @@
-"""How much of a picture or video the model is shown."""
+"""The kinds of media, and how much of a picture or video the model is shown."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 DEFAULT_FPS = 2.0
 """Frames a second of a video where neither the user nor the model's processor says, as in Qwen's own
@@ -35,3 +35,6 @@ class MediaLimits:
 
 NO_LIMITS = MediaLimits()
 """What the model's processor does by itself."""
+
+
+Kind = Literal["image", "video", "audio"]

@@ -1,4 +1,4 @@
-"""Values that travel between the driver, a reward worker and its child processes.
+"""What is scored and what comes of it, between driver, reward workers and their child processes.
 
 numpy is imported for the type checker alone: the children import this module and should start fast.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from raytune_rl.errors import RewardError
+from raytune_rl.protocol.model import ModelSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,3 +142,41 @@ def with_completions(conversations: Sequence[list[Any]], texts: Sequence[str]) -
         [*turns, {"role": "assistant", "content": text}]
         for turns, text in zip(conversations, texts, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The rewards of a batch of trajectories.
+
+    Attributes:
+        labels: Class names of the reward functions, as in ms-swift's metric names.
+        names: Registry names.
+        values: float64 `[n, functions]`, NaN where there is none.
+        failures: Samples that a function could not score, with the reason.
+    """
+
+    labels: tuple[str, ...]
+    names: tuple[str, ...]
+    values: NDArray[np.float64]
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True)
+class RewardModelSpec:
+    """Which reward models a worker holds.
+
+    Attributes:
+        models: What to load; a path may be the directory of an adapter, whose base is loaded with it.
+        labels: A name for each, for metrics.
+        max_tokens: Token budget of a pass.
+        timeout_s: Deadline for reading texts from the object store, seconds.
+        plugins: How each model is asked, by registered name; empty: as "default".
+        plugin_files: Files that may register further ones.
+    """
+
+    models: tuple[ModelSpec, ...]
+    labels: tuple[str, ...]
+    max_tokens: int
+    timeout_s: float
+    plugins: tuple[str, ...] = ()
+    plugin_files: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ import pytest
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ConfigError, ModelError
-from raytune_rl.pipelines.wire import engine_rank, publish_mode
+from raytune_rl.groups.lora_sync import engine_rank, publish_mode
 
 GIVEN: dict[str, Any] = {"model": "m", "dataset": "d", "reward_funcs": "accuracy"}
 

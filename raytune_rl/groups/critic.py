@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from raytune_rl.algorithms.metrics import merge_all
 from raytune_rl.algorithms.moments import Moments, merge_moments
 from raytune_rl.data.media_table import ROW_COLUMN
-from raytune_rl.data.rows import RowBatch, RowPointer
-from raytune_rl.pipelines.policy_group import PolicyGroup, StepReport, rank_batch
+from raytune_rl.groups.trainer import PolicyGroup, rank_batch
+from raytune_rl.protocol.rows import RowBatch, RowPointer
+from raytune_rl.protocol.train import (
+    EstimateFacts,
+    Estimates,
+    EstimateSettings,
+    PolicyFacts,
+    PolicySpec,
+    StepReport,
+)
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, acknowledge, fetch_all
-from raytune_rl.workers.estimates import EstimateFacts, EstimateSettings
-from raytune_rl.workers.policy import PolicyFacts, PolicySpec
 
 CRITIC = "critic"
 """Folder of the critic in a checkpoint; Transformers loads it as a sequence classifier of one label."""
 CRITICS_COLUMNS = ("old_values", "returns")
-
-
-@dataclass(frozen=True)
-class Estimates:
-    """What the critic makes of a generation.
-
-    Attributes:
-        columns: By name, where each row's column lies: "advantages", whitened, "returns" and "old_values".
-        means: Mean advantage of each row's tokens, float64 `[n]`.
-        metrics: As plain numbers.
-    """
-
-    columns: dict[str, list[RowPointer]]
-    means: NDArray[np.float64]
-    metrics: dict[str, float]
 
 
 class Critic(PolicyGroup):

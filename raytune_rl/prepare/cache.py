@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.data.mapped import open_columns
-from raytune_rl.data.media_table import MediaCounts, media_paths
-from raytune_rl.data.ragged import Columns, Ragged
+from raytune_rl.data.media_table import media_paths
 from raytune_rl.errors import DataError
-from raytune_rl.pipelines.data import Account, SourceCounts
+from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.data import Account, MediaCounts, SourceCounts
 from raytune_rl.tracking.files import plain
 
 Facts = tuple[NDArray[np.int64], NDArray[np.int64], Account, dict[str, NDArray[np.float64]]]

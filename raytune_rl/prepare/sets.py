@@ -8,35 +8,22 @@ is the name of a folder; elsewhere they go into the object store.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import ray
-from numpy.typing import NDArray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.data.example import Task
-from raytune_rl.data.media_table import MediaCounts
-from raytune_rl.data.rows import RowPointer
 from raytune_rl.errors import ConfigError, RaytuneError
+from raytune_rl.protocol.data import Account, PromptSet, TokenSet
 from raytune_rl.runtime.wait import Pending, fetch, stream_refs
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
-
-
-@dataclass(frozen=True)
-class SourceCounts:
-    """One data set in numbers."""
-
-    name: str
-    rows: int
-    bad: int
-    taken: int
 
 
 @dataclass(frozen=True)
@@ -56,35 +43,6 @@ class MediaPlaces:
         return cls(str(root), not one_machine if inline is None else inline, one_machine)
 
 
-@dataclass(frozen=True)
-class Account:
-    """What became of every row of the data.
-
-    Attributes:
-        sources: The data sets.
-        dropped: Reason -> rows left out while encoding, such as too long.
-        quarantine: File with the bad rows, if there are any.
-        notices: Sentences for the user.
-        max_positions: Longest sequence the model takes, tokens; None if it does not say.
-        stop_token_ids: Tokens that end an assistant's turn in the model's chat template.
-        takes_media: Whether the model takes images, videos or audio: its rows are never packed.
-        media: Those of the rows.
-        placeholder_ids: Tokens that stand for features of media: no completion may have them.
-        columns: The data's columns that rewards receive.
-    """
-
-    sources: tuple[SourceCounts, ...]
-    dropped: dict[str, int]
-    quarantine: str | None
-    notices: tuple[str, ...]
-    max_positions: int | None
-    stop_token_ids: tuple[int, ...]
-    takes_media: bool = False
-    media: MediaCounts = field(default_factory=MediaCounts)
-    placeholder_ids: tuple[int, ...] = ()
-    columns: tuple[str, ...] = ()
-
-
 def quarantined(train: Account, held_out: Account | None) -> int:
     """Rows left out of both sets: could not be read, understood or encoded, or are too long.
 
@@ -96,60 +54,6 @@ def quarantined(train: Account, held_out: Account | None) -> int:
     return bad + sum(count for account in encoded for count in account.dropped.values())
 
 
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts in the object store.
-
-    Attributes:
-        columns: Reference to {"prompt": Ragged int32}; where rows have media also "given", the prompts as
-            the engine takes them beside those, and the columns of `data.media_table`.
-        extra: Reference to the data set's other columns, one entry a prompt, for the rewards.
-        texts: Reference to the prompts as text, for the completion log.
-        lengths: Tokens of each prompt, int64 `[n]`.
-        account: What became of the rows.
-    """
-
-    columns: Any
-    extra: Any
-    texts: Any
-    lengths: NDArray[np.int64]
-    account: Account
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def media(self, row: int) -> RowPointer | None:
-        """Where the media of a prompt lie; None if no prompt has any."""
-        return RowPointer(self.columns, row) if self.account.media.shown else None
-
-
-@dataclass(frozen=True)
-class TokenSet:
-    """Tokenized conversations.
-
-    Attributes:
-        columns: Reference to {"tokens": Ragged int32, "loss_mask": Ragged bool}, and the columns of
-            `data.media_table` where rows have media.
-        lengths: Tokens of each row, int64 `[n]`.
-        loss_lengths: Of those, the ones trained on, int64 `[n]`.
-        account: What became of the rows.
-        values: By name, what the data says of each row, float64 `[n]`, such as "label".
-    """
-
-    columns: Any
-    lengths: NDArray[np.int64]
-    loss_lengths: NDArray[np.int64]
-    account: Account
-    values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def pointer(self, row: int) -> RowPointer:
-        """Where a row lies."""
-        return RowPointer(self.columns, row)
-
-
 def prompt_sets(
     config: RLHFConfig,
     quarantine: Path,
@@ -158,7 +62,7 @@ def prompt_sets(
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[PromptSet, PromptSet | None]:
     """The prompts to train on, and the held-out ones if the user gave any; arguments as in `token_sets`."""
-    from raytune_rl.pipelines.data_task import encode_prompts_task
+    from raytune_rl.prepare.task import encode_prompts_task
 
     places = MediaPlaces.of(config, one_machine)
     refs = on_this_node(encode_prompts_task, "streaming", config, str(quarantine), places)
@@ -184,7 +88,7 @@ def token_sets(
         one_machine: Whether every worker sees the driver's files.
         tell: Takes sentences on how far it is.
     """
-    from raytune_rl.pipelines.data_task import encode_rows_task
+    from raytune_rl.prepare.task import encode_rows_task
 
     places = MediaPlaces.of(config, one_machine)
     cache = resolved.dataset_cache_dir(config)

@@ -8,9 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from raytune_rl.pipelines.data import PromptSet
-from raytune_rl.pipelines.rollouts import Scored, Trajectory, gather_scores
-from raytune_rl.rewards.types import TrainerState
+from raytune_rl.groups.fleet import gather_scores
+from raytune_rl.protocol.data import PromptSet
+from raytune_rl.protocol.rewards import Scored, TrainerState
+from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import fetch_all
 

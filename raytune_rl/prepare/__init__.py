@@ -1,0 +1,1 @@
+"""Data preparation as a task of the cluster: sets, their cache, streams."""

@@ -1,0 +1,133 @@
+"""Prepared data as the controller knows it: where it lies, how long its rows are, what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.protocol.media import Kind
+from raytune_rl.protocol.rows import RowPointer
+
+
+@dataclass(frozen=True)
+class MediaCounts:
+    """The media of a data set in numbers.
+
+    Attributes:
+        shown: By kind, how many the rows show; kinds that none shows are not among them.
+        distinct: By kind, how many of these are distinct.
+        stored_bytes: Of those files whose content, not path, is in the object store.
+        most: By kind, the most that one row shows.
+    """
+
+    shown: dict[str, int] = field(default_factory=dict)
+    distinct: dict[str, int] = field(default_factory=dict)
+    stored_bytes: int = 0
+    most: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds that the rows show."""
+        return tuple(kind for kind in get_args(Kind) if kind in self.shown)
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """One data set in numbers; `taken` differs from `good` where `#N` was given."""
+
+    name: str
+    rows: int
+    bad: int
+    taken: int
+
+    @property
+    def good(self) -> int:
+        """Rows that could be read."""
+        return self.rows - self.bad
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of every row of the data.
+
+    Attributes:
+        sources: The data sets.
+        dropped: Reason -> rows left out while encoding, such as too long.
+        quarantine: File with the bad rows, if there are any.
+        notices: Sentences for the user.
+        max_positions: Longest sequence the model takes, tokens; None if it does not say.
+        stop_token_ids: Tokens that end an assistant's turn in the model's chat template.
+        takes_media: Whether the model takes images, videos or audio: its rows are never packed.
+        media: Those of the rows.
+        placeholder_ids: Tokens that stand for features of media: no completion may have them.
+        columns: The data's columns that rewards receive.
+    """
+
+    sources: tuple[SourceCounts, ...]
+    dropped: dict[str, int]
+    quarantine: str | None
+    notices: tuple[str, ...]
+    max_positions: int | None
+    stop_token_ids: tuple[int, ...]
+    takes_media: bool = False
+    media: MediaCounts = field(default_factory=MediaCounts)
+    placeholder_ids: tuple[int, ...] = ()
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in the object store.
+
+    Attributes:
+        columns: Reference to {"prompt": Ragged int32}; where rows have media also "given", the prompts as
+            the engine takes them beside those, and the columns of `data.media_table`.
+        extra: Reference to the data set's other columns, one entry a prompt, for the rewards.
+        texts: Reference to the prompts as text, for the completion log.
+        lengths: Tokens of each prompt, int64 `[n]`.
+        account: What became of the rows.
+    """
+
+    columns: Any
+    extra: Any
+    texts: Any
+    lengths: NDArray[np.int64]
+    account: Account
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def media(self, row: int) -> RowPointer | None:
+        """Where the media of a prompt lie; None if no prompt has any."""
+        return RowPointer(self.columns, row) if self.account.media.shown else None
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Tokenized conversations.
+
+    Attributes:
+        columns: Reference to {"tokens": Ragged int32, "loss_mask": Ragged bool}, and the columns of
+            `data.media_table` where rows have media.
+        lengths: Tokens of each row, int64 `[n]`.
+        loss_lengths: Of those, the ones trained on, int64 `[n]`.
+        account: What became of the rows.
+        values: By name, what the data says of each row, float64 `[n]`, such as "label".
+    """
+
+    columns: Any
+    lengths: NDArray[np.int64]
+    loss_lengths: NDArray[np.int64]
+    account: Account
+    values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def pointer(self, row: int) -> RowPointer:
+        """Where a row lies."""
+        return RowPointer(self.columns, row)

@@ -1,0 +1,90 @@
+"""Which model a worker loads, and how log-probs are taken of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from raytune_rl.protocol.media import NO_LIMITS, Kind, MediaLimits
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model a worker loads, and how.
+
+    Attributes:
+        path: Local directory.
+        dtype: torch dtype name, or None for the model's own (float32 on a CPU).
+        attn_impl: Attention kernel, or None for the best there is.
+        layout: "padded" or "packed" micro-batches.
+        trust_remote_code: Run code from the model's directory.
+        adapters: Adapter directories to start from.
+        quant_bits: 4 for a base quantised to NF4, or None.
+        use_hf: A hub id is one of Hugging Face instead of ModelScope.
+        media_limits: Models that take media: how much of one is shown.
+        media_kinds: The kinds of media in the data.
+        media_threads: Threads that make the pixels of coming micro-batches.
+        liger: Use liger-kernel's layers on a GPU.
+    """
+
+    path: str
+    dtype: str | None
+    attn_impl: str | None
+    layout: str
+    trust_remote_code: bool = False
+    adapters: tuple[str, ...] = ()
+    quant_bits: int | None = None
+    use_hf: bool = False
+    media_limits: MediaLimits = NO_LIMITS
+    media_kinds: tuple[Kind, ...] = ()
+    media_threads: int = 1
+    liger: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How log-probs are taken.
+
+    Attributes:
+        temperature: Divides the logits.
+        timeout_s: Deadline for reading rows from the object store, seconds.
+        banned: Tokens that sampling never gives; the distribution is over the others.
+    """
+
+    temperature: float
+    timeout_s: float
+    banned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TunerSettings:
+    """What to train; names and defaults are ms-swift's.
+
+    Attributes:
+        tuner_type: "full" or "lora".
+        lora_rank, lora_alpha, lora_dropout: of LoRA (Hu et al. 2021): W + alpha / rank * B A.
+        lora_bias: "none", "all" or "lora_only".
+        use_rslora: scale by alpha / sqrt(rank) (Kalajdzievski 2023).
+        use_dora: train magnitude and direction apart (Liu et al. 2024).
+        init_weights: PEFT's init_lora_weights ("true", "false", "gaussian", "pissa", ...).
+        target_modules: "all-linear" (every nn.Linear but the output head; of a vision model only the parts
+            that are not frozen), "all-embedding", or module name suffixes.
+        target_regex: full match on module names; replaces target_modules.
+        modules_to_save: modules trained in full and stored with the adapter.
+        freeze_llm, freeze_vit, freeze_aligner: parts of a vision model that stay as they are.
+    """
+
+    tuner_type: Literal["full", "lora"] = "lora"
+    lora_rank: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_weights: str = "true"
+    target_modules: tuple[str, ...] = ("all-linear",)
+    target_regex: str | None = None
+    modules_to_save: tuple[str, ...] = ()
+    freeze_llm: bool = False
+    freeze_vit: bool = True
+    freeze_aligner: bool = True

@@ -1,0 +1,198 @@
+"""What a training rank is told, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
+from raytune_rl.protocol.rows import RowPointer
+
+if TYPE_CHECKING:
+    from raytune_rl.algorithms.metrics import MetricSums
+    from raytune_rl.algorithms.moments import Moments
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW and its schedule.
+
+    Attributes:
+        learning_rate: Peak.
+        schedule: A scheduler name of Transformers.
+        warmup_steps, total_steps: Optimizer steps.
+        betas, epsilon, weight_decay: AdamW's; matrices decay, vectors (biases, norms) do not.
+        deepspeed: A DeepSpeed configuration whose "auto" values are filled in here.
+        max_grad_norm: Clip the gradient to this norm; 0 does not clip.
+    """
+
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    total_steps: int
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    max_grad_norm: float
+    deepspeed: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """Everything a rank needs.
+
+    Attributes:
+        model: What to load.
+        tuner: What of it is trained.
+        optimizer: How.
+        loss: Name in the registry of losses. What it looks at (`Loss.forward`) decides the model's head:
+            log-probs, one score a row (reward model), or one value a token (critic).
+        loss_settings: That loss's own settings, or a mapping to make them of.
+        score: How log-probs are taken.
+        seed: Of adapter initialisation and dropout.
+        gradient_checkpointing: Recompute activations in the backward.
+        with_entropy: Compute the distribution's entropy at every loss token.
+        publish_mode: How weights leave: "full", "merged" or "adapter"; None when nobody pulls them.
+        plugin_files: Files that register the loss, if it is the user's own.
+    """
+
+    model: ModelSpec
+    tuner: TunerSettings
+    optimizer: OptimizerSpec
+    loss: str
+    loss_settings: Any
+    score: ScoreSettings
+    seed: int
+    gradient_checkpointing: bool
+    with_entropy: bool = False
+    publish_mode: str | None = None
+    plugin_files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """What rank 0 tells after loading."""
+
+    trainable: int
+    total: int
+    dtype: str
+    notices: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """One optimizer step of one rank.
+
+    Attributes:
+        metrics: Mergeable sums over this rank's rows, "loss" among them.
+        grad_norm: Global gradient norm before clipping; the same on every rank. Infinite: the gradient was
+            not finite, and the step was left out.
+        learning_rate: Of this step.
+        seconds: Time of the step on this rank.
+        tokens: Tokens that went through the model, padding included.
+        memory_gib: Peak memory of the process's device.
+    """
+
+    metrics: MetricSums
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    tokens: int
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step of the whole group.
+
+    Attributes:
+        metrics: Of all ranks, as plain numbers ("loss" and what the loss and the mismatch measure).
+        tokens: Tokens that went through the model, padding included.
+        memory_gib: The largest peak of any rank.
+    """
+
+    metrics: dict[str, float]
+    tokens: int
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class RowLogprobs:
+    """Log-probs of rows under one model.
+
+    Attributes:
+        columns: Where each row's {"logprobs"} lies.
+        sums: Sum over each row's loss tokens, float64 `[n]`.
+    """
+
+    columns: list[RowPointer]
+    sums: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class EstimateSettings:
+    """Constants of the estimate; see `algorithms.ppo`.
+
+    Attributes:
+        kl_coef: Price of a nat of KL to the reference; with 0 there are no reference log-probs.
+        gamma: Discount of rewards.
+        lam: GAE's lambda.
+    """
+
+    kl_coef: float
+    gamma: float
+    lam: float
+
+
+@dataclass(frozen=True)
+class EstimateFacts:
+    """What the driver is told of a worker's share.
+
+    Attributes:
+        advantages, returns, errors: Moments over the tokens of rows that have a score; an error is a return
+            less the value that the critic gave.
+        metrics: `objective/*` under TRL's names, over those rows, and "kl" over their tokens.
+    """
+
+    advantages: Moments
+    returns: Moments
+    errors: Moments
+    metrics: MetricSums
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What the critic makes of a generation.
+
+    Attributes:
+        columns: By name, where each row's column lies: "advantages", whitened, "returns" and "old_values".
+        means: Mean advantage of each row's tokens, float64 `[n]`.
+        metrics: As plain numbers.
+    """
+
+    columns: dict[str, list[RowPointer]]
+    means: NDArray[np.float64]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What the policy group is told of the algorithm.
+
+    Attributes:
+        loss: Name in the registry of losses.
+        settings: The loss's own settings, by name: a plugin's class exists only where its file was loaded.
+        normaliser: Loss type for `row_weights`.
+        plugin_files: Files that register the loss; empty for a built-in one.
+        with_entropy: Whether the loss shall see entropies, to log them.
+    """
+
+    loss: str
+    settings: Mapping[str, Any]
+    normaliser: str
+    plugin_files: tuple[str, ...] = ()
+    with_entropy: bool = False

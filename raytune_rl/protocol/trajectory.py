@@ -1,0 +1,93 @@
+"""A prompt that is to be answered, and an answer as the controller knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raytune_rl.protocol.rows import RowPointer
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt and the completions wanted of it.
+
+    Attributes:
+        prompt_id: The controller's number of the prompt, given back in the answer.
+        row: Where the prompt lies in the prompt columns.
+        seeds: One seed a completion; the same prompt, seed and weights give the same completion on any
+            worker.
+    """
+
+    prompt_id: int
+    row: int
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CompletionMeta:
+    """What the controller learns of one completion: no tokens, only sizes and facts.
+
+    Attributes:
+        prompt_id: From the request.
+        sample: Index among the prompt's completions.
+        row: Row in the returned columns and texts.
+        prompt_tokens: Length of the prompt.
+        completion_tokens: Sampled tokens, end tokens included.
+        finish_reason: "stop" (ended by itself) or "length" (cut at the limit).
+        version: Weight version that sampled it.
+        other_tokens: Tokens behind the prompt that the model did not sample (several turns only).
+        turns: Of the model.
+        failure: Why a scheduler's hook ended the conversation early; empty if none did.
+    """
+
+    prompt_id: int
+    sample: int
+    row: int
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
+    version: int
+    other_tokens: int = 0
+    turns: int = 1
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One completion as the driver knows it: where it lies, how long it is, what it was worth.
+
+    Attributes:
+        prompt: Row in the prompt set.
+        group: Number of the prompt within the batch; completions of one group are compared with each other.
+        sample: Number among the group's completions.
+        data: Where tokens, loss mask, log-probs and versions lie.
+        text: Where the text lies.
+        prompt_tokens, completion_tokens: Lengths.
+        finish_reason: "stop" or "length".
+        version: Weight version that sampled it.
+        media: Where its prompt's media lie; None if no prompt of the run has any.
+        dialogue: Where the messages of its turns lie; None if the model has one turn only.
+        other_tokens: Tokens behind the prompt that the model did not sample.
+        turns: Of the model.
+        failure: Why a scheduler's hook ended it early; empty if none did.
+    """
+
+    prompt: int
+    group: int
+    sample: int
+    data: RowPointer
+    text: RowPointer
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
+    version: int
+    media: RowPointer | None = None
+    dialogue: RowPointer | None = None
+    other_tokens: int = 0
+    turns: int = 1
+    failure: str = ""
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion, and of others between the model's turns."""
+        return self.prompt_tokens + self.completion_tokens + self.other_tokens

@@ -1,0 +1,48 @@
+"""What a published version of the weights is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a bucket: its name in the Hugging Face checkpoint, torch dtype name and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        import torch
+
+        return getattr(torch, self.dtype).itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One published version.
+
+    Attributes:
+        version: Counts up from 0.
+        kind: "full" (every tensor of the model; LoRA already merged) or "adapter" (LoRA tensors alone).
+        buckets: References to lists of flat uint8 arrays.
+        index: The entries of each bucket, in the order of their bytes in its arrays.
+        adapter_config: PEFT's configuration as JSON text, for kind "adapter".
+    """
+
+    version: int
+    kind: str
+    buckets: tuple[Any, ...]
+    index: tuple[tuple[TensorEntry, ...], ...]
+    adapter_config: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for bucket in self.index for entry in bucket)

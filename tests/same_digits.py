@@ -9,7 +9,7 @@ advantages, and a digest of the final weights. The runs are tiny, on the real st
 DPO, KTO, GRPO with and without KL, DAPO with refill, PPO, GRPO on images, several turns, adapter sync and
 two ranks with a resume. `--only NAME ...` records some of them; `compare` then compares those.
 
-Not part of the test suite: it takes ten minutes on two cores, and within one tree there is nothing to compare.
+Not part of the test suite: it takes ten minutes, and within one tree there is nothing to compare.
 """
 
 from __future__ import annotations

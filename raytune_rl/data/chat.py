@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raytune_rl.data.example import Example, Kind, Message
+from raytune_rl.data.example import Example, Message
 from raytune_rl.data.media_tags import kinds_of, split_tags
 from raytune_rl.errors import DataError, ModelError
+from raytune_rl.protocol.media import Kind
 
 #: For base models that know ChatML's tokens but bring no template: no default system prompt, nothing added.
 CHATML = (

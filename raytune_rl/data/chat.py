@@ -5,8 +5,10 @@ Tokenizers and processors are passed in; nothing here imports Transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from raytune_rl.data.example import Example, Message
@@ -103,6 +105,30 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error
 
+    def plain(self, text: str) -> tuple[str, int]:
+        """A text as a document of its own, and where in what is returned it begins. It begins with the bos of
+        a tokenizer that puts one before texts, else with the eos, which ends the document before (without
+        anything before it the first token would not be learned), and ends with the eos."""
+        specials = self.tokenizer.encode("")
+        eos = self.tokenizer.eos_token or ""
+        bos = self.tokenizer.bos_token or ""
+        before = bos if bos and specials[:1] == [self.tokenizer.bos_token_id] else eos
+        before = "" if before and text.startswith(before) else before
+        return f"{before}{text}{'' if eos and text.endswith(eos) else eos}", len(before)
+
+    def unwritten(self, example: Example) -> list[str]:
+        """Keys of a row's turns, and other arguments of its own, that the template never names."""
+        keys = {key for message in example.messages for key in message.other}
+        keys |= {"tool_calls"} if any(message.tool_calls for message in example.messages) else set()
+        keys |= {"tools"} if example.tools else set()
+        keys |= example.template_kwargs.keys()
+        if not keys:
+            return []
+        writer = self.tokenizer if self.processor is None else self.processor
+        source = self.template or writer.chat_template
+        text = source if isinstance(source, str) else " ".join((source or {}).values())
+        return sorted(key for key in keys if not _names(text, key))
+
     def _written(self, message: Message, kinds: Sequence[Kind] | None) -> dict[str, Any]:
         plain = message.for_template()
         if self.processor is not None:
@@ -140,6 +166,11 @@ class ChatTemplate:
         if len(tail) == 1 and tail[0] in self.tokenizer.all_special_ids and tail[0] not in stops:
             stops.append(int(tail[0]))
         return tuple(stops)
+
+
+@lru_cache(maxsize=256)
+def _names(template: str, key: str) -> bool:
+    return re.search(rf"\b{re.escape(key)}\b", template) is not None
 
 
 def trained_turns(example: Example, loss_scale: str) -> list[int]:

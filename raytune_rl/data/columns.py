@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Accepted names of each part, as in ms-swift.
+#: Accepted names of each part: those of ms-swift, and a few of other trainers.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "system": ("system", "system_prompt"),
-    "query": ("query", "prompt", "input", "instruction", "question", "problem"),
+    "query": ("query", "prompt", "input", "instruction", "question", "problem", "context_messages"),
     "response": (
         "response",
         "answer",
@@ -27,7 +27,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "videos": ("videos", "video"),
     "audios": ("audios", "audio"),
     "messages": ("messages", "conversation", "conversations"),
-    "tools": ("tools",),
+    "tools": ("tools", "functions"),
     "chat_template_kwargs": ("chat_template_kwargs",),
     "history": ("history",),
 }
@@ -53,6 +53,8 @@ class ColumnMap:
         Raises:
             ColumnError: Two columns would have one name.
         """
+        if not self.renames:
+            return dict(fields), {}
         renames = self.plain_renames(fields)
         explicit = self.explicit_parts(fields)
         taken = set(renames.values())
@@ -66,6 +68,23 @@ class ColumnMap:
                 renames[column] = part
         renamed = {renames.get(name, name): value for name, value in fields.items()}
         return renamed, {part: renames.get(column, column) for part, column in explicit.items()}
+
+    def inner(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Dotted source to what lies there: `reward_model.ground_truth` is an entry of a column's objects, a
+        number one of a list's items. Without those that are columns, or not there."""
+        found = {}
+        for source in self.renames:
+            value: Any = None if source in fields or "." not in source else fields
+            for step in source.split("."):
+                if isinstance(value, Mapping):
+                    value = value.get(step)
+                elif isinstance(value, list | tuple) and step.isdecimal():
+                    value = value[int(step)] if int(step) < len(value) else None
+                else:
+                    value = None
+            if value is not None:
+                found[source] = value
+        return found
 
     def explicit_parts(self, names: Iterable[str]) -> dict[str, str]:
         """Part to column, for the targets that are parts and whose source is among `names`."""

@@ -1,29 +1,35 @@
 """The ways in which people write down a conversation, brought to `Message`.
 
-Known: `{role, content}` (with the content lists and tool calls of OpenAI and of Anthropic), ShareGPT
-`{from, value}`, and pairs `{human, assistant}`. A conversation may also be the text of any of these, as CSV
-files hold it.
+Known: `{role, content}` (with the content lists and tool calls of OpenAI, also the older ones, and of
+Anthropic), ShareGPT `{from, value}`, and pairs `{human, assistant}`. A conversation may also be the text of
+any of these, as CSV files hold it.
 """
 
 from __future__ import annotations
 
-import ast
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
-from raytune_rl.data.example import MediaRef, Message
-from raytune_rl.data.media_tags import TAGS, media_ref, video_ref
+from raytune_rl.data.content_parts import flatten, without_tool_parts
+from raytune_rl.data.conversation import Conversation, FormatError, parse_text, present
+from raytune_rl.data.example import Message
+from raytune_rl.data.tool_calls import calls_of, tool_call
+
+__all__ = ["ROLES", "Conversation", "FormatError", "is_turns", "parse_conversation", "parse_text"]
 
 ROLES: dict[str, str] = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "bot": "assistant",
+    "model": "assistant",
     "tool": "tool",
+    "function": "tool",
+    "ipython": "tool",
     "tool_response": "tool",
     "function_response": "tool",
     "observation": "tool",
@@ -34,17 +40,18 @@ ROLES: dict[str, str] = {
 _USER_KEYS = {"human", "user"}
 _ASSISTANT_KEYS = {"assistant", "gpt", "bot"}
 
+#: Keys by which a turn says whether it is trained on: ms-swift's two, OpenAI's, Axolotl's two. The last three
+#: can only take a turn out: 1 and true are what a turn without them is.
+_LOSS_KEYS = ("loss", "loss_scale", "weight", "train", "training")
 
-class FormatError(ValueError):
-    """A row does not fit its format; the message says what is wrong, the caller adds where."""
 
-
-@dataclass
-class Conversation:
-    """A parsed conversation, and the media its content lists carried, by kind."""
-
-    messages: list[Message] = field(default_factory=list)
-    media: dict[str, list[MediaRef]] = field(default_factory=lambda: {kind: [] for kind in TAGS})
+def is_turns(value: Any) -> bool:
+    """Is it a list of turns, or one turn, rather than a list of anything else?"""
+    turns = [value] if isinstance(value, dict) else value
+    if not isinstance(turns, list | tuple) or not turns:
+        return False
+    keys = [turn.keys() if isinstance(turn, dict) else () for turn in turns]
+    return all("role" in one or "from" in one or {*one} & _USER_KEYS for one in keys)
 
 
 def parse_conversation(value: Any, column: str) -> Conversation:
@@ -54,38 +61,22 @@ def parse_conversation(value: Any, column: str) -> Conversation:
         FormatError: It is no list of turns, or a turn is in no known dialect.
     """
     turns = parse_text(value, column) if isinstance(value, str) else value
+    if isinstance(turns, dict):
+        turns = [turns]
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes) or not turns:
         raise FormatError(f"{column!r} must be a list of turns that is not empty")
     conversation = Conversation()
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise FormatError(f"{column!r}[{number}] is no object with a role and a content")
-        # Parquet and Arrow give every turn every key of the column.
-        present = {key: item for key, item in turn.items() if item is not None}
         try:
-            _add_turn(conversation, present)
+            _add_turn(conversation, present(turn))
         except FormatError as error:
             raise FormatError(f"{column!r}[{number}]: {error}") from error
     for number, message in enumerate(conversation.messages[1:], start=1):
         if message.role == "system":
             raise FormatError(f"{column!r}[{number}]: a system message must come first")
     return conversation
-
-
-def parse_text(value: str, column: str) -> Any:
-    """A list or object written as text, in JSON or as Python literals.
-
-    Raises:
-        FormatError: It is neither.
-    """
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise FormatError(f"{column!r} is text that is neither JSON nor a Python literal") from error
 
 
 def _add_turn(conversation: Conversation, turn: dict[str, Any]) -> None:
@@ -102,10 +93,11 @@ def _add_turn(conversation: Conversation, turn: dict[str, Any]) -> None:
 def _add_pair(conversation: Conversation, turn: dict[str, Any]) -> None:
     user = _USER_KEYS & turn.keys()
     assistant = _ASSISTANT_KEYS & turn.keys()
-    if len(user) != 1 or len(assistant) > 1 or turn.keys() - user - assistant:
+    if len(user) != 1 or len(assistant) > 1 or ROLES.keys() & (turn.keys() - user - assistant):
         raise FormatError(
             f"keys {sorted(turn)} are no known dialect; use role/content, from/value, or human/assistant"
         )
+    conversation.unused |= {f"turns have {key!r}" for key in turn.keys() - user - assistant}
     _add_message(conversation, "user", turn[user.pop()], {})
     if assistant:
         _add_message(conversation, "assistant", turn[assistant.pop()], {})
@@ -116,21 +108,18 @@ def _add_message(conversation: Conversation, name: Any, content: Any, rest: dict
     if role is None:
         raise FormatError(f"unknown role {name!r}; known are {', '.join(ROLES)}")
     if role == "tool_call":
-        _add_call(conversation, content)
+        _add_call(conversation, content, _loss(rest))
         return
-    loss = _loss(rest)
-    asked = rest.pop("tool_calls", None) or ()
-    if not isinstance(asked, list | tuple):
-        raise FormatError(f"'tool_calls' is {asked!r:.80}; it is a list of calls")
-    calls = tuple(_openai_call(call) for call in asked)
+    loss = _loss(rest) if rest else None
+    calls = calls_of(rest) if rest else ()
     if isinstance(content, list | tuple):
-        said, used = _without_tool_parts(content, conversation)
+        said, used = without_tool_parts(content, conversation)
         if content and not said and not used:  # it held results of tools only
             return
         content, calls = said, (*calls, *used)
     if content is None and calls:
         content = ""
-    text = _flatten(content, conversation) if isinstance(content, list | tuple) else content
+    text = flatten(content, conversation) if isinstance(content, list | tuple) else content
     if not isinstance(text, str):
         raise FormatError(
             f"the content of the {role} turn is {'missing' if text is None else repr(text)}, not text"
@@ -139,102 +128,31 @@ def _add_message(conversation: Conversation, name: Any, content: Any, rest: dict
 
 
 def _loss(rest: dict[str, Any]) -> bool | None:
-    """Whether a turn says of itself that it is trained on, by `loss` or by a `loss_scale` of 1 or 0."""
-    loss, scale = rest.pop("loss", None), rest.pop("loss_scale", None)
-    if loss is not None and not isinstance(loss, bool):
-        raise FormatError(f"'loss' is {loss!r}; it is true or false")
-    if scale is None:
-        return loss
-    if scale not in (0, 1) or (loss is not None and loss != bool(scale)):
-        raise FormatError(
-            f"'loss_scale' of a turn is {scale!r}; it is 0 or 1, and as 'loss' says if both are there"
-        )
-    return bool(scale)
+    """Whether a turn says of itself that it is trained on; the keys it says so by are taken out of it."""
+    says: dict[str, bool | None] = {}
+    for key in _LOSS_KEYS:
+        value = rest.pop(key, None)
+        if value is None:
+            continue
+        as_number = key in ("loss_scale", "weight")
+        if (value not in (0, 1)) if as_number else not isinstance(value, bool):
+            of_what = " of a turn" if as_number else ""
+            what = "0 or 1, and as 'loss' says if both are there" if as_number else "true or false"
+            raise FormatError(f"{key!r}{of_what} is {value!r}; it is {what}")
+        says[key] = bool(value) if key in _LOSS_KEYS[:2] or not value else None
+    told = {value for value in says.values() if value is not None}
+    if len(told) > 1:
+        raise FormatError(f"{' and '.join(map(repr, says))} of a turn say different things")
+    return told.pop() if told else None
 
 
-def _without_tool_parts(
-    parts: Sequence[Any], conversation: Conversation
-) -> tuple[list[Any], tuple[dict[str, Any], ...]]:
-    """Of Anthropic's content lists the parts that are said, and the calls made (`tool_use`). Results of tools
-    (`tool_result`) become turns of their own, before it."""
-    said: list[Any] = []
-    calls: list[dict[str, Any]] = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "tool_use":
-            calls.append(
-                _openai_call({"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")})
-            )
-        elif kind == "tool_result":
-            result = part.get("content")
-            text = _flatten(result, conversation) if isinstance(result, list | tuple) else result or ""
-            if not isinstance(text, str):
-                raise FormatError("a tool_result needs a text as its content")
-            identity = {"tool_call_id": part["tool_use_id"]} if part.get("tool_use_id") else {}
-            conversation.messages.append(Message("tool", text, other=identity))
-        else:
-            said.append(part)
-    return said, tuple(calls)
-
-
-def _add_call(conversation: Conversation, content: Any) -> None:
+def _add_call(conversation: Conversation, content: Any, loss: bool | None) -> None:
     """A `tool_call` turn; consecutive ones are calls of one and the same assistant turn."""
-    call = _openai_call(parse_text(content, "tool_call") if isinstance(content, str) else content)
+    call = tool_call(content)
     last = conversation.messages[-1] if conversation.messages else None
     if last is not None and last.role == "assistant" and last.tool_calls and not last.content:
-        conversation.messages[-1] = Message("assistant", "", last.loss, (*last.tool_calls, call), last.other)
+        if last.loss != loss:
+            raise FormatError("calls of one turn say different things of whether they are trained on")
+        conversation.messages[-1] = replace(last, tool_calls=(*last.tool_calls, call))
     else:
-        conversation.messages.append(Message("assistant", "", tool_calls=(call,)))
-
-
-def _openai_call(call: Any) -> dict[str, Any]:
-    if isinstance(call, dict):
-        function = call.get("function", call)
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            arguments = function.get("arguments", function.get("parameters", {}))
-            if isinstance(arguments, str):
-                # Chat templates write the arguments with `tojson`: as text they would come out quoted twice.
-                arguments = parse_text(arguments, "arguments")
-            identity = {"id": call["id"]} if call.get("id") is not None else {}
-            return {
-                **identity,
-                "type": "function",
-                "function": {"name": function["name"], "arguments": arguments},
-            }
-    raise FormatError("a tool call needs a name and arguments")
-
-
-def _flatten(parts: Sequence[Any], conversation: Conversation) -> str:
-    """An OpenAI content list as text with tags; its media are collected in their order."""
-    pieces: list[str] = []
-    for part in parts:
-        if isinstance(part, str):
-            pieces.append(part)
-            continue
-        present = (
-            {key: item for key, item in part.items() if item is not None} if isinstance(part, dict) else {}
-        )
-        kind = str(present.get("type", ""))
-        medium = kind.removeprefix("input_").removesuffix("_url")
-        if kind in ("text", "input_text") and isinstance(present.get("text"), str):
-            pieces.append(present["text"])
-        elif f"{medium}s" in TAGS:
-            value = next(
-                (present[key] for key in (kind, medium, "url", "path", "source") if key in present), None
-            )
-            if isinstance(value, dict) and value.get("type") == "base64":  # Anthropic's
-                value = f"data:{value.get('media_type')};base64,{value.get('data')}"
-            conversation.media[f"{medium}s"].append(_checked_ref(value, medium))
-            pieces.append(TAGS[f"{medium}s"])
-        else:
-            raise FormatError(
-                f"a content part of type {kind!r} is not known; known are text, image, video, audio"
-            )
-    return "".join(pieces)
-
-
-def _checked_ref(value: Any, medium: str) -> MediaRef:
-    try:
-        return video_ref(value) if medium == "video" else media_ref(value)
-    except ValueError as error:
-        raise FormatError(f"{medium}: {error}") from error
+        conversation.messages.append(Message("assistant", "", loss, (call,)))

@@ -159,6 +159,7 @@ def encode_prompts(
     shown = MediaWriter()
     index: list[int] = []
     dropped: list[Dropped] = []
+    unwritten: Counter[str] = Counter()
     cut = 0
     for number, row in enumerate(run_job(job, examples, strict, num_proc, progress)):
         if isinstance(row, Dropped):
@@ -166,6 +167,7 @@ def encode_prompts(
             continue
         index.append(number)
         cut += row.cut
+        unwritten.update(row.unwritten)
         prompts.append(row.tokens)
         given.append(row.tokens if row.given is None else row.given)
         shown.append(row.media)
@@ -178,7 +180,11 @@ def encode_prompts(
         extra={name: [one.get(name) for one in extra] for name in names},
         index=int_array(index),
         dropped=tuple(dropped),
-        notices=(*notices_of(job), *cut_notice(cut, max_length, truncation_strategy, "prompts")),
+        notices=(
+            *notices_of(job),
+            *cut_notice(cut, max_length, truncation_strategy, "prompts"),
+            *unwritten_notices(unwritten, "prompts"),
+        ),
         media=columns,
         given=given.close() if columns else None,
     )
@@ -242,6 +248,7 @@ class RowWriter:
     def __init__(self, folder: Path | None) -> None:
         self.dropped: list[Dropped] = []
         self.cut = 0
+        self._unwritten: Counter[str] = Counter()
         self._tokens = RaggedWriter("tokens", np.int32, folder)
         self._mask = RaggedWriter("loss_mask", np.bool_, folder)
         self._media = MediaWriter(folder)
@@ -252,6 +259,7 @@ class RowWriter:
         """Adds what example `number` has become, one row or several."""
         self._index.append(number)
         self.cut += any(row.cut for row in rows)
+        self._unwritten.update({key for row in rows for key in row.unwritten})
         for row in rows:
             self._tokens.append(row.tokens)
             self._mask.append(row.mask)
@@ -276,7 +284,7 @@ class RowWriter:
             loss_lengths=int_array(self._trained),
             index=int_array(self._index),
             dropped=tuple(self.dropped),
-            notices=notices,
+            notices=(*notices, *unwritten_notices(self._unwritten, units)),
             media=self._media.close(),
             values=values or {},
         )
@@ -348,3 +356,11 @@ def cut_notice(count: int, max_length: int | None, how: Truncation, units: str) 
     if not count:
         return ()
     return (f"{count:,} {units} were over --max_length {max_length} and lost their {how} end",)
+
+
+def unwritten_notices(counts: Counter[str], units: str) -> tuple[str, ...]:
+    """What the user is told of keys of his turns, and of tools, that the model never sees."""
+    return tuple(
+        f"{count:,} {units} have {key!r}, which the chat template does not write: the model does not see it"
+        for key, count in sorted(counts.items())
+    )

@@ -56,13 +56,15 @@ class Failure:
 @dataclass(frozen=True)
 class EncodedRow:
     """A row's int32 tokens, the bool mask of those that are trained on, its media in their order, of a
-    prompt with media the tokens before their placeholders were expanded, and whether it was cut."""
+    prompt with media the tokens before their placeholders were expanded, whether it was cut, and what of the
+    row the chat template does not write."""
 
     tokens: NDArray[np.int32]
     mask: NDArray[np.bool_]
     media: tuple[Medium, ...] = ()
     given: NDArray[np.int32] | None = None
     cut: bool = False
+    unwritten: tuple[str, ...] = ()
 
 
 _MERGED = (
@@ -92,7 +94,14 @@ def encode_chunk(job: Job, examples: Sequence[Example]) -> list[EncodedRow | Fai
         texts.append(text)
         spans.append(found)
     encoded = iter(_tokenize(job, texts, spans))
-    return [next(encoded) if result is None else result for result in results]
+    rows = [next(encoded) if result is None else result for result in results]
+    return [_noted(job, row, example) for row, example in zip(rows, examples, strict=True)]
+
+
+def _noted(job: Job, row: EncodedRow | Failure, example: Example) -> EncodedRow | Failure:
+    if isinstance(row, Failure) or example.plain or not (unwritten := job.chat.unwritten(example)):
+        return row
+    return replace(row, unwritten=tuple(unwritten))
 
 
 def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
@@ -104,6 +113,9 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
             if problem is not None:
                 raise DataError(problem)
 
+    if example.plain:
+        return _plain(job, example)
+
     def render(messages: Sequence[Any], *, generation_prompt: bool) -> str:
         more = example.template_kwargs
         return job.chat.render(
@@ -113,10 +125,7 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
     kinds = [kind for column, kind in KINDS.items() if getattr(example, column)]
 
     text = render(example.messages, generation_prompt=job.loss_scale is None)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"the text holds {error.object[error.start]!r}, half of a character") from error
+    _check_characters(text)
     if job.media is not None and not example.has_media:
         for token in job.media.placeholders:
             if token in text:
@@ -129,6 +138,22 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
     if not turns:
         raise DataError("no turn of the conversation is trained on")
     return text, list(assistant_spans(example.messages, turns, text, render).values())
+
+
+def _plain(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
+    (message,) = example.messages
+    if message.loss is False:
+        raise DataError("no turn of the conversation is trained on")
+    text, start = job.chat.plain(message.content)
+    _check_characters(text)
+    return text, [(start, len(text))]
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text holds {error.object[error.start]!r}, half of a character") from error
 
 
 def _with_media(job: Job, example: Example, text: str, ranges: list[tuple[int, int]]) -> EncodedRow | Failure:

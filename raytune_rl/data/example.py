@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,11 +27,23 @@ class Row:
         fields: Column name to value.
         source: The file, or `hub::id:subset[split]`.
         line: 1-based: the line on which the row begins in a text file, else the row's number in the source.
+        present: Of a table, by column with structs: what leaves the keys without a value out of one of its
+            values. A table gives every struct every key, and nobody wrote those.
     """
 
     fields: dict[str, Any]
     source: str
     line: int
+    present: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+
+    def written(self) -> dict[str, Any]:
+        """The columns without the keys that only the table has put into them."""
+        if not self.present:
+            return self.fields
+        return {
+            name: self.present[name](value) if value is not None and name in self.present else value
+            for name, value in self.fields.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,7 @@ class Example:
         template_kwargs: Further arguments of the chat template, such as `enable_thinking`.
         rejected: For the task "pairs": the conversation with the rejected answer instead of the chosen one.
         label: For the task "labels": whether the answer is desirable.
+        plain: The messages are one text to be learned as it stands, without a chat template.
         source, line: Where the row came from, as in `Row`.
     """
 
@@ -113,6 +126,7 @@ class Example:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     rejected: tuple[Message, ...] = ()
     label: bool | None = None
+    plain: bool = False
     source: str = ""
     line: int = 0
 

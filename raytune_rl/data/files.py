@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from raytune_rl.data.example import BadRow, Row
+from raytune_rl.data.tables import TableRows
 from raytune_rl.errors import DataError
 
 Reader = Callable[[Path], Iterator[Row | BadRow]]
@@ -242,11 +243,9 @@ def read_parquet(path: Path) -> Iterator[Row | BadRow]:
 
     try:
         with parquet.ParquetFile(path) as table:
-            number = 0
+            rows = TableRows(table.schema_arrow, str(path))
             for batch in table.iter_batches(batch_size=_TABLE_ROWS):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(fields, str(path), number)
+                yield from rows.of(batch)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 
@@ -258,27 +257,26 @@ def read_arrow(path: Path) -> Iterator[Row | BadRow]:
 
     try:
         with pa.memory_map(str(path)) as source:
-            number = 0
-            for batch in _arrow_batches(path, source):
+            schema, batches = _arrow_batches(path, source)
+            rows = TableRows(schema, str(path))
+            for batch in batches:
                 for start in range(0, batch.num_rows, _TABLE_ROWS):
-                    for fields in batch.slice(start, _TABLE_ROWS).to_pylist():
-                        number += 1
-                        yield Row(fields, str(path), number)
+                    yield from rows.of(batch.slice(start, _TABLE_ROWS))
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable Arrow file: {error}") from error
 
 
-def _arrow_batches(path: Path, source: Any) -> Iterator[Any]:
+def _arrow_batches(path: Path, source: Any) -> tuple[Any, Iterator[Any]]:
+    """The schema and the record batches of an Arrow file."""
     import pyarrow as pa
 
     with path.open("rb") as head:
         is_file_format = head.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
     if is_file_format:
         reader = pa.ipc.open_file(source)
-        for number in range(reader.num_record_batches):
-            yield reader.get_batch(number)
-    else:
-        yield from pa.ipc.open_stream(source)
+        return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
+    stream = pa.ipc.open_stream(source)
+    return stream.schema, iter(stream)
 
 
 READERS: dict[str, Reader] = {

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytune_rl.data.columns import ColumnMap, columns_of
-from raytune_rl.data.dialects import Conversation, FormatError, parse_text
+from raytune_rl.data.conversation import Conversation, FormatError, parse_text
 from raytune_rl.data.example import PROMPT_TASKS, Example, MediaRef, Message, Row, RowError, Task
 from raytune_rl.data.media_tags import GROUNDING, TAGS, legacy_images, media_refs, place_tags
 from raytune_rl.data.preference_rows import read_label, rejected_turns, with_chosen
-from raytune_rl.data.row_formats import Parts, format_of
+from raytune_rl.data.row_formats import Parsed, Parts, format_of
+from raytune_rl.data.tool_calls import tools_of
 
 #: Parts that are no text of their own: without a value their columns say nothing about a row.
 _STRUCTURE = (*TAGS, "messages", "tools", "chat_template_kwargs", "history", "system")
@@ -43,7 +44,6 @@ class Converter:
         Raises:
             RowError: The row is in no known format, is ambiguous, or is incomplete for the task.
         """
-        self.seen_columns.update(row.fields)
         try:
             return self._convert(row)
         except ValueError as error:  # FormatError, ColumnError, and what `media_tags` finds
@@ -55,15 +55,18 @@ class Converter:
         return [source for source in self._columns.renames if source.lower() not in seen]
 
     def _convert(self, row: Row) -> Example:
-        fields, explicit = self._columns.apply(row.fields)
+        inner = self._columns.inner(row.fields)
+        self.seen_columns.update(row.fields, inner)
+        given, explicit = self._columns.apply({**row.fields, **inner})
+        fields = self._columns.apply({**row.written(), **inner})[0] if row.present else given
+        answer = None
         if self._task == "pairs":
-            fields, response = with_chosen(fields)
-            explicit |= {} if response is None or "response" in explicit else {"response": response}
-        parts = Parts(fields, explicit, self._prompt_only)
+            fields, answer = with_chosen(fields, explicit)
+        parts = Parts(fields, explicit, self._prompt_only, answer, may_be_plain=self._task == "sft")
         parsed = format_of(parts).parse(parts)
         structure = (*TAGS, "tools", "chat_template_kwargs")
         used = {*parsed.used, *(name for kind in structure if (name := parts.column(kind)))}
-        messages = self._for_task(self._with_system(parsed.conversation.messages))
+        messages = self._for_task(self._with_system(parsed))
         media = {kind: _media(parts, kind, parsed.conversation) for kind in TAGS}
         messages, named = legacy_images(messages)
         if named:
@@ -79,6 +82,7 @@ class Converter:
             if added:
                 self.notices[f"rows had {kind} but no {TAGS[kind]} tag; tags were put first"] += 1
         self.notices.update(parsed.notices)
+        self.notices.update(f"rows whose {what}, which nothing uses" for what in parsed.conversation.unused)
         rejected: tuple[Message, ...] = ()
         label = None
         if self._task == "pairs":
@@ -87,7 +91,11 @@ class Converter:
         elif self._task == "labels":
             label, column = read_label(fields)
             used.add(column)
-        extra = {name: value for name, value in fields.items() if _survives(name, value, used)}
+        extra = {
+            name: given.get(name, value) for name, value in fields.items() if _survives(name, value, used)
+        }
+        if self._prompt_only:
+            self._add_solution(extra)
         last = parsed.conversation.messages[-1:]
         if self._keeps_answer and last and last[0].role == "assistant":
             extra[LABELS] = last[0].content
@@ -99,16 +107,25 @@ class Converter:
             template_kwargs=_template_kwargs(parts),
             rejected=rejected,
             label=label,
+            plain=parsed.plain,
             source=row.source,
             line=row.line,
         )
 
-    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
-        own = list(messages)
+    def _add_solution(self, extra: dict[str, Any]) -> None:
+        """verl's rows have the right answer in an object."""
+        held = extra.get("reward_model")
+        truth = held.get("ground_truth") if isinstance(held, dict) else None
+        if truth is not None and extra.get("solution") is None:
+            extra["solution"] = truth
+            self.notices["rows have reward_model.ground_truth; it is the 'solution' of rewards"] += 1
+
+    def _with_system(self, parsed: Parsed) -> list[Message]:
+        own = list(parsed.conversation.messages)
         # CSV files and tables have the column in every row: an empty prompt is none.
         if own and own[0].role == "system" and not own[0].content.strip():
             del own[0]
-        if self._system is None or (own and own[0].role == "system"):
+        if self._system is None or parsed.plain or (own and own[0].role == "system"):
             return own
         return [Message("system", self._system), *own]
 
@@ -153,22 +170,13 @@ def _check_grounding(fields: Mapping[str, Any], messages: Sequence[Message]) -> 
 
 def _media(parts: Parts, kind: str, conversation: Conversation) -> tuple[MediaRef, ...]:
     column = parts.column(kind)
-    inline = conversation.media[kind]
     refs = media_refs(parts.fields[column], kind) if column else ()
-    if refs and inline:
-        raise FormatError(f"{kind} stand both in the content and in column {column!r}; keep one of them")
-    return refs or tuple(inline)
+    return conversation.filled(kind, refs, column)
 
 
 def _tools(parts: Parts) -> tuple[dict[str, Any], ...]:
     column = parts.column("tools")
-    if column is None:
-        return ()
-    value = parts.fields[column]
-    tools = (parse_text(value, column) if value.strip() else []) if isinstance(value, str) else value
-    if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
-        raise FormatError(f"{column!r} must be a list of tool schemas")
-    return tuple(tools)
+    return () if column is None else tools_of(parts.fields[column], column)
 
 
 # Arguments of a chat template that a row may not give: the conversation itself, and how it is written.

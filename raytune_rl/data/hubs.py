@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from raytune_rl.data.example import Row
 from raytune_rl.data.specs import DatasetSpec, Hub
+from raytune_rl.data.tables import TableRows
 from raytune_rl.errors import DataError
 
 T = TypeVar("T")
@@ -21,18 +22,16 @@ def read_hub(spec: DatasetSpec) -> Iterator[Row]:
     """The training split of a hub's data set, subset after subset. `line` is the row's number in it, from 1.
 
     `datasets` reads both hubs: what ModelScope keeps is downloaded by ModelScope's own client first. Images
-    and other media stay encoded, because rows are taken from the Arrow tables, past the decoding of
-    `datasets`.
+    and other media stay encoded, because rows are taken from the Arrow tables (see `data.tables`), past the
+    decoding of `datasets`.
 
     Raises:
         DataError: The hub cannot be reached, or the data set, the subset or its training split is not there.
     """
     for source, table in _tables(spec):
-        number = 0
+        rows = TableRows(table.features.arrow_schema, source)
         for batch in table.with_format("arrow").iter(batch_size=_BATCH_ROWS):
-            for fields in batch.to_pylist():
-                number += 1
-                yield Row(fields, source, number)
+            yield from rows.of(batch)
 
 
 def hub_files(spec: DatasetSpec) -> list[Path]:

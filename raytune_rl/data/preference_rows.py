@@ -2,11 +2,12 @@
 
 A pair is a conversation that ends with the chosen answer, in any format of `row_formats`, and one of
 
-    rejected_response, rejected   the rejected answer: text, or turns without a user's
+    rejected_response, rejected   the rejected answer: text, one turn, or turns without a user's
     rejected_messages, rejected   the whole conversation with it; its prompt must be the chosen one's
 
-Also known is the shape of TRL: `chosen` and `rejected`, whole conversations or answers to `prompt`. A
-labelled row is a conversation and `label`. Everything after the last user turn is the answer.
+The chosen answer may also stand in `chosen`, in the same ways, as TRL, LLaMA-Factory and HH-RLHF (whose
+conversations are transcripts) have it. A labelled row is a conversation and `label`, or LLaMA-Factory's
+`kto_tag`. Everything after the last user turn is the answer.
 """
 
 from __future__ import annotations
@@ -15,39 +16,77 @@ from collections.abc import Sequence
 from typing import Any
 
 from raytune_rl.data.columns import columns_of
-from raytune_rl.data.dialects import Conversation, FormatError, parse_conversation
+from raytune_rl.data.conversation import Conversation, FormatError, parse_text
+from raytune_rl.data.dialects import is_turns, parse_conversation
 from raytune_rl.data.example import Message
+from raytune_rl.data.transcripts import is_transcript, parse_transcript
 
 REJECTED = ("rejected_response", "rejected_messages", "rejected")
 OTHER_MEDIA = ("rejected_images", "rejected_videos", "rejected_audios")
+LABELS = ("label", "kto_tag")
 
 
-def with_chosen(fields: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """A row of TRL's shape with its `chosen` column where the formats look for it.
+def with_chosen(fields: dict[str, Any], explicit: dict[str, str]) -> tuple[dict[str, Any], str | None]:
+    """A row with its `chosen` column where the formats look for it.
+
+    Args:
+        fields: The row's columns.
+        explicit: Part to the column that `--columns` gives it.
 
     Returns:
-        The columns, with `messages` in place of `chosen` and `prompt` where these are turns, and the name of
-        the column that is the response where they are text.
+        The columns, with the chosen conversation as `messages` if `chosen` holds it; and the name of the
+        column that is the answer if it holds that alone.
 
     Raises:
         FormatError: `chosen` is neither text nor turns, or an answer without a prompt.
     """
     column = _named(("chosen",), fields)
-    if column is None or columns_of("messages", fields):
+    if column is None or "response" in explicit:
         return fields, None
-    answer, asked = fields[column], _named(("prompt",), fields)
-    prompt = None if asked is None else fields[asked]
-    if isinstance(answer, str) and not isinstance(prompt, list | tuple):
-        return fields, column
-    turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    if any(turn.role == "user" for turn in parse_conversation(turns, column).messages):
-        before: Sequence[Any] = ()
-    elif prompt is None:
-        raise FormatError(f"{column!r} is an answer, but there is no 'prompt' column")
-    else:
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    rest = {name: value for name, value in fields.items() if name not in (column, asked)}
-    return {**rest, "messages": [*before, *turns]}, None
+    answer = fields[column]
+    rest = {name: value for name, value in fields.items() if name != column}
+    if is_transcript(answer):
+        return {**_without_prompt(rest), "messages": _as_turns(answer)}, None
+    if not isinstance(answer, str) and not is_turns(answer):
+        raise FormatError(f"{column!r} is neither a text nor turns")
+    whole = not isinstance(answer, str) and any(
+        turn.role == "user" for turn in parse_conversation(answer, column).messages
+    )
+    asked = explicit.get("messages") or next(
+        (name for name in columns_of("messages", fields) if fields[name] is not None), None
+    )
+    if asked is not None:
+        turns = fields[asked]
+        turns = parse_text(turns, asked) if isinstance(turns, str) else turns
+        if parse_conversation(turns, asked).messages[-1].role == "assistant":  # the chosen answer once more
+            return fields, None
+        return {**rest, asked: answer if whole else [*turns, *_as_turns(answer)]}, None
+    if whole:
+        return {**_without_prompt(rest), "messages": answer}, None
+    if "query" not in explicit and not any(fields[name] is not None for name in columns_of("query", fields)):
+        raise FormatError(
+            f"{column!r} is an answer, but there is no 'prompt' column"
+            + (
+                ". Cut what both answers begin with off into one, or write transcripts "
+                r"(\n\nHuman: ... \n\nAssistant: ...)"
+                if isinstance(answer, str)
+                else ""
+            )
+        )
+    return fields, column
+
+
+def _without_prompt(fields: dict[str, Any]) -> dict[str, Any]:
+    """The columns without the prompt that the chosen conversation repeats."""
+    return {name: value for name, value in fields.items() if name != _named(("prompt",), fields)}
+
+
+def _as_turns(answer: Any) -> list[Any]:
+    if is_transcript(answer):
+        return [{"role": turn.role, "content": turn.content} for turn in parse_transcript(answer).messages]
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    return [answer] if isinstance(answer, dict) else list(answer)
 
 
 def rejected_turns(
@@ -71,7 +110,7 @@ def rejected_turns(
         )
     if other := _named(OTHER_MEDIA, fields):
         raise FormatError(f"{other!r}: both answers must be about the same pictures")
-    value = fields[column]
+    value = _as_turns(fields[column]) if is_transcript(fields[column]) else fields[column]
     if isinstance(value, str):
         answer: tuple[Message, ...] = (Message("assistant", value),)
     else:
@@ -95,7 +134,7 @@ def read_label(fields: dict[str, Any]) -> tuple[bool, str]:
     Raises:
         FormatError: No column does, or its value is neither true nor false.
     """
-    column = _named(("label",), fields)
+    column = _named(LABELS, fields)
     if column is None:
         raise FormatError(
             f"there is no 'label' column among {', '.join(map(repr, fields))}: true for a desirable answer, "

@@ -5,7 +5,9 @@ wins:
 
     messages   a conversation under messages, conversation or conversations, in any dialect of `dialects`
     alpaca     instruction, input and output
-    query      a query and a response column, under one of the names of `columns.SYNONYMS`
+    query      a query and a response column, under one of the names of `columns.SYNONYMS`; each is a text or
+               a list of turns
+    text       a text to be learned as it stands, without a chat template
 
 For a prompt task (GRPO, PPO) the response is not read at all; it survives in `extra` under its own name.
 """
@@ -17,22 +19,46 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from raytune_rl.data.columns import ColumnError, single
-from raytune_rl.data.dialects import Conversation, FormatError, parse_conversation, parse_text
+from raytune_rl.data.columns import SYNONYMS, ColumnError, single
+from raytune_rl.data.conversation import Conversation, FormatError, parse_text
+from raytune_rl.data.dialects import is_turns, parse_conversation
 from raytune_rl.data.example import Message
+from raytune_rl.data.transcripts import NOTICE, is_transcript, parse_transcript
+
+PLAIN = "rows are plain text: learned whole and with an end, without the chat template and --system"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The columns of a row and the part each plays, as far as `--columns` or the names tell."""
+    """The columns of a row and the part each plays, as far as `--columns` or the names tell.
+
+    Attributes:
+        fields: Column name to value.
+        explicit: Part to the column that `--columns` gives it.
+        prompt_only: The answer is not read.
+        answer: The column that is the answer whatever else might be: `chosen` of a pair.
+        may_be_plain: A text without a question may be learned as it stands.
+    """
 
     fields: dict[str, Any]
     explicit: dict[str, str]
     prompt_only: bool
+    answer: str | None = None
+    may_be_plain: bool = False
 
     def column(self, part: str) -> str | None:
-        """The column that plays a part; None when there is none. Columns without a value do not count."""
-        return single(part, [name for name, value in self.fields.items() if value is not None], self.explicit)
+        """The column that plays a part; None when there is none. Columns without a value do not count. Of
+        several that could be the query, the one that holds turns is."""
+        if part == "response" and self.answer is not None and part not in self.explicit:
+            return self.answer
+        names = [name for name, value in self.fields.items() if value is not None]
+        if part in ("query", "messages") and part not in self.explicit:
+            known = SYNONYMS["query"] if part == "query" else ("texts",)
+            turns = [name for name in names if name.lower() in known and is_turns(self.fields[name])]
+            turns = [name for name in turns if name not in self.explicit.values()]
+            if len(turns) == 1 and (part == "query" or single(part, names, self.explicit) is None):
+                return turns[0]
+        return single(part, names, self.explicit)
 
     def alpaca_column(self, part: str) -> str | None:
         """The column named like a field of the instruction format."""
@@ -46,11 +72,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a format makes of a row: the conversation, the columns it used up, and notices to count."""
+    """What a format makes of a row: the conversation, the columns it used up, notices to count, and whether
+    it is a plain text rather than a conversation."""
 
     conversation: Conversation
     used: tuple[str, ...]
     notices: tuple[str, ...] = ()
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,17 +112,12 @@ def _parse_messages(parts: Parts) -> Parsed:
     column = parts.column("messages")
     assert column is not None
     conversation = parse_conversation(parts.fields[column], column)
-    system = _system(parts)
-    first = conversation.messages[:1]
-    has_own = bool(first and first[0].role == "system" and first[0].content.strip())
-    if system is not None and has_own and conversation.messages[0].content != system:
-        raise FormatError(
-            f"two different system prompts: column {parts.column('system')!r} and {column!r}[0]"
-        )
-    if system is not None and not has_own:
-        emptied = 1 if first and first[0].role == "system" else 0
-        conversation.messages[:emptied] = [Message("system", system)]
-    return Parsed(conversation, _names(column, parts.column("system")))
+    used = (column, *_with_system(parts, conversation, column))
+    said = [turn for turn in conversation.messages if turn.role != "system" or turn.content.strip()]
+    plain = [turn.role for turn in said] == ["assistant"] and said[0].content and not said[0].tool_calls
+    if plain and parts.may_be_plain:
+        return Parsed(conversation, used, (PLAIN,), plain=True)
+    return Parsed(conversation, used)
 
 
 def _is_alpaca(parts: Parts) -> bool:
@@ -104,17 +127,18 @@ def _is_alpaca(parts: Parts) -> bool:
 
 
 def _parse_alpaca(parts: Parts) -> Parsed:
-    names = [parts.alpaca_column(part) for part in ("instruction", "input", "output")]
-    instruction, context, output = (None if name is None else _text(parts, name) for name in names)
-    query = "\n".join(piece for piece in (instruction, context) if piece)
+    names = [parts.alpaca_column(part) for part in ("instruction", "input")]
+    query = "\n".join(piece for name in names if name is not None and (piece := _text(parts, name)))
     if not query:
         raise FormatError(f"both {names[0]!r} and {names[1]!r} are empty")
-    answer = names[2] or (None if parts.prompt_only else parts.column("response"))
-    if not parts.prompt_only and answer is None:
-        raise FormatError("there is an instruction but no output column")
-    response, notices = (output, ()) if names[2] else _response(parts, answer)
-    used = _names(names[0], names[1], *(() if parts.prompt_only else (answer,)))
-    return _turns(parts, query, response, used, notices)
+    answer = None
+    if not parts.prompt_only:
+        answer = parts.answer or parts.alpaca_column("output") or parts.column("response")
+        if answer is None:
+            raise FormatError("there is an instruction but no output column")
+    conversation = Conversation([Message("user", query)])
+    used = (*_names(*names), *_with_history(parts, conversation), *_with_system(parts, conversation, ""))
+    return _answered(parts, conversation, used, answer)
 
 
 def _is_query(parts: Parts) -> bool:
@@ -124,19 +148,45 @@ def _is_query(parts: Parts) -> bool:
 def _parse_query(parts: Parts) -> Parsed:
     column = parts.column("query") or _plain_text_prompt(parts)
     assert column is not None
-    query = _text(parts, column)
-    if not query:
-        raise FormatError(f"{column!r} is empty")
-    if parts.prompt_only:
-        return _turns(parts, query, None, (column,), ())
-    answer = parts.column("response")
-    if answer is None:
+    notices: tuple[str, ...] = ()
+    value = parts.fields[column]
+    answer = None if parts.prompt_only else parts.column("response")
+    if is_turns(value):
+        conversation = parse_conversation(value, column)
+        whole = conversation.messages[-1].role == "assistant"
+        if whole and (parts.prompt_only or answer is not None):
+            raise FormatError(
+                f"the prompt {column!r} ends with a turn of the assistant's. If that is the answer, map it "
+                f"with --columns '{{\"{column}\": \"messages\"}}'"
+            )
+        used = (column, *_with_system(parts, conversation, column))
+        if whole:
+            return Parsed(conversation, used)
+    elif is_transcript(value):
+        conversation, notices = parse_transcript(value), (NOTICE,)
+        used = (column, *_with_system(parts, conversation, column))
+    else:
+        if not (query := _text(parts, column)):
+            raise FormatError(f"{column!r} is empty")
+        conversation = Conversation([Message("user", query)])
+        used = (column, *_with_history(parts, conversation), *_with_system(parts, conversation, column))
+        notices = _left_out(parts, column)
+    if answer is None and not parts.prompt_only:
         raise FormatError(
             f"{column!r} is the query, but no response column is among {', '.join(map(repr, parts.fields))}. "
             'Map it with --columns \'{"your column": "response"}\''
         )
-    response, notices = _response(parts, answer)
-    return _turns(parts, query, response, (column, answer), notices)
+    return _answered(parts, conversation, used, answer, notices)
+
+
+def _left_out(parts: Parts, column: str) -> tuple[str, ...]:
+    """Of an instruction that `--columns` calls the query, the input that stands beside it."""
+    other = next((name for name in parts.fields if name.lower() == "input"), column)
+    if column.lower() != "instruction" or other in (column, *parts.explicit.values()):
+        return ()
+    if not parts.fields[other]:
+        return ()
+    return (f"rows have {other!r} beside {column!r}, which --columns makes the query: it is left out of it",)
 
 
 def _plain_text_prompt(parts: Parts) -> str | None:
@@ -145,30 +195,63 @@ def _plain_text_prompt(parts: Parts) -> str | None:
     return names[0] if parts.prompt_only and len(names) == 1 and names[0].lower() == "text" else None
 
 
-def _response(parts: Parts, column: str | None) -> tuple[str | None, tuple[str, ...]]:
-    """The text of the response; of a list of alternatives the first, which is announced."""
-    if column is None:
-        return None, ()
-    value = parts.fields[column]
-    if isinstance(value, list | tuple) and value:
-        first = Parts({column: value[0]}, {}, parts.prompt_only)
-        return _text(first, column), (f"rows have a list as {column!r}; its first item is the response",)
-    return _text(parts, column), ()
+def _is_text(parts: Parts) -> bool:
+    return parts.may_be_plain and _text_column(parts) is not None
 
 
-def _turns(
-    parts: Parts, query: str, response: str | None, used: tuple[str, ...], notices: tuple[str, ...]
+def _text_column(parts: Parts) -> str | None:
+    return next((n for n, value in parts.fields.items() if n.lower() == "text" and value is not None), None)
+
+
+def _parse_text(parts: Parts) -> Parsed:
+    column = _text_column(parts)
+    assert column is not None
+    if not (text := _text(parts, column)):
+        raise FormatError(f"{column!r} is empty")
+    return Parsed(Conversation([Message("assistant", text)]), (column,), (PLAIN,), plain=True)
+
+
+def _answered(
+    parts: Parts,
+    conversation: Conversation,
+    used: tuple[str, ...],
+    answer: str | None,
+    notices: tuple[str, ...] = (),
 ) -> Parsed:
-    system, history = parts.column("system"), parts.column("history")
-    conversation = Conversation()
-    if prompt := _system(parts):
-        conversation.messages.append(Message("system", prompt))
-    for asked, answered in _history(parts, history):
-        conversation.messages += [Message("user", asked), Message("assistant", answered)]
-    conversation.messages.append(Message("user", query))
-    if response is not None and not parts.prompt_only:
-        conversation.messages.append(Message("assistant", response))
-    return Parsed(conversation, (*used, *_names(system, history)), notices)
+    """The conversation with the answer of a column behind it: text, turns, or of alternatives the first,
+    which is announced."""
+    if answer is None:
+        return Parsed(conversation, used, notices)
+    value = parts.fields[answer]
+    if is_turns(value):
+        conversation.extend(parse_conversation(value, answer))
+    else:
+        if isinstance(value, list | tuple) and value:
+            value = value[0]
+            notices = (*notices, f"rows have a list as {answer!r}; its first item is the response")
+        conversation.messages.append(Message("assistant", _as_text(value, answer)))
+    return Parsed(conversation, (*used, answer), notices)
+
+
+def _with_system(parts: Parts, conversation: Conversation, column: str) -> tuple[str, ...]:
+    """Puts the row's system prompt before a conversation, in the place of an empty one, and says which column
+    holds it."""
+    name, system = parts.column("system"), _system(parts)
+    first = conversation.messages[:1]
+    own = first[0].content if first and first[0].role == "system" else None
+    if system is not None and own is not None and own.strip() and own != system:
+        raise FormatError(f"two different system prompts: column {name!r} and {column!r}[0]")
+    if system is not None:
+        conversation.messages[: 0 if own is None else 1] = [Message("system", system)]
+    return _names(name)
+
+
+def _with_history(parts: Parts, conversation: Conversation) -> tuple[str, ...]:
+    """Puts the rounds of the history before a conversation, and says which column holds them."""
+    name = parts.column("history")
+    rounds = [(Message("user", q), Message("assistant", a)) for q, a in _history(parts, name)]
+    conversation.messages[:0] = [message for pair in rounds for message in pair]
+    return _names(name)
 
 
 def _history(parts: Parts, column: str | None) -> list[tuple[str, str]]:
@@ -192,7 +275,10 @@ def _system(parts: Parts) -> str | None:
 
 
 def _text(parts: Parts, column: str) -> str:
-    value = parts.fields[column]
+    return _as_text(parts.fields[column], column)
+
+
+def _as_text(value: Any, column: str) -> str:
     if value is None:
         return ""
     if isinstance(value, float) and not math.isfinite(value):
@@ -200,7 +286,10 @@ def _text(parts: Parts, column: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise FormatError(f"column {column!r} holds {type(value).__name__}, not text")
+        raise FormatError(
+            f"column {column!r} holds {type(value).__name__}, not text. If another column is meant, name it "
+            'with --columns \'{"your column": "response"}\' (or "query")'
+        )
     return value
 
 
@@ -212,4 +301,5 @@ FORMATS: tuple[Format, ...] = (
     Format("messages", _is_messages, _parse_messages),
     Format("alpaca", _is_alpaca, _parse_alpaca),
     Format("query", _is_query, _parse_query),
+    Format("text", _is_text, _parse_text),
 )

@@ -242,10 +242,13 @@ def test_row_system_goes_before_the_flag():
     assert turns(convert({"query": "q"}, "grpo", system="flag"))[0] == ("system", "flag")
 
 
-def test_a_text_line_is_a_prompt_but_no_training_row():
+def test_a_text_is_a_prompt_or_is_learned_as_it_stands():
     assert turns(convert({"text": "Hello"}, "grpo")) == [("user", "Hello")]
-    with pytest.raises(RowError, match="no format fits the columns 'text'"):
-        convert({"text": "Hello"})
+    learned = convert({"text": "Hello", "url": "x"}, system="s")
+    assert (turns(learned), learned.plain, learned.extra) == ([("assistant", "Hello")], True, {"url": "x"})
+    for task in ("pairs", "labels"):
+        with pytest.raises(RowError, match="no format fits the columns 'text'"):
+            convert({"text": "Hello"}, task)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def _parse_query(parts: Parts) -> Parsed:
         if whole and (parts.prompt_only or answer is not None):
             raise FormatError(
                 f"the prompt {column!r} ends with a turn of the assistant's. If that is the answer, map it "
-                f"with --columns '{{\"{column}\": \"messages\"}}'"
+                f'with --columns \'{{"{column}": "messages"}}\''
             )
         used = (column, *_with_system(parts, conversation, column))
         if whole:

@@ -1,8 +1,8 @@
 """Rows of Arrow tables (Parquet, Arrow, `datasets`) as they were before they became a table.
 
-A table changes rows in two ways. A column whose items differ in shape holds each as JSON text: `datasets` names
-such columns by its feature `Json`, in the schema's metadata, and Arrow by a type of its own. And every struct
-has every key of its column, null where the row had no such key.
+A table changes rows in two ways. A column whose items differ in shape holds each as JSON text: `datasets`
+names such columns by its feature `Json`, in the schema's metadata, and Arrow by a type of its own. And every
+struct has every key of its column, null where the row had no such key.
 """
 
 from __future__ import annotations
@@ -134,7 +134,11 @@ def _presence(kind: Any, feature: Any) -> Change | None:
     if types.is_map(kind):
         of_item = _presence(kind.item_type, None)
         return of_item and (
-            lambda value: {key: None if item is None else of_item(item) for key, item in value.items()}
+            lambda value: (
+                {key: None if item is None else of_item(item) for key, item in value.items()}
+                if isinstance(value, dict)
+                else value
+            )
         )
     if _is_list(kind):
         each = _presence(kind.value_type, _item(feature))

@@ -16,9 +16,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 def is_transcript(value: Any) -> bool:
     """Does a text begin with a turn of the human's, and have one of the assistant's?"""
-    return (
-        isinstance(value, str) and value.startswith(("\n\nHuman:", "Human:")) and "\n\nAssistant:" in value
-    )
+    return isinstance(value, str) and value.startswith(("\n\nHuman:", "Human:")) and "\n\nAssistant:" in value
 
 
 def parse_transcript(text: str) -> Conversation:

@@ -104,7 +104,7 @@ def _add_pair(conversation: Conversation, turn: dict[str, Any]) -> None:
 
 
 def _add_message(conversation: Conversation, name: Any, content: Any, rest: dict[str, Any]) -> None:
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise FormatError(f"unknown role {name!r}; known are {', '.join(ROLES)}")
     if role == "tool_call":

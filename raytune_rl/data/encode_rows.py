@@ -113,9 +113,6 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
             if problem is not None:
                 raise DataError(problem)
 
-    if example.plain:
-        return _plain(job, example)
-
     def render(messages: Sequence[Any], *, generation_prompt: bool) -> str:
         more = example.template_kwargs
         return job.chat.render(
@@ -124,8 +121,14 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
 
     kinds = [kind for column, kind in KINDS.items() if getattr(example, column)]
 
-    text = render(example.messages, generation_prompt=job.loss_scale is None)
-    _check_characters(text)
+    if example.plain:
+        text, start = job.chat.plain(example.messages[-1].content)
+    else:
+        text = render(example.messages, generation_prompt=job.loss_scale is None)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text holds {error.object[error.start]!r}, half of a character") from error
     if job.media is not None and not example.has_media:
         for token in job.media.placeholders:
             if token in text:
@@ -137,23 +140,9 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
     turns = trained_turns(example, job.loss_scale)
     if not turns:
         raise DataError("no turn of the conversation is trained on")
+    if example.plain:
+        return text, [(start, len(text))]
     return text, list(assistant_spans(example.messages, turns, text, render).values())
-
-
-def _plain(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
-    (message,) = example.messages
-    if message.loss is False:
-        raise DataError("no turn of the conversation is trained on")
-    text, start = job.chat.plain(message.content)
-    _check_characters(text)
-    return text, [(start, len(text))]
-
-
-def _check_characters(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"the text holds {error.object[error.start]!r}, half of a character") from error
 
 
 def _with_media(job: Job, example: Example, text: str, ranges: list[tuple[int, int]]) -> EncodedRow | Failure:

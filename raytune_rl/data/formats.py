@@ -68,7 +68,11 @@ class Converter:
         used = {*parsed.used, *(name for kind in structure if (name := parts.column(kind)))}
         messages = self._for_task(self._with_system(parsed))
         media = {kind: _media(parts, kind, parsed.conversation) for kind in TAGS}
-        messages, named = legacy_images(messages)
+        if parsed.plain and any(media.values()):
+            raise FormatError(
+                "a text with media must answer something: give the row a user turn, or a query column"
+            )
+        messages, named = (messages, ()) if parsed.plain else legacy_images(messages)
         if named:
             if media["images"]:
                 raise FormatError("images stand both in <img> tags and beside the text; keep one of them")

@@ -34,6 +34,13 @@ QWEN3_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# Writes tools, calls, the key `name` of a turn and the argument `think`.
+CALLS_TEMPLATE = (
+    "{{ think or '' }}{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.name or '' }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 CORPUS = [
     "What is the weather like today? It is sunny, and the wind is calm.",
     "user assistant system tool\n\nThe answer is 42.\nGood morning, how are you? Fine, thank you.",
@@ -79,6 +86,11 @@ def forgetful():
 @pytest.fixture(scope="session")
 def qwen3():
     return chatml_tokenizer(QWEN3_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def calling():
+    return chatml_tokenizer(CALLS_TEMPLATE)
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,24 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+class RepeatedKeyError(Exception):
+    """An object of JSON has a key twice: nobody can say which of its values was meant."""
+
+    def __str__(self) -> str:
+        return f"an object has the key {self.args[0]!r} twice"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def read_jsonl(path: Path) -> Iterator[Row | BadRow]:
     """One JSON object a line; blank lines are skipped."""
     with path.open("rb") as lines:
@@ -52,7 +70,9 @@ def read_jsonl(path: Path) -> Iterator[Row | BadRow]:
 def _json_line(path: Path, number: int, raw: bytes) -> Row | BadRow:
     shown = raw.decode("utf-8", "replace").rstrip("\r\n")
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = _DECODER.decode(raw.decode("utf-8"))
+    except RepeatedKeyError as error:
+        return BadRow(str(path), number, str(error), shown)
     except UnicodeDecodeError as error:
         return BadRow(str(path), number, f"not UTF-8: {error.reason} at byte {error.start}", shown)
     except json.JSONDecodeError as error:
@@ -63,6 +83,8 @@ def _json_line(path: Path, number: int, raw: bytes) -> Row | BadRow:
 
 
 def _as_row(path: Path, line: int, value: Any, raw: str) -> Row | BadRow:
+    if isinstance(value, RepeatedKeyError):
+        return BadRow(str(path), line, str(value), raw)
     if not isinstance(value, dict):
         return BadRow(str(path), line, f"a row must be a JSON object, this is {_kind(value)}", raw)
     return Row(value, str(path), line)
@@ -138,7 +160,6 @@ class _Text:
         self._file = file
         self._held, self._at = "", 0
         self._ended = False
-        self._decoder = json.JSONDecoder()
 
     def peek(self) -> str:
         """The first character that is no white space, to which it moves; empty at the end."""
@@ -149,16 +170,19 @@ class _Text:
                 return self._held[self._at : self._at + 1]
 
     def decode(self) -> tuple[Any, int]:
-        """The value that begins here, and its length in characters.
+        """The value that begins here, or what is wrong with its keys; and its length in characters.
 
         Raises:
             json.JSONDecodeError: It is broken; its place is counted from here.
         """
+        decoder, repeated = _DECODER, None
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._held, self._at)
+                value, end = decoder.raw_decode(self._held, self._at)
                 if end < len(self._held) or not self._read():  # a number may go on
-                    return value, end - self._at
+                    return repeated or value, end - self._at
+            except RepeatedKeyError as error:
+                decoder, repeated = json.JSONDecoder(), error
             except json.JSONDecodeError as error:
                 # Cut off where the text in memory ends, most likely: a string that is not closed, say.
                 cut_off = error.pos > len(self._held) - _LONGEST_WORD or "string" in error.msg

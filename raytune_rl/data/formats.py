@@ -13,6 +13,7 @@ from raytune_rl.data.media_tags import GROUNDING, TAGS, legacy_images, media_ref
 from raytune_rl.data.preference_rows import read_label, rejected_turns, with_chosen
 from raytune_rl.data.row_formats import Parsed, Parts, format_of
 from raytune_rl.data.tool_calls import tools_of
+from raytune_rl.protocol.rewards import RUN_COLUMNS
 
 #: Parts that are no text of their own: without a value their columns say nothing about a row.
 _STRUCTURE = (*TAGS, "messages", "tools", "chat_template_kwargs", "history", "system")
@@ -98,8 +99,8 @@ class Converter:
         extra = {
             name: given.get(name, value) for name, value in fields.items() if _survives(name, value, used)
         }
-        if self._prompt_only:
-            self._add_solution(extra)
+        if self._task in ("grpo", "ppo"):
+            self._for_rewards(extra)
         last = parsed.conversation.messages[-1:]
         if self._keeps_answer and last and last[0].role == "assistant":
             extra[LABELS] = last[0].content
@@ -116,13 +117,19 @@ class Converter:
             line=row.line,
         )
 
-    def _add_solution(self, extra: dict[str, Any]) -> None:
-        """verl's rows have the right answer in an object."""
+    def _for_rewards(self, extra: dict[str, Any]) -> None:
+        """verl's rows have the right answer in an object; and some names are the run's own."""
         held = extra.get("reward_model")
         truth = held.get("ground_truth") if isinstance(held, dict) else None
         if truth is not None and extra.get("solution") is None:
             extra["solution"] = truth
             self.notices["rows have reward_model.ground_truth; it is the 'solution' of rewards"] += 1
+        for name in extra.keys() & set(RUN_COLUMNS):
+            del extra[name]
+            self.notices[
+                f"rows have a column {name!r}; rewards receive the run's own value by that name, and not the "
+                f'column, unless it is given another with --columns \'{{"{name}": "..."}}\''
+            ] += 1
 
     def _with_system(self, parsed: Parsed) -> list[Message]:
         own = list(parsed.conversation.messages)

@@ -5,6 +5,7 @@ import pytest
 from raytune_rl.data.encode import encode_prompts, encode_sft
 from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 from raytune_rl.data.example import Row, RowError
+from raytune_rl.data.files import read_file
 from raytune_rl.data.formats import Converter
 
 Q, A = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
@@ -82,6 +83,16 @@ def test_verls_truth_is_the_solution_unless_there_is_one():
     assert notices == ["rows have reward_model.ground_truth; it is the 'solution' of rewards"]
     assert convert({**fields, "solution": "5"}, "grpo").extra["solution"] == "5"
     assert "solution" not in convert({"prompt": [Q], "reward_model": "a/b"}, "grpo").extra
+
+
+def test_a_column_with_a_name_of_the_runs_own_is_left_out_of_rewards():
+    fields = {"prompt": "Why?", "prompt_id": "f0e3", "solution": "x"}
+    example, notices = told(fields, "grpo")
+    assert example.extra == {"solution": "x"}
+    (notice,) = notices
+    assert notice.startswith("rows have a column 'prompt_id'; rewards receive the run's own value")
+    renamed, notices = told(fields, "grpo", columns={"prompt_id": "number"})
+    assert (renamed.extra, notices) == ({"number": "f0e3", "solution": "x"}, [])
 
 
 def test_columns_may_name_what_lies_inside_of_a_column():
@@ -334,3 +345,18 @@ def test_texts_that_are_none_to_be_learned():
 def test_a_column_that_is_no_text_says_how_to_name_another():
     with pytest.raises(RowError, match=r"column 'answers' holds dict, not text.*--columns"):
         convert({"question": "q", "answers": [{"answer": "a"}], "multiple_choice_answer": "a"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "lines"),
+    [
+        ("d.jsonl", '{"query": "a"}\n{"query": "b", "query": "c"}\n{"query": "d"}\n', [1, 2, 3]),
+        ("d.json", '[{"query": "a"},\n{"m": [{"query": "b", "query": "c"}]},\n{"query": "d"}]', [1, 2, 3]),
+    ],
+)
+def test_a_key_that_stands_twice_makes_a_bad_row_of_its_own(name, text, lines, tmp_path):
+    (tmp_path / name).write_text(text)
+    rows = list(read_file(tmp_path / name))
+    assert [row.line for row in rows] == lines
+    assert [row.fields for row in rows if isinstance(row, Row)] == [{"query": "a"}, {"query": "d"}]
+    assert rows[1].reason == "an object has the key 'query' twice"

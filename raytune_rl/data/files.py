@@ -6,9 +6,11 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
+from raytune_rl.data.compression import DAMAGE, MAGIC, CompressionError, opened, suffixes
 from raytune_rl.data.example import BadRow, Row
 from raytune_rl.data.tables import TableRows
 from raytune_rl.errors import DataError
@@ -28,17 +30,32 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
     """The rows of one file, in order.
 
     Raises:
-        DataError: The suffix is not one of `READERS`, or the file cannot be read at all.
+        DataError: Its suffixes are not known, or it cannot be read, or not to its end.
     """
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f"{path}: cannot read {path.suffix or 'a file without a suffix'}; known: {' '.join(READERS)}"
-        )
+    if not is_data(path):
+        what = "".join(suffixes(path)) or "a file without a suffix"
+        raise DataError(f"{path}: cannot read {what}; known: {known()}")
     try:
-        yield from reader(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        yield from READERS[suffixes(path)[0]](path)
+    except CompressionError as error:
+        raise DataError(f"{path}: {error}") from error
+    except (OSError, *DAMAGE) as error:
+        damaged = suffixes(path)[1] and not getattr(error, "errno", None)
+        what = "a damaged or cut-off compressed file" if damaged else "cannot be read"
+        raise DataError(f"{path}: {what}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def is_data(path: Path) -> bool:
+    """Whether a file of this name can be read. Tables are compressed inside, not as files."""
+    kind, compression = suffixes(path)
+    return kind in READERS and not (compression and READERS[kind] in _TABLES)
+
+
+def known() -> str:
+    """The suffixes that can be read, in words."""
+    texts = " ".join(kind for kind, reader in READERS.items() if reader not in _TABLES)
+    tables = " ".join(kind for kind, reader in READERS.items() if reader in _TABLES)
+    return f"{texts} (each also with {' '.join(MAGIC)}) {tables}"
 
 
 class RepeatedKeyError(Exception):
@@ -61,7 +78,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 def read_jsonl(path: Path) -> Iterator[Row | BadRow]:
     """One JSON object a line; blank lines are skipped."""
-    with path.open("rb") as lines:
+    with opened(path) as lines:
         for number, raw in enumerate(lines, start=1):
             if raw.strip():
                 yield _json_line(path, number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
@@ -101,7 +118,7 @@ def read_json(path: Path) -> Iterator[Row | BadRow]:
         yield from read_jsonl(path)
         return
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with TextIOWrapper(opened(path), encoding="utf-8-sig") as file:
             text = _Text(file)
             yield from _json_values(path, text)
     except UnicodeDecodeError as error:
@@ -110,12 +127,12 @@ def read_json(path: Path) -> Iterator[Row | BadRow]:
 
 
 def _is_json_lines(path: Path) -> bool:
-    with path.open("rb") as lines:
+    with opened(path) as lines:
         # A list may be one line of any length: its first character is enough to know it.
         head = lines.read(_HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
         if head[:1] == b"[":
             return False
-        lines.seek(0)
+    with opened(path) as lines:
         first = next((line for line in lines if line.strip()), b"")
     try:
         return isinstance(json.loads(first.decode("utf-8-sig")), dict)
@@ -215,9 +232,9 @@ def read_csv(path: Path) -> Iterator[Row | BadRow]:
     """A header and records; quoted fields may span lines. All values are strings, an empty field is ''."""
     # The module's own limit of 128 KiB a field is less than a long conversation.
     csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    delimiter = "\t" if suffixes(path)[0] == ".tsv" else ","
     # A byte that is no UTF-8 is its record's fault alone, so it is looked for in each record.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+    with TextIOWrapper(opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         records = csv.reader(text, delimiter=delimiter)
         try:
             header = next(records, [])
@@ -248,7 +265,7 @@ def _csv_row(path: Path, line: int, header: list[str], record: list[str]) -> Row
 
 def read_txt(path: Path) -> Iterator[Row | BadRow]:
     """One text a line, in the column `text`; blank lines are skipped."""
-    with path.open("rb") as lines:
+    with opened(path) as lines:
         for number, raw in enumerate(lines, start=1):
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -305,6 +322,7 @@ def _arrow_batches(path: Path, source: Any) -> tuple[Any, Iterator[Any]]:
 
 READERS: dict[str, Reader] = {
     ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_csv,
@@ -312,3 +330,4 @@ READERS: dict[str, Reader] = {
     ".arrow": read_arrow,
     ".txt": read_txt,
 }
+_TABLES = (read_parquet, read_arrow)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from raytune_rl.data.files import is_data
 from raytune_rl.errors import DataError
 
 Hub = Literal["hf", "ms"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"}
 
 
 @dataclass(frozen=True)
@@ -91,4 +91,4 @@ def _strip_sample(rest: str, text: str) -> tuple[str, int | None]:
 
 
 def _can_be_hub_id(location: str) -> bool:
-    return _HUB_ID.fullmatch(location) is not None and Path(location).suffix.lower() not in _DATA_SUFFIXES
+    return _HUB_ID.fullmatch(location) is not None and not is_data(Path(location))

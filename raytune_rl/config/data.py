@@ -13,11 +13,25 @@ from raytune_rl.errors import ConfigError
 _setting = partial(setting, "Data")
 
 
-class DataOptions(Options):
+class IdentityOptions(Options):
+    """Who the model is to say that it is."""
+
+    model_name: tuple[str, ...] = _setting(
+        (),
+        "What the model is called, where rows leave it open ({{NAME}} in swift/self-cognition): once, or in "
+        "Chinese and in English.",
+        max_length=2,
+    )
+    model_author: tuple[str, ...] = _setting(
+        (), "Who made it ({{AUTHOR}}), written like --model_name.", max_length=2
+    )
+
+
+class DataOptions(IdentityOptions):
     """Data sets and how rows are read, encoded and ordered."""
 
     dataset: tuple[str, ...] = _setting(
-        (), "Training data: files, folders or hub ids, each with optional :subset and #rows."
+        (), "Training data: files, folders or hub ids, each with optional :subset, [split] and #rows."
     )
     val_dataset: tuple[str, ...] = _setting((), "Validation data, written like --dataset.")
     split_dataset_ratio: float = _setting(

@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from raytune_rl.config.base import setting
 from raytune_rl.config.cluster import ClusterOptions
+from raytune_rl.config.data import IdentityOptions
 from raytune_rl.config.rollout import EngineOptions
 from raytune_rl.errors import ConfigError
 
@@ -18,7 +19,7 @@ _sampling = partial(setting, "Sampling")
 _cluster = partial(setting, "Cluster")
 
 
-class InferConfig(ClusterOptions, EngineOptions):
+class InferConfig(IdentityOptions, ClusterOptions, EngineOptions):
     """`raytune-rl infer`: chat with a model at the terminal, or let it answer the rows of a data set."""
 
     COMMAND: ClassVar[str] = "infer"

@@ -108,8 +108,7 @@ NOT_BUILT: dict[str, str] = {
     "cached_dataset": "", "custom_dataset_info": "", "interleave_prob": "", "stopping_strategy": "",
     "val_dataset_shuffle": "all are used",
     "train_dataloader_shuffle": "use --dataset_shuffle",
-    "packing_length": "packs hold --max_length tokens", "packing_num_proc": "", "model_name": "",
-    "model_author": "", "download_mode": "",
+    "packing_length": "packs hold --max_length tokens", "packing_num_proc": "", "download_mode": "",
     # online RL
     "async_generate": "", "move_model_batches": "", "chord_mu": "", "chord_phi": "",
     "chord_sft_dataset": "", "use_gym_env": _GYM, "gym_env": _GYM, "context_manager": _GYM,

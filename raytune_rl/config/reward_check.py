@@ -8,13 +8,14 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 
 from raytune_rl.config.base import setting
+from raytune_rl.config.data import IdentityOptions
 from raytune_rl.config.rewards import RewardOptions
 from raytune_rl.errors import ConfigError
 
 _data = partial(setting, "Data")
 
 
-class RewardCheckConfig(RewardOptions):
+class RewardCheckConfig(IdentityOptions, RewardOptions):
     """`raytune-rl reward-check`: run reward functions over a data set's own solutions, without a model."""
 
     COMMAND: ClassVar[str] = "reward-check"

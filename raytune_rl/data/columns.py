@@ -106,7 +106,7 @@ class ColumnMap:
         leaving = {source for source, target in present if source != target}
         plain: dict[str, str] = {}
         for source, target in present:
-            if target.lower() in SYNONYMS or target.lower() in _ALPACA_PARTS or source == target:
+            if is_part(target) or source == target:
                 continue
             if target in there and target not in leaving:
                 raise ColumnError(
@@ -159,3 +159,8 @@ def single(part: str, names: Iterable[str], explicit: Mapping[str, str]) -> str 
 
 def _quoted(names: Iterable[str]) -> str:
     return " and ".join(repr(name) for name in names)
+
+
+def is_part(target: str) -> bool:
+    """Whether a column of this name plays a part, rather than being handed on under its name."""
+    return target.lower() in SYNONYMS or target.lower() in _ALPACA_PARTS

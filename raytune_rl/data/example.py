@@ -29,12 +29,14 @@ class Row:
         line: 1-based: the line on which the row begins in a text file, else the row's number in the source.
         present: Of a table, by column with structs: what leaves the keys without a value out of one of its
             values. A table gives every struct every key, and nobody wrote those.
+        parts: Part to column, where the preparation of the data set says so (see `registered`).
     """
 
     fields: dict[str, Any]
     source: str
     line: int
     present: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def written(self) -> dict[str, Any]:
         """The columns without the keys that only the table has put into them."""

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from raytune_rl.data.sources import local_files, parse_spec
+from raytune_rl.data.sources import PLAIN, Preparing, data_set_files, parse_spec
 from raytune_rl.errors import DataError
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pillow", "torchvision", "numpy")
@@ -27,6 +27,7 @@ def fingerprint(
     model: Path,
     *,
     use_hf: bool,
+    preparing: Preparing = PLAIN,
     tell: Callable[[str], None] = lambda _: None,
 ) -> str | None:
     """The name of what encoding these data for this model under these settings gives.
@@ -35,6 +36,7 @@ def fingerprint(
         settings: Plain values, as JSON knows them.
         specs: Values of `--dataset` and `--val_dataset`.
         model: Folder of the model.
+        preparing: How rows are prepared.
         use_hf: As in `data.load.load_examples`.
         tell: Told of each data file that is read for it.
 
@@ -49,12 +51,7 @@ def fingerprint(
     parts.append(_digests(path for path in sorted(model.iterdir()) if _describes(path)))
     for text in specs:
         spec = parse_spec(text, use_hf=use_hf)
-        if spec.path is not None:
-            files, _ = local_files(spec, spec.path)
-        else:
-            from raytune_rl.data.hubs import hub_files
-
-            files = hub_files(spec)
+        files = data_set_files(spec, preparing)
         if not files or not all(path.is_file() for path in files):  # a pipe can be read only once
             return None
         parts.append([text, _digests(files, tell)])

@@ -1,79 +1,104 @@
-"""Which files of a folder are its data."""
+"""Which files of a folder are read: the subsets and splits that are asked for, else what is for training."""
 
 from __future__ import annotations
 
-import json
-import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from raytune_rl.data.files import READERS
+from raytune_rl.data.compression import bare_name
+from raytune_rl.data.files import known
+from raytune_rl.data.layout import Layout, Part, is_held_out, is_train, unread_notice
+from raytune_rl.data.picks import Pick
 from raytune_rl.errors import DataError
 
-# Written beside the data by `datasets`, `save_to_disk` and the hubs.
-_METADATA = {
-    "dataset_infos.json",
-    "dataset_info.json",
-    "dataset_dict.json",
-    "state.json",
-    "configuration.json",
-}
-_TRAIN = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)")
-_HELD_OUT = re.compile(r"(^|[^a-z])(test|testing|valid|validation|val|dev|eval)([^a-z]|$)")
 
+def data_files(folder: Path, layout: Layout, pick: Pick) -> tuple[list[Path], list[str]]:
+    """The data files of a folder, in order, and sentences for the user on what was left out or put together.
 
-def data_files(folder: Path, subsets: tuple[str, ...]) -> tuple[list[Path], str | None]:
-    """The data files of a folder, sorted, and a sentence for the user when some were left out.
+    Where no split is named and files are named after splits, only those for training are taken: training on
+    the test set must not happen by accident.
 
-    A subset of a folder is a sub-folder or a file's name without its suffix. Where files (or sub-folders) are
-    named after splits, only the training split is taken: training on the test set must not happen by
-    accident.
+    Args:
+        folder: The folder.
+        layout: What it holds.
+        pick: What to take. Its subset is one of the folder's card, a sub-folder, a file's name without its
+            suffixes, or a split; "all": all of it, unless something has that name. None: the default subset,
+            else all.
 
     Raises:
-        DataError: There is nothing to read, or a subset is not there.
+        DataError: There is nothing to read, or a subset or split is not there.
     """
-    if not subsets or subsets == ("all",):
-        files = _files_under(folder)
-        if not files:
-            raise DataError(f"{folder}: no data file in this folder; known are {' '.join(READERS)}")
-        return _training_split(folder, files)
-    chosen: list[Path] = []
-    for name in subsets:
+    subset, splits = pick.subset, pick.splits
+    unread = unread_notice(folder, layout.unread)
+    if not layout.parts:
+        beside = f". {unread}" if unread else ""
+        raise DataError(f"{folder}: no data file in this folder; known are {known()}{beside}")
+    notices = [unread] if unread else []
+    parts, is_split = _named(folder, layout, subset, notices)
+    if splits and not is_split:
+        found = [part for part in parts if part.split in splits or bare_name(part.path) in splits]
+        there = {name for part in parts for name in (part.split, bare_name(part.path))}
+        missing = [split for split in splits if split not in there]
+        if missing and not pick.if_there:
+            names = _words(part.split or bare_name(part.path) for part in parts)
+            raise DataError(f"{folder}: there is no split {missing[0]!r}; there are {names}")
+        if found:
+            return [part.path for part in found], notices
+    if not is_split:
+        parts = _for_training(folder, subset, parts, notices)
+    return [part.path for part in parts], notices
+
+
+def _named(folder: Path, layout: Layout, name: str | None, notices: list[str]) -> tuple[list[Part], bool]:
+    """The files of a subset, and whether its name was that of a split or file."""
+    parts = list(layout.parts)
+    if name is not None:
         inside = folder / name
-        named = sorted(
-            path for path in folder.glob("*") if path.is_file() and path.stem == name and _is_data(path)
+        if found := [part for part in parts if part.subset == name]:
+            return found, False
+        if found := [part for part in parts if inside in part.path.parents]:
+            return found, False
+        if found := [part for part in parts if bare_name(part.path) == name or part.split == name]:
+            return found, True
+        if name != "all":
+            stems = (part.split or bare_name(part.path) for part in parts)
+            there = _words(sorted({*layout.subsets, *stems}))
+            raise DataError(f"{folder}: there is no subset {name!r}; the folder holds {there}")
+    elif layout.default is not None and len(layout.subsets) > 1:
+        others = [other for other in layout.subsets if other != layout.default]
+        notices.append(
+            f"{folder}: its default subset {layout.default!r} is read; there are also {_words(others)} "
+            f"(`{folder}:{others[0]}`)"
         )
-        found = _files_under(inside) if inside.is_dir() else named
-        if not found:
-            there = sorted({path.stem if path.is_file() else path.name for path in folder.iterdir()})
-            raise DataError(f"{folder}: there is no subset {name!r}; the folder holds {', '.join(there)}")
-        chosen += found
-    return chosen, None
+        return [part for part in parts if part.subset == layout.default], False
+    if name is None and len(layout.subsets) > 1:
+        one = layout.subsets[0]
+        notices.append(
+            f"{folder}: the subsets {_words(layout.subsets)} are read together; for one of them write "
+            f"`{folder}:{one}`"
+        )
+    return parts, False
 
 
-def _is_data(path: Path) -> bool:
-    return path.suffix.lower() in READERS and path.name not in _METADATA and not path.name.startswith(".")
+def _for_training(folder: Path, subset: str | None, parts: list[Part], notices: list[str]) -> list[Part]:
+    named = f"{folder}:{subset}" if subset not in (None, "all") else str(folder)
+    held_out = [part for part in parts if is_held_out(part.split)]
+    if held_out and any(is_train(part.split) for part in parts):
+        names = _words(str(part.path.relative_to(folder)) for part in held_out)
+        notices.append(
+            f"{folder}: {names} left out as held-out splits; to use one write `{named}[{held_out[0].split}]`"
+        )
+        parts = [part for part in parts if part not in held_out]
+    splits = list(dict.fromkeys(part.split for part in parts if part.split is not None))
+    if len(splits) > 1:
+        notices.append(
+            f"{folder}: the splits {_words(splits)} are read together; for one of them write "
+            f"`{named}[{splits[0]}]`"
+        )
+    return parts
 
 
-def _files_under(folder: Path) -> list[Path]:
-    saved = folder / "state.json"
-    if saved.is_file():
-        # A data set saved by `save_to_disk` may have cache files beside its own: its state names the right
-        # ones.
-        listed = json.loads(saved.read_text(encoding="utf-8")).get("_data_files", [])
-        return [folder / entry["filename"] for entry in listed]
-    own = [path for path in folder.iterdir() if path.is_file() and _is_data(path)]
-    below = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    return sorted(own) + [path for inner in sorted(below) for path in _files_under(inner)]
-
-
-def _training_split(folder: Path, files: list[Path]) -> tuple[list[Path], str | None]:
-    def named(pattern: re.Pattern[str]) -> list[Path]:
-        return [path for path in files if pattern.search(str(path.relative_to(folder)).lower())]
-
-    train = named(_TRAIN)
-    held_out = [path for path in named(_HELD_OUT) if path not in train]
-    if not train or not held_out:
-        return files, None
-    names = ", ".join(str(path.relative_to(folder)) for path in held_out)
-    kept = [path for path in files if path not in held_out]
-    return kept, f"{folder}: {names} left out as held-out splits; name them as a subset to use them"
+def _words(names: Iterable[str]) -> str:
+    listed = list(dict.fromkeys(names))
+    more = f" and {len(listed) - 20} others" if len(listed) > 20 else ""
+    return ", ".join(listed[:20]) + more

@@ -60,6 +60,7 @@ class Converter:
         self.seen_columns.update(row.fields, inner)
         given, explicit = self._columns.apply({**row.fields, **inner})
         fields = self._columns.apply({**row.written(), **inner})[0] if row.present else given
+        explicit = {**row.parts, **explicit}
         answer = None
         if self._task == "pairs":
             fields, answer = with_chosen(fields, explicit)

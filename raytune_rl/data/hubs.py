@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raytune_rl.data.example import Row
+from raytune_rl.data.layout import is_train
+from raytune_rl.data.picks import Announce, Pick
 from raytune_rl.data.specs import DatasetSpec, Hub
 from raytune_rl.data.tables import TableRows
 from raytune_rl.errors import DataError
@@ -18,44 +20,47 @@ _BATCH_ROWS = 256
 _NAMES: dict[Hub, str] = {"hf": "Hugging Face", "ms": "ModelScope"}
 
 
-def read_hub(spec: DatasetSpec) -> Iterator[Row]:
-    """The training split of a hub's data set, subset after subset. `line` is the row's number in it, from 1.
+def read_hub(spec: DatasetSpec, pick: Pick, announce: Announce) -> Iterator[Row]:
+    """The rows of a hub's data set, split after split. `line` is the row's number in its split, from 1.
 
     `datasets` reads both hubs: what ModelScope keeps is downloaded by ModelScope's own client first. Images
     and other media stay encoded, because rows are taken from the Arrow tables (see `data.tables`), past the
     decoding of `datasets`.
 
     Raises:
-        DataError: The hub cannot be reached, or the data set, the subset or its training split is not there.
+        DataError: The hub cannot be reached, or the data set, a subset or a split is not there, or which is
+            meant is not clear.
     """
-    for source, table in _tables(spec):
+    for source, table in _tables(spec, pick, announce):
         rows = TableRows(table.features.arrow_schema, source)
         for batch in table.with_format("arrow").iter(batch_size=_BATCH_ROWS):
             yield from rows.of(batch)
 
 
-def hub_files(spec: DatasetSpec) -> list[Path]:
+def hub_files(spec: DatasetSpec, pick: Pick) -> list[Path]:
     """The files on this machine that hold the rows of a hub's data set, downloaded if they were not there;
     empty if there are none.
 
     Raises:
         DataError: As `read_hub`.
     """
-    return [Path(file["filename"]) for _, table in _tables(spec) for file in table.cache_files]
+    tables = _tables(spec, pick, lambda _: None)
+    return [Path(file["filename"]) for _, table in tables for file in table.cache_files]
 
 
-def _tables(spec: DatasetSpec) -> Iterator[tuple[str, Any]]:
-    """What to call a subset, and its training split."""
+def _tables(spec: DatasetSpec, pick: Pick, announce: Announce) -> Iterator[tuple[str, Any]]:
+    """Each split with what to call it."""
     import datasets
 
     location = _located(spec)
-    for subset in _subsets(spec, location):
+    for subset in _subsets(spec, pick, location):
+        for split in _splits(spec, pick, location, subset, announce):
 
-        def load(name: str | None = subset) -> Any:
-            return datasets.load_dataset(location, name, split="train")
+            def load(name: str | None = subset, part: str = split) -> Any:
+                return datasets.load_dataset(location, name, split=part)
 
-        table = _asked(spec, subset, load)
-        yield f"{spec.hub}::{spec.hub_id}" + (f":{subset}" if subset else "") + "[train]", table
+            table = _asked(spec, subset, load)
+            yield f"{spec.hub}::{spec.hub_id}" + (f":{subset}" if subset else "") + f"[{split}]", table
 
 
 def _located(spec: DatasetSpec) -> str:
@@ -71,19 +76,54 @@ def _located(spec: DatasetSpec) -> str:
     return _asked(spec, None, download)
 
 
-def _subsets(spec: DatasetSpec, location: str) -> list[str | None]:
-    if spec.subsets and spec.subsets != ("all",):
-        return list(spec.subsets)
+def _subsets(spec: DatasetSpec, pick: Pick, location: str) -> list[str | None]:
+    """The subsets by their names on the hub; None where there are none."""
+    if pick.subset is not None and pick.subset not in ("all", "default"):
+        return [pick.subset]
     import datasets
 
     names: list[str] = _asked(spec, None, lambda: list(datasets.get_dataset_config_names(location)))
-    if spec.subsets or len(names) <= 1:
+    # A subset may really be called `all`.
+    if pick.subset in names:
+        return [pick.subset]
+    if pick.subset == "all" or len(names) <= 1:
         return list(names) or [None]
     if "default" in names:
         return ["default"]
     raise DataError(
         f"data set {spec.text!r} has several subsets and none is the default: {', '.join(names)}. "
         f"Name one (`{spec.hub_id}:{names[0]}`), several with a slash between, or `:all`"
+    )
+
+
+def _splits(
+    spec: DatasetSpec, pick: Pick, location: str, subset: str | None, announce: Announce
+) -> list[str]:
+    """The splits to read: those that are named, else `train`, else the only one for training, else the only
+    one."""
+    if pick.splits == ("train",) and not pick.if_there:
+        return ["train"]
+    import datasets
+
+    there = _asked(spec, subset, lambda: list(datasets.get_dataset_split_names(location, subset)))
+    where = spec.hub_id + (f":{subset}" if subset else "")
+    missing = [split for split in pick.splits if split not in there]
+    if missing and not pick.if_there:
+        raise DataError(
+            f"data set {spec.text!r}: {where!r} has no split {missing[0]!r}; there are {', '.join(there)}"
+        )
+    if found := [split for split in pick.splits if split in there]:
+        return found
+    if "train" in there:
+        return ["train"]
+    training = [split for split in there if is_train(split)]
+    one = training if training else there
+    if len(one) == 1:
+        announce(f"{spec.text}: it has no split `train`; {one[0]!r} is read")
+        return one
+    raise DataError(
+        f"data set {spec.text!r} has no split 'train', but {', '.join(there)}. Say which: "
+        f"`{where}[{one[0]}]`, or several with a slash between"
     )
 
 

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.data.example import BadRow, Example, Row, RowError, Task
 from raytune_rl.data.formats import Converter
-from raytune_rl.data.registered import asked, question_of
-from raytune_rl.data.sources import drawn, parse_spec, read_rows
+from raytune_rl.data.sources import Identity, Preparing, drawn, parse_spec, read_rows
 from raytune_rl.data.spool import Chosen, Spool
 from raytune_rl.errors import ConfigError, DataError
 from raytune_rl.protocol.data import SourceCounts
@@ -89,6 +88,7 @@ def load_examples(
     seed: int = 42,
     quarantine_path: Path | None = None,
     use_hf: bool = False,
+    identity: Identity | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Loaded:
     """Loads, understands, samples and shuffles data sets.
@@ -105,6 +105,7 @@ def load_examples(
         seed: For both.
         quarantine_path: A JSONL file, written only if there are bad rows: source, line, reason, row.
         use_hf: Ids without a prefix lie on Hugging Face instead of ModelScope.
+        identity: Name and author of the model, for data sets that leave them open.
         progress: Called now and then with the number of rows read since the last call.
 
     Raises:
@@ -113,6 +114,7 @@ def load_examples(
         ConfigError: `system` or `columns` cannot be honoured.
     """
     convert = Converter(task, system=resolve_system(system), columns=columns)
+    preparing = Preparing(columns or {}, identity or Identity())
     quarantine = Quarantine(quarantine_path)
     examples: Spool[Example] = Spool()
     orders: list[NDArray[np.int64]] = []
@@ -121,15 +123,14 @@ def load_examples(
     try:
         for number, text in enumerate(specs):
             spec = parse_spec(text, use_hf=use_hf)
-            question = question_of(spec, columns or {}, notices.append)
             first = len(examples)
             rows = 0
-            for row in read_rows(spec, announce=notices.append):
+            for row in read_rows(spec, preparing=preparing, announce=notices.append):
                 # Without shuffling `#N` is the first N good rows: what comes after need not be read.
                 if not shuffle and spec.sample is not None and len(examples) - first == spec.sample:
                     break
                 rows += 1
-                example = convert_row(convert, asked(row, question), strict, quarantine)
+                example = convert_row(convert, row, strict, quarantine)
                 if example is not None and not _kept(examples, example):
                     error = RowError(example.source, example.line, "a value is nested too deep to be kept")
                     set_aside(error, None, strict, quarantine)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,52 +12,97 @@ from numpy.typing import NDArray
 from raytune_rl.data.example import BadRow, Row, RowError
 from raytune_rl.data.files import read_file
 from raytune_rl.data.folders import data_files
+from raytune_rl.data.layout import layout_of
+from raytune_rl.data.picks import Announce, Pick, Preparing, picks_of, prepared
+from raytune_rl.data.registered_rules import Identity
 from raytune_rl.data.specs import DatasetSpec, parse_spec
 from raytune_rl.errors import DataError
 
-__all__ = ["BadRow", "DatasetSpec", "Row", "drawn", "load_rows", "parse_spec", "read_rows", "sample"]
+__all__ = [
+    "BadRow",
+    "DatasetSpec",
+    "Identity",
+    "Preparing",
+    "Row",
+    "drawn",
+    "load_rows",
+    "parse_spec",
+    "read_rows",
+    "sample",
+]
 
 T = TypeVar("T")
 
+PLAIN = Preparing()
+"""Without a word of the user's."""
+
 
 def read_rows(
-    spec: DatasetSpec, *, announce: Callable[[str], None] = lambda _: None
+    spec: DatasetSpec, *, preparing: Preparing = PLAIN, announce: Announce = lambda _: None
 ) -> Iterator[Row | BadRow]:
-    """Streams all rows of a data set in their order; `#N` is not applied (see `sample`).
+    """Streams all rows of a data set in their order, prepared if it is registered; `#N` is not applied (see
+    `sample`).
 
     Args:
         spec: What to read. A local path never touches the network.
+        preparing: What the user says of the preparation.
         announce: Takes sentences the user should see (files left out, for example).
 
     Raises:
         DataError: The source as a whole cannot be read.
     """
+    for pick, rows in _picked(spec, preparing, announce):
+        yield from prepared(rows, spec, pick, preparing, announce)
+
+
+def _picked(
+    spec: DatasetSpec, preparing: Preparing, announce: Announce
+) -> Iterator[tuple[Pick, Iterator[Row | BadRow]]]:
     if spec.path is None:
         from raytune_rl.data.hubs import read_hub
 
-        yield from read_hub(spec)
+        for pick in picks_of(spec, preparing, announce):
+            yield pick, read_hub(spec, pick, announce)
         return
-    files, notice = local_files(spec, spec.path)
-    if notice:
-        announce(notice)
-    for file in files:
-        yield from read_file(file)
+    for pick, files in _local(spec, spec.path, preparing, announce):
+        yield pick, (row for file in files for row in read_file(file))
 
 
-def local_files(spec: DatasetSpec, path: Path) -> tuple[list[Path], str | None]:
-    """The files of a local data set in the order in which they are read, and a sentence when some were left
-    out.
+def data_set_files(spec: DatasetSpec, preparing: Preparing = PLAIN) -> list[Path]:
+    """The files on this machine that hold a data set's rows, a hub's downloaded if they were not there; empty
+    where there are none.
 
     Raises:
-        DataError: There are none, or a subset is not there.
+        DataError: They cannot be had, or a subset or split is not there.
     """
-    if path.is_dir():
-        return data_files(path, spec.subsets)
-    if spec.subsets:
-        raise DataError(
-            f"data set {spec.text!r}: a file has no subsets; leave out ':{'/'.join(spec.subsets)}'"
-        )
-    return [path], None
+    if spec.path is not None:
+        picked = _local(spec, spec.path, preparing, lambda _: None)
+        return [file for _, files in picked for file in files]
+    from raytune_rl.data.hubs import hub_files
+
+    return [file for pick in picks_of(spec, preparing, lambda _: None) for file in hub_files(spec, pick)]
+
+
+def _local(
+    spec: DatasetSpec, path: Path, preparing: Preparing, announce: Announce
+) -> list[tuple[Pick, list[Path]]]:
+    """The files of each pick, in the order in which they are read."""
+    if not path.is_dir():
+        for what, names in (("subsets", spec.subsets), ("splits", spec.splits)):
+            if names:
+                raise DataError(
+                    f"data set {spec.text!r}: a file has no {what}; leave out {'/'.join(names)!r}"
+                )
+        return [(pick, [path]) for pick in picks_of(spec, preparing, announce, there=())]
+    layout = layout_of(path)
+    found, told = [], []
+    for pick in picks_of(spec, preparing, announce, there=layout.subsets):
+        files, notices = data_files(path, layout, pick)
+        found.append((pick, files))
+        told += notices
+    for notice in dict.fromkeys(told):
+        announce(notice)
+    return found
 
 
 def drawn(length: int, count: int | None, *, shuffle: bool, seed: int | Sequence[int]) -> NDArray[np.int64]:

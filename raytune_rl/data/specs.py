@@ -1,4 +1,5 @@
-"""The `--dataset` syntax of ms-swift: `[hf::|ms::]<path or id>[:<subset>[/<subset>...]|:all][#N]`."""
+"""The `--dataset` syntax: ms-swift's `[hf::|ms::]<path or id>[:<subset>[/<subset>...]|:all][#N]`, and before
+the `#` the splits to read, `[<split>[/<split>...]]` in brackets."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ class DatasetSpec:
         hub: Where `hub_id` lies: Hugging Face or ModelScope; None for a local path.
         hub_id: `owner/name` on the hub, else an empty string.
         subsets: Names after the colon; `("all",)` for every subset.
+        splits: Names in brackets; empty: what is for training.
         sample: N of `#N`, or None for the whole set.
     """
 
@@ -33,6 +35,7 @@ class DatasetSpec:
     hub: Hub | None = None
     hub_id: str = ""
     subsets: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
     sample: int | None = None
 
 
@@ -45,7 +48,8 @@ def parse_spec(text: str, *, use_hf: bool = False) -> DatasetSpec:
         use_hf: Where an id without `hf::` or `ms::` lies; ModelScope unless true, as in ms-swift.
 
     Raises:
-        DataError: The path does not exist and cannot be a hub id, or `#N` is not a positive number.
+        DataError: The path does not exist and cannot be a hub id, `#N` is not a positive number, or the
+            brackets do not name splits.
     """
     if not text.strip():
         raise DataError("an empty data set name was given; name a file, a folder or a hub id")
@@ -55,16 +59,18 @@ def parse_spec(text: str, *, use_hf: bool = False) -> DatasetSpec:
     rest, sample = _strip_sample(rest, text)
     if hub is None and _exists(rest):
         return DatasetSpec(text, Path(rest).expanduser(), sample=sample)
+    rest, splits = _strip_splits(rest, text)
     location, _, subset_text = rest.partition(":")
     subsets = tuple(name for name in subset_text.split("/") if name)
     if hub is None and _exists(location):
-        return DatasetSpec(text, Path(location).expanduser(), subsets=subsets, sample=sample)
+        path = Path(location).expanduser()
+        return DatasetSpec(text, path, subsets=subsets, splits=splits, sample=sample)
     if hub is None and not _can_be_hub_id(location):
         raise DataError(
             f"data set {text!r}: there is no file or folder {location!r}, nor is it a hub id (`owner/name`). "
             "Check the path; for a hub's data set without an owner write `hf::name` or `ms::name`"
         )
-    return DatasetSpec(text, None, hub or ("hf" if use_hf else "ms"), location, subsets, sample)
+    return DatasetSpec(text, None, hub or ("hf" if use_hf else "ms"), location, subsets, splits, sample)
 
 
 def _exists(text: str) -> bool:
@@ -88,6 +94,20 @@ def _strip_sample(rest: str, text: str) -> tuple[str, int | None]:
     if not tail.isdecimal() or int(tail) == 0:
         raise DataError(f"data set {text!r}: after # comes how many rows to take, not {tail!r}")
     return head, int(tail)
+
+
+def _strip_splits(rest: str, text: str) -> tuple[str, tuple[str, ...]]:
+    found = re.fullmatch(r"(.*)\[([^\[\]]*)\]", rest)
+    if found is None:
+        return rest, ()
+    splits = tuple(name.strip() for name in re.split(r"[/+,]", found[2]))
+    if not all(splits):
+        raise DataError(
+            f"data set {text!r}: in the brackets go names of splits, as in [train_sft] or [train/test]"
+        )
+    if any(":" in name for name in splits):
+        raise DataError(f"data set {text!r}: a part of a split cannot be named; write #N for N of its rows")
+    return found[1], splits
 
 
 def _can_be_hub_id(location: str) -> bool:

@@ -13,8 +13,7 @@ from pathlib import Path
 from raytune_rl.data.example import BadRow, Row, Task
 from raytune_rl.data.formats import Converter
 from raytune_rl.data.load import Loaded, Quarantine, account_of, convert_row, resolve_system
-from raytune_rl.data.registered import asked, question_of
-from raytune_rl.data.sources import parse_spec, read_rows
+from raytune_rl.data.sources import Identity, Preparing, parse_spec, read_rows
 from raytune_rl.errors import ConfigError, DataError
 
 
@@ -23,7 +22,7 @@ class RowWindows:
 
     Args:
         specs: Values of `--dataset`, read one after the other and then again.
-        task, system, columns, strict, use_hf: As in `data.load.load_examples`.
+        task, system, columns, strict, use_hf, identity: As in `data.load.load_examples`.
         size: Rows of a window.
         quarantine_path: A JSONL file that bad rows are added to.
 
@@ -43,6 +42,7 @@ class RowWindows:
         strict: bool = True,
         quarantine_path: Path | None = None,
         use_hf: bool = False,
+        identity: Identity | None = None,
     ) -> None:
         self._specs = [parse_spec(text, use_hf=use_hf) for text in specs]
         drawn = next((spec.text for spec in self._specs if spec.sample is not None), None)
@@ -52,7 +52,7 @@ class RowWindows:
         self._strict, self._size = strict, size
         self._quarantine = Quarantine(quarantine_path, adds=True)
         self._notices: list[str] = []
-        self._questions = [question_of(spec, columns or {}, self._tell) for spec in self._specs]
+        self._preparing = Preparing(columns or {}, identity or Identity())
         self._rows = self._endless()
         self._next = 0
 
@@ -83,10 +83,10 @@ class RowWindows:
     def _endless(self) -> Iterator[Row | BadRow]:
         while True:
             empty = True
-            for spec, question in zip(self._specs, self._questions, strict=True):
-                for row in read_rows(spec, announce=self._tell):
+            for spec in self._specs:
+                for row in read_rows(spec, preparing=self._preparing, announce=self._tell):
                     empty = False
-                    yield asked(row, question)
+                    yield row
             if empty:
                 raise DataError(f"{' + '.join(spec.text for spec in self._specs)}: there are no rows")
 

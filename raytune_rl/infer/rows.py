@@ -47,6 +47,7 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
     from raytune_rl.data.encode import MediaSettings, encode_prompts
     from raytune_rl.data.load import load_examples
     from raytune_rl.data.media_table import count_media
+    from raytune_rl.data.registered_rules import Identity
 
     loaded = load_examples(
         config.val_dataset,
@@ -57,6 +58,7 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
         shuffle=False,
         seed=config.seed,
         use_hf=config.use_hf,
+        identity=Identity(config.model_name, config.model_author),
     )
     tokenizer, media = _reader(config, model)
     found = encode_prompts(

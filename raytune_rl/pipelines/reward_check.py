@@ -19,6 +19,7 @@ from raytune_rl.config import RewardCheckConfig
 from raytune_rl.data.example import Example, MediaRef
 from raytune_rl.data.load import load_examples
 from raytune_rl.data.media_tags import TAGS
+from raytune_rl.data.registered_rules import Identity
 from raytune_rl.errors import RewardError
 from raytune_rl.protocol.rewards import Failure, TrainerState, with_completions
 from raytune_rl.rewards.preflight import RewardNeeds
@@ -73,6 +74,7 @@ def run(config: RewardCheckConfig, console: Console | None = None) -> tuple[Trie
             strict=config.strict,
             seed=config.data_seed,
             use_hf=config.use_hf,
+            identity=Identity(config.model_name, config.model_author),
         )
         examples = loaded.examples[: config.rows or None]
         names = list(dict.fromkeys(name for example in examples for name in example.extra))

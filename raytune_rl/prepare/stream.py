@@ -28,6 +28,7 @@ class StreamWorker:
     def __init__(
         self, folder: str, config: SFTConfig, task: Task, quarantine: str, places: MediaPlaces
     ) -> None:
+        from raytune_rl.data.registered_rules import Identity
         from raytune_rl.data.stream import RowWindows
         from raytune_rl.prepare.task import rows_encoder
 
@@ -47,6 +48,7 @@ class StreamWorker:
             strict=config.strict,
             quarantine_path=self._quarantine,
             use_hf=config.use_hf,
+            identity=Identity(config.model_name, config.model_author),
         )
 
     def window(self, number: int) -> tuple[Any, ...]:

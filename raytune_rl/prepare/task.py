@@ -164,13 +164,14 @@ def _key(config: SFTConfig | PreferenceConfig, task: Task, places: MediaPlaces, 
     """The name of what these data become; None where that cannot be told."""
     from raytune_rl.data.fingerprint import fingerprint
     from raytune_rl.data.load import resolve_system
+    from raytune_rl.data.sources import Identity, Preparing
     from raytune_rl.models import load
 
     assert config.model is not None
     names = (
         "dataset", "val_dataset", "split_dataset_ratio", "columns", "max_length", "loss_scale", "strict",
         "max_pixels", "video_max_pixels", "fps", "fps_max_frames", "dataset_shuffle", "data_seed",
-        "trust_remote_code",
+        "trust_remote_code", "model_name", "model_author",
     )  # fmt: skip
     settings = {name: getattr(config, name) for name in names} | {
         "task": task,
@@ -180,7 +181,8 @@ def _key(config: SFTConfig | PreferenceConfig, task: Task, places: MediaPlaces, 
     }
     model = Path(load.resolve_path(config.model, use_hf=config.use_hf))
     specs = (*config.dataset, *config.val_dataset)
-    return fingerprint(settings, specs, model, use_hf=config.use_hf, tell=tell)
+    preparing = Preparing(config.columns, Identity(config.model_name, config.model_author))
+    return fingerprint(settings, specs, model, use_hf=config.use_hf, preparing=preparing, tell=tell)
 
 
 def _encode(
@@ -313,6 +315,7 @@ def _quarantines(config: TrainConfig, quarantine: Path) -> tuple[Path, Path]:
 def _load(config: TrainConfig, task: Task, quarantine: Path, tell: Tell = lambda _: None) -> tuple[Any, Any]:
     """(examples, report) to train on, and held out or None."""
     from raytune_rl.data.load import load_examples, split_examples
+    from raytune_rl.data.registered_rules import Identity
 
     def load(specs: Any, shuffle: bool, path: Path) -> Any:
         return load_examples(
@@ -325,6 +328,7 @@ def _load(config: TrainConfig, task: Task, quarantine: Path, tell: Tell = lambda
             seed=config.data_seed,
             quarantine_path=path,
             use_hf=config.use_hf,
+            identity=Identity(config.model_name, config.model_author),
             progress=progress,
         )
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from raytune_rl.data import hubs
-from raytune_rl.data.sources import parse_spec, read_rows
+from raytune_rl.data.sources import data_set_files, parse_spec, read_rows
 from raytune_rl.errors import DataError
 
 # Not an import: the package hides this module behind its function of the same name.
@@ -115,6 +115,6 @@ def test_connection_trouble_is_tried_again_but_a_missing_name_is_not(monkeypatch
 
 def test_the_files_of_a_hub_data_set_are_known(snapshot):
     """Encoded rows are kept under the content of these files."""
-    (file,) = hubs.hub_files(parse_spec("ms::owner/name:two"))
+    (file,) = data_set_files(parse_spec("ms::owner/name:two"))
     assert file.is_file()
     assert file.suffix == ".arrow"

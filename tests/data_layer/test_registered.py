@@ -3,7 +3,6 @@ import json
 import pytest
 
 from raytune_rl.data.load import load_examples
-from raytune_rl.data.registered import QUESTIONS
 
 QUESTION = "Using LaTeX to perform OCR on the image."
 
@@ -42,7 +41,3 @@ def test_a_row_that_asks_by_itself_or_a_column_of_the_user_goes_first(ocr):
     mapped = load_examples([f"{ocr}:mapped"], task="sft", columns={"task": "query"}, strict=True)
     assert mapped.examples[0].messages[0].content == "<image>Read."
     assert not any("is asked" in notice for notice in mapped.report.notices)
-
-
-def test_both_hubs_names_are_known():
-    assert set(QUESTIONS) == {"AI-ModelScope/LaTeX_OCR", "linxy/LaTeX_OCR"}

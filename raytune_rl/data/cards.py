@@ -70,7 +70,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
         return []  # another place than this folder
     try:
         found = list(folder.glob(pattern))
-    except (ValueError, NotImplementedError):  # no pattern
+    except (ValueError, NotImplementedError, IndexError):  # no pattern
         return []
     inside = [path for one in found if one.is_dir() for path in one.rglob("*")]
     return [path for path in (*found, *inside) if path.is_file() and is_data(path)]

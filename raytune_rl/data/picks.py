@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from raytune_rl.data.columns import is_part
 from raytune_rl.data.compression import bare_name
@@ -109,7 +108,8 @@ def prepared(
                 yield row
                 continue
             try:
-                made = rule.make(row.fields, Context(row.line, preparing.identity))
+                written = row.written()
+                made = rule.make(written, Context(row.line, preparing.identity))
             except Exception as error:  # noqa: BLE001 (what a row may hold no rule foresees)
                 reason = f"not as rows of this data set are ({type(error).__name__}: {error})"
                 yield BadRow(row.source, row.line, reason, repr(row.fields)[:2000])
@@ -117,17 +117,18 @@ def prepared(
             if made is None:
                 left_out += 1
                 continue
-            parts = {name: name for name in made if is_part(name) and _is_new(name, row.fields, made)}
-            yield replace(row, fields=made, parts=parts)
+            kept = {name for name in made if name in written and written[name] is made[name]}
+            yield replace(
+                row,
+                fields={name: row.fields[name] if name in kept else value for name, value in made.items()},
+                present={name: one for name, one in row.present.items() if name in kept},
+                parts={name: name for name in made if is_part(name) and name not in kept},
+            )
     finally:
         if left_out:
             announce(f"{spec.text}: {left_out} rows left out, as in ms-swift: {rule.leaves_out}")
         if unlike:
             announce(f"{spec.text}: {unlike} rows lack {' or '.join(rule.needs)} and are read as they are")
-
-
-def _is_new(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    return name not in before or before[name] is not after[name]
 
 
 def _registered(spec: DatasetSpec) -> Entry | None:

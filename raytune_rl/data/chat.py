@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from raytune_rl.data.example import Example, Message
 from raytune_rl.data.media_tags import kinds_of, split_tags
+from raytune_rl.data.turn_end import TurnEnd, find_turn_end
 from raytune_rl.errors import DataError, ModelError
 from raytune_rl.protocol.media import Kind
 
@@ -37,6 +38,7 @@ class ChatTemplate:
         notice: A sentence for the user when it is not.
         processor: Of a vision model: it writes conversations, from lists of parts, instead of the tokenizer.
         parts_always: Whether its template wants turns without media as lists of parts too.
+        eos_token_ids: Ids that end an answer by the model's generation_config.
     """
 
     tokenizer: Any
@@ -44,6 +46,7 @@ class ChatTemplate:
     notice: str | None = None
     processor: Any = None
     parts_always: bool = False
+    eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Any, processor: Any = None) -> ChatTemplate:
@@ -149,23 +152,27 @@ class ChatTemplate:
         except DataError:
             return False
 
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids that end an assistant turn: the tokenizer's eos, and the token its template writes after an
-        answer.
+    @cached_property
+    def turn_end(self) -> TurnEnd:
+        """How an assistant's turn ends.
 
-        They differ for base models: Qwen2.5-7B ends a text with `<|endoftext|>` and a turn with `<|im_end|>`.
+        Raises:
+            DataError: The template refuses a question and its answer.
         """
-        stops = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
         answer = "Fine."
         turns = (Message("user", "How are you?"), Message("assistant", answer))
         text = self.render(turns, generation_prompt=False)
         (_, end) = assistant_spans(turns, [1], text, self.render)[1]
-        tail = self.tokenizer.encode(
-            text[text.rindex(answer, 0, end) + len(answer) : end], add_special_tokens=False
-        )
-        if len(tail) == 1 and tail[0] in self.tokenizer.all_special_ids and tail[0] not in stops:
-            stops.append(int(tail[0]))
-        return tuple(stops)
+        tail = text[text.rindex(answer, 0, end) + len(answer) : end]
+        return find_turn_end(tail, self.render, self.tokenizer, self.eos_token_ids)
+
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an assistant turn: the tokenizer's eos, the token its template writes after an answer,
+        and those that the model's generation_config lists.
+
+        They differ for base models: Qwen2.5-7B ends a text with `<|endoftext|>` and a turn with `<|im_end|>`.
+        """
+        return self.turn_end.stops
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from raytune_rl.data.example import Example, RowError
 from raytune_rl.data.mapped import RaggedWriter, int_array
 from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import MediaWriter
+from raytune_rl.data.model_tokens import ModelTokens
 from raytune_rl.data.parallel import map_chunks
 from raytune_rl.errors import ConfigError, DataError
 from raytune_rl.protocol.columns import Columns, Ragged
@@ -128,6 +129,7 @@ def encode_prompts(
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
     media: MediaSettings | None = None,
+    model: ModelTokens | None = None,
 ) -> EncodedPrompts:
     """Writes every conversation with the model's chat template and generation prompt, and tokenizes it.
 
@@ -141,10 +143,11 @@ def encode_prompts(
         num_proc: Processes for big inputs; the result does not depend on it.
         progress: Called with the number of rows done since the last call.
         media: For a model that takes media; without it a row with any is an error.
+        model: What the model says of its tokens.
 
     Raises:
         RowError: A row cannot be encoded; it names file, line and reason.
-        ModelError: The tokenizer has no chat template.
+        ModelError: The tokenizer has no chat template, or makes tokens that the model does not have.
         ConfigError: 'right' truncation, which would cut off the place where the answer begins; a length below
             1.
         DataError: No row is left.
@@ -154,7 +157,7 @@ def encode_prompts(
             "truncation_strategy 'right' would cut off the question's end and the generation prompt; "
             "use 'left' or 'delete'"
         )
-    job = make_job(tokenizer, max_length, truncation_strategy, None, media)
+    job = make_job(tokenizer, max_length, truncation_strategy, None, media, model)
     prompts, given = (RaggedWriter(name, np.int32, None) for name in ("prompt", "given"))
     shown = MediaWriter()
     index: list[int] = []
@@ -202,6 +205,7 @@ def encode_sft(
     progress: Callable[[int], None] | None = None,
     media: MediaSettings | None = None,
     folder: Path | None = None,
+    model: ModelTokens | None = None,
 ) -> EncodedSFT:
     """Writes every conversation with the model's chat template, tokenizes it and marks what is trained on.
 
@@ -210,7 +214,7 @@ def encode_sft(
 
     Args:
         examples: Conversations that end with the assistant.
-        tokenizer, strict, num_proc, progress, media: As in `encode_prompts`.
+        tokenizer, strict, num_proc, progress, media, model: As in `encode_prompts`.
         max_length: Most tokens a row may have; None is no limit.
         truncation_strategy: For longer ones: 'delete' drops the row, 'left' keeps the last tokens, 'right'
             the first, 'error' stops. A row in which truncation leaves nothing to train on is dropped.
@@ -221,13 +225,13 @@ def encode_sft(
 
     Raises:
         RowError: A row cannot be encoded, or its assistant turns cannot be told from the rest.
-        ModelError: The tokenizer has no chat template.
+        ModelError: The tokenizer has no chat template, or makes tokens that the model does not have.
         ConfigError: An unknown `loss_scale`, a length below 1.
         DataError: No row is left.
     """
     if loss_scale not in ("default", "last_round", "all"):
         raise ConfigError(f"loss_scale is {loss_scale!r}; it is default, last_round or all")
-    job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, media)
+    job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, media, model)
     writer = RowWriter(folder)
     for number, row in enumerate(run_job(job, examples, strict, num_proc, progress)):
         if isinstance(row, Dropped):
@@ -308,11 +312,17 @@ def make_job(
     truncation: Truncation,
     loss_scale: LossScale | None,
     media: MediaSettings | None,
+    model: ModelTokens | None = None,
 ) -> Job:
+    """What encodes rows; arguments and errors as in `encode_sft`."""
+    chat = ChatTemplate.of(tokenizer) if media is None else media.processor.chat
+    if model is not None:
+        chat = replace(chat, eos_token_ids=model.eos)
+        if loss_scale is not None:
+            model.refuse_beyond(chat.stop_token_ids(), tokenizer, "the chat template's end of a turn")
     if media is None:
-        return Job(ChatTemplate.of(tokenizer), max_length, truncation, loss_scale)
-    reader = media.processor
-    return Job(reader.chat, max_length, truncation, loss_scale, reader, media.root, media.inline)
+        return Job(chat, max_length, truncation, loss_scale, model=model)
+    return Job(chat, max_length, truncation, loss_scale, media.processor, media.root, media.inline, model)
 
 
 def run_job(
@@ -338,6 +348,9 @@ def run_job(
     results = map_chunks(encode_chunk, job, examples, num_proc=num_proc, progress=progress, **heavy)
     for number, result in enumerate(results):
         if not isinstance(result, Failure):
+            if job.model is not None and not job.model.knows(ids := _spoken(job, result)):
+                where = f"{examples[number].source}:{examples[number].line}: as the chat template writes it"
+                job.model.refuse_beyond(ids, job.chat.tokenizer, f"{where}, the row")
             yield result
             continue
         example = examples[number]
@@ -347,8 +360,19 @@ def run_job(
         yield Dropped(example.source, example.line, result.reason, unusable, result.detail)
 
 
+def _spoken(job: Job, row: EncodedRow) -> NDArray[np.int32]:
+    """A row's tokens without those that stand for media, which need no embedding."""
+    if job.media is None or not row.media:
+        return row.tokens
+    return row.tokens[~np.isin(row.tokens, job.media.placeholder_ids)]
+
+
 def notices_of(job: Job) -> tuple[str, ...]:
-    return () if job.chat.notice is None else (job.chat.notice,)
+    """What the user is told of the chat template."""
+    told = [job.chat.notice]
+    if job.loss_scale is not None or not job.chat.turn_end.stops:
+        told.append(job.chat.turn_end.notice)
+    return tuple(sentence for sentence in told if sentence is not None)
 
 
 def cut_notice(count: int, max_length: int | None, how: Truncation, units: str) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from raytune_rl.data.encode import (
 )
 from raytune_rl.data.encode_rows import EncodedRow, LossScale, Truncation
 from raytune_rl.data.example import Example, RowError
+from raytune_rl.data.model_tokens import ModelTokens
 from raytune_rl.data.spool import Spool
 from raytune_rl.errors import DataError
 
@@ -45,12 +46,13 @@ def encode_pairs(
     progress: Callable[[int], None] | None = None,
     media: MediaSettings | None = None,
     folder: Path | None = None,
+    model: ModelTokens | None = None,
 ) -> EncodedSFT:
     """Tokenizes both sides of every pair and marks their answers.
 
     Args:
         examples: With `rejected`.
-        tokenizer, strict, num_proc, progress, media, folder: As in `encode_sft`.
+        tokenizer, strict, num_proc, progress, media, folder, model: As in `encode_sft`.
         max_length: Most tokens either side may have; None is no limit.
         truncation_strategy: For longer ones: 'delete' drops the pair; 'right' cuts each side's answer; 'left'
             cuts the same tokens off the prompt of both, so that it stays one prompt. Pairs that would lose a
@@ -61,7 +63,7 @@ def encode_pairs(
     Raises:
         RowError, ModelError, ConfigError, DataError: As in `encode_sft`.
     """
-    job = make_job(tokenizer, None, truncation_strategy, loss_scale, media)
+    job = make_job(tokenizer, None, truncation_strategy, loss_scale, media, model)
     results = run_job(job, _Sides(examples), strict, num_proc, progress)
     writer = RowWriter(folder)
     margins: list[float] = []
@@ -141,13 +143,14 @@ def encode_labelled(
     progress: Callable[[int], None] | None = None,
     media: MediaSettings | None = None,
     folder: Path | None = None,
+    model: ModelTokens | None = None,
 ) -> EncodedSFT:
     """Tokenizes labelled rows; arguments and errors as in `encode_sft`.
 
     Raises:
         DataError: All rows have the same prompt, so that none has an answer to another one.
     """
-    job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, media)
+    job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, media, model)
     writer = RowWriter(folder)
     rows: Spool[EncodedRow] = Spool()
     index: list[int] = []

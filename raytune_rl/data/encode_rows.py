@@ -19,6 +19,8 @@ from raytune_rl.data.media import MediaError, fetch_medium, shown
 from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import Medium
 from raytune_rl.data.media_tags import KINDS, in_order
+from raytune_rl.data.model_tokens import ModelTokens
+from raytune_rl.data.turn_end import closed
 from raytune_rl.errors import DataError
 
 Truncation = Literal["delete", "left", "right", "error"]
@@ -36,6 +38,7 @@ class Job:
     media: MediaProcessor | None = None
     media_root: str | None = None  # where relative paths of media start
     inline_media: bool = False  # carry the bytes of local files, for workers that do not see them
+    model: ModelTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -135,14 +138,17 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
                 raise DataError(f"the text holds the model's own token {token!r}, but no medium for it")
     if job.loss_scale is None:
         return text, []
-    if job.loss_scale == "all":
+    everything = job.loss_scale == "all"
+    if example.plain:
+        return text, [(0 if everything else start, len(text))]
+    if everything and (not job.chat.turn_end.added or example.messages[-1].role != "assistant"):
         return text, [(0, len(text))]
-    turns = trained_turns(example, job.loss_scale)
+    turns = [len(example.messages) - 1] if everything else trained_turns(example, job.loss_scale)
     if not turns:
         raise DataError("no turn of the conversation is trained on")
-    if example.plain:
-        return text, [(start, len(text))]
-    return text, list(assistant_spans(example.messages, turns, text, render).values())
+    spans = assistant_spans(example.messages, turns, text, render)
+    text, spans = closed(job.chat.turn_end, example.messages, text, spans, render)
+    return text, [(0, len(text))] if everything else list(spans.values())
 
 
 def _with_media(job: Job, example: Example, text: str, ranges: list[tuple[int, int]]) -> EncodedRow | Failure:

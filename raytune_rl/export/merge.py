@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from raytune_rl.config import ExportConfig
-from raytune_rl.errors import ModelError
 from raytune_rl.export.directory import check_target, whole_directory
 from raytune_rl.export.errors import ExportError
 from raytune_rl.export.parity import Parity, Probe, compare, expected_logits, make_probe
@@ -78,7 +76,6 @@ def merge(config: ExportConfig, say: Callable[[str], None]) -> Merged:
     for adapter in chain:
         say(f"adapter: {adapter}" + (" (merged before the training run)" if adapter in earlier else ""))
     peft = _load(config, base, chain, dtype, say)
-    _check_adapter(peft, chain[-1])
     with whole_directory(target, overwrite=config.exist_ok) as directory:
         copy_companions(chain[-1], Path(base.path), directory)
         model = peft.get_base_model()
@@ -87,7 +84,11 @@ def merge(config: ExportConfig, say: Callable[[str], None]) -> Merged:
             say(notice)
         expected, effect = expected_logits(peft, probe)
         exporter = WeightExporter(peft, "merged")
-        write_configs(model, directory)
+        if exporter.unties:
+            say("the adapter has made head and embedding two matrices: tie_word_embeddings becomes false")
+        write_configs(
+            model, directory, untied=exporter.unties, adapter=chain[-1], trusted=config.trust_remote_code
+        )
         for name in write_weights(exporter.index, exporter.tensors(), directory):
             follow_umask(directory / name)
         del peft, model, exporter
@@ -138,26 +139,8 @@ def _load(
     loaded = load_model(base.path, dtype=dtype, trust_remote_code=config.trust_remote_code, scalar=scalar)
     for notice in loaded.notices:
         say(notice)
-    return apply_tuner(loaded.model, TunerSettings(), [str(adapter) for adapter in chain]).model.eval()
-
-
-def _check_adapter(peft: Any, directory: Path) -> None:
-    """PEFT leaves weights that the file lacks at their initial values, with a warning at most."""
-    file = directory / "adapter_model.safetensors"
-    if not file.is_file():
-        return
-    try:
-        with safe_open(file, framework="pt") as stored:
-            names = set(stored.keys())
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
-    missing = [spec.name for spec in WeightExporter(peft, "adapter").index if spec.name not in names]
-    if missing:
-        raise ModelError(
-            f"{file} lacks {len(missing)} of the weights that the base model needs from it (first: "
-            f"{missing[0]}). Is it the base that the adapter was trained on? Name the right one with "
-            "--model."
-        )
+    adapters = [str(adapter) for adapter in chain]
+    return apply_tuner(loaded.model, TunerSettings(), adapters, resize=True).model.eval()
 
 
 def _scores(adapter: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
 import itertools
@@ -15,7 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raytune_rl.data.chat import ChatTemplate
+from raytune_rl.data.model_tokens import as_ids, read_eos
+from raytune_rl.errors import DataError, ModelError
 from raytune_rl.export.errors import ExportError
+from raytune_rl.models.adapters import untie
+from raytune_rl.models.load import load_tokenizer
 from raytune_rl.models.weights import TensorSpec
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -83,13 +89,43 @@ def write_weights(
     return names
 
 
-def write_configs(model: Any, directory: Path) -> None:
-    """config.json and generation_config.json of a Transformers model."""
+def write_configs(
+    model: Any, directory: Path, *, untied: bool = False, adapter: Path | None = None, trusted: bool = False
+) -> None:
+    """config.json and generation_config.json of a Transformers model.
+
+    Args:
+        model: With its adapter, if it has one.
+        directory: Has its tokenizer, if that is known.
+        untied: Whether head and embedding are two matrices, whatever the base's config says.
+        adapter: The adapter's folder: what ends an answer by its generation_config ends one of the result.
+        trusted: Run code that comes with the tokenizer.
+    """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    if untied:
+        untie(config)
     config.save_pretrained(directory)
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(directory)
+        generation = copy.deepcopy(model.generation_config)
+        _stop_at_ends(generation, directory, adapter, trusted)
+        generation.save_pretrained(directory)
+
+
+def _stop_at_ends(generation: Any, directory: Path, adapter: Path | None, trusted: bool) -> None:
+    """Adds to eos_token_id what ends an answer by the adapter's settings and by the chat template."""
+    own = as_ids(generation.eos_token_id)
+    listed = () if adapter is None else read_eos(adapter)
+    ends: tuple[int, ...] = ()
+    # A template of another program's tokenizer may be anything; the merge is right without it.
+    with contextlib.suppress(ModelError, DataError):
+        tokenizer = load_tokenizer(str(directory), trust_remote_code=trusted)
+        if tokenizer.chat_template:
+            chat = ChatTemplate(tokenizer, eos_token_ids=tuple(dict.fromkeys((*own, *listed))))
+            ends = chat.stop_token_ids()
+    ids = list(dict.fromkeys((*own, *listed, *ends)))
+    if ids and ids != list(own):
+        generation.eos_token_id = ids
 
 
 def copy_companions(adapter: Path, base: Path, directory: Path) -> list[str]:

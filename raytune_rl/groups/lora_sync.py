@@ -7,7 +7,7 @@ from typing import Any
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ConfigError
 from raytune_rl.models.hub import resolve_path
-from raytune_rl.models.served import LORA_RANKS, held_back, read_adapter_config
+from raytune_rl.models.served import LORA_RANKS, adapter_tensors, held_back, read_adapter_config, unties_head
 
 
 def publish_mode(config: RLHFConfig, takes_media: bool = False) -> str:
@@ -50,9 +50,28 @@ def why_merged(config: RLHFConfig, takes_media: bool = False) -> str | None:
         return (
             "of several --adapters the first are merged into the base model, which the engine does not have"
         )
-    if held := held_back(_adapter_settings(config)):
+    names = adapter_tensors(_path(config, config.adapters[-1])) if config.adapters else ()
+    if held := held_back(_adapter_settings(config), names):
         return f"the adapter has {', '.join(held)}, which vLLM does not serve"
     return None
+
+
+def unties(config: RLHFConfig, takes_media: bool = False) -> bool:
+    """Whether `--adapters` give a model that ties head and embedding two matrices, so that its engine must
+    be built with two. For models that take media no engine is: the policy refuses such adapters.
+
+    Raises:
+        ModelError: An adapter, or the model's config, cannot be read.
+    """
+    folders = [_path(config, adapter) for adapter in config.adapters]
+    if takes_media or not any(unties_head(read_adapter_config(f), adapter_tensors(f)) for f in folders):
+        return False
+    from raytune_rl.models.load import load_config
+
+    assert config.model is not None
+    model = resolve_path(config.model, use_hf=config.use_hf)
+    text = load_config(model, trust_remote_code=config.trust_remote_code).get_text_config()
+    return bool(getattr(text, "tie_word_embeddings", False))
 
 
 def engine_rank(config: RLHFConfig) -> int:
@@ -70,10 +89,14 @@ def engine_rank(config: RLHFConfig) -> int:
     return asked or own
 
 
+def _path(config: RLHFConfig, adapter: str) -> str:
+    return resolve_path(adapter, use_hf=config.use_hf, what="adapter")
+
+
 def _adapter_settings(config: RLHFConfig) -> dict[str, Any]:
     """Of the adapter that will be trained, by PEFT's names: one to go on with keeps its own."""
     if config.adapters:
-        return read_adapter_config(resolve_path(config.adapters[-1], use_hf=config.use_hf, what="adapter"))
+        return read_adapter_config(_path(config, config.adapters[-1]))
     return {
         "r": config.lora_rank,
         "use_dora": config.use_dora,

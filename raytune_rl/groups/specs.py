@@ -21,6 +21,9 @@ from raytune_rl.protocol.rollout import GPU_SHARE, EngineSpec, MultiTurnSpec, Sa
 from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
 from raytune_rl.workers.reward_model import with_base
 
+UNTIED = {"hf_overrides": {"tie_word_embeddings": False}, "load_format": "dummy"}
+"""vLLM's arguments for a model whose files tie head and embedding while the policy does not: the files lack
+the head, so it waits for the first version, which has every weight."""
 CPU_CACHE_BYTES = 256 * 2**20
 SHARED_GPU_SHARE = 0.5
 """Of a GPU's memory, for the engines that sit beside the policy."""
@@ -290,7 +293,7 @@ def engine_spec(
         sleep_level=config.sleep_level if on_gpu and groups.colocated else 0,
         prompt_limits=media,
         media_limits=MediaLimits.of(config),
-        more=config.vllm_engine_kwargs,
+        more={**(UNTIED if wire.unties(config, media is not None) else {}), **config.vllm_engine_kwargs},
         multi_turn=multi_turn(config),
     )
 

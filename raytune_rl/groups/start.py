@@ -106,7 +106,12 @@ def start_groups(
         kinds=account.media.kinds,
         banned=account.placeholder_ids,
     )
-    spec = replace(spec, with_entropy=algorithm.with_entropy, plugin_files=algorithm.plugin_files)
+    spec = replace(
+        spec,
+        with_entropy=algorithm.with_entropy,
+        plugin_files=algorithm.plugin_files,
+        untied=wire.unties(config, account.takes_media),
+    )
     ranks = groups["policy"].workers
     policy = group(
         "policy",

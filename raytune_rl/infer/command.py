@@ -15,6 +15,7 @@ from rich.progress import track
 
 from raytune_rl.config import InferConfig
 from raytune_rl.data.example import Message
+from raytune_rl.data.model_tokens import as_ids, read_eos
 from raytune_rl.errors import ConfigError
 from raytune_rl.groups.fleet import RolloutGroup, read_texts, sample_seed
 from raytune_rl.groups.sizes import Groups, infer_groups
@@ -84,7 +85,11 @@ class Trial:
         self.shape = Shape.of(text)
         longest = None if self.rows is None else int(self.rows[1].lengths.max())
         self.limit = context_length(config, self.shape, longest)
-        self.sampling = sampling_of(config, generation_settings(source.model), self.limit)
+        generation = generation_settings(source.model)
+        if source.adapter is not None:  # it may end an answer where its base does not
+            ends = (*as_ids(generation.get("eos_token_id")), *read_eos(source.adapter))
+            generation = {**generation, "eos_token_id": list(ends)}
+        self.sampling = sampling_of(config, generation, self.limit)
 
     def start(self, stack: ExitStack) -> None:
         """Starts the engines and waits for them."""
@@ -130,7 +135,8 @@ class Trial:
         """Answers every row and writes the answers down in the order of the rows."""
         assert self.rows is not None
         prompts, asked = self.rows
-        sampling = replace(self.sampling, stop_token_ids=asked.stop_token_ids, banned=asked.placeholder_ids)
+        stops = tuple(dict.fromkeys((*asked.stop_token_ids, *self.sampling.stop_token_ids)))
+        sampling = replace(self.sampling, stop_token_ids=stops, banned=asked.placeholder_ids)
         rollout = RolloutGroup(self.group, sampling, self.config.seed)
         size = ROWS_AT_A_TIME * len(self.group)
         starts = range(0, len(asked), size)
@@ -145,7 +151,7 @@ class Trial:
         return InferResult(len(asked), path)
 
     def _rows(self) -> tuple[PromptSet, Asked]:
-        asks = (self.config, self.source.model, self.source.system)
+        asks = (self.config, self.source.model, self.source.tokenizer, self.source.system)
         columns, facts = on_this_node(encode_rows_task, 2, *asks)
         what = "reading and tokenizing the data"
         asked: Asked = fetch(Pending(facts, "the data task", what, self.config.step_timeout))
@@ -184,6 +190,7 @@ class Trial:
             adapter=self.source.adapter,
             prompt_limits=self._prompt_limits(),
             media_limits=MediaLimits.of(config),
+            more={} if self.source.tokenizer == self.source.model else {"tokenizer": self.source.tokenizer},
         )
 
 

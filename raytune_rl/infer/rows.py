@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raytune_rl.config import InferConfig
@@ -37,8 +37,8 @@ class Asked:
         return len(self.conversations)
 
 
-def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tuple[Any, Asked]:
-    """Prompt columns and what they say; see `Asked`.
+def encode_rows_task(config: InferConfig, model: str, home: str, system: str | None) -> tuple[Any, Asked]:
+    """Prompt columns and what they say; see `Asked`. `home` is the tokenizer's folder.
 
     Raises:
         DataError: A row cannot be used.
@@ -47,7 +47,9 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
     from raytune_rl.data.encode import MediaSettings, encode_prompts
     from raytune_rl.data.load import load_examples
     from raytune_rl.data.media_table import count_media
+    from raytune_rl.data.model_tokens import ModelTokens
     from raytune_rl.data.registered_rules import Identity
+    from raytune_rl.models.load import load_config
 
     loaded = load_examples(
         config.val_dataset,
@@ -60,7 +62,8 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
         use_hf=config.use_hf,
         identity=Identity(config.model_name, config.model_author),
     )
-    tokenizer, media = _reader(config, model)
+    tokenizer, media = _reader(config, model, home)
+    tokens = ModelTokens.of(model, load_config(model, trust_remote_code=config.trust_remote_code))
     found = encode_prompts(
         loaded.examples,
         tokenizer,
@@ -69,7 +72,9 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
         strict=config.strict,
         num_proc=config.dataset_num_proc,
         media=None if media is None else MediaSettings(media, inline=True),
+        model=tokens,
     )
+    chat = ChatTemplate.of(tokenizer) if media is None else media.chat
     kept = [loaded.examples[i] for i in found.index]
     left_out = loaded.report.bad + len(found.dropped)
     notices = [*loaded.report.notices, *found.notices]
@@ -81,14 +86,14 @@ def encode_rows_task(config: InferConfig, model: str, system: str | None) -> tup
         [[message.for_template() for message in example.messages] for example in kept],
         [example.extra.get(LABELS) for example in kept],
         [{name: value for name, value in example.extra.items() if name != LABELS} for example in kept],
-        (ChatTemplate.of(tokenizer) if media is None else media.chat).stop_token_ids(),
+        replace(chat, eos_token_ids=tokens.eos).stop_token_ids(),
         () if media is None else media.placeholder_ids,
         None if media is None else count_media(found.media).most,
         tuple(notices),
     )
 
 
-def _reader(config: InferConfig, model: str) -> tuple[Any, Any]:
+def _reader(config: InferConfig, model: str, home: str) -> tuple[Any, Any]:
     """The tokenizer, and of a model that takes media its processor."""
     from raytune_rl.data.media_processor import MediaProcessor
     from raytune_rl.models import load
@@ -98,5 +103,5 @@ def _reader(config: InferConfig, model: str) -> tuple[Any, Any]:
     takes_media = load.takes_media(load.load_config(model, trust_remote_code=trust))
     processor = load.load_media_processor(model, trust_remote_code=trust) if takes_media else None
     if processor is None:
-        return load.load_tokenizer(model, trust_remote_code=trust), None
+        return load.load_tokenizer(home, trust_remote_code=trust), None
     return processor.tokenizer, MediaProcessor.of(processor, MediaLimits.of(config))

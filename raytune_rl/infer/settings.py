@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_rl.config import InferConfig
+from raytune_rl.data.model_tokens import as_ids
 from raytune_rl.errors import ConfigError
 from raytune_rl.protocol.rollout import Sampling
 
@@ -98,4 +99,9 @@ def sampling_of(config: InferConfig, generation: Mapping[str, Any], limit: int) 
         given = getattr(config, name)
         own[name] = own[name] if given is None else given
     own["top_k"] = int(own["top_k"]) or -1
-    return Sampling(max_tokens=config.max_new_tokens or limit, stop_words=config.stop_words, **own)
+    return Sampling(
+        max_tokens=config.max_new_tokens or limit,
+        stop_words=config.stop_words,
+        stop_token_ids=as_ids(generation.get("eos_token_id")),
+        **own,
+    )

@@ -6,15 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from raytune_rl.config import ExportConfig, InferConfig
 from raytune_rl.data.load import resolve_system
 from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.export.source import ADAPTER_CONFIG, Base, adapter_dir, find_base, read_args
 from raytune_rl.models.hub import resolve_path
 from raytune_rl.models.load import load_config, takes_media
-from raytune_rl.models.served import held_back, read_adapter_config
+from raytune_rl.models.served import adapter_tensors, held_back, read_adapter_config
 from raytune_rl.tracking.checkpoints import MANIFEST, verify
 from raytune_rl.tracking.run_dir import RunDir
 
@@ -25,6 +23,7 @@ class Source:
 
     Attributes:
         model: Local folder of the weights.
+        tokenizer: Local folder of the tokenizer: the adapter's, where it has one.
         adapter: Folder of the adapter that goes on them, or None.
         lora_rank: Of the adapter; 0 without one.
         folder: Where answers are written to, unless the user says.
@@ -33,6 +32,7 @@ class Source:
     """
 
     model: str
+    tokenizer: str
     adapter: str | None
     lora_rank: int
     folder: Path
@@ -57,7 +57,7 @@ def find_source(config: InferConfig, scratch: Path, say: Callable[[str], None]) 
     if not config.adapters:
         folder = _model_dir(config)
         system, notices = _system(config, folder)
-        return Source(str(folder), None, 0, folder, system, notices)
+        return Source(str(folder), str(folder), None, 0, folder, system, notices)
     adapters = [adapter_dir(adapter, use_hf=config.use_hf) for adapter in config.adapters]
     base = find_base(config, adapters)
     system, notices = _system(config, adapters[-1])
@@ -65,10 +65,12 @@ def find_source(config: InferConfig, scratch: Path, say: Callable[[str], None]) 
     reason = _why_merged(adapters, base, config.trust_remote_code)
     if reason is None:
         rank = int(read_adapter_config(adapters[-1])["r"])
-        return Source(base.path, str(adapters[-1]), rank, adapters[-1], system, notices)
+        own = (adapters[-1] / "tokenizer_config.json").is_file()
+        tokenizer = str(adapters[-1]) if own else base.path
+        return Source(base.path, tokenizer, str(adapters[-1]), rank, adapters[-1], system, notices)
     say(f"{reason}: merging it into a copy of the base model, which is removed at the end")
     merged = _merged(config, adapters, scratch / "model")
-    return Source(str(merged), None, 0, adapters[-1], system, notices)
+    return Source(str(merged), str(merged), None, 0, adapters[-1], system, notices)
 
 
 def _model_dir(config: InferConfig) -> Path:
@@ -105,11 +107,12 @@ def _why_merged(adapters: Sequence[Path], base: Base, trusted: bool) -> str | No
     """Why vLLM cannot serve the adapter beside its base model; None where it can."""
     if len(adapters) > 1 or base.earlier:
         return "several adapters lie on each other"
-    if held := held_back(read_adapter_config(adapters[0])):
+    names = adapter_tensors(adapters[0])
+    if held := held_back(read_adapter_config(adapters[0]), names):
         return f"the adapter has {', '.join(held)}, which vLLM does not serve"
     if takes_media(load_config(base.path, trust_remote_code=trusted)):
         return "the base model takes images, and vLLM serves adapters on the text part only"
-    if outside := [n for n in _tensor_names(adapters[0]) if "embed_tokens" in n or "lm_head" in n]:
+    if outside := [n for n in names if "embed_tokens" in n or "lm_head" in n]:
         return f"the adapter has weights on {outside[0].partition('.lora')[0]}, which vLLM does not serve"
     return None
 
@@ -126,12 +129,3 @@ def _merged(config: InferConfig, adapters: Sequence[Path], target: Path) -> Path
         use_hf=config.use_hf,
     )
     return merge(asked, lambda line: None).path
-
-
-def _tensor_names(adapter: Path) -> list[str]:
-    file = adapter / "adapter_model.safetensors"
-    try:
-        with safe_open(file, framework="np") as stored:
-            return list(stored.keys())
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from raytune_rl.errors import ModelError
@@ -72,6 +72,9 @@ def merged_sources(peft: PeftModel) -> Iterator[Source]:
             yield from _layer(prefix, module, adapter)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             wrapped += (prefix,)
+            if isinstance(module, TrainableTokensWrapper):
+                yield from _tokens(prefix, module.token_adapter, adapter)
+                continue
             if not isinstance(module, ModulesToSaveWrapper):
                 raise ModelError(
                     f"'{name}' is wrapped in {type(module).__name__}, which cannot be merged for export"
@@ -149,6 +152,23 @@ def _layer(prefix: str, layer: Any, adapter: str) -> Iterator[Source]:
             yield Source(prefix + name, shape_of(tensor), tensor.dtype, parts, make)
         else:
             yield _own_tensor(prefix + name, base, tensor)
+
+
+def _tokens(prefix: str, layer: Any, adapter: str) -> Iterator[Source]:
+    """An embedding, or the head tied to it, of which the adapter has the rows of a few tokens."""
+    base, rows = layer.get_base_layer(), layer.trainable_tokens_delta[adapter]
+    for name, tensor in own_tensors(base):
+        if name != "weight":
+            yield _own_tensor(prefix + name, base, tensor)
+            continue
+        make = partial(_with_rows, tensor, layer.token_indices[adapter], rows)
+        yield Source(prefix + name, shape_of(tensor), tensor.dtype, (tensor, rows), make)
+
+
+def _with_rows(weight: Tensor, indices: list[int], rows: Tensor) -> Tensor:
+    made = weight.detach().clone()
+    made[indices] = rows.detach().to(made)
+    return made
 
 
 def _adapter_parts(layer: Any, adapter: str) -> Iterator[Tensor]:

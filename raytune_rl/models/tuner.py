@@ -6,16 +6,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_rl.errors import ModelError
-from raytune_rl.models.hub import first_line
+from raytune_rl.models.adapters import head_of_its_own, open_adapter, untie
 from raytune_rl.models.load import takes_media
 from raytune_rl.models.sharding import changing, is_cut, known_to_peft, numel_of
 from raytune_rl.models.unwrap import hf_model, scalar_head
@@ -43,7 +42,9 @@ class TunedModel:
     notices: tuple[str, ...]
 
 
-def apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Sequence[str] = ()) -> TunedModel:
+def apply_tuner(
+    model: PreTrainedModel, settings: TunerSettings, adapters: Sequence[str] = (), *, resize: bool = False
+) -> TunedModel:
     """Makes a loaded model trainable.
 
     Args:
@@ -52,16 +53,19 @@ def apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Seque
         settings: what to train.
         adapters: local adapter directories to start from. LoRA goes on training the last one, after merging
             those before it; full training merges them all.
+        resize: whether an adapter that brings embeddings for more or fewer tokens resizes the model's.
 
     Raises:
         ModelError: an adapter is missing or does not fit, nothing matches the targets, or the request cannot
             be trained (a tied embedding by an adapter, a quantised base in full).
     """
     with known_to_peft(model):
-        return _apply_tuner(model, settings, adapters)
+        return _apply_tuner(model, settings, adapters, resize)
 
 
-def _apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Sequence[str]) -> TunedModel:
+def _apply_tuner(
+    model: PreTrainedModel, settings: TunerSettings, adapters: Sequence[str], resize: bool
+) -> TunedModel:
     notices: list[str] = []
     quantized = bool(getattr(model, "is_quantized", False))
     if settings.tuner_type == "full" and quantized:
@@ -75,8 +79,10 @@ def _apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Sequ
             "adapters cannot be merged into a quantised base without loss; merge them with export first"
         )
     for adapter in merged:
-        model = _merged(_open_adapter(model, adapter))
+        model = _merged(open_adapter(model, adapter, resize=resize))
         notices.append(f"adapter '{adapter}' is merged into the base before training")
+    if merged and head_of_its_own(model):
+        untie(model.config)
     if settings.tuner_type == "full":
         _freeze_parts(model, settings)
         return _report(model, notices)
@@ -88,7 +94,8 @@ def _apply_tuner(model: PreTrainedModel, settings: TunerSettings, adapters: Sequ
             f"training goes on with adapter '{keep[0]}'; its own rank and targets hold, not the flags; "
             f"dropout is {settings.lora_dropout:g}"
         )
-        return _report(_open_adapter(model, keep[0], dropout=settings.lora_dropout), notices)
+        peft = open_adapter(model, keep[0], dropout=settings.lora_dropout, resize=resize)
+        return _report(peft, notices)
     return _report(get_peft_model(model, _lora_config(model, settings)), notices)
 
 
@@ -220,23 +227,6 @@ def _freeze_parts(model: PreTrainedModel, settings: TunerSettings) -> None:
         raise ModelError(
             "nothing is left to train: freeze_llm, freeze_vit and freeze_aligner freeze every part"
         )
-
-
-def _open_adapter(model: PreTrainedModel, path: str, *, dropout: float | None = None) -> PeftModel:
-    """An adapter to train with this dropout, which is no property of its weights; without one, to use."""
-    directory = Path(path).expanduser()
-    if not (directory / "adapter_config.json").is_file():
-        raise ModelError(f"adapter '{path}' does not exist or has no adapter_config.json")
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-        if dropout is not None:
-            config.lora_dropout = dropout
-        return PeftModel.from_pretrained(
-            model, str(directory), is_trainable=dropout is not None, config=config
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        line = first_line(error)
-        raise ModelError(f"adapter '{path}' does not fit {type(model).__name__}: {line}") from error
 
 
 def _merged(peft: PeftModel) -> Any:

@@ -57,6 +57,8 @@ class WeightExporter:
 
     Attributes:
         index: every tensor that `tensors()` yields, in that order.
+        unties: whether a model whose config ties head and embedding has two matrices in `index`, as its
+            adapter has made one of them another.
     """
 
     def __init__(self, model: nn.Module, mode: Mode) -> None:
@@ -81,6 +83,7 @@ class WeightExporter:
                 "weights cannot be exported as 'full': the model has an adapter; use merged or adapter"
             )
         self._groups: list[_Group] = []
+        self.unties = False
         if mode == "adapter":
             self.index = tuple(
                 TensorSpec(n, tuple(t.shape), t.dtype) for n, t in self._adapter_state().items()
@@ -131,9 +134,10 @@ class WeightExporter:
         # A tied head is the embedding under a second name; engines tie it themselves and want it once.
         copies = set(getattr(self._hf, "all_tied_weights_keys", None) or {})
         found.sort(key=lambda source: source.name in copies)
-        unique: dict[int, Source] = {}
+        unique: dict[tuple[int, ...], Source] = {}
         for source in found:
-            unique.setdefault(id(source.parts[0]), source)
+            unique.setdefault(tuple(map(id, source.parts)), source)
+        self.unties = any(source.name in copies for source in unique.values())
         return list(unique.values())
 
     def _adapter_state(self) -> dict[str, Tensor]:
@@ -177,6 +181,9 @@ def save_model(
         inner.save_pretrained(
             str(target), safe_serialization=True, save_embedding_layers=False, state_dict=state
         )
+        base = inner.get_base_model()
+        if getattr(base, "generation_config", None) is not None and base.can_generate():
+            base.generation_config.save_pretrained(str(target))  # with what ends an answer
     elif renames_twice(inner):
         form = checkpoint_form(inner, dict(inner.state_dict()) if state is None else state)
         inner.save_pretrained(str(target), state_dict=form, save_original_format=False)

@@ -11,6 +11,11 @@ from typing import Any
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.data.example import Task
 from raytune_rl.data.mapped import MappedColumns, open_columns, written_whole
+<<<<<<< HEAD:raytune_rl/prepare/task.py
+=======
+from raytune_rl.data.model_tokens import ModelTokens
+from raytune_rl.data.ragged import Columns
+>>>>>>> fd1a52e (Adapters from elsewhere: untied heads, added tokens, trainable tokens; what ends an answer is trained, stops and is saved):raytune_rl/pipelines/data_task.py
 from raytune_rl.errors import ConfigError, DataError
 from raytune_rl.prepare.cache import (
     SETS,
@@ -36,12 +41,14 @@ class ModelFacts:
         max_positions: The longest sequence it takes, tokens; None if it does not say.
         takes_media: Whether its config says so.
         media: Its processor, if it takes media and has one.
+        tokens: How many tokens it has, and which end an answer.
     """
 
     tokenizer: Any
     max_positions: int | None
     takes_media: bool
     media: Any = None
+    tokens: ModelTokens | None = None
 
 
 RowsEncoder = Callable[..., tuple[Columns, Facts]]
@@ -85,6 +92,7 @@ def _encoded_prompts(
             num_proc=config.dataset_num_proc,
             progress=Counted("tokenized", tell, len(examples)),
             media=media,
+            model=facts.tokens,
         )
         left_out = quarantine_dropped(found.dropped, path) or report.quarantine_path
         columns = {"prompt": found.prompts, **found.media}
@@ -237,6 +245,7 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Media
             progress=progress,
             media=media,
             folder=folder,
+            model=facts.tokens,
         )
         path = quarantine_dropped(found.dropped, bad_rows, held) or report.quarantine_path
         columns = {"tokens": found.tokens, "loss_mask": found.loss_mask, **found.media}
@@ -259,10 +268,12 @@ def model_facts(config: TrainConfig) -> ModelFacts:
     positions = getattr(model.get_text_config(), "max_position_embeddings", None)
     takes_media = load.takes_media(model)
     processor = load.load_media_processor(path, trust_remote_code=trust) if takes_media else None
+    tokens = ModelTokens.of(path, model, config.model)
     if processor is None:
-        return ModelFacts(load.load_tokenizer(path, trust_remote_code=trust), positions, takes_media)
+        tokenizer = load.load_tokenizer(path, trust_remote_code=trust)
+        return ModelFacts(tokenizer, positions, takes_media, tokens=tokens)
     media = MediaProcessor.of(processor, MediaLimits.of(config))
-    return ModelFacts(processor.tokenizer, positions, takes_media, media)
+    return ModelFacts(processor.tokenizer, positions, takes_media, media, tokens)
 
 
 def check_vocabulary(tokenizer: Any, ref_model: str, config: TrainConfig) -> None:
@@ -346,6 +357,8 @@ def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | No
     from raytune_rl.data.media_table import count_media
 
     chat = ChatTemplate.of(facts.tokenizer) if facts.media is None else facts.media.chat
+    if facts.tokens is not None:
+        chat = replace(chat, eos_token_ids=facts.tokens.eos)
     return Account(
         report.sources,
         dict(encoded.reasons),

@@ -58,6 +58,7 @@ class PolicySpec:
         with_entropy: Compute the distribution's entropy at every loss token.
         publish_mode: How weights leave: "full", "merged" or "adapter"; None when nobody pulls them.
         plugin_files: Files that register the loss, if it is the user's own.
+        untied: Whether the engines are built with a head of its own, though the model's config ties it.
     """
 
     model: ModelSpec
@@ -71,6 +72,7 @@ class PolicySpec:
     with_entropy: bool = False
     publish_mode: str | None = None
     plugin_files: tuple[str, ...] = ()
+    untied: bool = False
 
 
 @dataclass(frozen=True)

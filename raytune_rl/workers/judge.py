@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.data.chat import ChatTemplate
 from raytune_rl.data.example import Message
+from raytune_rl.data.model_tokens import as_ids
 from raytune_rl.errors import RewardError
 from raytune_rl.protocol.rewards import Unscored
 from raytune_rl.rewards.judge import plugin_class
@@ -28,10 +30,10 @@ class JudgeTemplate:
         max_tokens: Token budget of a pass.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, max_tokens: int, eos_token_ids: tuple[int, ...] = ()) -> None:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self._chat = ChatTemplate.of(tokenizer)
+        self._chat = replace(ChatTemplate.of(tokenizer), eos_token_ids=eos_token_ids)
         self.stop_token_ids = self._chat.stop_token_ids()
 
     def prompt(self, request: Any) -> list[int]:
@@ -80,7 +82,9 @@ class Judge:
         self._name = name
         kind = plugin_class(name)
         try:
-            self._plugin = kind(model=model, template=JudgeTemplate(tokenizer, max_tokens))
+            self._plugin = kind(
+                model=model, template=JudgeTemplate(tokenizer, max_tokens, _listed_ends(model))
+            )
         except RewardError:
             raise
         except Exception as error:
@@ -115,6 +119,10 @@ class Judge:
                 if not np.isfinite(values[row]):
                     values[row], reasons[row] = np.nan, f"--reward_model_plugin {self._name}: gave {value}"
         return values, reasons
+
+
+def _listed_ends(model: Any) -> tuple[int, ...]:
+    return as_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
 
 
 def is_classifier(path: str) -> bool:

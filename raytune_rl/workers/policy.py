@@ -20,6 +20,7 @@ import numpy as np
 
 from raytune_rl.data.media_table import ROW_COLUMN
 from raytune_rl.data.read_rows import ReadRows
+from raytune_rl.errors import ModelError
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.protocol.train import EstimateFacts, EstimateSettings, PolicyFacts, PolicySpec, TrainResult
@@ -129,6 +130,8 @@ class PolicyWorker:
         )
         # Planned before the engine cuts up what is whole.
         exporter = WeightExporter(scorer, spec.publish_mode) if spec.publish_mode else None  # type: ignore[arg-type]
+        if exporter is not None and exporter.unties != spec.untied:
+            raise ModelError(publishing.UNTIED)
         asked = spec.model.dtype
         computes_in = loaded.model.dtype if asked is None else DTYPES[asked]
         self._engine, self._rate = start_engine(scorer, spec.optimizer, computes_in)
@@ -140,7 +143,7 @@ class PolicyWorker:
             None if exporter is None else Publisher(exporter, self._gather, self._rank, self._world_size)
         )
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-        notices = loaded.notices + tuned.notices
+        notices = loaded.notices + tuned.notices + scoring.end_of_turn_in_files(loaded, self._tokenizer)
         if loaded.new_head and not spec.model.adapters:
             start = "starts at 0" if self._loss.forward == "values" else "has random weights"
             notices += (f"the head that gives {self._loss.forward} is new and {start}",)

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from raytune_rl.models.weights import Gather, WeightExporter
 
 
+UNTIED = (
+    "the adapter changes the head or the embedding of a model that ties them (tie_word_embeddings), so they "
+    "are two matrices now, but the engines have one. Merge it first, which writes a model that does not tie "
+    "them: raytune-rl export --adapters ADAPTER --merge_lora true --output_dir MERGED; then --model MERGED"
+)
+
+
 class Publisher:
     """Gives this rank's share of the published weights, bucket by bucket.
 

@@ -114,6 +114,7 @@ class _Classifier:
     def __init__(self, spec: ModelSpec, max_tokens: int) -> None:
         from raytune_rl.data.chat import ChatTemplate
         from raytune_rl.data.encode_rows import Job
+        from raytune_rl.data.model_tokens import ModelTokens
         from raytune_rl.models.load import load_tokenizer
         from raytune_rl.models.tuner import apply_tuner
         from raytune_rl.protocol.model import TunerSettings
@@ -129,7 +130,9 @@ class _Classifier:
         self._scorer = scoring.scorer_of(model, "scores").eval().requires_grad_(False)
         home = spec.adapters[0] if spec.adapters and _has_tokenizer(spec.adapters[0]) else loaded.path
         tokenizer = load_tokenizer(home, trust_remote_code=spec.trust_remote_code)
-        self._job = Job(ChatTemplate.of(tokenizer), None, "delete", "all")
+        # As training writes a conversation, its end included.
+        chat = replace(ChatTemplate.of(tokenizer), eos_token_ids=ModelTokens.of(home, model.config).eos)
+        self._job = Job(chat, None, "delete", "all")
         self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._max_tokens = max_tokens
 

@@ -58,7 +58,8 @@ class RolloutWorker:
         load_plugins(spec.plugin_files)
         tokenizer = self._engine.tokenizer
         scheduler = make_scheduler(spec.scheduler, spec.max_turns, tokenizer)
-        return Conversations(scheduler, ChatTemplate.of(tokenizer), spec.timeout_s)
+        chat = replace(ChatTemplate.of(tokenizer), eos_token_ids=self._engine.eos_token_ids)
+        return Conversations(scheduler, chat, spec.timeout_s)
 
     def ping(self) -> dict[str, Any]:
         """Proves that the engine is up; tells the version it serves (None: none acknowledged yet)."""

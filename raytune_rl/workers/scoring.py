@@ -5,6 +5,7 @@ reference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -126,6 +127,27 @@ def media_collator(spec: ModelSpec, loaded: LoadedModel, *, always: bool) -> Med
     return MediaCollator(
         media, dtype=loaded.model.dtype, always=kinds if always else (), threads=spec.media_threads
     )
+
+
+def end_of_turn_in_files(loaded: LoadedModel, writer: Any) -> tuple[str, ...]:
+    """Makes checkpoints of a model stop where the turns that are trained end, and know the chat template; see
+    `data.turn_end.stop_in_files`.
+
+    Args:
+        loaded: The model; its generation_config is changed.
+        writer: The tokenizer or processor that is saved beside it, which gets the template if it has none.
+    """
+    from raytune_rl.data.chat import ChatTemplate
+    from raytune_rl.data.model_tokens import read_eos
+    from raytune_rl.data.turn_end import stop_in_files
+
+    generation = getattr(loaded.model, "generation_config", None)
+    if generation is None or not loaded.model.can_generate():
+        return ()
+    is_processor = hasattr(writer, "tokenizer")
+    chat = ChatTemplate.of(writer.tokenizer if is_processor else writer, writer if is_processor else None)
+    notice = stop_in_files(replace(chat, eos_token_ids=read_eos(loaded.path)), generation)
+    return () if notice is None else (notice,)
 
 
 def expect_media(rows: ReadRows, batch: RowBatch, media: MediaCollator | None) -> None:

@@ -28,6 +28,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from raytune_rl.data.chat import ChatTemplate
 from raytune_rl.data.example import Message
 from raytune_rl.data.media_processor import Decoded
+from raytune_rl.data.model_tokens import read_eos
 from raytune_rl.errors import ConfigError, DataError, StaleWeightsError, WorkerDiedError
 from raytune_rl.models.load import resolve_path
 from raytune_rl.models.served import LORA_RANKS
@@ -151,6 +152,11 @@ class VllmEngine:
         """The model's."""
         return self._engine.get_tokenizer()
 
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer by the model's generation_config."""
+        return read_eos(self._engine.model_config.model)
+
     @one_with_its_processes()
     def sample(
         self,
@@ -190,7 +196,7 @@ class VllmEngine:
 
     def chat(self, messages: Sequence[Message], seed: int, sampling: Sampling) -> Iterator[Piece]:
         """Answers one conversation; see `RolloutWorker.chat`."""
-        template = ChatTemplate.of(self.tokenizer)
+        template = replace(ChatTemplate.of(self.tokenizer), eos_token_ids=self.eos_token_ids)
         text = template.render(messages, generation_prompt=True)
         prompt = self.tokenizer.encode(text, add_special_tokens=False)
         if len(prompt) >= self._spec.max_model_len:

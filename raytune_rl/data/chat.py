@@ -163,6 +163,8 @@ class ChatTemplate:
         turns = (Message("user", "How are you?"), Message("assistant", answer))
         text = self.render(turns, generation_prompt=False)
         (_, end) = assistant_spans(turns, [1], text, self.render)[1]
+        if answer not in text[:end]:
+            raise DataError(f"the chat template does not write an answer as it was said: {text!r:.200}")
         tail = text[text.rindex(answer, 0, end) + len(answer) : end]
         return find_turn_end(tail, self.render, self.tokenizer, self.eos_token_ids)
 

@@ -121,8 +121,7 @@ def compare(expected: Tensor, effect: float, merged: nn.Module, probe: Probe) ->
         raise ParityError(
             f"The merged model is not what was trained: its logits differ by up to {difference:.3g} from "
             f"those of base and adapter, where {str(dtype).removeprefix('torch.')} allows {tolerance:.3g} "
-            f"(largest logit {largest:.3g}, effect of the adapter {effect:.3g}). It has been removed. An "
-            "adapter on an embedding that is tied to the output head cannot be merged; otherwise please "
+            f"(largest logit {largest:.3g}, effect of the adapter {effect:.3g}). It has been removed. Please "
             "report this."
         )
     return parity

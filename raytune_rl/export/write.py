@@ -21,7 +21,7 @@ from raytune_rl.data.model_tokens import as_ids, read_eos
 from raytune_rl.errors import DataError, ModelError
 from raytune_rl.export.errors import ExportError
 from raytune_rl.models.adapters import untie
-from raytune_rl.models.load import load_tokenizer
+from raytune_rl.models.load import load_media_processor, load_tokenizer, takes_media
 from raytune_rl.models.weights import TensorSpec
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -108,24 +108,32 @@ def write_configs(
     config.save_pretrained(directory)
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         generation = copy.deepcopy(model.generation_config)
-        _stop_at_ends(generation, directory, adapter, trusted)
+        _stop_at_ends(generation, directory, adapter, takes_media(config), trusted)
         generation.save_pretrained(directory)
 
 
-def _stop_at_ends(generation: Any, directory: Path, adapter: Path | None, trusted: bool) -> None:
+def _stop_at_ends(generation: Any, directory: Path, adapter: Path | None, media: bool, trusted: bool) -> None:
     """Adds to eos_token_id what ends an answer by the adapter's settings and by the chat template."""
     own = as_ids(generation.eos_token_id)
     listed = () if adapter is None else read_eos(adapter)
     ends: tuple[int, ...] = ()
     # A template of another program's tokenizer may be anything; the merge is right without it.
     with contextlib.suppress(ModelError, DataError):
-        tokenizer = load_tokenizer(str(directory), trust_remote_code=trusted)
-        if tokenizer.chat_template:
-            chat = ChatTemplate(tokenizer, eos_token_ids=tuple(dict.fromkeys((*own, *listed))))
-            ends = chat.stop_token_ids()
+        ends = _chat(directory, media, trusted).turn_end.stops
     ids = list(dict.fromkeys((*own, *listed, *ends)))
     if ids and ids != list(own):
         generation.eos_token_id = ids
+
+
+def _chat(directory: Path, media: bool, trusted: bool) -> ChatTemplate:
+    """How the folder's own tokenizer, or processor, writes conversations."""
+    processor = load_media_processor(str(directory), trust_remote_code=trusted) if media else None
+    if processor is not None:
+        return ChatTemplate.of(processor.tokenizer, processor)
+    chat = ChatTemplate.of(load_tokenizer(str(directory), trust_remote_code=trusted))
+    if chat.template is not None:
+        raise ModelError("the tokenizer has no chat template of its own")
+    return chat
 
 
 def copy_companions(adapter: Path, base: Path, directory: Path) -> list[str]:

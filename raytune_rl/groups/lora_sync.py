@@ -7,7 +7,14 @@ from typing import Any
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ConfigError
 from raytune_rl.models.hub import resolve_path
-from raytune_rl.models.served import LORA_RANKS, adapter_tensors, held_back, read_adapter_config, unties_head
+from raytune_rl.models.served import (
+    LORA_RANKS,
+    adapter_tensors,
+    head_is_targeted,
+    held_back,
+    read_adapter_config,
+    unties_head,
+)
 
 
 def publish_mode(config: RLHFConfig, takes_media: bool = False) -> str:
@@ -57,14 +64,17 @@ def why_merged(config: RLHFConfig, takes_media: bool = False) -> str | None:
 
 
 def unties(config: RLHFConfig, takes_media: bool = False) -> bool:
-    """Whether `--adapters` give a model that ties head and embedding two matrices, so that its engine must
-    be built with two. For models that take media no engine is: the policy refuses such adapters.
+    """Whether adapters, or the flags of a new one, give a model that ties head and embedding two matrices, so
+    that its engine must be built with two. For models that take media no engine is: the policy refuses those.
 
     Raises:
         ModelError: An adapter, or the model's config, cannot be read.
     """
     folders = [_path(config, adapter) for adapter in config.adapters]
-    if takes_media or not any(unties_head(read_adapter_config(f), adapter_tensors(f)) for f in folders):
+    asked = any(unties_head(read_adapter_config(f), adapter_tensors(f)) for f in folders)
+    if config.train_type == "lora" and not folders:
+        asked = head_is_targeted(config.target_regex or config.target_modules, config.modules_to_save)
+    if takes_media or not asked:
         return False
     from raytune_rl.models.load import load_config
 

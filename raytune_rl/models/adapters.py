@@ -50,7 +50,7 @@ def open_adapter(
     try:
         config = PeftConfig.from_pretrained(str(directory))
         if dropout is not None:
-            config.lora_dropout = dropout  # type: ignore[attr-defined]
+            config.lora_dropout = dropout
         peft = PeftModel.from_pretrained(
             model, str(directory), is_trainable=dropout is not None, config=config
         )
@@ -68,7 +68,8 @@ def _why(error: Exception) -> str:
     name, theirs, ours = found[0]
     return (
         f"{len(found)} of its weights have another shape than the model's (first: "
-        f"{name.replace('.default', '')} is [{theirs}], the model's [{ours}]). Was it trained on another base? Name the right one with --model"
+        f"{name.replace('.default', '')} is [{theirs}], the model's [{ours}]). Was it trained on another "
+        "base? Name the right one with --model"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from raytune_rl.models.hub import first_line
 ADAPTER_CONFIG = "adapter_config.json"
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 """Names that families have for the embedding and the head."""
+_PARENTS = ("", "model.", "transformer.", "gpt_neox.", "model.decoder.", "model.language_model.")
 SAFETENSORS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that vLLM can be set up for."""
@@ -91,7 +93,8 @@ def held_back(settings: Mapping[str, Any], names: Collection[str] = ()) -> list[
         f"weights on {' and '.join(outside)}": outside,
     }
     if whole and not any(has.values()):
-        has[f"whole weights of {whole[0].removeprefix('base_model.model.')}"] = True
+        shown = [name.removeprefix("base_model.model.") for name in whole[:2]]
+        has[f"whole weights of {' and '.join(shown)}"] = True
     return [what for what, there in has.items() if there]
 
 
@@ -107,3 +110,18 @@ def unties_head(settings: Mapping[str, Any], names: Collection[str]) -> bool:
     kept = [f".{name}." for name in settings.get("modules_to_save") or ()]
     trained = [f".{n}" for n in names if ".lora_" in n or any(name in f".{n}" for name in kept)]
     return any(f".{part}." in name for part in EMBEDDINGS for name in trained)
+
+
+def head_is_targeted(targets: str | Sequence[str], modules_to_save: Sequence[str]) -> bool:
+    """The same of an adapter yet to be made.
+
+    Args:
+        targets: A regular expression over modules' names, or the ends of names, as `TunerSettings` has them.
+        modules_to_save: As there.
+    """
+    if isinstance(targets, str):
+        named = [f"{part}{name}" for name in EMBEDDINGS for part in _PARENTS]
+        found = any(re.fullmatch(targets, name) for name in named)
+    else:
+        found = "all-embedding" in targets or any(t.rsplit(".", 1)[-1] in EMBEDDINGS for t in targets)
+    return found or any(name.rsplit(".", 1)[-1] in EMBEDDINGS for name in modules_to_save)

@@ -57,7 +57,7 @@ def apply_tuner(
 
     Raises:
         ModelError: an adapter is missing or does not fit, nothing matches the targets, or the request cannot
-            be trained (a tied embedding by an adapter, a quantised base in full).
+            be trained (a quantised base in full).
     """
     with known_to_peft(model):
         return _apply_tuner(model, settings, adapters, resize)
@@ -109,7 +109,6 @@ def trains_vision(model: nn.Module) -> bool:
 def _lora_config(model: PreTrainedModel, settings: TunerSettings) -> LoraConfig:
     init = {"true": True, "false": False}.get(settings.init_weights.lower(), settings.init_weights)
     targets = _targets(model, settings)
-    _refuse_tied(model, targets, settings.modules_to_save)
     scalar = scalar_head(model) is not None
     return LoraConfig(
         # With SEQ_CLS PEFT trains the head in full and saves it with the adapter.
@@ -204,19 +203,6 @@ def _compact(model: PreTrainedModel, targets: list[str]) -> list[str] | str:
     if {name for name in names if re.fullmatch(regex, name)} == set(targets):
         return regex
     return targets
-
-
-def _refuse_tied(model: PreTrainedModel, targets: list[str], modules_to_save: Sequence[str]) -> None:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return
-    tied = [name for name, module in model.named_modules() if module is head or module is embedding]
-    for name in tied:
-        if name in targets or any(name == m or name.endswith(f".{m}") for m in modules_to_save):
-            raise ModelError(
-                f"'{name}' shares its weight with another layer (tie_word_embeddings); an adapter on it "
-                "would untie them, and no engine could load the result. Leave it out, or train in full"
-            )
 
 
 def _freeze_parts(model: PreTrainedModel, settings: TunerSettings) -> None:

@@ -13,7 +13,7 @@ import ray
 from numpy.typing import NDArray
 
 from raytune_rl.data.read_rows import ReadRows
-from raytune_rl.errors import ModelError
+from raytune_rl.errors import DataError, ModelError
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings
 from raytune_rl.protocol.rows import RowBatch
@@ -145,8 +145,11 @@ def end_of_turn_in_files(loaded: LoadedModel, writer: Any) -> tuple[str, ...]:
     if generation is None or not loaded.model.can_generate():
         return ()
     is_processor = hasattr(writer, "tokenizer")
-    chat = ChatTemplate.of(writer.tokenizer if is_processor else writer, writer if is_processor else None)
-    notice = stop_in_files(replace(chat, eos_token_ids=read_eos(loaded.path)), generation)
+    try:
+        chat = ChatTemplate.of(writer.tokenizer if is_processor else writer, writer if is_processor else None)
+        notice = stop_in_files(replace(chat, eos_token_ids=read_eos(loaded.path)), generation)
+    except (ModelError, DataError):  # rows that need no template are trained all the same
+        return ()
     return () if notice is None else (notice,)
 
 

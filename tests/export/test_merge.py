@@ -223,14 +223,15 @@ def test_a_wrong_merge_is_found_and_removed(
     assert beside(adapter) == []
 
 
-def test_an_adapter_on_a_tied_embedding_is_refused(tmp_path: Path, bases: Bases, train: Train) -> None:
-    """No engine could load the result: the head would need weights of its own."""
+def test_an_adapter_on_a_tied_embedding_makes_a_head_of_its_own(
+    tmp_path: Path, bases: Bases, train: Train
+) -> None:
     adapter = train(
         tmp_path / "a", bases(tied=False), settings=TunerSettings(target_modules=("embed_tokens",))
     )
-    with pytest.raises(ParityError, match="tied"):
-        merge(adapter, model=str(bases(tied=True)))
-    assert beside(adapter) == []
+    tied = merge(adapter, model=str(bases(tied=True)), output_dir=str(tmp_path / "tied")).path
+    assert not json.loads((tied / "config.json").read_text())["tie_word_embeddings"]
+    torch.testing.assert_close(answers(tied), answers(bases(tied=True), adapter), atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(
         answers(merge(adapter).path), answers(bases(tied=False), adapter), atol=2e-4, rtol=1e-4
     )

@@ -10,9 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 
+from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ModelError
 from raytune_rl.models.tuner import TunerSettings, apply_tuner
-from raytune_rl.models.weights import save_model
+from raytune_rl.models.weights import WeightExporter, save_model
+from raytune_rl.pipelines import wire
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -80,17 +82,24 @@ def test_no_match_is_an_error(qwen2: Callable[..., Any], bad: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "flags",
     [
         {"target_modules": ("lm_head",)},
         {"modules_to_save": ("embed_tokens",)},
         {"target_modules": ("all-embedding",)},
     ],
 )
-def test_a_tied_weight_takes_no_adapter(qwen2: Callable[..., Any], bad: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match="tie_word_embeddings"):
-        apply_tuner(qwen2(tied=True), TunerSettings(**bad))
-    assert apply_tuner(qwen2(tied=False), TunerSettings(**bad)).trainable > 0
+def test_an_adapter_on_a_tied_weight_makes_two_of_it(
+    qwen2: Callable[..., Any], flags: dict[str, Any], tmp_path: Path
+) -> None:
+    """The driver, which builds the engines, sees it in the flags as the policy does in its weights."""
+    for tied in (True, False):
+        model = qwen2(tied=tied)
+        model.save_pretrained(tmp_path / str(tied))
+        exporter = WeightExporter(apply_tuner(model, TunerSettings(**flags)).model, "merged")
+        assert exporter.unties is tied
+        asked = RLHFConfig(model=str(tmp_path / str(tied)), dataset="d.jsonl", reward_funcs="format", **flags)
+        assert wire.unties(asked) is tied
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 UNTIED = (
     "the adapter changes the head or the embedding of a model that ties them (tie_word_embeddings), so they "
     "are two matrices now, but the engines have one. Leave them out of --target_modules and "
-    "--modules_to_save; or merge an adapter of --adapters first, which writes a model that does not tie them: "
-    "raytune-rl export --adapters ADAPTER --merge_lora true --output_dir MERGED; then --model MERGED"
+    "--modules_to_save; or merge an adapter of --adapters first, which writes a model that does not tie "
+    "them: raytune-rl export --adapters ADAPTER --merge_lora true --output_dir MERGED; then --model MERGED"
 )
 
 

@@ -139,13 +139,14 @@ def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
     if job.loss_scale is None:
         return text, []
     everything = job.loss_scale == "all"
-    if example.plain:
-        return text, [(0 if everything else start, len(text))]
-    if everything and (not job.chat.turn_end.added or example.messages[-1].role != "assistant"):
+    ended = example.plain or example.messages[-1].role != "assistant" or not job.chat.turn_end.added
+    if everything and ended:
         return text, [(0, len(text))]
     turns = [len(example.messages) - 1] if everything else trained_turns(example, job.loss_scale)
     if not turns:
         raise DataError("no turn of the conversation is trained on")
+    if example.plain:
+        return text, [(start, len(text))]
     spans = assistant_spans(example.messages, turns, text, render)
     text, spans = closed(job.chat.turn_end, example.messages, text, spans, render)
     return text, [(0, len(text))] if everything else list(spans.values())

@@ -113,7 +113,7 @@ def closed(
 
 def _ending(end: TurnEnd, messages: Sequence[Message], text: str, stop: int, render: Render) -> str:
     """What ends the last answer; behind a tool's call another role speaks next, so its mark may differ."""
-    if end.marks and messages[-1].other.get("tool_calls"):
+    if end.marks and messages[-1].tool_calls:
         try:
             longer = render([*messages, Message("tool", _NEXT)], generation_prompt=False)
         except DataError:

@@ -293,7 +293,7 @@ def engine_spec(
         sleep_level=config.sleep_level if on_gpu and groups.colocated else 0,
         prompt_limits=media,
         media_limits=MediaLimits.of(config),
-        more={**(UNTIED if wire.unties(config, media is not None) else {}), **config.vllm_engine_kwargs},
+        more={**(UNTIED if lora_sync.unties(config, media is not None) else {}), **config.vllm_engine_kwargs},
         multi_turn=multi_turn(config),
     )
 

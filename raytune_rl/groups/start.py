@@ -110,7 +110,7 @@ def start_groups(
         spec,
         with_entropy=algorithm.with_entropy,
         plugin_files=algorithm.plugin_files,
-        untied=wire.unties(config, account.takes_media),
+        untied=lora_sync.unties(config, account.takes_media),
     )
     ranks = groups["policy"].workers
     policy = group(

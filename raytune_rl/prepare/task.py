@@ -11,11 +11,7 @@ from typing import Any
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.data.example import Task
 from raytune_rl.data.mapped import MappedColumns, open_columns, written_whole
-<<<<<<< HEAD:raytune_rl/prepare/task.py
-=======
 from raytune_rl.data.model_tokens import ModelTokens
-from raytune_rl.data.ragged import Columns
->>>>>>> fd1a52e (Adapters from elsewhere: untied heads, added tokens, trainable tokens; what ends an answer is trained, stops and is saved):raytune_rl/pipelines/data_task.py
 from raytune_rl.errors import ConfigError, DataError
 from raytune_rl.prepare.cache import (
     SETS,

@@ -48,11 +48,10 @@ def base(template=CHATML, added=()):
     return made
 
 
-def row(*contents, **other):
+def row(*contents, calls=()):
     roles = ("user", "assistant")
     turns = [Message(roles[i % 2], content) for i, content in enumerate(contents)]
-    if other:
-        turns[-1] = replace(turns[-1], other=other)
+    turns[-1] = replace(turns[-1], tool_calls=tuple(calls))
     return Example(tuple(turns), source="rows.jsonl", line=3)
 
 
@@ -76,7 +75,7 @@ def test_the_next_roles_mark_ends_an_answer_where_the_model_lists_it() -> None:
     said, made = trained(tokenizer, row("Hi", "Fine.", "And?", "Good."), eos)
     assert said == ["Fine.<|user|>", "Good.<|user|>"]
     assert any("'<|user|>' is trained as its end" in notice for notice in made.notices)
-    called = row("Hi", "Calling.", tool_calls=[{"type": "function", "function": {"name": "f"}}])
+    called = row("Hi", "Calling.", calls=[{"type": "function", "function": {"name": "f"}}])
     assert trained(tokenizer, called, eos)[0] == ["Calling.<|observation|>"]
     assert set(ChatTemplate(tokenizer, eos_token_ids=tuple(eos)).stop_token_ids()) == set(eos)
 

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ModelError
+from raytune_rl.groups import lora_sync
 from raytune_rl.models.adapters import open_adapter
 from raytune_rl.models.load import load_model
 from raytune_rl.models.served import adapter_tensors, held_back, read_adapter_config, unties_head
 from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import WeightExporter, save_model
-from raytune_rl.pipelines import wire
 from raytune_rl.tiny.model import make_tiny_model
 
 
@@ -66,14 +66,14 @@ def test_driver_and_policy_agree_on_whether_an_adapter_unties_the_head(
     """The driver reads it from the files, before the engines are built; the policy sees it in its weights."""
     adapter = made(**how)
     config = RLHFConfig(model=str(base), dataset="d.jsonl", adapters=adapter, reward_funcs="format")
-    assert wire.unties(config) is unties
+    assert lora_sync.unties(config) is unties
     exporter = WeightExporter(
         apply_tuner(load_model(str(base)).model, TunerSettings(), [adapter]).model, "merged"
     )
     assert exporter.unties is unties
     assert ("lm_head.weight" in {spec.name for spec in exporter.index}) is unties
     # What vLLM would not take beside its base travels merged.
-    assert (wire.publish_mode(config) == "merged") is (how != {})
+    assert (lora_sync.publish_mode(config) == "merged") is (how != {})
 
 
 def test_full_training_from_an_adapter_that_unties_is_saved_with_both_matrices(

@@ -12,9 +12,9 @@ from peft import PeftModel
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ModelError
+from raytune_rl.groups import lora_sync
 from raytune_rl.models.tuner import TunerSettings, apply_tuner
 from raytune_rl.models.weights import WeightExporter, save_model
-from raytune_rl.pipelines import wire
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -99,7 +99,7 @@ def test_an_adapter_on_a_tied_weight_makes_two_of_it(
         exporter = WeightExporter(apply_tuner(model, TunerSettings(**flags)).model, "merged")
         assert exporter.unties is tied
         asked = RLHFConfig(model=str(tmp_path / str(tied)), dataset="d.jsonl", reward_funcs="format", **flags)
-        assert wire.unties(asked) is tied
+        assert lora_sync.unties(asked) is tied
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from raytune_rl.groups import lora_sync
 from raytune_rl.models.adapters import open_adapter
 from raytune_rl.models.load import load_model
 from raytune_rl.models.served import adapter_tensors, held_back, read_adapter_config, unties_head
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import WeightExporter, save_model
+from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.tiny.model import make_tiny_model
 
 

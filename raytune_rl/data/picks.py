@@ -12,7 +12,7 @@ from raytune_rl.data.columns import is_part
 from raytune_rl.data.compression import bare_name
 from raytune_rl.data.example import BadRow, Row
 from raytune_rl.data.registered import Entry, Subset, entry_of
-from raytune_rl.data.registered_rules import Context, Identity, Rule
+from raytune_rl.data.rules import Context, Identity, Rule
 from raytune_rl.data.specs import DatasetSpec
 from raytune_rl.errors import DataError
 
@@ -69,24 +69,39 @@ def picks_of(
     if entry is None:
         return [Pick(name, spec.splits) for name in spec.subsets] or [Pick(None, spec.splits)]
     picks = []
+    told: dict[str, None] = {}
     for subset in _chosen(spec, entry, None if there is None else set(there)):
         rule = subset.rule or entry.rule
-        if rule is not None and (mapped := next((t for t in preparing.columns.values() if is_part(t)), None)):
-            announce(f"{spec.text}: --columns says what is the {mapped}, so rows are read as they are")
+        if rule is not None and (named := _by_hand(rule, preparing.columns)):
+            told[f"{spec.text}: --columns names {named!r}, so rows are read as they are"] = None
             rule = None
         if rule is not None and rule.identity and not preparing.identity.complete:
             raise DataError(
                 f"data set {spec.text!r}: its rows leave the model's name and author open. Give --model_name "
                 "and --model_author, each once, or twice: in Chinese, then in English"
             )
-        named = spec.splits
-        splits = named or subset.splits or entry.splits
-        picks.append(Pick(subset.on_hub, splits, if_there=not named, rule=rule))
+        splits = spec.splits or subset.splits or entry.splits
+        picks.append(Pick(subset.on_hub, splits, if_there=not spec.splits, rule=rule))
         if rule is not None:
-            announce(f"{spec.text}: {rule.says}, as in ms-swift")
-        if splits not in ((), ("train",)) and not named:
-            announce(f"{spec.text}: the splits {', '.join(splits)} are read, where there, as in ms-swift")
+            told[f"{spec.text} is a registered data set: {rule.says}"] = None
+        if splits not in ((), ("train",)) and not spec.splits:
+            told[f"{spec.text}: the splits {', '.join(splits)} are read, where there, as in ms-swift"] = None
+    for sentence in told:
+        announce(sentence)
     return picks
+
+
+def leaves_identity_open(spec: DatasetSpec) -> bool:
+    """Whether rows of the data set ask for the model's name and author."""
+    entry = _registered(spec)
+    return entry is not None and any(subset.rule and subset.rule.identity for subset in entry.subsets)
+
+
+def _by_hand(rule: Rule, columns: Mapping[str, str]) -> str | None:
+    """A name in `--columns` that the rule would see to: what it reads, or what it makes."""
+    needs = {name.lower() for name in rule.needs}
+    read = (source for source in columns if source.lower() in needs)
+    return next(read, None) or next((target for target in columns.values() if is_part(target)), None)
 
 
 def prepared(

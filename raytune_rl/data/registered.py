@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from raytune_rl.data import registered_rules as rules
-from raytune_rl.data.registered_rules import Rule, asked, filled, renamed
+from raytune_rl.data.rules import Rule, asked, filled, renamed
 
 
 @dataclass(frozen=True)

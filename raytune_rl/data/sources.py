@@ -14,7 +14,7 @@ from raytune_rl.data.files import read_file
 from raytune_rl.data.folders import data_files
 from raytune_rl.data.layout import layout_of
 from raytune_rl.data.picks import Announce, Pick, Preparing, picks_of, prepared
-from raytune_rl.data.registered_rules import Identity
+from raytune_rl.data.rules import Identity
 from raytune_rl.data.specs import DatasetSpec, parse_spec
 from raytune_rl.errors import DataError
 

@@ -48,7 +48,7 @@ def encode_rows_task(config: InferConfig, model: str, home: str, system: str | N
     from raytune_rl.data.load import load_examples
     from raytune_rl.data.media_table import count_media
     from raytune_rl.data.model_tokens import ModelTokens
-    from raytune_rl.data.registered_rules import Identity
+    from raytune_rl.data.rules import Identity
     from raytune_rl.models.load import load_config
 
     loaded = load_examples(

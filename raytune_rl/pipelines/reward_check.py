@@ -19,7 +19,7 @@ from raytune_rl.config import RewardCheckConfig
 from raytune_rl.data.example import Example, MediaRef
 from raytune_rl.data.load import load_examples
 from raytune_rl.data.media_tags import TAGS
-from raytune_rl.data.registered_rules import Identity
+from raytune_rl.data.rules import Identity
 from raytune_rl.errors import RewardError
 from raytune_rl.protocol.rewards import Failure, TrainerState, with_completions
 from raytune_rl.rewards.preflight import RewardNeeds

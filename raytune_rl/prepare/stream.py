@@ -28,7 +28,7 @@ class StreamWorker:
     def __init__(
         self, folder: str, config: SFTConfig, task: Task, quarantine: str, places: MediaPlaces
     ) -> None:
-        from raytune_rl.data.registered_rules import Identity
+        from raytune_rl.data.rules import Identity
         from raytune_rl.data.stream import RowWindows
         from raytune_rl.prepare.task import rows_encoder
 

@@ -322,7 +322,7 @@ def _quarantines(config: TrainConfig, quarantine: Path) -> tuple[Path, Path]:
 def _load(config: TrainConfig, task: Task, quarantine: Path, tell: Tell = lambda _: None) -> tuple[Any, Any]:
     """(examples, report) to train on, and held out or None."""
     from raytune_rl.data.load import load_examples, split_examples
-    from raytune_rl.data.registered_rules import Identity
+    from raytune_rl.data.rules import Identity
 
     def load(specs: Any, shuffle: bool, path: Path) -> Any:
         return load_examples(
@@ -341,11 +341,30 @@ def _load(config: TrainConfig, task: Task, quarantine: Path, tell: Tell = lambda
 
     progress = Counted("read", tell)
     train = load(config.dataset, config.dataset_shuffle, quarantine)
+    if unused := _unused_identity(config):
+        train = replace(train, report=replace(train.report, notices=(unused, *train.report.notices)))
     if config.val_dataset:
         held_out = load(config.val_dataset, False, _quarantines(config, quarantine)[1])
         return (train.examples, train.report), (held_out.examples, held_out.report)
     examples, rest = split_examples(train.examples, config.split_dataset_ratio, config.data_seed)
     return (examples, train.report), (rest, train.report) if rest else None
+
+
+def _unused_identity(config: TrainConfig) -> str | None:
+    """A sentence where a name or author was given, and no data set asks for it."""
+    from raytune_rl.data.picks import leaves_identity_open
+    from raytune_rl.data.specs import parse_spec
+
+    if not (config.model_name or config.model_author):
+        return None
+    if any(
+        leaves_identity_open(parse_spec(text, use_hf=config.use_hf))
+        for text in (*config.dataset, *config.val_dataset)
+    ):
+        return None
+    return (
+        "--model_name and --model_author have no effect: no data set leaves them open, as self-cognition does"
+    )
 
 
 def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | None) -> Account:

@@ -6,7 +6,7 @@ import pytest
 
 from raytune_rl.data.load import load_examples
 from raytune_rl.data.registered import ENTRIES, entry_of
-from raytune_rl.data.registered_rules import Identity
+from raytune_rl.data.rules import Identity
 from raytune_rl.data.stream import RowWindows
 from raytune_rl.errors import DataError
 
@@ -56,7 +56,7 @@ def test_a_row_that_asks_by_itself_or_a_column_of_the_user_goes_first(put):
     mapped = load(f"{folder}:mapped", columns={"task": "query"})
     assert turns(mapped.examples[0])[0] == ("user", "<image>Read.")
     assert not any("is asked" in notice for notice in mapped.report.notices)
-    assert any("--columns says what is the query" in notice for notice in mapped.report.notices)
+    assert any("--columns names 'query'" in notice for notice in mapped.report.notices)
 
 
 def test_latex_ocr_is_read_with_all_its_splits_unless_the_user_says_otherwise(put):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +56,8 @@ def _tables(spec: DatasetSpec, pick: Pick, announce: Announce) -> Iterator[tuple
 
     location = _located(spec)
     for subset in _subsets(spec, pick, location):
+        if subset is not None and subset in _splits_of_the_only_subset(spec, location, subset):
+            pick, subset = replace(pick, splits=(subset,), if_there=False), None
         for split in _splits(spec, pick, location, subset, announce):
 
             def load(name: str | None = subset, part: str = split) -> Any:
@@ -94,6 +98,16 @@ def _subsets(spec: DatasetSpec, pick: Pick, location: str) -> list[str | None]:
         f"data set {spec.text!r} has several subsets and none is the default: {', '.join(names)}. "
         f"Name one (`{spec.hub_id}:{names[0]}`), several with a slash between, or `:all`"
     )
+
+
+def _splits_of_the_only_subset(spec: DatasetSpec, location: str, name: str) -> list[str]:
+    """The splits, where a data set has no subset of this name, but one alone: then a split is meant."""
+    import datasets
+
+    names = _asked(spec, None, lambda: list(datasets.get_dataset_config_names(location)))
+    if name in names or len(names) > 1:
+        return []
+    return _asked(spec, None, lambda: list(datasets.get_dataset_split_names(location)))
 
 
 def _splits(
@@ -139,9 +153,25 @@ def _asked(spec: DatasetSpec, subset: str | None, ask: Callable[[], T]) -> T:
         reraise=True,
     )
     try:
-        return attempts(ask)
+        with _its_own_infos_unread(spec):
+            return attempts(ask)
     except Exception as error:  # the hubs' clients raise many kinds; the user's remedy is the same
         raise _cannot_load(spec, subset, error) from error
+
+
+@contextmanager
+def _its_own_infos_unread(spec: DatasetSpec) -> Iterator[None]:
+    """ModelScope adds a `dataset_infos.json` to a data set whose features have no types: `datasets`, which
+    still reads a file of that name that it wrote itself in earlier times, fails at it."""
+    import datasets.config
+
+    name = datasets.config.DATASETDICT_INFOS_FILENAME
+    if spec.hub == "ms":
+        datasets.config.DATASETDICT_INFOS_FILENAME = f"{name}.unread"
+    try:
+        yield
+    finally:
+        datasets.config.DATASETDICT_INFOS_FILENAME = name
 
 
 def _may_pass(error: BaseException) -> bool:

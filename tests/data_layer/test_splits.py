@@ -247,6 +247,23 @@ def test_splits_of_a_hub(hub):
     assert file.suffix == ".arrow"
 
 
+def test_a_split_of_a_hub_in_the_place_of_a_subset(hub):
+    hub({"default": ["train_sft", "test_sft"]})
+    assert read("owner/name:test_sft") == (["default/test_sft.jsonl"], [])
+    with pytest.raises(DataError, match="'owner/name', subset 'other', could not be loaded"):
+        read("owner/name:other")
+
+
+def test_model_scopes_own_description_of_a_data_set_is_not_read(hub, tmp_path):
+    """https://github.com/huggingface/datasets/issues/7334"""
+    hub({"default": ["train"]})
+    infos = {"default": {"features": {"from": {"_type": "Value"}}, "splits": {"train": {"name": "train"}}}}
+    (tmp_path / "snapshot" / "dataset_infos.json").write_text(json.dumps(infos))
+    assert read("owner/name") == (["default/train.jsonl"], [])
+    (tmp_path / "snapshot" / "README.md").unlink()
+    assert read("owner/name") == (["default/train.jsonl"], [])
+
+
 def test_the_only_split_of_a_hub_is_read_with_a_word(hub):
     hub({"default": ["test"]})
     assert read("owner/name") == (

@@ -142,7 +142,7 @@ class ActorCritic(PolicyGroup):
         """Waits until every rank of both has loaded; returns what the policy's rank 0 tells."""
         facts = super().ready()
         notices = tuple(f"critic: {notice}" for notice in self.critic.ready().notices)
-        return PolicyFacts(facts.trainable, facts.total, facts.dtype, facts.notices + notices)
+        return PolicyFacts(facts.trainable, facts.total, facts.dtype, facts.layout, facts.notices + notices)
 
     def train(
         self,

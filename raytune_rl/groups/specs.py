@@ -49,6 +49,8 @@ def model_spec(
         media_limits=MediaLimits.of(config),
         media_kinds=tuple(kinds),
         media_threads=1 if config.dataloader_num_workers is None else config.dataloader_num_workers,
+        packing_flag=packing_flag(config),
+        own_dropout=isinstance(config, SFTConfig),
     )
 
 
@@ -101,6 +103,13 @@ def layout(config: TrainConfig, on_gpu: bool, takes_media: bool = False) -> str:
         else config.padding_free
     )
     return "packed" if packed else "padded"
+
+
+def packing_flag(config: TrainConfig) -> str:
+    """The flag by which the user asks for packed rows; empty if there is none."""
+    if isinstance(config, SFTConfig) and config.packing:
+        return "--packing true"
+    return "--padding_free true" if config.padding_free else ""
 
 
 def _has_flash_attention() -> bool:

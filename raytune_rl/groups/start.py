@@ -19,6 +19,7 @@ from raytune_rl.groups.rewards import RewardModelGroup, Scorer, Together
 from raytune_rl.groups.sizes import Groups
 from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.protocol.data import PromptSet
+from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.train import Algorithm
 from raytune_rl.rewards.sandbox import memory_limit_bytes
 from raytune_rl.runtime.group import WorkerGroup
@@ -174,10 +175,15 @@ def start_groups(
         trainer = ActorCritic(policy, spec, budget, config.start_timeout, second, config.vf_coef)
     else:
         trainer = PolicyGroup(policy, spec, budget, config.start_timeout)
-    for started in (*judges, rollout, *([reference] if reference else [])):
+    for started in (*judges, rollout):
         started.call("ping", what="starting", timeout_s=config.start_timeout)
+    settled: list[Settled] = []
+    if reference is not None:
+        settled = reference.call("ping", what="starting", timeout_s=config.start_timeout)
     for notice in trainer.ready().notices:
         say(f"Note: {notice}")
+    for notice in settled[0].notices if settled else ():
+        say(f"Note: reference: {notice}")
     # A reference that moves is what it is by its past, and the policy is one world: neither can be replaced.
     unmoving = [] if reference is None or config.sync_ref_model else [reference]
     for stateless in (*judges, *unmoving):
@@ -193,7 +199,7 @@ def start_groups(
     turns = Turns(config, groups, trainer, engines)
     compared: Reference | None = None
     if reference is not None:
-        compared = ReferenceGroup(reference, budget, spec.model.layout)
+        compared = ReferenceGroup(reference, budget, settled[0].layout)
     elif config.beta > 0:
         compared = AdapterOff(trainer)
     return OnlineGroups(trainer, engines, Together(scorers), compared, turns, store)

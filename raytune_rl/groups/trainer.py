@@ -37,6 +37,7 @@ class PolicyGroup:
         self._group = group
         self._spec = spec
         self._max_tokens = max_tokens
+        self._layout = spec.model.layout
         self._together = 2 if get_loss(spec.loss).rows == "pairs" else 1
         self._index: list[tuple[tuple[TensorEntry, ...], ...]] = []
         self._adapter_config: str | None = None
@@ -56,7 +57,8 @@ class PolicyGroup:
 
     def ready(self) -> PolicyFacts:
         """Waits until every rank has loaded; returns what rank 0 tells."""
-        facts = fetch_all(self._joining)[0]
+        facts: PolicyFacts = fetch_all(self._joining)[0]
+        self._layout = facts.layout
         if self._spec.publish_mode is not None:
             self._index = self._group.call("weight_index")
         return facts
@@ -133,7 +135,7 @@ class PolicyGroup:
             rows,
             lengths,
             self._max_tokens,
-            self._spec.model.layout,
+            self._layout,
             late=late or {},
             collective=True,
             method="base_logprobs" if without_adapter else "logprobs",
@@ -146,13 +148,12 @@ class PolicyGroup:
         late: Mapping[str, Sequence[RowPointer]] | None = None,
     ) -> list[RowPointer]:
         """Where the log-probs of every row lie, and the entropy at each of its loss tokens."""
-        layout = self._spec.model.layout
         return score_rows(
             self._group,
             rows,
             lengths,
             self._max_tokens,
-            layout,
+            self._layout,
             late=late or {},
             collective=True,
             method="entropies",
@@ -277,7 +278,7 @@ class PolicyGroup:
             lengths,
             world_size=self.world_size,
             max_tokens=self._max_tokens,
-            layout=self._spec.model.layout,  # type: ignore[arg-type]
+            layout=self._layout,  # type: ignore[arg-type]
             together=self._together,
         )
 

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from raytune_rl.errors import ModelError
+from raytune_rl.models.borders import accepts_borders, borders_of
 from raytune_rl.models.positions import positions_with_videos
 from raytune_rl.models.sharding import shape_of
 from raytune_rl.models.unwrap import hf_model, scalar_head
@@ -77,9 +78,23 @@ class ScalarScorer(nn.Module):
             float32 [N]. N = 0 (a dummy micro-batch) gives an empty tensor that is still connected to every
             parameter.
         """
+        states = self.states(input_ids, position_ids, attention_mask, state_index, **model_inputs)
+        return hf_model(self.model).score(states).float().squeeze(-1)
+
+    def states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        state_index: Tensor,
+        **model_inputs: Any,
+    ) -> Tensor:
+        """The hidden states [N, H] that the head reads; arguments as in `forward`."""
         inner = hf_model(self.model)
         if position_ids is None:
             position_ids = positions_with_videos(inner.base_model, input_ids, attention_mask, model_inputs)
+        elif self.tells_borders and attention_mask is None:
+            model_inputs |= borders_of(position_ids)
         output = inner.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -89,9 +104,12 @@ class ScalarScorer(nn.Module):
         )
         if self.skips_padding:
             state_index = self._before_padding(input_ids.reshape(-1), state_index)
-        states = output.last_hidden_state
-        hidden = states.reshape(-1, states.shape[-1])[state_index]
-        return inner.score(hidden).float().squeeze(-1)
+        hidden: Tensor = output.last_hidden_state
+        return hidden.reshape(-1, hidden.shape[-1])[state_index]
+
+    def can_tell_borders(self) -> bool:
+        """See `accepts_borders`."""
+        return accepts_borders(hf_model(self.model).base_model)
 
     def _before_padding(self, flat_ids: Tensor, index: Tensor) -> Tensor:
         while self._pad is not None and bool((at_pad := flat_ids[index] == self._pad).any()):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_rl.errors import ModelError
+from raytune_rl.models.borders import accepts_borders, borders_of
 from raytune_rl.models.logprobs import TokenLogprobs, default_chunk_tokens, token_logprobs
 from raytune_rl.models.positions import positions_with_videos
 from raytune_rl.models.sharding import shape_of
@@ -24,7 +25,10 @@ class TokenScorer(nn.Module):
     Attributes:
         model: the model as given; its tuner layers are active inside the backbone.
         chunk_tokens: tokens per pass through the head.
+        tells_borders: whether layers are told where packed rows begin, beside the position ids.
     """
+
+    tells_borders = False
 
     def __init__(self, model: nn.Module, chunk_tokens: int | None = None) -> None:
         """Looks up backbone and head.
@@ -83,6 +87,8 @@ class TokenScorer(nn.Module):
         inner = hf_model(self.model)
         if position_ids is None:
             position_ids = positions_with_videos(inner.base_model, input_ids, attention_mask, model_inputs)
+        elif self.tells_borders and attention_mask is None:
+            model_inputs |= borders_of(position_ids)
         output = inner.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -103,6 +109,10 @@ class TokenScorer(nn.Module):
             self.logit_scale,
             banned,
         )
+
+    def can_tell_borders(self) -> bool:
+        """See `accepts_borders`."""
+        return accepts_borders(hf_model(self.model).base_model)
 
     @torch.no_grad()
     def verify(self, tokens: int = 8, tolerance: float = 1e-3) -> None:

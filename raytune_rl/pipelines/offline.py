@@ -36,6 +36,7 @@ from raytune_rl.prepare.sets import token_sets
 from raytune_rl.prepare.stream import Stream, held_out_of
 from raytune_rl.protocol.data import TokenSet
 from raytune_rl.protocol.media import Kind
+from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import RowPointer
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.group import WorkerGroup
@@ -232,10 +233,12 @@ class OfflineRun:
         )
         budget = specs.max_tokens(config, groups.on_gpu)
         try:
-            group.call("ping", what="starting", timeout_s=config.start_timeout)
+            settled: list[Settled] = group.call("ping", what="starting", timeout_s=config.start_timeout)
+            for notice in settled[0].notices:
+                self.run.say(f"Note: reference: {notice}")
             group.replace_lost(config.start_timeout, lambda _, message: self.run.say(f"Note: {message}"))
             self._score(
-                lambda rows, lengths: score_rows(group, rows, lengths, budget, spec.layout), len(group)
+                lambda rows, lengths: score_rows(group, rows, lengths, budget, settled[0].layout), len(group)
             )
         finally:
             group.shutdown()

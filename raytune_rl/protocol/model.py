@@ -25,6 +25,9 @@ class ModelSpec:
         media_kinds: The kinds of media in the data.
         media_threads: Threads that make the pixels of coming micro-batches.
         liger: Use liger-kernel's layers on a GPU.
+        packing_flag: By which the user asked for the packed layout; empty: it is a default, and padded rows
+            do as well.
+        own_dropout: Whether training has the dropout of the model's config.
     """
 
     path: str
@@ -39,6 +42,21 @@ class ModelSpec:
     media_kinds: tuple[Kind, ...] = ()
     media_threads: int = 1
     liger: bool = False
+    packing_flag: str = ""
+    own_dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How the rows of a model's micro-batches are laid out (`workers.isolation`).
+
+    Attributes:
+        layout: "padded" or "packed".
+        notices: What the user is to know of it.
+    """
+
+    layout: str
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -77,11 +77,19 @@ class PolicySpec:
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """What rank 0 tells after loading."""
+    """What rank 0 tells after loading.
+
+    Attributes:
+        trainable, total: Numbers of parameters.
+        dtype: Of the weights.
+        layout: Of micro-batches, "padded" or "packed": the one asked for, or what the model can do instead.
+        notices: Lines for the user.
+    """
 
     trainable: int
     total: int
     dtype: str
+    layout: str
     notices: tuple[str, ...] = field(default=())
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,7 @@ class PolicyWorker:
         from raytune_rl.models.tuner import apply_tuner, trains_vision
         from raytune_rl.models.weights import WeightExporter, whole
         from raytune_rl.rewards.plugins import load_plugins
+        from raytune_rl.workers import isolation
         from raytune_rl.workers.engine import gathered, is_sharded, start_engine
         from raytune_rl.workers.offload import Offload
 
@@ -137,17 +139,20 @@ class PolicyWorker:
         self._engine, self._rate = start_engine(scorer, spec.optimizer, computes_in)
         if cut:
             scorer.verify()
+        settled = isolation.settle(scorer, spec.model.layout, spec.model.packing_flag)
+        self._spec = replace(spec, model=replace(spec.model, layout=settled.layout))
         self._offload = Offload(self._engine)
         self._gather = gathered if is_sharded(self._engine) else whole
         self._publisher = (
             None if exporter is None else Publisher(exporter, self._gather, self._rank, self._world_size)
         )
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-        notices = loaded.notices + tuned.notices + scoring.end_of_turn_in_files(loaded, self._tokenizer)
+        notices = loaded.notices + tuned.notices + settled.notices
+        notices += scoring.end_of_turn_in_files(loaded, self._tokenizer)
         if loaded.new_head and not spec.model.adapters:
             start = "starts at 0" if self._loss.forward == "values" else "has random weights"
             notices += (f"the head that gives {self._loss.forward} is new and {start}",)
-        return PolicyFacts(tuned.trainable, tuned.total, dtype, notices)
+        return PolicyFacts(tuned.trainable, tuned.total, dtype, settled.layout, notices)
 
     # -- training
     # ---------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.errors import CheckpointError, ModelError
 from raytune_rl.protocol.columns import Columns
-from raytune_rl.protocol.model import ModelSpec, ScoreSettings
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings, Settled
 from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.weights import read
@@ -26,22 +26,23 @@ class ReferenceWorker:
     """
 
     def __init__(self, spec: ModelSpec, settings: ScoreSettings) -> None:
-        from raytune_rl.models.scorer import TokenScorer
         from raytune_rl.models.tuner import apply_tuner
         from raytune_rl.protocol.model import TunerSettings
+        from raytune_rl.workers import isolation
 
         loaded = scoring.load(spec)
         model: Any = loaded.model
         if spec.adapters:
             model = apply_tuner(model, TunerSettings(lora_dropout=0.0), scoring.adapters(spec)).model
         self._media = scoring.media_collator(spec, loaded, always=False)
-        self._spec = spec
         self._settings = settings
-        self._scorer = TokenScorer(model).eval().requires_grad_(False)
+        self._scorer = scoring.scorer_of(model, "logprobs").eval().requires_grad_(False)
+        self._settled = isolation.settle(self._scorer, spec.layout, spec.packing_flag)
+        self._spec = replace(spec, layout=self._settled.layout)
 
-    def ping(self) -> dict[str, Any]:
-        """Proves that the model is loaded."""
-        return {"pid": os.getpid()}
+    def ping(self) -> Settled:
+        """Proves that the model is loaded; how its rows are laid out."""
+        return self._settled
 
     def logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """See `scoring.score`."""

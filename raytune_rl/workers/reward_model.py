@@ -118,6 +118,7 @@ class _Classifier:
         from raytune_rl.models.load import load_tokenizer
         from raytune_rl.models.tuner import apply_tuner
         from raytune_rl.protocol.model import TunerSettings
+        from raytune_rl.workers import isolation
 
         name, spec = spec.path, with_base(local(spec))
         loaded = scoring.load(spec, "scores")
@@ -128,6 +129,7 @@ class _Classifier:
         if loaded.new_head and not spec.adapters:
             raise _no_reward_model(name)
         self._scorer = scoring.scorer_of(model, "scores").eval().requires_grad_(False)
+        isolation.settle(self._scorer, "padded")
         home = spec.adapters[0] if spec.adapters and _has_tokenizer(spec.adapters[0]) else loaded.path
         tokenizer = load_tokenizer(home, trust_remote_code=spec.trust_remote_code)
         # As training writes a conversation, its end included.

@@ -49,6 +49,7 @@ def load(
 
     A critic's new head starts at 0: it foresees nothing, which is nearer to the truth than noise.
     """
+    from raytune_rl.models.dropout import silence_dropout
     from raytune_rl.models.load import Quantization, load_model
     from raytune_rl.models.sharding import changing
 
@@ -68,6 +69,9 @@ def load(
         weight = cast(Any, loaded.model).score.weight
         with changing([weight]):
             weight.data.zero_()
+    if not spec.own_dropout and (rates := silence_dropout(loaded.model)) is not None:
+        notice = f"the model's own dropout ({rates}) is off: it would change log-probs without any learning"
+        loaded = replace(loaded, notices=(*loaded.notices, notice))
     return loaded
 
 

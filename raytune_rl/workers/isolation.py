@@ -1,0 +1,125 @@
+"""Whether the rows of a micro-batch see each other, or the padding: asked of every model when it is loaded.
+
+Not every architecture of Transformers keeps packed rows apart: some make their attention mask without
+position ids, and recurrent and convolution layers run over the borders unless a kernel knows them. A row
+must have the log-probs that it has alone, or training would be silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raytune_rl.data.collate import collate
+from raytune_rl.errors import ModelError
+from raytune_rl.models.scalar import ScalarScorer
+from raytune_rl.models.scorer import TokenScorer
+from raytune_rl.models.sharding import shape_of
+from raytune_rl.models.unwrap import hf_model
+from raytune_rl.protocol.model import Settled
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from raytune_rl.data.microbatch import Layout
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
+"""Largest difference that is rounding: nats, or shares of a hidden state's root mean square. Rows that do see
+each other differ by about 1."""
+_LENGTHS = (13, 9)
+
+
+def settle(scorer: TokenScorer | ScalarScorer, layout: str, flag: str = "") -> Settled:
+    """The layout in which a model keeps rows apart: a collective, if the model is cut into shares.
+
+    Args:
+        scorer: what is trained or asked; put into eval mode for a moment.
+        layout: the one that is wanted.
+        flag: by which the user asked for packed rows; empty: nobody did, and padded ones do as well.
+
+    Raises:
+        ModelError: rows see each other as the user wants them, or are changed by padding.
+    """
+    inner: Any = hf_model(scorer)
+    kind, limit = inner.config.model_type, tolerance(scorer)
+    notices: tuple[str, ...] = ()
+    if layout == "packed":
+        packed = _least_gap(scorer)
+        if packed <= limit:
+            return Settled("packed")
+        if flag:
+            raise ModelError(
+                f"{flag}: packed rows of model type '{kind}' see each other here: log-probs differ by up to "
+                f"{packed:.2g} from those of each row alone (up to {limit:g} is rounding). Leave the flag "
+                "out: padded rows give the right loss"
+            )
+        notices = (
+            f"rows are padded, not packed: packed rows of model type '{kind}' see each other here (log-probs "
+            f"differ by up to {packed:.2g} from those of each row alone)",
+        )
+    padded = gap(scorer, "padded")
+    if not padded <= limit:
+        raise ModelError(
+            f"model type '{kind}' gives a row beside a longer one other log-probs than alone (they differ by "
+            f"up to {padded:.2g}, and {limit:g} is rounding): it does not leave padding out, and cannot be "
+            "trained in micro-batches"
+        )
+    return Settled("padded", notices)
+
+
+def tolerance(scorer: TokenScorer | ScalarScorer) -> float:
+    """See `TOLERANCE`; by the type that the model computes in."""
+    return TOLERANCE.get(hf_model(scorer).dtype, TOLERANCE[torch.bfloat16])
+
+
+def _least_gap(scorer: TokenScorer | ScalarScorer) -> float:
+    """The gap of packed rows, without the arguments that tell layers of the borders if it is small so, else
+    with them; the scorer keeps what is better."""
+    scorer.tells_borders = False
+    without = gap(scorer, "packed")
+    if without <= tolerance(scorer) or not scorer.can_tell_borders():
+        return without
+    scorer.tells_borders = True
+    told = gap(scorer, "packed")
+    scorer.tells_borders = told < without
+    return min(told, without)
+
+
+@torch.no_grad()
+def gap(scorer: TokenScorer | ScalarScorer, layout: str) -> float:
+    """The largest difference between what rows of a micro-batch give and what each gives alone."""
+    was_training = scorer.training
+    scorer.eval()
+    rows = _rows(scorer)
+    together = _read(scorer, rows, cast("Layout", layout))
+    alone = torch.cat([_read(scorer, [row], "padded") for row in rows])
+    scorer.train(was_training)
+    found = (together - alone).abs().max().item()
+    return found if found == found else float("inf")
+
+
+def _read(scorer: TokenScorer | ScalarScorer, rows: Sequence[NDArray], layout: Layout) -> Tensor:
+    masks = [np.arange(len(row)) > 0 for row in rows]
+    device = hf_model(scorer).get_input_embeddings().weight.device
+    micro = collate(rows, masks, layout=layout, pad_token_id=0).to(device)
+    seen = (micro.input_ids, micro.position_ids, micro.attention_mask)
+    if isinstance(scorer, TokenScorer):
+        return scorer(*seen, micro.predict_index, micro.targets).logprobs
+    states = scorer.states(*seen, micro.predict_index).float()
+    return states / states.square().mean(-1, keepdim=True).sqrt()
+
+
+def _rows(scorer: TokenScorer | ScalarScorer) -> list[NDArray]:
+    """Two rows of ids that mean nothing, without the model's padding token."""
+    inner: Any = hf_model(scorer)
+    text = inner.config.get_text_config()
+    pad = -1 if text.pad_token_id is None else text.pad_token_id
+    known = [i for i in range(min(shape_of(inner.get_input_embeddings().weight)[0], 256)) if i != pad]
+    return [
+        np.array([known[(3 + 7 * i + 5 * number) % len(known)] for i in range(length)])
+        for number, length in enumerate(_LENGTHS)
+    ]

@@ -141,7 +141,7 @@ class Kernel(torch.nn.Module):
         self.layer = layer
 
     def forward(
-        self, states: torch.Tensor, seq_idx: torch.Tensor | None = None, **given: Any
+        self, hidden_states: torch.Tensor, seq_idx: torch.Tensor | None = None, **given: Any
     ) -> torch.Tensor:
         if seq_idx is None:
             return self.layer(hidden_states, **given)

@@ -78,7 +78,7 @@ NOT_BUILT: dict[str, str] = {
     "bnb_4bit_use_double_quant": "it is true", "hqq_axis": "",
     # training
     "bf16": _DTYPE, "fp16": _DTYPE, "tf32": "", "optimizer": "the optimizer is AdamW",
-    "lr_scheduler_kwargs": "", "neftune_noise_alpha": "", "sequence_parallel_size": "",
+    "neftune_noise_alpha": "", "sequence_parallel_size": "",
     "vit_gradient_checkpointing": "--gradient_checkpointing holds for the vision tower too",
     "gradient_checkpointing_kwargs": "recomputation is never reentrant",
     "ddp_timeout": "--step_timeout and --start_timeout are the deadlines", "ddp_backend": "",

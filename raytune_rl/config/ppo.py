@@ -34,11 +34,22 @@ class PPOOptions(Options):
         0.05, "Price of a nat of KL to the reference, taken off each token's reward; 0: no reference.", ge=0
     )
     cliprange: float = _setting(0.2, "Clip the policy's ratio at 1 - and 1 + this.", gt=0, lt=1)
-    vf_coef: float = _setting(0.1, "Weight of the critic's loss.", gt=0)
+    vf_coef: float = _setting(
+        0.1,
+        "Weight of the critic's loss. It does next to nothing: the critic has an AdamW of its own, which "
+        "is blind to a factor on its gradient, but for --max_grad_norm; use --critic_learning_rate.",
+        gt=0,
+    )
     cliprange_value: float = _setting(
         0.2, "How far a value may move from the one before the step; beyond, it earns nothing.", ge=0
     )
-    gamma: float = _setting(1.0, "Discount of rewards, per token.", ge=0, le=1)
+    gamma: float = _setting(
+        1.0,
+        "Discount of rewards, per token. A completion that reached the length limit counts as ended: no "
+        "value of what could have followed is added.",
+        ge=0,
+        le=1,
+    )
     lam: float = _setting(0.95, "Lambda of generalised advantage estimation.", ge=0, le=1)
     whiten_rewards: bool = _setting(
         False, "Bring the rewards of the tokens of a generation to a spread of 1; their mean stays."

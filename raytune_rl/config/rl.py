@@ -80,7 +80,10 @@ class RLOptions(Options):
     advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = _setting(
         "grpo",
         "What a reward is compared with: the group's mean (grpo, reinforce_plus_plus), or the mean of the "
-        "group's other rewards (rloo).",
+        "group's other rewards (rloo). With rloo, --loss_type grpo divides each completion's loss by its "
+        "length; dr_grpo is the estimator of its paper. reinforce_plus_plus takes the KL of the whole "
+        "completion off every token's reward, as ms-swift does; its paper takes off, at each token, the KL "
+        "from there on.",
     )
     scale_rewards: Literal["group", "batch", "none", "gdpo"] | None = _setting(
         None,

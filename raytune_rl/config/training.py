@@ -18,6 +18,13 @@ _output = partial(setting, "Output and checkpoints")
 Scheduler = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "cosine_with_min_lr", "inverse_sqrt"
 ]
+SCHEDULE_KWARGS: dict[str, tuple[str, ...]] = {
+    "cosine": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "inverse_sqrt": ("timescale",),
+}
+"""What Transformers' schedules take beside warm-up and length."""
 
 
 class TrainingOptions(Options):
@@ -59,6 +66,12 @@ class TrainingOptions(Options):
         None, "Peak learning rate. Not set: 1e-5 for --train_type full, 1e-4 for lora.", gt=0
     )
     lr_scheduler_type: Scheduler = _optimizer("cosine", "Course of the learning rate after warm-up.")
+    lr_scheduler_kwargs: dict[str, float] = _optimizer(
+        {},
+        "More of that course, as JSON: num_cycles of cosine and cosine_with_min_lr; min_lr or min_lr_rate of "
+        "cosine_with_min_lr (not set: a tenth of the peak); lr_end (not set: 1e-7) and power of polynomial; "
+        "timescale of inverse_sqrt.",
+    )
     warmup_ratio: float = _optimizer(
         0.0, "Share of all steps in which the learning rate rises from 0.", ge=0, lt=1
     )
@@ -125,6 +138,7 @@ class TrainingOptions(Options):
                 "would end "
                 "before the learning rate is reached."
             )
+        self._check_schedule()
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ConfigError("--report_to none stands alone: leave out none, or the others.")
         presets.check(
@@ -134,3 +148,20 @@ class TrainingOptions(Options):
             max_grad_norm=self.max_grad_norm,
         )
         return self
+
+    def _check_schedule(self) -> None:
+        kind, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        known = SCHEDULE_KWARGS.get(kind, ())
+        if unknown := sorted(given.keys() - set(known)):
+            takes = f"takes {', '.join(known)}" if known else "takes none"
+            raise ConfigError(
+                f"--lr_scheduler_kwargs {', '.join(unknown)}: --lr_scheduler_type {kind} {takes}."
+            )
+        if {"min_lr", "min_lr_rate"} <= given.keys():
+            raise ConfigError("--lr_scheduler_kwargs: give min_lr or min_lr_rate, not both.")
+        end = given.get("lr_end", 1e-7)
+        if kind == "polynomial" and self.learning_rate is not None and self.learning_rate <= end:
+            raise ConfigError(
+                f"--lr_scheduler_type polynomial ends at {end:g}, which is not below --learning_rate "
+                f"{self.learning_rate:g}: give --lr_scheduler_kwargs '{{\"lr_end\": 0}}'."
+            )

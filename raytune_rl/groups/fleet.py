@@ -4,6 +4,7 @@ reference.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,24 @@ from raytune_rl.runtime.wait import Pending, fetch, fetch_all, settle
 
 def sample_seed(seed: int, batch: int, prompt: int, sample: int) -> int:
     """A completion's own seed: a repeated batch, on any worker, samples the same."""
-    return int(np.random.SeedSequence([seed, batch, prompt, sample]).generate_state(1)[0] & 0x7FFFFFFF)
+    return _seed(seed, batch, prompt, sample)
+
+
+def row_seeds(seed: int, batch: int, rows: Sequence[int], completions: int) -> list[tuple[int, ...]]:
+    """The seeds of the completions of each prompt of a batch. One that is in it again, as across the border
+    of an epoch, has others.
+    """
+    before: Counter[int] = Counter()
+    seeds = []
+    for row in map(int, rows):
+        again = (before[row],) if before[row] else ()
+        seeds.append(tuple(_seed(seed, batch, row, sample, *again) for sample in range(completions)))
+        before[row] += 1
+    return seeds
+
+
+def _seed(*told: int) -> int:
+    return int(np.random.SeedSequence(told).generate_state(1)[0] & 0x7FFFFFFF)
 
 
 class RolloutGroup:
@@ -86,10 +104,10 @@ class RolloutGroup:
             RaytuneError: The counts do not add up: every prompt asked must come back exactly once.
         """
         requests = [
-            PromptRequest(
-                g, int(row), tuple(sample_seed(self._seed, batch, int(row), s) for s in range(completions))
+            PromptRequest(g, int(row), seeds)
+            for g, (row, seeds) in enumerate(
+                zip(rows, row_seeds(self._seed, batch, rows, completions), strict=True)
             )
-            for g, row in enumerate(rows)
         ]
         shares = [share.tolist() for share in np.array_split(np.arange(len(requests)), len(self._group))]
         pending = [

@@ -152,6 +152,7 @@ def optimizer(config: TrainConfig, total_steps: int) -> OptimizerSpec:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         deepspeed=deepspeed.for_engine(config.deepspeed),
+        schedule_kwargs=config.lr_scheduler_kwargs,
     )
 
 

@@ -28,6 +28,7 @@ class OptimizerSpec:
         betas, epsilon, weight_decay: AdamW's; matrices decay, vectors (biases, norms) do not.
         deepspeed: A DeepSpeed configuration whose "auto" values are filled in here.
         max_grad_norm: Clip the gradient to this norm; 0 does not clip.
+        schedule_kwargs: What else the schedule takes, by Transformers' names.
     """
 
     learning_rate: float
@@ -39,6 +40,7 @@ class OptimizerSpec:
     weight_decay: float
     max_grad_norm: float
     deepspeed: Mapping[str, Any]
+    schedule_kwargs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

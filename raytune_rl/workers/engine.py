@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raytune_rl.config.deepspeed import fill_auto
+from raytune_rl.errors import ConfigError
 from raytune_rl.models.sharding import numel_of, shape_of
 
 if TYPE_CHECKING:
@@ -120,17 +121,28 @@ def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[
 
 
 def learning_rate(spec: OptimizerSpec) -> Rate:
-    """The schedule as a pure function of the step, taken from Transformers' schedulers."""
+    """The schedule as a pure function of the step, taken from Transformers' schedulers.
+
+    Raises:
+        ConfigError: The schedule cannot be had from this learning rate.
+    """
     from transformers import get_scheduler
 
-    placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    scheduler = get_scheduler(
-        spec.schedule,
-        placeholder,
-        num_warmup_steps=spec.warmup_steps,
-        num_training_steps=spec.total_steps,
-        scheduler_specific_kwargs={"min_lr_rate": 0.1} if spec.schedule == "cosine_with_min_lr" else None,
-    )
+    given = dict(spec.schedule_kwargs)
+    if spec.schedule == "cosine_with_min_lr" and not given.keys() & {"min_lr", "min_lr_rate"}:
+        given["min_lr_rate"] = 0.1
+    # With the peak itself: where some schedules end is no share of it.
+    placeholder = torch.optim.SGD([torch.zeros(1)], lr=spec.learning_rate)
+    try:
+        scheduler = get_scheduler(
+            spec.schedule,
+            placeholder,
+            num_warmup_steps=spec.warmup_steps,
+            num_training_steps=spec.total_steps,
+            scheduler_specific_kwargs=given,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--lr_scheduler_type {spec.schedule}: {error}") from None
     factor = scheduler.lr_lambdas[0]
     return lambda step: spec.learning_rate * float(factor(step))
 

@@ -39,7 +39,10 @@ class ScalarScorer(nn.Module):
         model: the model as given; its tuner layers are active inside the backbone.
         skips_padding: whether an index that points at a padding token of the model's config means the last
             token before it that is none, which is where Transformers reads a row's score.
+        tells_borders: whether layers are told where packed rows begin, beside the position ids.
     """
+
+    tells_borders = False
 
     def __init__(self, model: nn.Module, *, skips_padding: bool = False) -> None:
         """Looks up backbone and head.

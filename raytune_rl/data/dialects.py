@@ -16,7 +16,7 @@ from raytune_rl.data.conversation import Conversation, FormatError, parse_text, 
 from raytune_rl.data.example import Message
 from raytune_rl.data.tool_calls import calls_of, tool_call
 
-__all__ = ["ROLES", "Conversation", "FormatError", "is_turns", "parse_conversation", "parse_text"]
+__all__ = ["ROLES", "Conversation", "FormatError", "as_turns", "is_turns", "parse_conversation", "parse_text"]
 
 ROLES: dict[str, str] = {
     "system": "system",
@@ -45,9 +45,22 @@ _ASSISTANT_KEYS = {"assistant", "gpt", "bot"}
 _LOSS_KEYS = ("loss", "loss_scale", "weight", "train", "training")
 
 
+def as_turns(value: Any) -> Any:
+    """One turn as a list of it; and turns that `datasets` has turned about (its `Sequence` of objects is an
+    object of lists) as a list. All else as it is."""
+    if not isinstance(value, dict):
+        return value
+    columns = present(value)
+    if not columns or not all(isinstance(column, list) for column in columns.values()):
+        return [value]
+    if len({len(column) for column in columns.values()}) > 1:
+        return [value]
+    return [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
+
+
 def is_turns(value: Any) -> bool:
     """Is it a list of turns, or one turn, rather than a list of anything else?"""
-    turns = [value] if isinstance(value, dict) else value
+    turns = as_turns(value)
     if not isinstance(turns, list | tuple) or not turns:
         return False
     keys = [turn.keys() if isinstance(turn, dict) else () for turn in turns]
@@ -60,9 +73,7 @@ def parse_conversation(value: Any, column: str) -> Conversation:
     Raises:
         FormatError: It is no list of turns, or a turn is in no known dialect.
     """
-    turns = parse_text(value, column) if isinstance(value, str) else value
-    if isinstance(turns, dict):
-        turns = [turns]
+    turns = as_turns(parse_text(value, column) if isinstance(value, str) else value)
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes) or not turns:
         raise FormatError(f"{column!r} must be a list of turns that is not empty")
     conversation = Conversation()

@@ -17,7 +17,7 @@ from typing import Any
 
 from raytune_rl.data.columns import columns_of
 from raytune_rl.data.conversation import Conversation, FormatError, parse_text
-from raytune_rl.data.dialects import is_turns, parse_conversation
+from raytune_rl.data.dialects import as_turns, is_turns, parse_conversation
 from raytune_rl.data.example import Message
 from raytune_rl.data.transcripts import is_transcript, parse_transcript
 
@@ -46,7 +46,7 @@ def with_chosen(fields: dict[str, Any], explicit: dict[str, str]) -> tuple[dict[
     answer = fields[column]
     rest = {name: value for name, value in fields.items() if name != column}
     if is_transcript(answer):
-        return {**_without_prompt(rest), "messages": _as_turns(answer)}, None
+        return {**_without_prompt(rest), "messages": _turns_of(answer)}, None
     if not isinstance(answer, str) and not is_turns(answer):
         raise FormatError(f"{column!r} is neither a text nor turns")
     whole = not isinstance(answer, str) and any(
@@ -57,10 +57,10 @@ def with_chosen(fields: dict[str, Any], explicit: dict[str, str]) -> tuple[dict[
     )
     if asked is not None:
         turns = fields[asked]
-        turns = parse_text(turns, asked) if isinstance(turns, str) else turns
+        turns = as_turns(parse_text(turns, asked) if isinstance(turns, str) else turns)
         if parse_conversation(turns, asked).messages[-1].role == "assistant":  # the chosen answer once more
             return fields, None
-        return {**rest, asked: answer if whole else [*turns, *_as_turns(answer)]}, None
+        return {**rest, asked: answer if whole else [*turns, *_turns_of(answer)]}, None
     if whole:
         return {**_without_prompt(rest), "messages": answer}, None
     if "query" not in explicit and not any(fields[name] is not None for name in columns_of("query", fields)):
@@ -81,12 +81,12 @@ def _without_prompt(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != _named(("prompt",), fields)}
 
 
-def _as_turns(answer: Any) -> list[Any]:
+def _turns_of(answer: Any) -> list[Any]:
     if is_transcript(answer):
         return [{"role": turn.role, "content": turn.content} for turn in parse_transcript(answer).messages]
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
-    return [answer] if isinstance(answer, dict) else list(answer)
+    return list(as_turns(answer))
 
 
 def rejected_turns(
@@ -110,7 +110,7 @@ def rejected_turns(
         )
     if other := _named(OTHER_MEDIA, fields):
         raise FormatError(f"{other!r}: both answers must be about the same pictures")
-    value = _as_turns(fields[column]) if is_transcript(fields[column]) else fields[column]
+    value = _turns_of(fields[column]) if is_transcript(fields[column]) else fields[column]
     if isinstance(value, str):
         answer: tuple[Message, ...] = (Message("assistant", value),)
     else:

@@ -40,6 +40,7 @@ def trained(examples, tokenizer, encode=encode_sft):
     [
         {"prompt": [Q], "completion": [A]},
         {"prompt": [Q], "completion": "So."},
+        {"conversations": {"from": ["human", "gpt"], "value": ["Why?", "So."], "weight": None}},
         {"prompt": "Why?", "completion": [A]},
         {"prompt": "Why?", "completion": A},
         {"input": [Q], "output": "So.", "category": None},

@@ -213,6 +213,14 @@ def test_what_is_trained_on_has_no_null_of_the_table(tmp_path, calling):
     assert "null" not in "".join(texts)
 
 
+def test_a_null_that_was_written_stays(tmp_path, calling):
+    _, rows = SHAPES["nulls that were written"]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load_examples([str(tmp_path / "r.jsonl")], task="sft", strict=True, shuffle=False)
+    found = encode_sft(loaded.examples, calling)
+    assert '[f {"a": null, "b": [null, {"c": null}]}]' in calling.decode(found.tokens[0])
+
+
 def test_columns_of_rewards_are_as_in_the_table(tmp_path):
     rows = [{"query": "q", "info": {"a": 1}}, {"query": "q", "info": {"b": [{"c": None}]}}]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")

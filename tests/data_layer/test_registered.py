@@ -459,3 +459,35 @@ def test_every_id_leads_to_one_entry():
         "lmms-lab/multimodal-open-r1-8k-verified",
     ):
         assert entry_of(name) is not None
+
+
+def test_a_name_of_the_command_line_reaches_the_rows(put, tmp_path):
+    from raytune_rl.config import SFTConfig
+    from raytune_rl.config.parser import parse
+    from raytune_rl.prepare.task import _load
+
+    folder = put("self-cognition", [{"tag": "zh", "query": "q", "response": "{{NAME}}，{{AUTHOR}}"}])
+    words = ["--model", "m", "--model_name", "小瑞", "Ray", "--model_author", "T", "--dataset"]
+    (examples, report), _ = _load(
+        parse([*words, str(folder)], SFTConfig).config, "sft", tmp_path / "bad.jsonl"
+    )
+    assert examples[0].messages[-1].content == "小瑞，T"
+    assert not any("no effect" in notice for notice in report.notices)
+    other = put("other", [{"query": "q", "response": "a"}])
+    (_, report), _ = _load(parse([*words, str(other)], SFTConfig).config, "sft", tmp_path / "bad.jsonl")
+    assert any("--model_name and --model_author have no effect" in notice for notice in report.notices)
+
+
+def test_a_table_of_a_registered_set(tmp_path):
+    """A table gives every struct every key: a rule does not put the empty ones into the conversation."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    turns_of = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": True}]
+    rows = [{"messages": None, "reannotated_messages": turns_of, "meta": {"a": 1}}, {"meta": {"b": 2}}]
+    folder = tmp_path / "R1-Distill-SFT" / "v1"
+    folder.mkdir(parents=True)
+    parquet.write_table(pa.Table.from_pylist(rows[:1]), folder / "train.parquet")
+    (example,) = load(f"{folder.parent}:v1").examples
+    assert [m.loss for m in example.messages] == [None, True]
+    assert example.extra == {"meta": {"a": 1}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from raytune_rl.data.compression import bare_name
@@ -96,6 +96,18 @@ def _for_training(folder: Path, subset: str | None, parts: list[Part], notices: 
             f"`{named}[{splits[0]}]`"
         )
     return parts
+
+
+def twins(folder: Path, files: Sequence[Path]) -> list[str]:
+    """Sentences on files that differ in their suffixes alone: they may hold the same rows."""
+    by_name: dict[Path, list[str]] = {}
+    for path in files:
+        by_name.setdefault(path.with_name(bare_name(path)), []).append(path.name)
+    return [
+        f"{folder}: {' and '.join(names)} are all read; if they hold the same rows, keep one"
+        for names in by_name.values()
+        if len(set(names)) > 1
+    ]
 
 
 def _words(names: Iterable[str]) -> str:

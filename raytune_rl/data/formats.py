@@ -12,6 +12,7 @@ from raytune_rl.data.example import PROMPT_TASKS, Example, MediaRef, Message, Ro
 from raytune_rl.data.media_tags import GROUNDING, TAGS, legacy_images, media_refs, place_tags
 from raytune_rl.data.preference_rows import read_label, rejected_turns, with_chosen
 from raytune_rl.data.row_formats import Parsed, Parts, format_of
+from raytune_rl.data.rules import PLACEHOLDERS
 from raytune_rl.data.tool_calls import tools_of
 from raytune_rl.protocol.rewards import RUN_COLUMNS
 
@@ -81,6 +82,8 @@ class Converter:
             media["images"] = named
             self.notices["rows name images between <img> and </img>; each is read as an image"] += 1
         _check_grounding(fields, messages)
+        if any(mark in message.content for message in messages for mark in PLACEHOLDERS):
+            self.notices[f"rows have {' or '.join(PLACEHOLDERS)} in their text, and keep it"] += 1
         for kind, refs in media.items():
             if not refs and any(TAGS[kind] in message.content for message in messages):
                 self.notices[f"rows have {TAGS[kind]} in their text but no {kind}: there it is text"] += 1

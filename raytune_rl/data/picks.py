@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from raytune_rl.data.columns import is_part
 from raytune_rl.data.compression import bare_name
 from raytune_rl.data.example import BadRow, Row
 from raytune_rl.data.registered import Entry, Subset, entry_of
-from raytune_rl.data.rules import Context, Identity, Rule
+from raytune_rl.data.rules import PLACEHOLDERS, Context, Identity, Rule
 from raytune_rl.data.specs import DatasetSpec
 from raytune_rl.errors import DataError
 
@@ -63,7 +64,7 @@ def picks_of(
         there: Subsets that a local folder has; None for a hub's data set.
 
     Raises:
-        DataError: It is not clear which subset is meant, or the data set asks for a name and an author.
+        DataError: It is not clear which subset is meant.
     """
     entry = _registered(spec)
     if entry is None:
@@ -75,11 +76,6 @@ def picks_of(
         if rule is not None and (named := _by_hand(rule, preparing.columns)):
             told[f"{spec.text}: --columns names {named!r}, so rows are read as they are"] = None
             rule = None
-        if rule is not None and rule.identity and not preparing.identity.complete:
-            raise DataError(
-                f"data set {spec.text!r}: its rows leave the model's name and author open. Give --model_name "
-                "and --model_author, each once, or twice: in Chinese, then in English"
-            )
         splits = spec.splits or subset.splits or entry.splits
         picks.append(Pick(subset.on_hub, splits, if_there=not spec.splits, rule=rule))
         if rule is not None:
@@ -99,6 +95,8 @@ def leaves_identity_open(spec: DatasetSpec) -> bool:
 
 def _by_hand(rule: Rule, columns: Mapping[str, str]) -> str | None:
     """A name in `--columns` that the rule would see to: what it reads, or what it makes."""
+    if rule.identity:
+        return None
     needs = {name.lower() for name in rule.needs}
     read = (source for source in columns if source.lower() in needs)
     return next(read, None) or next((target for target in columns.values() if is_part(target)), None)
@@ -107,7 +105,11 @@ def _by_hand(rule: Rule, columns: Mapping[str, str]) -> str | None:
 def prepared(
     rows: Iterable[Row | BadRow], spec: DatasetSpec, pick: Pick, preparing: Preparing, announce: Announce
 ) -> Iterator[Row | BadRow]:
-    """The rows as the rule of their subset makes them; what it leaves out or cannot use is counted."""
+    """The rows as the rule of their subset makes them; what it leaves out or cannot use is counted.
+
+    Raises:
+        DataError: A row says a name or an author that the user did not give.
+    """
     rule = pick.rule
     if rule is None:
         yield from rows
@@ -120,6 +122,7 @@ def prepared(
                 continue
             if not rule.fits(row.fields):
                 unlike += 1
+                _check_identity(rule, row, row.fields)
                 yield row
                 continue
             try:
@@ -132,6 +135,7 @@ def prepared(
             if made is None:
                 left_out += 1
                 continue
+            _check_identity(rule, row, made)
             kept = {name for name in made if name in written and written[name] is made[name]}
             yield replace(
                 row,
@@ -144,6 +148,15 @@ def prepared(
             announce(f"{spec.text}: {left_out} rows left out, as in ms-swift: {rule.leaves_out}")
         if unlike:
             announce(f"{spec.text}: {unlike} rows lack {' or '.join(rule.needs)} and are read as they are")
+
+
+def _check_identity(rule: Rule, row: Row, fields: Mapping[str, Any]) -> None:
+    """A placeholder must never be trained on."""
+    if rule.identity and any(mark in str(value) for value in fields.values() for mark in PLACEHOLDERS):
+        raise DataError(
+            f"{row.source}:{row.line}: the row leaves the model's name or author open. Give --model_name and "
+            "--model_author, each once, or twice: in Chinese, then in English"
+        )
 
 
 def _registered(spec: DatasetSpec) -> Entry | None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from raytune_rl.data.rules import Context, Fields, Rule, value, without
+from raytune_rl.data.rules import PLACEHOLDERS, Context, Fields, Rule, value, without
 
 
 def _alpaca_zh(fields: Fields, _: Context) -> Fields:
@@ -35,8 +35,9 @@ def _self_cognition(suffix: str = "", prefix: str = "") -> Rule:
     def make(fields: Fields, context: Context) -> Fields:
         chinese = str(value(fields, "tag")).lower() == "zh"
         texts = [str(value(fields, "query")) + suffix, prefix + str(value(fields, "response"))]
-        for mark, values in (("{{NAME}}", context.identity.name), ("{{AUTHOR}}", context.identity.author)):
-            texts = [text.replace(mark, values[0 if chinese else -1]) for text in texts]
+        for mark, values in zip(PLACEHOLDERS, (context.identity.name, context.identity.author), strict=True):
+            if values:
+                texts = [text.replace(mark, values[0 if chinese else -1]) for text in texts]
         return {**without(fields, "query", "response"), "query": texts[0], "response": texts[1]}
 
     more = ", and every answer begins with an empty thought" if prefix else ""

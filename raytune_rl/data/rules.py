@@ -9,16 +9,16 @@ from typing import Any
 Fields = dict[str, Any]
 
 
+#: What stands in rows for the model's name and for its author.
+PLACEHOLDERS = ("{{NAME}}", "{{AUTHOR}}")
+
+
 @dataclass(frozen=True)
 class Identity:
     """Who the model is to say that it is: values for Chinese and for English rows, or one for both."""
 
     name: tuple[str, ...] = ()
     author: tuple[str, ...] = ()
-
-    @property
-    def complete(self) -> bool:
-        return bool(self.name and self.author)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Rule:
         needs: Columns (whatever their case) without which a row is left as it is.
         make: The new row, in columns with the names of parts; None leaves the row out.
         leaves_out: Which rows are left out, in words.
-        identity: Whether it needs the model's name and author.
+        identity: Whether it puts the model's name and author in the place of `PLACEHOLDERS`.
     """
 
     says: str

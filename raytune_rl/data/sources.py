@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.data.example import BadRow, Row, RowError
 from raytune_rl.data.files import read_file
-from raytune_rl.data.folders import data_files
+from raytune_rl.data.folders import data_files, twins
 from raytune_rl.data.layout import layout_of
 from raytune_rl.data.picks import Announce, Pick, Preparing, picks_of, prepared
 from raytune_rl.data.rules import Identity
@@ -99,7 +99,7 @@ def _local(
     for pick in picks_of(spec, preparing, announce, there=layout.subsets):
         files, notices = data_files(path, layout, pick)
         found.append((pick, files))
-        told += notices
+        told += [*notices, *twins(path, files)]
     for notice in dict.fromkeys(told):
         announce(notice)
     return found

@@ -104,13 +104,24 @@ def test_self_cognition_says_what_the_flags_say(put, rows, subset, expected):
 
 @pytest.mark.parametrize("identity", [None, Identity(("a",)), Identity((), ("b",))])
 def test_self_cognition_without_a_name_and_an_author_is_an_error(put, identity):
-    folder = put("self-cognition", [{"tag": "en", "query": "q", "response": "{{NAME}}"}])
-    with pytest.raises(DataError, match=r"leave the model's name and author open.* Give --model_name and"):
+    folder = put("self-cognition", [{"tag": "en", "query": "q", "response": "{{NAME}} of {{AUTHOR}}"}])
+    with pytest.raises(
+        DataError, match=r"jsonl:1: .*leaves the model's name or author open.* Give --model_name"
+    ):
         load(folder, identity=identity)
     with pytest.raises(DataError, match="Give --model_name"):
         RowWindows([str(folder)], task="sft", size=1, identity=identity).window(0)
     once = RowWindows([str(folder)], task="sft", size=1, identity=Identity(("Ray",), ("T",))).window(0)
-    assert once.examples[0].messages[-1].content == "Ray"
+    assert once.examples[0].messages[-1].content == "Ray of T"
+    with pytest.raises(DataError, match="Give --model_name"):
+        load(folder, columns={"query": "query"}, identity=identity)
+    filled = put("filled", [{"tag": "en", "query": "q", "response": "I am Ray."}], "self_cognition.jsonl")
+    assert turns(load(filled / "self_cognition.jsonl").examples[0])[-1] == ("assistant", "I am Ray.")
+
+
+def test_a_placeholder_in_other_data_is_told(put):
+    loaded = load(put("other", [{"query": "q", "response": "I am {{NAME}}."}]))
+    assert loaded.report.notices == ("1 rows have {{NAME}} or {{AUTHOR}} in their text, and keep it",)
 
 
 XLAM = {

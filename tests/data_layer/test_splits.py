@@ -173,6 +173,14 @@ def test_a_folder_of_parquet_files_as_spark_writes_it(tmp_path):
     assert len(read(f"{tmp_path}:t")[0] if (tmp_path / "t").exists() else read(tmp_path)[0]) == 2
 
 
+def test_a_file_beside_its_compressed_twin_is_told(tmp_path):
+    rows, notices = read(put(tmp_path, "a.jsonl", "a.jsonl.gz", "b.jsonl"))
+    assert len(rows) == 3
+    assert notices == [
+        f"{tmp_path}: a.jsonl and a.jsonl.gz are all read; if they hold the same rows, keep one"
+    ]
+
+
 def test_files_that_are_not_read_are_named_in_one_line(tmp_path):
     put(tmp_path, "train.jsonl")
     for name in (

@@ -49,7 +49,7 @@ def opened(path: Path) -> BinaryIO:
         CompressionError: It is not compressed as its suffix says.
     """
     raw = path.open("rb")
-    head = raw.peek(len(b"magic!"))
+    head = raw.peek(max(map(len, MAGIC.values())))
     kind = suffixes(path)[1]
     if kind and not head.startswith(MAGIC[kind]):
         raw.close()

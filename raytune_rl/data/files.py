@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from raytune_rl.data.compression import DAMAGE, MAGIC, CompressionError, opened, suffixes
 from raytune_rl.data.example import BadRow, Row
+from raytune_rl.data.json_text import DECODER, JsonText, RepeatedKeyError
 from raytune_rl.data.tables import TableRows
 from raytune_rl.errors import DataError
 
 Reader = Callable[[Path], Iterator[Row | BadRow]]
 
-_SPACE = re.compile(r"\s*")
 _ARROW_FILE_MAGIC = b"ARROW1"
 _TABLE_ROWS = 128  # rows may hold pictures
 _HEAD = 4096
-_BLOCK = 2**20
-_LONGEST_WORD = 16
-"""More characters than a word or an escape of JSON has."""
 
 
 def read_file(path: Path) -> Iterator[Row | BadRow]:
@@ -58,24 +54,6 @@ def known() -> str:
     return f"{texts} (each also with {' '.join(MAGIC)}) {tables}"
 
 
-class RepeatedKeyError(Exception):
-    """An object of JSON has a key twice: nobody can say which of its values was meant."""
-
-    def __str__(self) -> str:
-        return f"an object has the key {self.args[0]!r} twice"
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
-    return made
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
 def read_jsonl(path: Path) -> Iterator[Row | BadRow]:
     """One JSON object a line; blank lines are skipped."""
     with opened(path) as lines:
@@ -87,7 +65,7 @@ def read_jsonl(path: Path) -> Iterator[Row | BadRow]:
 def _json_line(path: Path, number: int, raw: bytes) -> Row | BadRow:
     shown = raw.decode("utf-8", "replace").rstrip("\r\n")
     try:
-        value = _DECODER.decode(raw.decode("utf-8"))
+        value = DECODER.decode(raw.decode("utf-8"))
     except RepeatedKeyError as error:
         return BadRow(str(path), number, str(error), shown)
     except UnicodeDecodeError as error:
@@ -119,7 +97,7 @@ def read_json(path: Path) -> Iterator[Row | BadRow]:
         return
     try:
         with TextIOWrapper(opened(path), encoding="utf-8-sig") as file:
-            text = _Text(file)
+            text = JsonText(file)
             yield from _json_values(path, text)
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 here or soon after: {error.reason}; nothing after it can be read"
@@ -140,7 +118,7 @@ def _is_json_lines(path: Path) -> bool:
         return False
 
 
-def _json_values(path: Path, text: _Text) -> Iterator[Row | BadRow]:
+def _json_values(path: Path, text: JsonText) -> Iterator[Row | BadRow]:
     """Decodes element by element: the line of each is wanted, and memory shall hold few of them."""
     in_list = text.peek() == "["
     if in_list:
@@ -163,69 +141,6 @@ def _json_values(path: Path, text: _Text) -> Iterator[Row | BadRow]:
             return
     if in_list and not text.peek():
         yield BadRow(str(path), text.line, "broken JSON: the list is never closed", "")
-
-
-class _Text:
-    """A text file of which memory holds what is being decoded.
-
-    Attributes:
-        line: The line, from 1, of the first character that was not dropped.
-    """
-
-    def __init__(self, file: TextIO) -> None:
-        self.line = 1
-        self._file = file
-        self._held, self._at = "", 0
-        self._ended = False
-
-    def peek(self) -> str:
-        """The first character that is no white space, to which it moves; empty at the end."""
-        while True:
-            found = _SPACE.match(self._held, self._at)
-            self.drop(0 if found is None else found.end() - self._at)
-            if self._at < len(self._held) or not self._read():
-                return self._held[self._at : self._at + 1]
-
-    def decode(self) -> tuple[Any, int]:
-        """The value that begins here, or what is wrong with its keys; and its length in characters.
-
-        Raises:
-            json.JSONDecodeError: It is broken; its place is counted from here.
-        """
-        decoder, repeated = _DECODER, None
-        while True:
-            try:
-                value, end = decoder.raw_decode(self._held, self._at)
-                if end < len(self._held) or not self._read():  # a number may go on
-                    return repeated or value, end - self._at
-            except RepeatedKeyError as error:
-                decoder, repeated = json.JSONDecoder(), error
-            except json.JSONDecodeError as error:
-                # Cut off where the text in memory ends, most likely: a string that is not closed, say.
-                cut_off = error.pos > len(self._held) - _LONGEST_WORD or "string" in error.msg
-                if not (cut_off and self._read()):
-                    raise json.JSONDecodeError(
-                        error.msg, self._held[self._at :], error.pos - self._at
-                    ) from None
-            except (ValueError, RecursionError) as error:
-                raise json.JSONDecodeError(str(error), self._held[self._at :], 0) from None
-
-    def ahead(self, count: int) -> str:
-        return self._held[self._at : self._at + count]
-
-    def drop(self, count: int) -> None:
-        self.line += self._held.count("\n", self._at, self._at + count)
-        self._at += count
-
-    def _read(self) -> bool:
-        """Reads as much again as is still wanted, at least a block; false at the end."""
-        kept = self._held[self._at :]
-        block = "" if self._ended else self._file.read(max(_BLOCK, len(kept)))
-        if not block:
-            self._ended = True
-            return False
-        self._held, self._at = kept + block, 0
-        return True
 
 
 def read_csv(path: Path) -> Iterator[Row | BadRow]:

@@ -265,7 +265,7 @@ def test_a_local_path_imports_no_hub(tmp_path):
 
 def test_a_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
     """Whatever the pieces, they may end inside a string, an escape, a number or white space."""
-    monkeypatch.setattr("raytune_rl.data.files._BLOCK", 1)
+    monkeypatch.setattr("raytune_rl.data.json_text._BLOCK", 1)
     rows = [{"a": 'ü\n"\\' * number, "n": 12.5e3, "b": [True, None]} for number in range(9)]
     path = tmp_path / "a.json"
     for indent in (None, 2):

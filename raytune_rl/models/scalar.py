@@ -19,8 +19,8 @@ from transformers.conversion_mapping import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING,
 )
@@ -150,8 +150,8 @@ class ScalarScorer(nn.Module):
 def scalar_class(config: Any) -> Any:
     """The class that loads a model of this config with a scalar head.
 
-    Image-text models for which Transformers has none get one made as it makes its own for text models, so
-    their checkpoints have the same layout; but only raytune_rl knows the class.
+    Language models for which Transformers has none (Granite, most image-text models) get one made as it
+    makes its own, so their checkpoints have the same layout; but only raytune_rl knows the class.
 
     Raises:
         ModelError: there is none, and none can be made.
@@ -160,14 +160,20 @@ def scalar_class(config: Any) -> Any:
     known = kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if known or "AutoModelForSequenceClassification" in remote:
         return AutoModelForSequenceClassification
-    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    speakers = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    speaker = next((found[type(config)] for found in speakers if type(config) in found), None)
+    backbone = MODEL_MAPPING.get(type(config), None)
+    if speaker is None or not isinstance(backbone, type):
         raise ModelError(f"Transformers knows no sequence classification for model type '{kind}'")
-    backbone = MODEL_MAPPING[type(config)]
     name = backbone.__name__.removesuffix("Model")
-    parent = next(base for base in backbone.__mro__ if base.__name__ == f"{name}PreTrainedModel")
-    made = type(f"{name}ForSequenceClassification", (GenericForSequenceClassification, parent), {})
+    parent = next(
+        base
+        for base in backbone.__mro__
+        if base.__name__.endswith("PreTrainedModel") and base is not backbone
+    )
     # Its weights go by the names that checkpoints with the head over the vocabulary have.
-    speaker = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    prefix = {"base_model_prefix": speaker.base_model_prefix}
+    made = type(f"{name}ForSequenceClassification", (GenericForSequenceClassification, parent), prefix)
     names = get_checkpoint_conversion_mapping(speaker.__name__)
     if names is not None:
         register_checkpoint_conversion_mapping(made.__name__, names, overwrite=True)

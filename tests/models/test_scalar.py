@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from raytune_rl.data.collate import MicroBatch, collate
 from raytune_rl.errors import ModelError
@@ -19,9 +25,10 @@ from raytune_rl.models.load import LoadedModel, load_model
 from raytune_rl.models.scalar import ScalarScorer
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
-from raytune_rl.protocol.model import TunerSettings
+from raytune_rl.protocol.model import ModelSpec, TunerSettings
 from raytune_rl.tiny.model import make_tiny_model
-from raytune_rl.workers.scoring import forward_inputs
+from raytune_rl.workers.judge import is_classifier
+from raytune_rl.workers.scoring import forward_inputs, load, scorer_of
 
 LENGTHS = (7, 2, 12, 4)
 PAD = 0
@@ -137,6 +144,47 @@ def test_dummy_batch_gives_zero_gradients_everywhere(directory: Path, tuner_type
             assert parameter.grad.abs().sum() == 0, name
 
 
+@pytest.mark.parametrize("forward", ["values", "scores"])
+@pytest.mark.parametrize("tuner_type", ["full", "lora"])
+def test_granite_gets_a_head_that_transformers_has_not(
+    tmp_path: Path, tuner_type: Any, forward: Literal["values", "scores"]
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = GraniteConfig(
+        vocab_size=320, pad_token_id=0, embedding_multiplier=12.0, logits_scaling=8.0, **sizes
+    )
+    speaker = GraniteForCausalLM(config).eval()
+    speaker.save_pretrained(tmp_path / "base")
+    spec = ModelSpec(str(tmp_path / "base"), "float32", None, "padded")
+    torch.manual_seed(3)
+    made = load(spec, forward)
+    assert made.new_head
+    assert made.notices == ()
+    assert bool((made.model.score.weight == 0).all()) == (forward == "values"), "a critic's starts at 0"
+    scorer = scorer_of(made.model, forward)
+    batch = micro("padded")
+    index = torch.arange(batch.input_ids.numel())
+    with torch.no_grad():
+        states = speaker.model(batch.input_ids, batch.attention_mask).last_hidden_state
+        seen = scorer.states(batch.input_ids, batch.position_ids, batch.attention_mask, index)
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(seen[real.flatten()], states[real], rtol=0, atol=1e-5)
+    settings = TunerSettings(tuner_type, lora_rank=4)
+    trained = scorer_of(moved(apply_tuner(made.model, settings).model), forward).eval()
+    got = trained(**forward_inputs(batch, forward))
+    assert got.std() > 0.01
+    save_model(trained, tmp_path / "saved")
+    saved = str(tmp_path / "saved")
+    if tuner_type == "full":
+        again = load(replace(spec, path=saved), forward)
+        assert not again.new_head, "its head is its own now"
+        back = again.model
+    else:
+        back = apply_tuner(load(spec, forward).model, settings, [saved]).model
+    assert torch.equal(scorer_of(back, forward).eval()(**forward_inputs(batch, forward)), got)
+    assert is_classifier(saved)
+
+
 def test_a_new_head_comes_from_the_seed(directory: Path) -> None:
     first, again, other = loaded(directory), loaded(directory), loaded(directory, seed=4)
     assert first.new_head
@@ -151,7 +199,7 @@ def test_what_has_no_single_score_is_refused(
     AutoModelForSequenceClassification.from_pretrained(directory, num_labels=3).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="classifier of 3 labels"):
         load_model(str(tmp_path), scalar=True)
-    AutoConfig.for_model("gpt_neox_japanese", pad_token_id=0).save_pretrained(tmp_path / "other")
+    AutoConfig.for_model("vit", pad_token_id=0).save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match="no sequence classification"):
         load_model(str(tmp_path / "other"), scalar=True)
     with pytest.raises(ModelError, match="no head of one output"):

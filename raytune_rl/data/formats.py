@@ -124,6 +124,8 @@ class Converter:
     def _for_rewards(self, extra: dict[str, Any]) -> None:
         """verl's rows have the right answer in an object; and some names are the run's own."""
         held = extra.get("reward_model")
+        if isinstance(held, str) and held.lstrip().startswith("{"):  # in CSV, or written as JSON
+            held = parse_text(held, "reward_model")
         truth = held.get("ground_truth") if isinstance(held, dict) else None
         if truth is not None and extra.get("solution") is None:
             extra["solution"] = truth

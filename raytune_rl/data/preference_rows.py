@@ -6,8 +6,9 @@ A pair is a conversation that ends with the chosen answer, in any format of `row
     rejected_messages, rejected   the whole conversation with it; its prompt must be the chosen one's
 
 The chosen answer may also stand in `chosen`, in the same ways, as TRL, LLaMA-Factory and HH-RLHF (whose
-conversations are transcripts) have it. A labelled row is a conversation and `label`, or LLaMA-Factory's
-`kto_tag`. Everything after the last user turn is the answer.
+conversations are transcripts) have it. OpenAI's names are known too: `preferred_output`,
+`non_preferred_output` and an object `input` with messages and tools. A labelled row is a conversation and
+`label`, or LLaMA-Factory's `kto_tag`. Everything after the last user turn is the answer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from raytune_rl.data.dialects import as_turns, is_turns, parse_conversation
 from raytune_rl.data.example import Message
 from raytune_rl.data.transcripts import is_transcript, parse_transcript
 
-REJECTED = ("rejected_response", "rejected_messages", "rejected")
+CHOSEN = ("chosen", "chosen_response", "preferred_output")
+REJECTED = ("rejected_response", "rejected_messages", "rejected", "non_preferred_output")
 OTHER_MEDIA = ("rejected_images", "rejected_videos", "rejected_audios")
 LABELS = ("label", "kto_tag")
 
@@ -40,7 +42,11 @@ def with_chosen(fields: dict[str, Any], explicit: dict[str, str]) -> tuple[dict[
     Raises:
         FormatError: `chosen` is neither text nor turns, or an answer without a prompt.
     """
-    column = _named(("chosen",), fields)
+    asked = fields.get("input")
+    if isinstance(asked, dict) and is_turns(asked.get("messages")):
+        opened = {name: asked[name] for name in ("messages", "tools") if name in asked}
+        fields = {**opened, **{name: value for name, value in fields.items() if name != "input"}}
+    column = _named(CHOSEN, fields)
     if column is None or "response" in explicit:
         return fields, None
     answer = fields[column]
@@ -52,15 +58,15 @@ def with_chosen(fields: dict[str, Any], explicit: dict[str, str]) -> tuple[dict[
     whole = not isinstance(answer, str) and any(
         turn.role == "user" for turn in parse_conversation(answer, column).messages
     )
-    asked = explicit.get("messages") or next(
+    before = explicit.get("messages") or next(
         (name for name in columns_of("messages", fields) if fields[name] is not None), None
     )
-    if asked is not None:
-        turns = fields[asked]
-        turns = as_turns(parse_text(turns, asked) if isinstance(turns, str) else turns)
-        if parse_conversation(turns, asked).messages[-1].role == "assistant":  # the chosen answer once more
+    if before is not None:
+        turns = fields[before]
+        turns = as_turns(parse_text(turns, before) if isinstance(turns, str) else turns)
+        if parse_conversation(turns, before).messages[-1].role == "assistant":  # the chosen answer once more
             return fields, None
-        return {**rest, asked: answer if whole else [*turns, *_turns_of(answer)]}, None
+        return {**rest, before: answer if whole else [*turns, *_turns_of(answer)]}, None
     if whole:
         return {**_without_prompt(rest), "messages": answer}, None
     if "query" not in explicit and not any(fields[name] is not None for name in columns_of("query", fields)):

@@ -84,6 +84,8 @@ def test_verls_truth_is_the_solution_unless_there_is_one():
     assert notices == ["rows have reward_model.ground_truth; it is the 'solution' of rewards"]
     assert convert({**fields, "solution": "5"}, "grpo").extra["solution"] == "5"
     assert "solution" not in convert({"prompt": [Q], "reward_model": "a/b"}, "grpo").extra
+    as_text = {"prompt": [Q], "reward_model": '{"ground_truth": 4}'}
+    assert convert(as_text, "grpo").extra["solution"] == 4
 
 
 def test_a_column_with_a_name_of_the_runs_own_is_left_out_of_rewards():
@@ -123,6 +125,8 @@ def test_columns_may_name_what_lies_inside_of_a_column():
          "chosen": {"from": "gpt", "value": "So."}, "rejected": {"from": "gpt", "value": "No."}},
         {"conversations": '[{"from": "human", "value": "Why?"}]', "chosen": "So.", "rejected": "No."},
         {"context_messages": [Q], "chosen": "So.", "rejected": "No."},
+        {"instruction": "Why?", "chosen_response": "So.", "rejected_response": "No."},
+        {"input": {"messages": [Q], "tools": []}, "preferred_output": [A], "non_preferred_output": [BAD]},
         {"instruction": "Why?", "input": "", "chosen": "So.", "rejected": "No."},
         {"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: No."},
         {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": "So.", "rejected": "No."},

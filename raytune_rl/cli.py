@@ -9,37 +9,30 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raytune_rl.config import (
-    ExportConfig,
-    InferConfig,
-    PPOConfig,
-    PreferenceConfig,
-    RewardCheckConfig,
-    RLHFConfig,
-    SFTConfig,
-)
-from raytune_rl.config.base import Options
-from raytune_rl.config.explain import did_you_mean
-from raytune_rl.config.parser import Parsed, parse, rlhf_class
 from raytune_rl.errors import ConfigError, RaytuneError
 
-_COMMANDS: dict[str, tuple[type[Options], str]] = {
-    "sft": (SFTConfig, "supervised fine-tuning"),
-    "rlhf": (RLHFConfig, "GRPO, DAPO, PPO; from preferences DPO, KTO, ORPO, CPO, SimPO, RM"),
-    "reward-check": (RewardCheckConfig, "try reward functions on a data set, without a model"),
-    "infer": (InferConfig, "chat with a trained model, or let it answer a data set"),
-    "export": (ExportConfig, "merge a LoRA adapter, push a model to a hub"),
-}
+if TYPE_CHECKING:
+    from raytune_rl.config.parser import Parsed
 
-_PIPELINES: dict[type[Options], str] = {
-    SFTConfig: "raytune_rl.pipelines.sft",
-    PPOConfig: "raytune_rl.pipelines.ppo",
-    PreferenceConfig: "raytune_rl.pipelines.preference",
-    RLHFConfig: "raytune_rl.pipelines.online",
-    RewardCheckConfig: "raytune_rl.pipelines.reward_check",
-    InferConfig: "raytune_rl.infer",
+_COMMANDS = {
+    "sft": ("SFTConfig", "supervised fine-tuning"),
+    "rlhf": ("RLHFConfig", "GRPO, DAPO, PPO; from preferences DPO, KTO, ORPO, CPO, SimPO, RM"),
+    "reward-check": ("RewardCheckConfig", "try reward functions on a data set, without a model"),
+    "infer": ("InferConfig", "chat with a trained model, or let it answer a data set"),
+    "export": ("ExportConfig", "merge a LoRA adapter, push a model to a hub"),
+}
+"""By command: the name of its class in `raytune_rl.config`, and what it does."""
+
+_PIPELINES = {
+    "SFTConfig": "raytune_rl.pipelines.sft",
+    "PPOConfig": "raytune_rl.pipelines.ppo",
+    "PreferenceConfig": "raytune_rl.pipelines.preference",
+    "RLHFConfig": "raytune_rl.pipelines.online",
+    "RewardCheckConfig": "raytune_rl.pipelines.reward_check",
+    "InferConfig": "raytune_rl.infer",
+    "ExportConfig": "raytune_rl.export",
 }
 
 _USAGE = (
@@ -89,10 +82,15 @@ def _run(argv: list[str]) -> int:
         return 0
     name, *rest = argv
     if name not in _COMMANDS:
+        from raytune_rl.config.explain import did_you_mean
+
         raise ConfigError(
             f"Unknown command {name!r}.{did_you_mean(name, _COMMANDS)} Commands: {', '.join(_COMMANDS)}."
         )
-    config_class = rlhf_class(rest) if name == "rlhf" else _COMMANDS[name][0]
+    from raytune_rl import config
+    from raytune_rl.config.parser import parse, rlhf_class
+
+    config_class = rlhf_class(rest) if name == "rlhf" else getattr(config, _COMMANDS[name][0])
     try:
         parsed = parse(rest, config_class)
     except SystemExit:
@@ -102,18 +100,13 @@ def _run(argv: list[str]) -> int:
         return 0
     for notice in parsed.notices:
         print(f"raytune-rl: {notice}", file=sys.stderr)
-    result = _dispatch(name, parsed)
+    result = _dispatch(parsed)
     return 130 if getattr(result, "status", None) == "interrupted" else 0
 
 
-def _dispatch(name: str, parsed: Parsed[Any]) -> object:
-    if name == "export":
-        return _runner("raytune_rl.export")(parsed.config)
-    return _runner(_PIPELINES[type(parsed.config)])(parsed.config)
-
-
-def _runner(module: str) -> Callable[..., object]:
-    return import_module(module).run
+def _dispatch(parsed: Parsed[Any]) -> object:
+    run: Callable[..., object] = import_module(_PIPELINES[type(parsed.config).__name__]).run
+    return run(parsed.config)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Options(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
+        defer_build=True,  # help reads the fields of many classes and validates nothing
         allow_inf_nan=False,
         protected_namespaces=(),
         hide_input_in_errors=True,

@@ -13,20 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from raytune_rl import config as config_classes
 from raytune_rl.config import environment, legacy
 from raytune_rl.config import file as config_file
 from raytune_rl.config.base import Options
 from raytune_rl.config.commandline import Written, split, values_of
-from raytune_rl.config.commands import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.explain import did_you_mean
-from raytune_rl.config.export import ExportConfig
 from raytune_rl.config.flags import Flag, flags_of
 from raytune_rl.config.help import help_text
-from raytune_rl.config.infer import InferConfig
 from raytune_rl.config.not_offered import instead_of
-from raytune_rl.config.notices import notices_for
 from raytune_rl.config.preference import READS
-from raytune_rl.config.reward_check import RewardCheckConfig
 from raytune_rl.errors import ConfigError
 
 Config = TypeVar("Config", bound=Options)
@@ -88,6 +84,8 @@ def parse(
         config = config_class(**settings)
     except ConfigError as error:
         raise _located(error, set(from_file) - set(from_flags), path) from None
+    from raytune_rl.config.notices import notices_for  # needs every command's class, and help does not
+
     notices += notices_for(config)
     return Parsed(config, tuple(notices), None if path is None else Path(path))
 
@@ -104,8 +102,9 @@ def rlhf_class(argv: Sequence[str]) -> type[Options]:
     if not named and path is not None:
         named = [str(config_file.read(path).settings.get("rlhf_type"))]
     if named and named[-1] == "ppo":
-        return PPOConfig
-    return PreferenceConfig if named and named[-1] in READS else RLHFConfig
+        return config_classes.PPOConfig
+    learns_from_pairs = named and named[-1] in READS
+    return config_classes.PreferenceConfig if learns_from_pairs else config_classes.RLHFConfig
 
 
 def _last_of_each(
@@ -164,14 +163,14 @@ def _unknown(name: str, flags: Mapping[str, Flag], config_class: type[Options]) 
             "their own "
             "use --colocate false, with --rollout_workers for how many."
         )
-    commands = (
-        SFTConfig,
-        RLHFConfig,
-        PPOConfig,
-        PreferenceConfig,
-        RewardCheckConfig,
-        InferConfig,
-        ExportConfig,
+    commands: tuple[type[Options], ...] = (
+        config_classes.SFTConfig,
+        config_classes.RLHFConfig,
+        config_classes.PPOConfig,
+        config_classes.PreferenceConfig,
+        config_classes.RewardCheckConfig,
+        config_classes.InferConfig,
+        config_classes.ExportConfig,
     )
     names = {name, legacy.RENAMED.get(name, name)}
     elsewhere = [c.COMMAND for c in commands if names & set(flags_of(c)) or legacy.known(name, flags_of(c))]

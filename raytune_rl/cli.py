@@ -98,8 +98,10 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:  # whoever reads the help has seen enough of it: `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    from raytune_rl.redaction import redact_text
+
     for notice in parsed.notices:
-        print(f"raytune-rl: {notice}", file=sys.stderr)
+        print(f"raytune-rl: {redact_text(notice)}", file=sys.stderr)
     result = _dispatch(parsed)
     return 130 if getattr(result, "status", None) == "interrupted" else 0
 

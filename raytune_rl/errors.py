@@ -7,7 +7,12 @@ its traceback.
 
 
 class RaytuneError(Exception):
-    """Base of all errors raytune_rl raises on purpose."""
+    """Base of all errors raytune_rl raises on purpose. Its text holds no secret: see `redact_text`."""
+
+    def __str__(self) -> str:
+        from raytune_rl.redaction import redact_text
+
+        return redact_text(super().__str__())
 
 
 class ConfigError(RaytuneError):

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "raytune_rl"
 
 FLOORS = [
+    {"redaction"},
     {"errors"},
     {"multi_turn", "algorithms"},
     {"protocol"},

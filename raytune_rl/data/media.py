@@ -9,20 +9,29 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import time
 import urllib.error
 import urllib.request
 import warnings
 from dataclasses import dataclass
 from hashlib import blake2b
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from raytune_rl.data.example import FileRef
 from raytune_rl.errors import DataError
+from raytune_rl.redaction import redact_text
 
 URL_TIMEOUT_S = 20.0
+"""The longest silence of a server."""
+URL_DOWNLOAD_S = 300.0
+"""The longest that one file may take from its URL, however steadily it comes."""
+URL_MAX_BYTES = 512 * 2**20
+"""The largest file that is taken from a URL; what lies on disk may be larger."""
 URL_ATTEMPTS = 3
+_CHUNK = 2**16
 # Some hosts answer the default agent of urllib with 403.
 _AGENT = "Mozilla/5.0 (compatible; raytune_rl)"
 
@@ -55,7 +64,8 @@ def fetch_medium(ref: FileRef, root: str | None = None, kind: str = "image") -> 
         kind: What an error calls it: image, video or audio.
 
     Raises:
-        MediaError: There is no such file, the URL does not answer, or the text is none of these.
+        MediaError: There is no such file, the text is none of these, or the URL does not answer, gives more
+            than `URL_MAX_BYTES` or takes longer than `URL_DOWNLOAD_S`.
     """
     if isinstance(ref, bytes):
         return MediaFile(ref, None, digest_of(ref))
@@ -117,9 +127,12 @@ def digest_of(data: bytes) -> int:
 
 
 def shown(ref: FileRef) -> str:
-    """A reference in an error message: data URIs and bytes only by their beginning or size."""
+    """A reference in an error message: data URIs and bytes only by their beginning or size, URLs without their
+    secrets.
+    """
     if isinstance(ref, bytes):
         return f"of {len(ref)} bytes"
+    ref = ref if ref.startswith("data:") else redact_text(ref)
     return repr(ref) if len(ref) <= 200 else f"{ref[:60]!r}..."
 
 
@@ -137,17 +150,44 @@ def _from_data_uri(uri: str, kind: str) -> bytes:
 def _download(url: str, kind: str) -> bytes:
     request = urllib.request.Request(url, headers={"User-Agent": _AGENT})
     failure: Exception | None = None
+    deadline = time.monotonic() + URL_DOWNLOAD_S
     for _ in range(URL_ATTEMPTS):
         try:
             with urllib.request.urlopen(request, timeout=URL_TIMEOUT_S) as answer:
-                return answer.read()
+                return _within_limits(answer, f"{kind} {shown(url)}", deadline)
         except urllib.error.HTTPError as error:
             failure = error
             if error.code < 500:
                 break
-        except (OSError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             failure = error
     raise MediaError(f"{kind} {shown(url)} cannot be downloaded: {failure}") from failure
+
+
+def _within_limits(answer: HTTPResponse, name: str, deadline: float) -> bytes:
+    """The body, given up where it becomes too large or takes too long."""
+    said = int(answer.headers.get("Content-Length") or 0)
+    parts, size = [], 0
+    while said <= URL_MAX_BYTES and size <= URL_MAX_BYTES:
+        # Whatever has arrived, or a server that sends a byte a second would be waited for.
+        part = answer.read1(_CHUNK)
+        if not part:
+            break
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > deadline:
+            raise MediaError(
+                f"{name} took longer than {URL_DOWNLOAD_S:.0f} s to download ({size:,} bytes came): download "
+                "it yourself, and give its path"
+            )
+    if max(said, size) > URL_MAX_BYTES:
+        raise MediaError(
+            f"{name} is larger than {URL_MAX_BYTES:,} bytes, the most that is taken from a URL: download it "
+            "yourself, and give its path"
+        )
+    if size < said:
+        raise HTTPException(f"the connection ended after {size:,} of {said:,} bytes")
+    return b"".join(parts)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

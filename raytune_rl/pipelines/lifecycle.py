@@ -20,6 +20,7 @@ from rich.console import Console
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.errors import CheckpointError, RaytuneError
+from raytune_rl.redaction import redact, redact_text
 from raytune_rl.tracking.best import CheckpointRecord
 from raytune_rl.tracking.checkpoints import (
     CheckpointWriter,
@@ -165,7 +166,7 @@ def find_origin(config: TrainConfig) -> Origin:
 
 def _changed_settings(config: TrainConfig, run_dir: RunDir) -> list[str]:
     """Settings that differ from those the run began with: allowed, but never unnoticed."""
-    before, now = run_dir.read_args(), config.args()
+    before, now = run_dir.read_args(), redact(config.args())
     own = {"resume_from_checkpoint", "output_dir", "add_version", "ray_address"}
     changed = [n for n in sorted(now) if n in before and n not in own and before[n] != now[n]]
     return [f"--{name} is {now[name]!r} now; the run began with {before[name]!r}" for name in changed]
@@ -210,7 +211,7 @@ class Run:
 
     def say(self, message: Any) -> None:
         """Prints something that stays on the screen, above the live display once there is one."""
-        self.console.print(message, markup=False)
+        self.console.print(redact_text(message) if isinstance(message, str) else message, markup=False)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from raytune_rl.redaction import redact_text
 from raytune_rl.tracking.text import number
 
 
@@ -122,7 +123,7 @@ class RunPlan:
         parts: list[RenderableType] = [Text(self.title, style="bold"), self._group_table()]
         for section in self.sections:
             parts += [Text(section.title, style="bold cyan"), Padding(pairs(section.rows), (0, 0, 1, 2))]
-        parts += [Text(f"Note: {notice}", style="yellow") for notice in self.notices]
+        parts += [Text(f"Note: {redact_text(notice)}", style="yellow") for notice in self.notices]
         return Group(*parts)
 
     def _group_table(self) -> Table:
@@ -159,5 +160,5 @@ def pairs(rows: Sequence[tuple[str, str]]) -> Table:
     table.add_column(style="dim", overflow="fold", max_width=36)  # a long path must leave room for its value
     table.add_column(overflow="fold")
     for label, value in rows:
-        table.add_row(Text(label), Text(value))
+        table.add_row(Text(label), Text(redact_text(value)))
     return table

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from raytune_rl.errors import CheckpointError, ConfigError
+from raytune_rl.redaction import redact
 from raytune_rl.tracking.files import plain, write_atomic
-from raytune_rl.tracking.redact import redact
 
 VERSION_PATTERN = re.compile(r"^v(\d+)-\d{8}-\d{6}$")
 CHECKPOINT_PATTERN = re.compile(r"^checkpoint-(\d+)$")

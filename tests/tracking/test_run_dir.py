@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raytune_rl.errors import CheckpointError, ConfigError
-from raytune_rl.tracking.redact import redact
+from raytune_rl.redaction import redact
 from raytune_rl.tracking.run_dir import RunDir, version_dirs
 
 
@@ -126,6 +126,8 @@ def test_only_secrets_are_redacted() -> None:
     secret = {"hubToken": "x", "use_token": ["x"], "client-secret": {"a": 1}, "MY_ACCESS_KEY": "x"}
     assert redact(secret) == dict.fromkeys(secret)
     assert redact({"proxy": "http://me:pw@host/x"}) == {"proxy": "http://host/x"}
+    nested = {"rows": [{"url": "https://h/a.png?token=s3cr3t&w=4"}]}
+    assert redact(nested) == {"rows": [{"url": "https://h/a.png?token=***&w=4"}]}
 
 
 def test_reading_args_of_no_run_says_so(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raytune_rl.data import media
 from raytune_rl.data.media import MediaError, decode_image, fetch_medium
 from raytune_rl.data.media_table import Medium, count_media, media_columns, media_of
 from raytune_rl.protocol.data import MediaCounts
@@ -26,7 +29,9 @@ def png(colour: tuple[int, ...] = (200, 10, 10), size: tuple[int, int] = (8, 6),
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves one picture; `/flaky.png` fails the first time."""
+    """Serves one picture; `/flaky.png` fails the first time, `/large.png` says that it has 2000 bytes, and
+    `/endless.png` does not end.
+    """
 
     asked: ClassVar[list[str]] = []
 
@@ -34,8 +39,14 @@ class Server(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         bad = {"/gone.png": 404, "/flaky.png": 503 if self.asked.count("/flaky.png") == 1 else 200}
         self.send_response(bad.get(self.path, 200))
+        if self.path == "/large.png":
+            self.send_header("Content-Length", "2000")
         self.end_headers()
-        self.wfile.write(png())
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(png())
+            while self.path == "/endless.png":
+                self.wfile.write(b"more")
+                time.sleep(0.001)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -81,6 +92,21 @@ def test_every_kind_of_reference_gives_the_same_picture(tmp_path: Path, site: st
 def test_what_cannot_be_fetched_is_named(ref: str, reason: str, site: str) -> None:
     with pytest.raises(MediaError, match=reason):
         fetch_medium(ref.format(site=site))
+
+
+def test_a_url_gives_neither_too_much_nor_for_too_long(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MediaError, match=r"cannot be downloaded: .* of 2,000 bytes"):
+        fetch_medium(f"{site}/large.png")
+    monkeypatch.setattr(media, "URL_DOWNLOAD_S", 0.3)
+    with pytest.raises(MediaError, match=r"endless\.png' took longer than 0 s .* give its path"):
+        fetch_medium(f"{site}/endless.png", kind="video")
+    monkeypatch.setattr(media, "URL_MAX_BYTES", 1000)
+    with pytest.raises(MediaError, match=r"large\.png' is larger than 1,000 bytes"):
+        fetch_medium(f"{site}/large.png")
+    monkeypatch.setattr(media, "URL_MAX_BYTES", 10)
+    with pytest.raises(MediaError, match=r"video '.*\?token=\*\*\*' is larger than 10 bytes"):
+        fetch_medium(f"{site}/a.png?token=abc", kind="video")
+    assert Server.asked.count("/endless.png") == 1, "what is too long is not tried again"
 
 
 def test_what_cannot_be_decoded_is_named() -> None:

@@ -36,6 +36,9 @@ def start_engine(module: torch.nn.Module, spec: OptimizerSpec, dtype: torch.dtyp
     """
     import deepspeed
 
+    from raytune_rl.workers.native_ops import leave_out_native_ops
+
+    leave_out_native_ops()
     deepspeed.init_distributed()
     trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(

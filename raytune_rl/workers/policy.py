@@ -74,9 +74,6 @@ class PolicyWorker:
         import torch
         from torch import distributed
 
-        from raytune_rl.workers.native_ops import compile_ops
-
-        compile_ops(timeout_s)
         os.environ |= {
             "RANK": str(self._rank),
             "WORLD_SIZE": str(self._world_size),

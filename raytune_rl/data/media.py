@@ -127,8 +127,8 @@ def digest_of(data: bytes) -> int:
 
 
 def shown(ref: FileRef) -> str:
-    """A reference in an error message: data URIs and bytes only by their beginning or size, URLs without their
-    secrets.
+    """A reference in an error message: data URIs and bytes only by their beginning or size, URLs without
+    their secrets.
     """
     if isinstance(ref, bytes):
         return f"of {len(ref)} bytes"

@@ -24,6 +24,7 @@ from raytune_rl.infer.rows import Asked, encode_rows_task
 from raytune_rl.infer.settings import Shape, context_length, generation_settings, sampling_of
 from raytune_rl.infer.source import Source, find_source
 from raytune_rl.models.load import load_config
+from raytune_rl.pipelines.lifecycle import note
 from raytune_rl.prepare.sets import on_this_node
 from raytune_rl.protocol.data import Account, PromptSet
 from raytune_rl.protocol.media import MediaLimits
@@ -66,7 +67,7 @@ def run(config: InferConfig) -> InferResult:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raytune_rl_infer_")))
         source = find_source(config, scratch, console.print)
         path = _result_path(config, source) if config.val_dataset else None
-        cluster = stack.enter_context(session(config.ray_address))
+        cluster = stack.enter_context(session(config.ray_address, note))
         trial = Trial(config, source, cluster, console)
         trial.start(stack)
         return trial.chat() if path is None else trial.answer_rows(path)

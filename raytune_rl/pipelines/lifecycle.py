@@ -70,6 +70,11 @@ def stage(what: str) -> Iterator[Callable[[str], None]]:
     yield tell
 
 
+def note(message: str) -> None:
+    """Tells the user a sentence before there is a plan to show it with."""
+    WAITING.print(f"Note: {redact_text(message)}", markup=False, highlight=False, soft_wrap=True)
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What a finished (or interrupted) run gives back.

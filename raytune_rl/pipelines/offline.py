@@ -28,7 +28,7 @@ from raytune_rl.groups import specs
 from raytune_rl.groups.sizes import Groups, offline_groups
 from raytune_rl.groups.trainer import PolicyGroup, score_rows
 from raytune_rl.pipelines import offline_report, report
-from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
+from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, note, stage
 from raytune_rl.pipelines.objective import Objective
 from raytune_rl.pipelines.scored import Score, ScoredSet
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
@@ -65,7 +65,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
     """
     with ExitStack() as stack:
         with stage("connecting to Ray"):
-            cluster = stack.enter_context(session(config.ray_address))
+            cluster = stack.enter_context(session(config.ray_address, note))
         groups = offline_groups(config, cluster)
         specs.check_machine(config, groups.on_gpu)
         origin = find_origin(config)

@@ -35,7 +35,7 @@ from raytune_rl.pipelines import report
 from raytune_rl.pipelines.collect import Collector
 from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.generation_log import GenerationLog
-from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, stage
+from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, note, stage
 from raytune_rl.pipelines.online_algorithms import algorithm_of
 from raytune_rl.prepare.sets import check_lengths, prompt_sets
 from raytune_rl.protocol.data import PromptSet
@@ -74,7 +74,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
         needs = preflight(config.reward_funcs, config.external_plugins, config.args(), limit)
     with ExitStack() as stack:
         with stage("connecting to Ray"):
-            cluster = stack.enter_context(session(config.ray_address))
+            cluster = stack.enter_context(session(config.ray_address, note))
         groups = online_groups(config, cluster)
         specs.check_machine(config, groups.on_gpu)
         origin = find_origin(config)

@@ -6,11 +6,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray.exceptions import AuthenticationError, GetTimeoutError
 from ray.util.placement_group import (
     PlacementGroup,
@@ -20,6 +22,7 @@ from ray.util.placement_group import (
 )
 
 from raytune_rl.errors import ConfigError, PlacementError
+from raytune_rl.runtime.machine import make_token, missing_identity, ray_folder
 from raytune_rl.runtime.placement import (
     GroupSpec,
     Layout,
@@ -68,39 +71,75 @@ class ClusterInfo:
 
 
 @contextmanager
-def session(address: str | None = None) -> Iterator[ClusterInfo]:
+def session(address: str | None = None, say: Callable[[str], None] = lambda _: None) -> Iterator[ClusterInfo]:
     """Connects to the cluster at `address` or `RAY_ADDRESS`, or starts one on this machine for the time of
     the block.
 
     An already connected process (a script that called `ray.init` itself) is used as it is and left connected.
 
+    Args:
+        address: Of the head.
+        say: Takes sentences for the user.
+
     Raises:
-        PlacementError: The cluster at the address does not answer, or asks for a token.
+        PlacementError: The cluster at the address does not answer, or asks for a token; or none can be
+            started here.
+        ConfigError: The address is of another kind, or RAY_TMPDIR is too long.
     """
     joined = ray.is_initialized()
     address = address or os.environ.get("RAY_ADDRESS")
     if not joined:
-        quiet = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": False}
+        identity = missing_identity(os.environ)
+        if "HOME" in identity:
+            say(f"this user has no home that can be written to: caches go to {identity['HOME']}")
+        os.environ.update(identity)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # A call with several results fails in each of them; `wait.fetch` reads one, and Ray would print a
         # traceback for every other.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         # Ray warns on every start that its own cluster asks for a token, which it hands out by itself.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        try:
-            if address:
-                _knock(address)
-                ray.init(address=address, namespace=NAMESPACE, **quiet)
-            else:
-                # "local", or Ray would join whatever cluster somebody else started on this machine.
-                ray.init(address="local", namespace=NAMESPACE, include_dashboard=False, **quiet)
-        except (OSError, AuthenticationError, ValueError) as error:
-            raise PlacementError(_unreachable(address, error)) from error
+        if address:
+            _join(address, identity)
+        else:
+            _start_here(say)
     try:
         yield describe(started_here=not joined and not address)
     finally:
         if not joined:
             ray.shutdown()
+
+
+_QUIET: dict[str, Any] = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": False}
+
+
+def _join(address: str, identity: Mapping[str, str]) -> None:
+    more = {"runtime_env": {"env_vars": dict(identity)}} if identity else {}
+    try:
+        _knock(address)
+        ray.init(address=address, namespace=NAMESPACE, **_QUIET, **more)
+    except (OSError, AuthenticationError, ValueError) as error:
+        raise PlacementError(_unreachable(address, error)) from error
+
+
+def _start_here(say: Callable[[str], None]) -> None:
+    more: dict[str, Any] = {}
+    folder = ray_folder(os.environ)
+    if folder is not None:
+        say(f"TMPDIR={os.environ['TMPDIR']} is too long for Ray's sockets: its session lies in {folder}")
+        # What does not fit into memory still goes where the user has room.
+        more = {"_temp_dir": str(folder), "object_spilling_directory": os.environ["TMPDIR"]}
+    os.environ.update(make_token(os.environ))
+    try:
+        # "local", or Ray would join whatever cluster somebody else started on this machine.
+        ray.init(address="local", namespace=NAMESPACE, include_dashboard=False, **_QUIET, **more)
+    except (OSError, AuthenticationError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise PlacementError(
+            f"Ray cannot start on this machine: {reason}. It keeps sockets and logs in "
+            f"{folder or get_default_ray_temp_dir()} (RAY_TMPDIR names another place), which must be "
+            "writable and have room."
+        ) from error
 
 
 def _knock(address: str) -> None:
@@ -120,7 +159,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def _unreachable(address: str | None, error: Exception) -> str:
+def _unreachable(address: str, error: Exception) -> str:
     """Why no cluster could be joined, and what to try."""
     reason = str(error).partition("\n")[0].rstrip(".")
     lines = [f"no Ray cluster answers at {address!r}: {reason}."]

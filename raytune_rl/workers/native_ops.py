@@ -2,8 +2,8 @@
 
 As it starts on a CPU, DeepSpeed compiles a shared-memory all-reduce: for minutes, with whichever ninja is
 first on PATH, and again for each other one. Only its tensor-parallel inference ever calls that
-(`TorchBackend.inference_all_reduce`); training reduces through torch.distributed. Before, it runs the compiler
-to probe each operator that it has. AdamW is PyTorch's.
+(`TorchBackend.inference_all_reduce`); training reduces through torch.distributed. Before, it runs the
+compiler to probe each operator that it has. AdamW is PyTorch's.
 """
 
 from __future__ import annotations

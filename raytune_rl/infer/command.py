@@ -171,8 +171,9 @@ class Trial:
         dtype = config.torch_dtype or ("bfloat16" if on_gpu else "float32")
         width = 4 if dtype == "float32" else 2
         eager = not on_gpu if config.vllm_enforce_eager is None else config.vllm_enforce_eager
+        adapter = self.source.adapter
         return EngineSpec(
-            model=self.source.model,
+            model=str(Path(self.source.model).absolute()),
             dtype=dtype,
             max_model_len=self.limit,
             store=None,
@@ -183,12 +184,10 @@ class Trial:
             max_num_seqs=config.vllm_max_num_seqs,
             enforce_eager=eager,
             enable_prefix_caching=config.vllm_enable_prefix_caching,
-            lora_rank=max(self.source.lora_rank, config.vllm_max_lora_rank or 0)
-            if self.source.adapter
-            else 0,
+            lora_rank=max(self.source.lora_rank, config.vllm_max_lora_rank or 0) if adapter else 0,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed + rank,
-            adapter=self.source.adapter,
+            adapter=None if adapter is None else str(Path(adapter).absolute()),
             prompt_limits=self._prompt_limits(),
             media_limits=MediaLimits.of(config),
             more={} if self.source.tokenizer == self.source.model else {"tokenizer": self.source.tokenizer},

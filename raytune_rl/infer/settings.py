@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from raytune_rl.config import InferConfig
 from raytune_rl.data.model_tokens import as_ids
 from raytune_rl.errors import ConfigError
+from raytune_rl.models.context import longest_context
 from raytune_rl.protocol.rollout import Sampling
 
 CONTEXT = 8192
@@ -37,7 +39,7 @@ class Shape:
         width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
         pairs = getattr(text_config, "num_key_value_heads", None) or heads
         per_token = 2 * text_config.num_hidden_layers * pairs * width
-        return cls(getattr(text_config, "max_position_embeddings", None), per_token)
+        return cls(longest_context(text_config), per_token)
 
     def cache_bytes(self, context: int, bytes_per_number: int) -> int:
         """A cache on a CPU for a few conversations of full length."""
@@ -55,7 +57,8 @@ def context_length(config: InferConfig, shape: Shape, longest_prompt: int | None
     Raises:
         ConfigError: The longest row leaves no room for an answer, or more is asked for than the model takes.
     """
-    most = shape.max_positions
+    allowed = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").lower() in ("1", "true")
+    most = None if allowed else shape.max_positions
     if most is not None and (config.vllm_max_model_len or 0) > most:
         raise ConfigError(
             f"--vllm_max_model_len {config.vllm_max_model_len}: the model takes {most} tokens at most."

@@ -29,6 +29,7 @@ from raytune_rl.groups.sizes import Groups, offline_groups
 from raytune_rl.groups.trainer import PolicyGroup, score_rows
 from raytune_rl.pipelines import offline_report, report
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, note, stage
+from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.objective import Objective
 from raytune_rl.pipelines.scored import Score, ScoredSet
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
@@ -38,6 +39,7 @@ from raytune_rl.protocol.data import TokenSet
 from raytune_rl.protocol.media import Kind
 from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.rewards.plugins import PluginFile
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.workers.policy import PolicyWorker, policy_env
@@ -63,6 +65,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
     Raises:
         RaytuneError: By name, whatever went wrong.
     """
+    config = made_absolute(config)
     with ExitStack() as stack:
         with stage("connecting to Ray"):
             cluster = stack.enter_context(session(config.ray_address, note))
@@ -192,7 +195,8 @@ class OfflineRun:
             takes_media=self.rows.rows.account.takes_media,
             kinds=self.kinds,
         )
-        spec = replace(spec, plugin_files=tuple(str(Path(f).resolve()) for f in objective.plugin_files))
+        files = tuple(PluginFile.read(file) for file in objective.plugin_files)
+        spec = replace(spec, plugin_files=files)
         ranks = groups["policy"].workers
         workers = WorkerGroup(
             groups["policy"],

@@ -36,6 +36,7 @@ from raytune_rl.pipelines.collect import Collector
 from raytune_rl.pipelines.experience import Experience
 from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, note, stage
+from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.online_algorithms import algorithm_of
 from raytune_rl.prepare.sets import check_lengths, prompt_sets
 from raytune_rl.protocol.data import PromptSet
@@ -61,6 +62,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
     Raises:
         RaytuneError: By name, whatever went wrong.
     """
+    config = made_absolute(config)
     algorithm = algorithm_of(config)
     with stage("loading the reward functions"):
         if config.multi_turn_scheduler is not None or config.reward_model_plugin:

@@ -8,6 +8,7 @@ is the name of a folder; elsewhere they go into the object store.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -121,9 +122,18 @@ def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_p
     """The engine's sequence limit: what the user set, else what the run needs.
 
     Raises:
-        ConfigError: The longest prompt and completion do not fit the limit or the model.
+        ConfigError: The longest prompt and completion do not fit the limit or the model, or the limit is more
+            than the model takes and VLLM_ALLOW_LONG_MAX_MODEL_LEN is not set.
     """
     needed = longest_prompt + completion
+    if os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").lower() in ("1", "true"):
+        max_positions = None
+    if limit is not None and max_positions is not None and limit > max_positions:
+        raise ConfigError(
+            f"--vllm_max_model_len {limit} is more than the {max_positions} tokens that the model takes: "
+            f"give at most {max_positions}, or leave it out (this run needs {needed}). Who knows that the model "
+            "takes more sets VLLM_ALLOW_LONG_MAX_MODEL_LEN=1."
+        )
     if limit is not None and needed > limit:
         raise ConfigError(
             f"the longest prompt has {longest_prompt} tokens and --max_completion_length is {completion}, "

@@ -255,13 +255,14 @@ def model_facts(config: TrainConfig) -> ModelFacts:
     """Reads a model's config and tokenizer, and of a model that takes media the processor."""
     from raytune_rl.data.media_processor import MediaProcessor
     from raytune_rl.models import load
+    from raytune_rl.models.context import longest_context
     from raytune_rl.protocol.media import MediaLimits
 
     assert config.model is not None
     trust = config.trust_remote_code
     path = load.resolve_path(config.model, use_hf=config.use_hf)
     model = load.load_config(path, trust_remote_code=trust)
-    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
+    positions = longest_context(model.get_text_config())
     takes_media = load.takes_media(model)
     processor = load.load_media_processor(path, trust_remote_code=trust) if takes_media else None
     tokens = ModelTokens.of(path, model, config.model)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
 import logging
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,52 @@ from raytune_rl.rewards import registry
 from raytune_rl.rewards.shims import real_swift_installed, swift_stand_ins
 
 _log = logging.getLogger(__name__)
+
+
+class PluginFile(str):
+    """The absolute path of a plugin file that carries the file's text, for machines that lack the file.
+
+    Attributes:
+        text: None where there was no such file to read.
+    """
+
+    text: str | None
+
+    @classmethod
+    def read(cls, file: str | Path) -> PluginFile:
+        """A file of this machine; one that is not there is for `load_plugins` to complain of."""
+        path = Path(file).expanduser().resolve()
+        made = cls(path)
+        try:
+            made.text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            made.text = None
+        return made
+
+
+def on_this_machine(files: Sequence[str | Path]) -> tuple[str, ...]:
+    """Absolute paths of plugin files; what is carried and not there, as on another node of a cluster, is
+    written to a folder of this process's own. Files that a plugin imports beside it are not carried.
+    """
+    return tuple(str(_unpacked(file)) for file in files)
+
+
+@cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="raytune_rl-plugins-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _unpacked(file: str | Path) -> Path:
+    path = Path(file).expanduser().resolve()
+    text = getattr(file, "text", None)
+    if path.exists() or text is None:
+        return path
+    copy = _folder() / path.relative_to("/")  # two files of one name stay two
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(text, encoding="utf-8")
+    return copy
 
 
 def load_plugins(files: Sequence[str | Path]) -> None:
@@ -27,8 +77,8 @@ def load_plugins(files: Sequence[str | Path]) -> None:
     Raises:
         RewardError: A file does not exist or raises while it is imported; the message names file and line.
     """
-    for file in files:
-        _load(Path(file).expanduser().resolve())
+    for file in on_this_machine(files):
+        _load(Path(file))
 
 
 def _load(path: Path) -> None:

@@ -88,7 +88,7 @@ class Sandbox:
         self._timeout_s = timeout_s
         self._slow_path_s = max(60.0, 20 * timeout_s) if slow_path_s is None else slow_path_s
         self._max_workers = max_workers
-        self._spec = child.ChildSpec(self.names, tuple(map(str, plugin_files)), config, memory_limit_bytes)
+        self._spec = child.ChildSpec(self.names, on_this_machine(plugin_files), config, memory_limit_bytes)
         self._open: set[Future[Any]] = set()
         self._pool = self._new_pool()
         built = self._answer(self._call(child.describe))

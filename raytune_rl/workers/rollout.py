@@ -35,6 +35,9 @@ def rollout_env(threads: int, tensor_parallel_size: int, on_gpu: bool) -> dict[s
         # their own.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if tensor_parallel_size == 1 else "1",
     }
+    long = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+    if long in os.environ:
+        env[long] = os.environ[long]
     if not on_gpu:
         # Several actors share these cores; binding each engine to cores of its own choice would stack them.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -131,8 +131,8 @@ def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_p
     if limit is not None and max_positions is not None and limit > max_positions:
         raise ConfigError(
             f"--vllm_max_model_len {limit} is more than the {max_positions} tokens that the model takes: "
-            f"give at most {max_positions}, or leave it out (this run needs {needed}). Who knows that the model "
-            "takes more sets VLLM_ALLOW_LONG_MAX_MODEL_LEN=1."
+            f"give at most {max_positions}, or leave it out (this run needs {needed}). Who knows that the "
+            "model takes more sets VLLM_ALLOW_LONG_MAX_MODEL_LEN=1."
         )
     if limit is not None and needed > limit:
         raise ConfigError(

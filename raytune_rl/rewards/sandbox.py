@@ -19,6 +19,7 @@ from raytune_rl.errors import RewardError
 from raytune_rl.protocol.rewards import Failure, RewardBatch, Scores, Unscored
 from raytune_rl.rewards import child
 from raytune_rl.rewards.lean_process import LeanContext
+from raytune_rl.rewards.plugins import on_this_machine
 
 # Time for a fresh child to import plugins and build its functions; the functions' own time starts afterwards.
 START_LIMIT_S = 120.0

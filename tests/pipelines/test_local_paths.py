@@ -14,8 +14,8 @@ import pytest
 
 from raytune_rl.config import RLHFConfig, SFTConfig
 from raytune_rl.errors import ConfigError
-from raytune_rl.prepare.sets import check_lengths
 from raytune_rl.pipelines.local_paths import made_absolute
+from raytune_rl.prepare.sets import check_lengths
 from raytune_rl.rewards.plugins import PluginFile
 
 PLUGIN = """

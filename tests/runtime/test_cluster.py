@@ -144,3 +144,23 @@ def test_without_a_token_where_one_is_asked_for(tmp_path: Path) -> None:
         said = run("-c", JOIN, address, RAY_AUTH_MODE="token", HOME=str(tmp_path)).stdout
     assert said.startswith("PlacementError")
     assert "token" in said
+
+
+# -- starting one ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [{}, {"RAY_AUTH_MODE": "disabled"}])
+def test_one_of_our_own_starts_under_odd_circumstances(tmp_path: Path, mode: dict[str, str]) -> None:
+    """A TMPDIR too long for sockets, no home to keep a token in, and each way to ask for tokens."""
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    done = run("-c", JOIN, TMPDIR=str(long), HOME=str(tmp_path / "nowhere"), **mode)
+    assert done.stdout == "joined\n", done.stderr[-3000:]
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_temporary_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    said = run("-c", JOIN, RAY_TMPDIR="/dev/null/x").stdout
+    assert said.startswith("PlacementError Ray cannot start on this machine: "), said
+    assert "/dev/null/x/ray (RAY_TMPDIR names another place)" in said
+    assert "RAY_ADDRESS" not in said

@@ -133,7 +133,7 @@ def decoupled_advantages(
     rewards are still told apart. Source: Liu et al. 2026 (GDPO); as in ms-swift.
 
     Args:
-        values: float64 `[n, k]`; NaN means that function k does not apply to the row, or failed on it.
+        values: float64 `[n, k]`; NaN means that function k abstained (see `combine_rewards`).
         weights: float64 `[k]`.
         group_ids: int `[n]`.
         eps: added to the divisors.
@@ -163,11 +163,30 @@ def decoupled_totals(
     return total
 
 
+def known_rewards(values: ArrayLike, weights: ArrayLike, failed: ArrayLike) -> NDArray[np.float64]:
+    """Rewards without those of rows on which a function failed: what such a row is worth is not known.
+
+    A function that abstains says that it does not apply; one that failed would have had something to say, so
+    the sum of the others is no estimate of the total. A function of weight 0 has no part in the total.
+
+    Args:
+        values: float64 [n, k]; NaN means that function k abstained or failed.
+        weights: float64 [k].
+        failed: bool [n, k], where function k failed.
+
+    Returns:
+        float64 [n, k]; `values`, and NaN all over in the rows that are unknown.
+    """
+    unknown = (np.asarray(failed, dtype=bool) & (np.asarray(weights) != 0)).any(axis=1)
+    return np.where(unknown[:, None], np.nan, np.asarray(values, dtype=np.float64))
+
+
 def combine_rewards(values: ArrayLike, weights: ArrayLike) -> NDArray[np.float64]:
     """Weighted sum of several reward functions per completion.
 
     Args:
-        values: float64 [n, k]; NaN means that function k does not apply to the row, or failed on it.
+        values: float64 [n, k]; NaN means that function k abstained: it does not apply to the row. Rows on
+            which one failed are to be taken out before, see `known_rewards`.
         weights: float64 [k].
 
     Returns:

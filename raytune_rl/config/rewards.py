@@ -38,7 +38,9 @@ class RewardOptions(Options):
     )
     reward_timeout: float = _setting(
         30.0,
-        "Seconds that one reward function may take for one completion; over it the sample is a failure.",
+        "Seconds that one reward function may take for one completion; over it the sample has no reward, and "
+        "all that the function started is ended. A call with a whole batch has as many times that as it has "
+        "completions, and ends as soon as one of them is seen to take longer; they are then tried alone.",
         gt=0,
     )
     reward_memory_limit: float = _setting(

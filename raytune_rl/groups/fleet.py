@@ -177,6 +177,10 @@ def media_places(trajectories: Sequence[Trajectory]) -> dict[str, list[RowPointe
     return {ROW_COLUMN: places} if places else {}
 
 
+REWARDS_SHARE = 0.8
+"""Part of a call's deadline that reward functions may use: what they leave over costs samples, no run."""
+
+
 class RewardGroup:
     """L workers that score completions; only numbers come back."""
 
@@ -189,6 +193,8 @@ class RewardGroup:
         for number, trajectory in enumerate(trajectories):
             by_object.setdefault(trajectory.text.ref, []).append(number)
         pending, members, turn = [], [], 0
+        # A worker gets a part of each object, one after the other: the last has to be answered in time, too.
+        limit_s = REWARDS_SHARE * self._group.timeout_s / max(len(by_object), 1)
         for ref, numbers in by_object.items():
             for share in np.array_split(np.asarray(numbers), len(self._group)):
                 if not len(share):
@@ -205,6 +211,7 @@ class RewardGroup:
                     [mine[0].dialogue.ref] if mine[0].dialogue is not None else None,
                     [mine[0].data.ref],
                     [mine[0].media.ref] if mine[0].media is not None else None,
+                    limit_s,
                     what=f"scoring {len(mine)} completions",
                 )
                 pending.append(call)
@@ -231,10 +238,13 @@ def gather_scores(answers: Sequence[Scores], members: Sequence[NDArray], count: 
     first = answers[0]
     values = np.full((count, len(first.functions)), np.nan)
     failures: list[Failure] = []
+    one_by_one: dict[str, str] = {}
     for scores, numbers in zip(answers, members, strict=True):
         values[numbers] = scores.values
+        one_by_one |= {n: why for n, why in zip(scores.functions, scores.slow_path, strict=True) if why}
         failures += [replace(f, row=int(numbers[f.row])) for f in scores.failures]
-    return Scored(first.labels, first.functions, values, tuple(sorted(failures, key=lambda f: f.row)))
+    failed = tuple(sorted(failures, key=lambda f: f.row))
+    return Scored(first.labels, first.functions, values, failed, one_by_one)
 
 
 def read_texts(trajectories: Sequence[Trajectory], timeout_s: float) -> list[str]:

@@ -70,4 +70,5 @@ class Together:
             names=tuple(name for part in parts for name in part.names),
             values=np.concatenate([part.values for part in parts], axis=1),
             failures=tuple(sorted(failures, key=lambda failure: failure.row)),
+            one_by_one={name: why for part in parts for name, why in part.one_by_one.items()},
         )

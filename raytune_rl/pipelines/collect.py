@@ -16,7 +16,8 @@ from raytune_rl.algorithms.advantages import combine_rewards
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.data.sampler import BatchPlan, stretch
 from raytune_rl.groups.start import OnlineGroups
-from raytune_rl.pipelines.experience import Experience, fill_with_signal
+from raytune_rl.pipelines.experience import Experience, fill_with_signal, known_values
+from raytune_rl.pipelines.reward_notices import RewardNotices
 from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.rewards import TrainerState
 from raytune_rl.protocol.trajectory import Trajectory
@@ -72,6 +73,7 @@ class Collector:
         self.prompt_failures: Counter[str] = Counter(state.get("prompt_failures", {}))
         self.reward_failures: Counter[str] = Counter(state.get("reward_failures", {}))
         self.short = int(state.get("short_generations", 0))
+        self._notices = RewardNotices(say)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs to go on as if it had never stopped."""
@@ -169,9 +171,10 @@ class Collector:
     def score(self, batch: list[Trajectory], prompts: PromptSet, state: TrainerState) -> Experience:
         """The rewards of trajectories."""
         scored = self._groups.rewards.score(batch, prompts, state)
+        self._notices.tell(scored)
         weights = resolved.reward_weights(self._config)
         apart = weights if self._config.scale_rewards == "gdpo" else ()
-        return Experience(batch, scored, combine_rewards(scored.values, weights), apart)
+        return Experience(batch, scored, combine_rewards(known_values(scored, weights), weights), apart)
 
     def held_out(self, prompts: PromptSet, version: int, state: TrainerState) -> Experience:
         """Completions of all held-out prompts; the same seeds each time: what changes is the policy alone."""

@@ -8,9 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.algorithms.advantages import decoupled_totals, group_advantages
+from raytune_rl.algorithms.advantages import decoupled_totals, group_advantages, known_rewards
 from raytune_rl.protocol.rewards import Scored
 from raytune_rl.protocol.trajectory import Trajectory
+
+
+def known_values(scored: Scored, weights: Sequence[float]) -> NDArray[np.float64]:
+    """Rewards by function, without those of completions on which one of them failed (`known_rewards`)."""
+    return known_rewards(scored.values, weights, scored.failed())
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Experience:
         ids = [t.group for t in self.batch]
         rewards = self.rewards
         if self.apart:
-            rewards = np.round(decoupled_totals(self.scored.values, self.apart, ids), 6)
+            rewards = np.round(decoupled_totals(known_values(self.scored, self.apart), self.apart, ids), 6)
         compared = group_advantages(rewards, ids, "none")
         return {int(g) for g, std in zip(compared.groups, compared.group_std, strict=True) if std > 0}
 

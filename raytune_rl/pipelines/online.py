@@ -33,7 +33,7 @@ from raytune_rl.groups.start import start_groups
 from raytune_rl.multi_turn.scheduler import make_scheduler
 from raytune_rl.pipelines import report
 from raytune_rl.pipelines.collect import Collector
-from raytune_rl.pipelines.experience import Experience
+from raytune_rl.pipelines.experience import Experience, known_values
 from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
@@ -251,7 +251,7 @@ class OnlineRun:
         groups = [t.group for t in experience.batch]
         if config.scale_rewards == "gdpo":
             weights = resolved.reward_weights(config)
-            found = decoupled_advantages(experience.scored.values, weights, groups)
+            found = decoupled_advantages(known_values(experience.scored, weights), weights, groups)
             return replace(group_advantages(rewards, groups), advantages=found)
         return group_advantages(rewards, groups, config.scale_rewards, estimator=config.advantage_estimator)
 

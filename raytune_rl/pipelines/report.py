@@ -242,17 +242,26 @@ _GRADED = ("CosineReward", "RepetitionPenalty", "SoftOverlong")
 def evaluation_metrics(experience: Experience) -> dict[str, float]:
     """The same of an evaluation, under `eval_`, and pass@k of each reward that is either 0 or 1: how likely
     one of k completions of a prompt has 1 at least, on average over prompts; for k as many as were sampled,
-    and the powers of two below.
+    and the powers of two below. Completions without a reward are neither right nor wrong: a prompt counts for
+    k if k of its completions have one.
     """
-    found = {**_rewards(experience), **_lengths(experience.batch)}
+    found = {
+        **_rewards(experience),
+        **_lengths(experience.batch),
+        "reward_failures": float(len(experience.scored.failures)),
+        "unscored_completions": float(np.sum(~np.isfinite(experience.rewards))),
+    }
     _, group_of = np.unique([t.group for t in experience.batch], return_inverse=True)
     each = int(np.bincount(group_of).max())
     for column, label in enumerate(experience.scored.labels):
         values = experience.scored.values[:, column]
         if label not in _GRADED and set(np.unique(values[np.isfinite(values)])) <= {0.0, 1.0}:
             right = np.bincount(group_of, weights=values == 1.0).astype(int)
+            known = np.bincount(group_of, weights=np.isfinite(values)).astype(int)
             for k in (*(2**i for i in range(1, each.bit_length()) if 2**i < each), each):
-                found[f"rewards/{label}/pass@{k}"] = float(np.mean([pass_at(k, each, c) for c in right]))
+                of_prompts = [pass_at(k, n, c) for n, c in zip(known, right, strict=True) if n >= k]
+                if of_prompts:
+                    found[f"rewards/{label}/pass@{k}"] = float(np.mean(of_prompts))
     return {f"eval_{name}": value for name, value in found.items()}
 
 

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raytune_rl.algorithms.advantages import combine_rewards
+from raytune_rl.algorithms.advantages import combine_rewards, known_rewards
 from raytune_rl.config import RewardCheckConfig
 from raytune_rl.data.example import Example, MediaRef
 from raytune_rl.data.load import load_examples
 from raytune_rl.data.media_tags import TAGS
 from raytune_rl.data.rules import Identity
 from raytune_rl.errors import RewardError
-from raytune_rl.protocol.rewards import Failure, TrainerState, with_completions
+from raytune_rl.protocol.rewards import Failure, TrainerState, failed_entries, with_completions
 from raytune_rl.rewards.preflight import RewardNeeds
 from raytune_rl.rewards.sandbox import Sandbox, memory_limit_bytes
 from raytune_rl.tracking.text import number
@@ -180,7 +180,7 @@ def _show(
 ) -> None:
     bad_rows = f", {number(bad)} bad rows left out" if bad else ""
     console.print(f"{number(len(examples))} of {number(there)} rows of {' '.join(config.dataset)}{bad_rows}")
-    wanted = {column for required in sandbox.required for column in required}
+    wanted = {one for required in sandbox.required for column in required for one in column.split(" or ")}
     if config.model is None and wanted & {"completion_tokens", "response_token_ids"}:
         console.print(Text("Note: without --model a token is taken for four bytes", style="yellow"))
     weights = config.reward_weights or (1.0,) * len(sandbox.names)
@@ -201,7 +201,10 @@ def _show(
             spent = 1000 * found.seconds[column] / max(len(examples), 1)
             table.add_row(*_cells(name, found.values[:, column], failed), f"{spent:.2f}")
         table.add_section()
-        table.add_row(*_cells("in all", combine_rewards(found.values, weights), 0), "")
+        failed_in = failed_entries(found.failures, len(found.values), sandbox.names, sandbox.labels)
+        known = known_rewards(found.values, weights, failed_in)
+        unknown = np.isnan(known).all(axis=1) & failed_in.any(axis=1)
+        table.add_row(*_cells("in all", combine_rewards(known, weights), int(unknown.sum())), "")
         console.print(table)
     for line in _reasons(tried, examples):
         console.print(Text(line, style="red"))

@@ -6,7 +6,7 @@ numpy is imported for the type checker alone: the children import this module an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,6 +56,19 @@ class Failure:
     function: str
     kind: FailureKind
     message: str
+
+
+def failed_entries(
+    failures: Sequence[Failure], rows: int, names: Sequence[str], labels: Sequence[str]
+) -> NDArray[np.bool_]:
+    """Where a function failed, bool `[rows, functions]`; functions go by their name or their label."""
+    import numpy as np
+
+    failed = np.zeros((rows, len(names)), dtype=np.bool_)
+    for failure in failures:
+        for column, known_as in enumerate(zip(names, labels, strict=True)):
+            failed[failure.row, column] |= failure.function in known_as
+    return failed
 
 
 @dataclass(frozen=True)
@@ -128,6 +141,11 @@ class RewardBatch:
         return RewardBatch([self.texts[row] for row in rows], take_rows(self.columns, rows))
 
 
+def missing_columns(required: Sequence[str], there: Container[str]) -> list[str]:
+    """Those of `required` that are not there; "a or b" is met by either."""
+    return [name for name in required if not any(one in there for one in name.split(" or "))]
+
+
 def take_rows(columns: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     """The given rows of each column; values that are no lists stay as they are."""
     return {
@@ -153,12 +171,18 @@ class Scored:
         names: Registry names.
         values: float64 `[n, functions]`, NaN where there is none.
         failures: Samples that a function could not score, with the reason.
+        one_by_one: Functions that could not be called with a whole batch -> why.
     """
 
     labels: tuple[str, ...]
     names: tuple[str, ...]
     values: NDArray[np.float64]
     failures: tuple[Failure, ...]
+    one_by_one: Mapping[str, str] = field(default_factory=dict)
+
+    def failed(self) -> NDArray[np.bool_]:
+        """Where a function failed, bool `[n, functions]`."""
+        return failed_entries(self.failures, len(self.values), self.names, self.labels)
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,17 @@ The standard library has no public switch for this, so two of its internal class
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import io
 import multiprocessing
 import os
-import signal
 import sys
 from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 # Imported once by the server; every child, replacements included, is forked with these in memory.
-_PRELOAD = ["raytune_rl.rewards.child", "math_verify"]
+_PRELOAD = ["raytune_rl.rewards.keeper", "math_verify"]
 
 _server = forkserver.ForkServer()
 _server.set_forkserver_preload(_PRELOAD)
@@ -68,19 +66,17 @@ class LeanContext(ForkServerContext):
     Process = LeanProcess
 
 
-def die_with_parent() -> None:
-    """In a child: the kernel kills this process as soon as its parent is gone, whatever it is busy with.
+def signal_when_parent_dies(number: int) -> None:
+    """In a child: the kernel sends this process a signal as soon as its parent is gone.
 
-    A thread that watches the parent would not do: one long integer power holds the interpreter's lock for
-    minutes. Linux only; elsewhere a child still ends at its next idle moment, when it finds its pipe closed.
+    Linux only; elsewhere a child still ends at its next idle moment, when it finds its pipe closed.
     """
     parent = multiprocessing.parent_process()
     if parent is None or not sys.platform.startswith("linux"):
         return
     pipe = parent.sentinel
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, number)
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
     if not parent.is_alive():  # it died before we asked to be told
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)

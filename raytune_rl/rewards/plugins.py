@@ -119,7 +119,7 @@ def _real_orms() -> dict[str, Any]:
 
 
 def _execute(path: Path) -> None:
-    name = f"raytune_rl_plugin_{path.stem}"
+    name = f"{registry.PLUGIN_PREFIX}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RewardError(f"--external_plugins: {path} is no Python file; its name has to end in .py.")

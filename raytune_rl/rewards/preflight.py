@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_rl.errors import RewardError
-from raytune_rl.protocol.rewards import RUN_COLUMNS
+from raytune_rl.protocol.rewards import RUN_COLUMNS, missing_columns
 from raytune_rl.rewards.sandbox import Sandbox
 
 
@@ -35,13 +35,13 @@ class RewardNeeds:
                 f"{', '.join(clash)}. Rename them with --columns."
             )
         for name, required in zip(self.names, self.required, strict=True):
-            missing = [column for column in required if column not in {*columns, *RUN_COLUMNS}]
+            missing = missing_columns(required, {*columns, *RUN_COLUMNS})
             if missing:
                 plural = "s" if len(missing) > 1 else ""
                 raise RewardError(
                     f"Reward `{name}` needs the column{plural} {', '.join(missing)}; "
                     f"the data has: {', '.join(sorted(columns)) or 'none besides the prompt'}. Rename one "
-                    'with --columns \'{"name in the file": "' + missing[0] + "\"}'."
+                    'with --columns \'{"name in the file": "' + missing[0].partition(" or ")[0] + "\"}'."
                 )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from raytune_rl.rewards.cosine import CosineReward
 from raytune_rl.rewards.format import Format
 from raytune_rl.rewards.overlong import SoftOverlong
 from raytune_rl.rewards.repetition import RepetitionPenalty
+from raytune_rl.rewards.signatures import Signature, read_signature
 
 # The name, the shape and the way in are ms-swift's: plugin files say `orms['mine'] = Mine`.
 orms: dict[str, Any] = {
@@ -27,6 +29,9 @@ orms: dict[str, Any] = {
     "soft_overlong": SoftOverlong,
 }
 
+PLUGIN_PREFIX = "raytune_rl_plugin_"
+"""What the names of modules that are plugin files begin with."""
+
 
 @dataclass(frozen=True)
 class RewardFunction:
@@ -35,24 +40,25 @@ class RewardFunction:
     Attributes:
         name: Its name in `orms`.
         label: Class name (function name for a plain function), as ms-swift's metric keys have it.
-        call: `call(completions, **columns)` -> one number, `None` or `Unscored` a completion; or a coroutine
-            of that.
-        is_async: Whether `call` returns a coroutine.
-        required: Columns without which it cannot be called.
-        accepted: Columns it takes; `None` when it takes `**kwargs`.
+        signature: How it is called, and with what.
     """
 
     name: str
     label: str
-    call: Callable[..., Any]
-    is_async: bool
-    required: tuple[str, ...]
-    accepted: frozenset[str] | None
+    signature: Signature
+
+    @property
+    def is_async(self) -> bool:
+        """Whether a call gives a coroutine."""
+        return self.signature.is_async
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Columns without which it cannot be called."""
+        return self.signature.required
 
     def __call__(self, completions: list[str], columns: dict[str, Any]) -> Any:
-        if self.accepted is not None:
-            columns = {name: column for name, column in columns.items() if name in self.accepted}
-        return self.call(completions, **columns)
+        return self.signature.call(completions, columns)
 
 
 def build(names: Sequence[str], config: dict[str, Any]) -> list[RewardFunction]:
@@ -74,6 +80,9 @@ def _lookup(name: str) -> Any:
         return orms[name]
     nearest = difflib.get_close_matches(name, orms, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(nearest)}? " if nearest else ""
+    for module in [m for key, m in sys.modules.items() if key.startswith(PLUGIN_PREFIX)]:
+        if callable(getattr(module, name, None)):
+            hint = f"{module.__file__} has a `{name}`, but does not register it. "
     raise RewardError(
         f"Unknown reward function `{name}`. {hint}Known are: {', '.join(sorted(orms))}. "
         f"Functions of your own come from a file given to --external_plugins, which says orms['{name}'] = ..."
@@ -112,18 +121,9 @@ def _wrap(name: str, call: Any) -> RewardFunction:
         raise RewardError(
             f"Reward `{name}` is a {type(call).__name__}; a class, function or instance with __call__ works."
         )
-    is_function = inspect.isroutine(call)
-    parameters = list(inspect.signature(call).parameters.values())
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    named = [p for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return RewardFunction(
-        name=name,
-        label=getattr(call, "__name__", type(call).__name__) if is_function else type(call).__name__,
-        call=call,
-        is_async=inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__),
-        required=tuple(p.name for p in named if p.default is p.empty),
-        accepted=None if open_ended else frozenset(p.name for p in named),
-    )
+    named = inspect.isroutine(call)
+    label = getattr(call, "__name__", type(call).__name__) if named else type(call).__name__
+    return RewardFunction(name, label, read_signature(name, call))
 
 
 def describe_error(error: BaseException) -> str:

@@ -26,7 +26,7 @@ class RewardWorker:
         names: Registry names, in the order of `--reward_funcs`.
         plugin_files: Files of `--external_plugins`.
         config_dict: All settings of the run.
-        timeout_s: Seconds for one call of a reward function.
+        timeout_s: Seconds that a reward function may take for one completion.
         max_workers: Child processes of this worker.
         memory_limit_bytes: Address space of a child; `None` for no limit.
 
@@ -57,6 +57,7 @@ class RewardWorker:
         dialogues_ref: Any = None,
         tokens_ref: Any = None,
         media_ref: Any = None,
+        limit_s: float | None = None,
     ) -> Scores:
         """Scores the completions `rows`.
 
@@ -77,6 +78,7 @@ class RewardWorker:
             media_ref: Columns of `data.media_table`, one entry a prompt. Rewards see "images", "videos" and
                 "audios", as far as the prompts have them: of each completion a list of {"path", "bytes"},
                 one of which is None; a video given as its frames is a list of these.
+            limit_s: Seconds that the functions have for it in all. What they leave over has failed.
 
         Returns:
             The scores, row `i` of them for `rows[i]`.
@@ -119,15 +121,11 @@ class RewardWorker:
                     for row in column_rows
                 ]
         batch = RewardBatch(chosen, {**selected, **extra})
-        return self._sandbox.score(batch.texts, batch.columns)
+        return self._sandbox.score(batch.texts, batch.columns, limit_s)
 
     def labels(self) -> tuple[str, ...]:
         """Names for metrics, one a function."""
         return self._sandbox.labels
-
-    def worst_case_s(self) -> float:
-        """Seconds within which `score` answers once it has its texts: the deadline to wait with."""
-        return self._sandbox.worst_case_s + 2 * FETCH_LIMIT_S
 
     def ping(self) -> bool:
         """Answers as soon as the worker is free."""

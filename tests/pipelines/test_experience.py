@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from raytune_rl.algorithms.advantages import group_advantages
+from raytune_rl.algorithms.advantages import combine_rewards, decoupled_advantages, group_advantages
 from raytune_rl.data.sampler import order, stretch
 from raytune_rl.pipelines import report
-from raytune_rl.pipelines.experience import Experience, fill_with_signal, join
+from raytune_rl.pipelines.experience import Experience, fill_with_signal, join, known_values
 from raytune_rl.protocol.rewards import Failure, Scored
 from raytune_rl.protocol.rows import RowPointer
 from raytune_rl.protocol.trajectory import Trajectory
@@ -47,6 +47,47 @@ def test_rewards_compared_apart_teach_whatever_their_total() -> None:
     assert replace(two, apart=(0.0, 0.0)).informative() == set(), "functions without weight teach nothing"
     part = replace(two, apart=(1.0, 0.5)).of_groups({0, 1})
     assert join([part, part]).informative() == {0, 2}
+
+
+def of_two(values: list[list[float]], *failed: tuple[int, str], apart: tuple[float, ...] = ()) -> Experience:
+    """One group of completions with two reward functions, `f` and `g`, of weight 1, as a run makes it."""
+    batch = experience([0.0] * len(values)).batch
+    failures = tuple(Failure(row, name, "exception", "") for row, name in failed)
+    scored = Scored(("F", "G"), ("f", "g"), np.array(values), failures)
+    return Experience(batch, scored, combine_rewards(known_values(scored, (1.0, 1.0)), (1.0, 1.0)), apart)
+
+
+def test_a_failed_reward_makes_the_total_unknown_and_an_abstention_does_not() -> None:
+    values = [[1.0, 1.0], [NAN, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    failed, abstained = of_two(values, (1, "f")), of_two(values)
+    np.testing.assert_array_equal(failed.rewards, [2, NAN, 2, 2])
+    np.testing.assert_array_equal(abstained.rewards, [2, 1, 2, 2])
+    assert failed.informative() == set(), "what is known is all the same"
+    assert abstained.informative() == {0}
+    assert of_two(values, (1, "f"), apart=(1.0, 1.0)).informative() == set()
+    assert of_two([[NAN, NAN], [1.0, NAN]]).unscored() == set()
+    assert of_two([[NAN, NAN], [NAN, 1.0]], (1, "F")).unscored() == {0}, "by its label, too"
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus"])
+def test_an_unknown_reward_earns_nothing_and_leaves_the_others_as_if_it_were_not_there(estimator) -> None:
+    values = [[1.0, 1.0], [NAN, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+    found = group_advantages(of_two(values, (1, "f")).rewards, [0] * 5, estimator=estimator).advantages
+    alone = group_advantages([2.0, 1.0, 1.0, 0.0], [0] * 4, estimator=estimator).advantages
+    assert found[1] == 0
+    np.testing.assert_allclose(np.delete(found, 1), alone)
+
+
+def test_gdpo_leaves_out_what_a_function_failed_on() -> None:
+    values = np.array([[1.0, 1.0], [NAN, 1.0], [0.0, 1.0], [1.0, 0.0], [NAN, 0.0]])
+    scored = of_two(values.tolist(), (1, "f")).scored
+    found = decoupled_advantages(known_values(scored, (1.0, 1.0)), (1.0, 1.0), [0] * 5)
+    alone = decoupled_advantages(np.delete(values, 1, axis=0), (1.0, 1.0), [0] * 4)
+    assert found[1] == 0
+    np.testing.assert_allclose(np.delete(found, 1), alone)
+    assert found[4] != 0, "the last one abstained"
+    unweighted = known_values(scored, (0.0, 1.0))
+    np.testing.assert_array_equal(unweighted, values, "a function without weight has no part in the total")
 
 
 def test_parts_keep_rewards_and_failures_with_their_trajectory() -> None:
@@ -119,10 +160,11 @@ def test_metrics_name_what_cannot_teach() -> None:
 
 def test_evaluation_counts_prompts_of_which_one_completion_passes() -> None:
     metrics = report.evaluation_metrics(experience([1.0, 0.0], [0.0, 0.0], [NAN, 1.0], [1.0, 1.0]))
-    assert metrics["eval_rewards/F/pass@2"] == 0.75
+    assert metrics["eval_rewards/F/pass@2"] == pytest.approx(2 / 3), "of the prompts with two known rewards"
+    assert (metrics["eval_reward_failures"], metrics["eval_unscored_completions"]) == (1, 1)
     assert metrics["eval_reward"] == pytest.approx(4 / 7)
     four = report.evaluation_metrics(experience([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, NAN]))
-    assert four["eval_rewards/F/pass@2"] == pytest.approx((1 / 2 + 5 / 6) / 2), "pairs with a right one"
+    assert four["eval_rewards/F/pass@2"] == pytest.approx((1 / 2 + 1) / 2), "pairs with a right one"
     assert four["eval_rewards/F/pass@4"] == 1
     graded = report.evaluation_metrics(experience([0.5, 1.0]))
     assert not [name for name in graded if "pass@" in name], "a grade between 0 and 1 is neither"

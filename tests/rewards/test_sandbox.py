@@ -9,11 +9,12 @@ import pytest
 
 from raytune_rl.errors import RewardError
 from raytune_rl.protocol.rewards import TrainerState
-from raytune_rl.rewards.sandbox import Sandbox
+from raytune_rl.rewards.sandbox import GIVE_UP_AFTER, Sandbox
 
 # The first word of a completion says what its reward does.
 PLUGIN = """
-import asyncio, os, sys, time
+import asyncio, copy, json, os, pickle, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from swift.rewards import AsyncORM, ORM, orms
 
 def act(text):
@@ -34,10 +35,6 @@ def act(text):
 
 class Act(ORM):
     def __call__(self, completions, **kwargs):
-        if "long" in completions:
-            return [1.0] * (len(completions) + 1)
-        if "scalar" in completions:
-            return 1.0
         return [act(text) for text in completions]
 
 class AsyncAct(AsyncORM):
@@ -84,6 +81,65 @@ def numpy_numbers(completions, **kwargs):
     import numpy
     return numpy.arange(len(completions), dtype=numpy.float32)
 
+def one_for_all(completions, **kwargs):
+    return [1.0]
+
+def too_many(completions, **kwargs):
+    return [1.0] * (len(completions) + 1)
+
+def a_number(completions, **kwargs):
+    return 1.0
+
+def a_set(completions, **kwargs):
+    return {0.0, 1.0, 2.0}
+
+def a_dict(completions, **kwargs):
+    return dict.fromkeys(completions, 1.0)
+
+def a_generator(completions, **kwargs):
+    return (1.0 for _ in completions)
+
+def a_text(completions, **kwargs):
+    return "1" * len(completions)
+
+def nothing(completions, **kwargs):
+    pass
+
+def in_a_loop(completions, **kwargs):
+    return [time.sleep(0.1) or 1.0 for _ in completions]
+
+def all_at_once(completions, **kwargs):
+    time.sleep(0.1 * len(completions))
+    return [1.0] * len(completions)
+
+def pooled(completions, **kwargs):
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda _: time.sleep(0.2) or 1.0, completions))
+
+class Throttled(AsyncORM):
+    async def __call__(self, completions, **kwargs):
+        gate = asyncio.Semaphore(1)
+        async def one(text):
+            async with gate:
+                await asyncio.sleep(0.1)
+            return 1.0
+        return await asyncio.gather(*(one(text) for text in completions))
+
+def sleeps(completions, **kwargs):
+    time.sleep(3600)
+
+def uses_a_list(completions, **kwargs):
+    assert isinstance(completions, list)
+    assert completions == ["a", "b"] and [*completions, "c"] == ["a", "b", "c"]
+    assert json.dumps(completions) == '["a", "b"]'
+    assert type(pickle.loads(pickle.dumps(completions))) is list
+    assert type(copy.deepcopy(completions)) is list
+    assert completions[0] == "a" and completions[-1:] == ["b"] and list(reversed(completions)) == ["b", "a"]
+    return [1.0, 1.0]
+
+orms.update(one_for_all=one_for_all, too_many=too_many, a_number=a_number, a_set=a_set, a_dict=a_dict)
+orms.update(a_generator=a_generator, a_text=a_text, nothing=nothing, in_a_loop=in_a_loop, pooled=pooled)
+orms.update(all_at_once=all_at_once, throttled=Throttled, sleeps=sleeps, uses_a_list=uses_a_list)
 orms.update(borrows=Borrows, act=Act, async_act=AsyncAct)
 orms.update(step=step, echo=echo, process=process, surroundings=surroundings, numpy_numbers=numpy_numbers)
 """
@@ -138,8 +194,6 @@ def test_fast_path(sandbox):
         ("nan", "invalid", "returned nan"),
         ("inf", "invalid", "returned inf"),
         ("text", "invalid", "returned a str, not a number"),
-        ("long", "invalid", "returned 2 values for 1 completions"),
-        ("scalar", "invalid", "returned a float, not a list"),
     ],
 )
 def test_one_bad_sample_costs_itself_and_the_next_batch_works(sandbox, bad, kind, message):
@@ -153,6 +207,60 @@ def test_one_bad_sample_costs_itself_and_the_next_batch_works(sandbox, bad, kind
     after = sandbox.score(["fine"], {})
     assert after.values[0, 0] == 1.0
     assert after.failures == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one_for_all", "returned 1 values for 3 completions"),
+        ("too_many", "returned 4 values for 3 completions"),
+        ("a_number", "returned a float, not a list of 3 numbers"),
+        ("a_set", "returned a set, not a list of 3 numbers"),
+        ("a_dict", "returned a dict, not a list of 3 numbers"),
+        ("a_generator", "returned a generator, not a list of 3 numbers"),
+        ("a_text", "returned a str, not a list of 3 numbers"),
+        ("nothing", "returned a NoneType, not a list of 3 numbers"),
+    ],
+)
+def test_what_is_no_list_of_one_entry_a_completion_rewards_none_of_them(make, name, message):
+    """What returns one value for many would, asked for each alone, look right."""
+    scores = make(name).score(["a", "b", "c"], {})
+    assert np.isnan(scores.values).all()
+    assert [(f.row, f.function, f.kind, f.message) for f in scores.failures] == [
+        (row, name, "invalid", message) for row in range(3)
+    ]
+    assert scores.slow_path == (None,)
+
+
+@pytest.mark.parametrize("name", ["in_a_loop", "all_at_once", "pooled", "throttled"])
+def test_a_batch_may_take_as_many_limits_as_it_has_completions(make, name):
+    scores = make(name, timeout_s=0.5).score(["a"] * 8, {})
+    assert scores.slow_path == (None,), "it took more than one limit, and no completion did"
+    assert scores.values[:, 0].tolist() == [1.0] * 8
+    assert scores.seconds[0] > 0.5
+
+
+def test_a_function_that_hangs_is_given_up_and_says_so(make):
+    sandbox = make("act", "all_at_once", timeout_s=0.2)
+    scores = sandbox.score(["hang"] * 20, {})
+    messages = [f.message for f in scores.failures]
+    assert len(messages) == 20
+    assert [m == "no answer within 0.2 s" for m in messages] == [True] * GIVE_UP_AFTER + [False] * 15
+    assert "not tried: the function is given up, as the first 5 samples" in messages[-1]
+    assert np.isfinite(scores.values[:, 1]).all()
+
+
+def test_the_whole_call_is_bounded_whatever_the_functions_do(make):
+    sandbox = make("sleeps", "format", timeout_s=60.0)
+    scores = sandbox.score(["a"] * 20, {}, limit_s=2.0)
+    assert np.isnan(scores.values[:, 0]).all()
+    assert {f.kind for f in scores.failures} == {"timeout"}
+    assert "not tried: the samples before it used up the time" in scores.failures[-1].message
+    assert (scores.values[:, 1] == 0.0).all(), "the other function had its share"
+
+
+def test_completions_are_a_list_like_any_other(make):
+    assert make("uses_a_list", timeout_s=20.0).score(["a", "b"], {}).failures == ()
 
 
 def test_several_bad_samples_of_each_kind(sandbox):
@@ -194,15 +302,6 @@ def test_an_async_sample_that_blocks_the_loop_costs_itself(make, monkeypatch):
     scores = make("async_act", timeout_s=0.5).score(["fine", "block"], {})
     np.testing.assert_array_equal(scores.values[:, 0], [1.0, np.nan])
     assert scores.failures[0].kind == "timeout"
-
-
-def test_the_slow_path_is_bounded_and_says_what_it_left_out(make):
-    scores = make("act", timeout_s=0.3, slow_path_s=0.5).score(["hang"] * 20 + ["fine"], {})
-    assert np.isnan(scores.values).all()
-    messages = [failure.message for failure in scores.failures]
-    assert len(messages) == 21
-    assert "no answer" in messages[0]
-    assert "not tried" in messages[-1]
 
 
 def test_several_children(make):

@@ -114,7 +114,9 @@ def _words(text: str) -> str:
     if not _WORDS.fullmatch(plain):
         return ""
     count = len(plain.split())
-    if in_text or plain in _PHRASES or (count == 2 and len(plain) > 4):
+    if in_text or plain in _PHRASES:
+        return plain
+    if count == 2 and len(plain) > 4 and plain.split()[0] not in ("a", "an", "the"):
         return plain
     return plain if count == 1 and (len(plain) > 2 or plain == "no") else ""
 

@@ -63,7 +63,8 @@ def read(answer: str) -> Reading | None:
     if words := _words(text):
         return Reading(flat, words=words)
     if _WORDS.fullmatch(plain) and re.search(r"[A-Za-z]{3}", plain):
-        return None  # a sentence; letter by letter it would be a product
+        told = prose_answer(plain)  # letter by letter a sentence would be a product
+        return read(told) if told is not None and told != plain else None
     if (_DATE_OR_TIME.fullmatch(plain) and not re.fullmatch(r"\d+:\d", plain)) or _BASE.fullmatch(plain):
         return Reading(re.sub(r"[{}]", "", flat).lower(), words="")
     body, unit = split_unit(text)

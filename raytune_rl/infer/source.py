@@ -10,6 +10,7 @@ from raytune_rl.config import ExportConfig, InferConfig
 from raytune_rl.data.load import resolve_system
 from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.export.source import ADAPTER_CONFIG, Base, adapter_dir, find_base, read_args
+from raytune_rl.models.adapters import check_fits
 from raytune_rl.models.hub import resolve_path
 from raytune_rl.models.load import load_config, takes_media
 from raytune_rl.models.served import adapter_tensors, held_back, read_adapter_config
@@ -64,6 +65,7 @@ def find_source(config: InferConfig, scratch: Path, say: Callable[[str], None]) 
     notices = (*base.notices, f"base model: {base.name} (from {base.origin})", *notices)
     reason = _why_merged(adapters, base, config.trust_remote_code)
     if reason is None:
+        check_fits(base.path, str(adapters[-1]), trust_remote_code=config.trust_remote_code)
         rank = int(read_adapter_config(adapters[-1])["r"])
         own = (adapters[-1] / "tokenizer_config.json").is_file()
         tokenizer = str(adapters[-1]) if own else base.path

@@ -6,15 +6,18 @@ Training, export and infer all open adapters here, so that what one takes the ot
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line
+from raytune_rl.models.load import auto_class, load_config
 from raytune_rl.models.served import ADAPTER_CONFIG, adapter_tensors, read_adapter_config
 from raytune_rl.models.sharding import is_cut, shape_of
 
@@ -58,6 +61,19 @@ def open_adapter(
         raise ModelError(f"adapter '{path}' does not fit {type(model).__name__}: {_why(error)}") from error
     _check_names(peft, path, shapes)
     return peft
+
+
+def check_fits(model: str, adapter: str, *, trust_remote_code: bool = False) -> None:
+    """Opens an adapter on its base without the base's weights.
+
+    Raises:
+        ModelError: As in `open_adapter`.
+    """
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weights that are nowhere take none
+        bare = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        open_adapter(bare, adapter)
 
 
 def _why(error: Exception) -> str:

@@ -131,11 +131,11 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization, chosen)
         options["device_map"] = {"": str(where)}
-    auto_class = scalar_class(config) if scalar else _auto_class(config)
+    kind = scalar_class(config) if scalar else auto_class(config)
     examined: Examined | None = None
     try:
         if zero3 is not None and quantization is None:
-            examined = examine(auto_class, config, local, zero3, options)
+            examined = examine(kind, config, local, zero3, options)
             if examined.why_whole:
                 notices.append(
                     f"every rank loads the whole model before ZeRO-3 cuts it up: {examined.why_whole}"
@@ -144,7 +144,7 @@ def load_model(
             else:  # before any rank waits for another
                 new_head = _check_weights(examined.info, local, scalar, notices)
         with loading_cut(zero3, chosen) if zero3 is not None and examined else nullcontext():
-            model, info = auto_class.from_pretrained(local, output_loading_info=True, **options)
+            model, info = kind.from_pretrained(local, output_loading_info=True, **options)
     except _LOAD_ERRORS as error:
         raise ModelError(f"cannot load the model in '{local}': {first_line(error)}") from error
     if examined is not None:
@@ -282,7 +282,12 @@ def _mend_generation_config(model: Any, notices: list[str]) -> None:
         )
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
+    """Transformers' class of models for a config.
+
+    Raises:
+        ModelError: it is no language model.
+    """
     kind = config.model_type
     remote = getattr(config, "auto_map", None) or {}
     if takes_media(config) and (

@@ -125,7 +125,7 @@ class _Classifier:
         model: Any = loaded.model
         self.notices = loaded.notices
         if spec.adapters:
-            model = apply_tuner(model, TunerSettings(lora_dropout=0.0), spec.adapters).model
+            model = apply_tuner(model, TunerSettings(lora_dropout=0.0), spec.adapters, resize=True).model
         if loaded.new_head and not spec.adapters:
             raise _no_reward_model(name)
         self._scorer = scoring.scorer_of(model, "scores").eval().requires_grad_(False)
@@ -195,7 +195,7 @@ class _Judged:
         loaded = scoring.load(spec, "scores" if scalar else "logprobs")
         model: Any = loaded.model
         if spec.adapters:
-            model = apply_tuner(model, TunerSettings(lora_dropout=0.0), spec.adapters).model
+            model = apply_tuner(model, TunerSettings(lora_dropout=0.0), spec.adapters, resize=True).model
         self.notices = loaded.notices
         home = spec.adapters[0] if spec.adapters and _has_tokenizer(spec.adapters[0]) else loaded.path
         tokenizer = load_tokenizer(home, trust_remote_code=spec.trust_remote_code)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raytune_rl.config import InferConfig
@@ -57,6 +59,31 @@ def test_a_system_prompt_that_is_gone_is_told(base: Path, tmp_path: Path) -> Non
     source, _ = find(tmp_path, adapters=str(checkpoint))
     assert source.system is None
     assert any("no longer there: none is used" in notice for notice in source.notices)
+
+
+def test_an_adapter_of_another_base_is_named(base: Path, tmp_path: Path) -> None:
+    checkpoint = adapter(base, tmp_path / "run")
+    wide = make_tiny_model(tmp_path / "wide", hidden=128, layers=1)
+    with pytest.raises(
+        ModelError, match=r"another shape .*q_proj.* is \[4, 64\], the model's \[4, 128\]"
+    ):
+        find(tmp_path, adapters=str(checkpoint), model=str(wide))
+
+
+def test_a_pickled_adapter_is_served_as_any_other(base: Path, tmp_path: Path) -> None:
+    checkpoint = adapter(base, tmp_path / "run")
+    weights = checkpoint / "adapter_model.safetensors"
+    torch.save(load_file(weights), checkpoint / "adapter_model.bin")
+    weights.unlink()
+    assert find(tmp_path, adapters=str(checkpoint))[0].adapter == str(checkpoint)
+
+
+def test_the_adapters_own_tokenizer_writes_the_conversation(base: Path, tmp_path: Path) -> None:
+    """It may have a chat template, or tokens, that its base lacks."""
+    checkpoint = adapter(base, tmp_path / "run")
+    assert find(tmp_path, adapters=str(checkpoint))[0].tokenizer == str(checkpoint)
+    (checkpoint / "tokenizer_config.json").unlink()
+    assert find(tmp_path, adapters=str(checkpoint))[0].tokenizer == str(base)
 
 
 @pytest.mark.parametrize(

@@ -318,8 +318,8 @@ def make_job(
     chat = ChatTemplate.of(tokenizer) if media is None else media.processor.chat
     if model is not None:
         chat = replace(chat, eos_token_ids=model.eos)
-        if loss_scale is not None:
-            model.refuse_beyond(chat.stop_token_ids(), tokenizer, "the chat template's end of a turn")
+        if (mark := chat.turn_end.mark) is not None:
+            model.refuse_beyond([mark], chat.tokenizer, "the chat template's end of a turn")
     if media is None:
         return Job(chat, max_length, truncation, loss_scale, model=model)
     return Job(chat, max_length, truncation, loss_scale, media.processor, media.root, media.inline, model)

@@ -27,6 +27,7 @@ class TurnEnd:
 
     Attributes:
         stops: Ids that end an answer: the tokenizer's eos, the end mark, and those that the model lists.
+        mark: The id that the template, or `added`, ends the last answer with; None without one.
         added: What a conversation's last answer is trained to end with, where the template itself writes no
             stop token there; else empty.
         marks: Texts of stop tokens that may follow earlier answers in its place; empty where `added` is.
@@ -34,6 +35,7 @@ class TurnEnd:
     """
 
     stops: tuple[int, ...]
+    mark: int | None = None
     added: str = ""
     marks: tuple[str, ...] = ()
     notice: str | None = None
@@ -54,7 +56,7 @@ def find_turn_end(tail: str, render: Render, tokenizer: Any, listed: Sequence[in
 
     def result(found: int | None, **more: Any) -> TurnEnd:
         own = [] if found is None else [found]
-        return TurnEnd(tuple(dict.fromkeys((*eos, *own, *listed))), **more)
+        return TurnEnd(tuple(dict.fromkeys((*eos, *own, *listed))), found, **more)
 
     if (written := _first_mark(tail, tokenizer, marks)) is not None:
         return result(written)
@@ -74,7 +76,7 @@ def find_turn_end(tail: str, render: Render, tokenizer: Any, listed: Sequence[in
             "the chat template ends answers with no token that stops generation: the tokenizer's eos, "
             f"{text!r}, is trained as the end of a row's last answer"
         )
-        return result(None, added=text, notice=told)
+        return result(eos[0], added=text, notice=told)
     return result(
         None,
         notice=None

@@ -107,6 +107,8 @@ def unties_head(settings: Mapping[str, Any], names: Collection[str]) -> bool:
         settings: By PEFT's names.
         names: Of its weights.
     """
+    if settings.get("ensure_weight_tying"):
+        return False
     kept = [f".{name}." for name in settings.get("modules_to_save") or ()]
     trained = [f".{n}" for n in names if ".lora_" in n or any(name in f".{n}" for name in kept)]
     return any(f".{part}." in name for part in EMBEDDINGS for name in trained)

@@ -253,6 +253,7 @@ MERGED: dict[str, Any] = {
     "quant_bits": 4,
     "vllm_tensor_parallel_size": 2,
     "reference_workers": 1,
+    "target_modules": ("all-linear", "lm_head"),
 }
 
 
@@ -262,8 +263,8 @@ def test_lora_weights_arrive_either_way(
 ) -> None:
     """LoRA, several optimizer steps a generation and two iterations: off-policy, so old log-probs are
     kept. The adapter that travels alone is one of an earlier run. The merged one lies on a base that is
-    quantised for the policy alone, and the engine's two workers are processes that pull the weights
-    themselves.
+    quantised for the policy alone, and unties the head; the engine's two workers are processes that pull
+    the weights themselves.
     """
     result = online.run(
         config(

@@ -153,5 +153,6 @@ def test_tokens_that_the_model_does_not_have_are_named() -> None:
     for encode, example in ((encode_sft, row("Hi", "A<x9>")), (encode_prompts, row("Hi <x9>"))):
         with pytest.raises(ModelError, match=wrong):
             encode([example], tokenizer, model=model)
-    with pytest.raises(ModelError, match=r"end of a turn has the token '<.end.>'"):
-        encode_sft([row("Hi", "Fine.")], base(PHI, ["<|end|>"]), model=ModelTokens("tiny", rows))
+    for encode, example in ((encode_sft, row("Hi", "Fine.")), (encode_prompts, row("Hi"))):
+        with pytest.raises(ModelError, match=r"end of a turn has the token '<.end.>'"):
+            encode([example], base(PHI, ["<|end|>"]), model=ModelTokens("tiny", rows))

@@ -64,9 +64,7 @@ def test_a_system_prompt_that_is_gone_is_told(base: Path, tmp_path: Path) -> Non
 def test_an_adapter_of_another_base_is_named(base: Path, tmp_path: Path) -> None:
     checkpoint = adapter(base, tmp_path / "run")
     wide = make_tiny_model(tmp_path / "wide", hidden=128, layers=1)
-    with pytest.raises(
-        ModelError, match=r"another shape .*q_proj.* is \[4, 64\], the model's \[4, 128\]"
-    ):
+    with pytest.raises(ModelError, match=r"another shape .*q_proj.* is \[4, 64\], the model's \[4, 128\]"):
         find(tmp_path, adapters=str(checkpoint), model=str(wide))
 
 

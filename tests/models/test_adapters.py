@@ -56,7 +56,13 @@ UNTYING = [
     {"target_modules": ["q_proj", "embed_tokens"]},
     {"target_modules": ["lm_head"]},
 ]
-TIED = [{}, {"embeddings": True}, {"trainable_token_indices": [3, 9]}, {"modules_to_save": ["norm"]}]
+TIED = [
+    {},
+    {"embeddings": True},
+    {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    {"trainable_token_indices": [3, 9]},
+    {"modules_to_save": ["norm"]},
+]
 
 
 @pytest.mark.parametrize(("how", "unties"), [*((h, True) for h in UNTYING), *((h, False) for h in TIED)])

@@ -155,9 +155,12 @@ def _check_names(peft: PeftModel, path: str, shapes: Mapping[str, tuple[int, ...
 def head_of_its_own(model: Any) -> bool:
     """Whether a model (without adapter layers) whose config ties head and embedding has two matrices."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    text = model.config.get_text_config()
-    tied = bool(getattr(text, "tie_word_embeddings", False) or model.config.tie_word_embeddings)
-    return head is not None and tied and head.weight is not embedding.weight
+    return head is not None and ties(model.config) and head.weight is not embedding.weight
+
+
+def ties(config: Any) -> bool:
+    """Whether a config says that head and embedding are one matrix."""
+    return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
 
 
 def untie(config: Any) -> None:

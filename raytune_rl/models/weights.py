@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from raytune_rl.errors import ModelError
+from raytune_rl.models.adapters import ties
 from raytune_rl.models.checkpoint_names import checkpoint_form, renames_twice
 from raytune_rl.models.merge import Source, merged_sources, plain_sources
 from raytune_rl.models.sharding import own_tensors
@@ -57,8 +58,8 @@ class WeightExporter:
 
     Attributes:
         index: every tensor that `tensors()` yields, in that order.
-        unties: whether a model whose config ties head and embedding has two matrices in `index`, as its
-            adapter has made one of them another.
+        unties: whether a model whose config ties head and embedding has two matrices in `index`: its adapter
+            has made one of them another, or its files have both.
     """
 
     def __init__(self, model: nn.Module, mode: Mode) -> None:
@@ -137,6 +138,9 @@ class WeightExporter:
         unique: dict[tuple[int, ...], Source] = {}
         for source in found:
             unique.setdefault(tuple(map(id, source.parts)), source)
+        # Where the files have both matrices, Transformers forgets the ties that the class declares.
+        if ties(self._hf.config):
+            copies |= set(getattr(type(self._hf), "_tied_weights_keys", None) or ())
         self.unties = any(source.name in copies for source in unique.values())
         return list(unique.values())
 

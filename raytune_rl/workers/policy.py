@@ -98,6 +98,7 @@ class PolicyWorker:
         import torch
 
         from raytune_rl.algorithms.registry import get_loss
+        from raytune_rl.models.adapters import head_of_its_own
         from raytune_rl.models.load import DTYPES, enable_gradient_checkpointing, load_tokenizer
         from raytune_rl.models.sharding import is_cut
         from raytune_rl.models.tuner import apply_tuner, trains_vision
@@ -116,6 +117,7 @@ class PolicyWorker:
         zero = spec.optimizer.deepspeed.get("zero_optimization", {})
         sharded = zero.get("stage") == 3
         loaded = scoring.load(spec.model, self._loss.forward, zero if sharded else None)
+        own_head = head_of_its_own(loaded.model)  # its files have one, and so the engine's
         tuned = apply_tuner(loaded.model, spec.tuner, scoring.adapters(spec.model))
         if spec.gradient_checkpointing:
             enable_gradient_checkpointing(tuned.model)
@@ -129,7 +131,9 @@ class PolicyWorker:
         )
         # Planned before the engine cuts up what is whole.
         exporter = WeightExporter(scorer, spec.publish_mode) if spec.publish_mode else None  # type: ignore[arg-type]
-        if exporter is not None and exporter.unties != spec.untied:
+        # An adapter that travels alone leaves both as they are.
+        alone = exporter is None or exporter.mode == "adapter"
+        if exporter is not None and not alone and exporter.unties != (spec.untied or own_head):
             raise ModelError(publishing.UNTIED)
         asked = spec.model.dtype
         computes_in = loaded.model.dtype if asked is None else DTYPES[asked]

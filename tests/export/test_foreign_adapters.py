@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,18 @@ def test_added_tokens_resize_the_base(tmp_path: Path, bases: Bases, tied: bool, 
         merged_answers(path), peft_answers(bases(tied=tied), adapter, 8), atol=2e-4, rtol=1e-4
     )
     assert "<x7>" in AutoTokenizer.from_pretrained(path).get_vocab()
+
+
+def test_a_base_whose_files_have_both_matrices_is_written_as_it_is(tmp_path: Path, bases: Bases) -> None:
+    """Merged by a program that left its config tied; Transformers and vLLM compare what is in the files."""
+    base = tmp_path / "base"
+    shutil.copytree(bases(), base)
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 0.1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    path = merge(peft_adapter(tmp_path / "a", base)).path
+    assert not json.loads((path / "config.json").read_text())["tie_word_embeddings"]
+    assert torch.equal(load_file(path / "model.safetensors")["lm_head.weight"], weights["lm_head.weight"])
 
 
 def test_added_tokens_without_their_embeddings_are_refused(tmp_path: Path, bases: Bases) -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from os.path import commonprefix
 from typing import Any
 
 from raytune_rl.data.example import Example, Message
@@ -256,6 +257,11 @@ def _end_in_history(
     if len(following) != 1 or len(ending) != 1 or not text.endswith(following[0]):
         return None
     mark, end = ending[0].rstrip(), len(text) - len(following[0])
+    if not following[0].startswith(mark):  # Phi-3 writes the conversation's end on a line behind the turn's
+        shared = commonprefix([mark, following[0]])  # noqa: RUF071, characters are meant
+        mark = shared.rpartition("\n")[0].rstrip()
+        if not mark:
+            return None
     whole = messages[turn].content.strip() in text[len(before) : end]
     return end + len(mark) if whole and following[0].startswith(mark) else None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from raytune_rl.data.example import Message
@@ -58,9 +59,10 @@ def find_turn_end(tail: str, render: Render, tokenizer: Any, listed: Sequence[in
         own = [] if found is None else [found]
         return TurnEnd(tuple(dict.fromkeys((*eos, *own, *listed))), found, **more)
 
-    if (written := _first_mark(tail, tokenizer, marks)) is not None:
+    between, opening = _between(render)
+    if (written := _written_mark(tail, between, tokenizer, marks, stops)) is not None:
         return result(written)
-    between, opening = _between(render, tail)
+    between = between.removeprefix(tail) if between.startswith(tail) else ""
     following = _first_mark(between, tokenizer, marks)
     if following is not None:
         text = tokenizer.convert_ids_to_tokens(following)
@@ -132,14 +134,27 @@ def _past_mark(end: TurnEnd, text: str, stop: int) -> int:
     return stop if mark is None else len(text) - len(rest) + len(mark)
 
 
+def _written_mark(
+    tail: str, between: str, tokenizer: Any, marks: set[int], stops: Sequence[int]
+) -> int | None:
+    """The mark that the template writes behind an answer, last or not: Phi-3's `<|end|>`, and not the eos
+    that follows it at a conversation's end."""
+    ids = [[int(i) for i in tokenizer.encode(text, add_special_tokens=False)] for text in (tail, between)]
+    always = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*ids, strict=False))]
+    found = [one for one in always if one in marks]
+    if found:
+        return next((one for one in found if one in stops), found[-1])
+    return next((one for one in ids[0] if one in marks), None)
+
+
 def _first_mark(text: str, tokenizer: Any, marks: set[int]) -> int | None:
     ids = tokenizer.encode(text, add_special_tokens=False) if text else []
     return next((int(one) for one in ids if int(one) in marks), None)
 
 
-def _between(render: Render, tail: str) -> tuple[str, str]:
-    """What stands between an answer and the next question behind the answer's `tail`, and of that what opens
-    any question; empty if the template does not say."""
+def _between(render: Render) -> tuple[str, str]:
+    """What stands between an answer and the next question, and of that what opens any question; empty if the
+    template does not say."""
     try:
         asked = render([_ASKED], generation_prompt=False)
         text = render([_ASKED, _SAID, Message("user", _NEXT)], generation_prompt=False)
@@ -147,9 +162,9 @@ def _between(render: Render, tail: str) -> tuple[str, str]:
         return "", ""
     before, _, behind = text.rpartition(_SAID.content)
     between = behind.partition(_NEXT)[0]
-    if not before or _NEXT not in behind or not between.startswith(tail):
+    if not before or _NEXT not in behind:
         return "", ""
-    between, head = between[len(tail) :], asked.partition(_ASKED.content)[0]
+    head = asked.partition(_ASKED.content)[0]
     shared = 0
     while shared < min(len(between), len(head)) and between[-1 - shared] == head[-1 - shared]:
         shared += 1

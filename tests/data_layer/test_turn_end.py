@@ -119,6 +119,16 @@ def test_an_added_token_ends_a_turn_though_no_list_has_it() -> None:
     assert made.notices == ()
 
 
+def test_the_mark_of_every_turn_ends_one_not_what_ends_the_conversation() -> None:
+    """Phi-3 writes its eos behind the last turn's mark; others write two marks behind each answer."""
+    tokenizer = base(PHI + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", ["<|end|>"])
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert ChatTemplate.of(tokenizer).turn_end.mark == end
+    assert trained(tokenizer, row("Hi", "Fine.", "And?", "Good."))[0][0] == "Fine.<|end|>"
+    two = base(PHI.replace("<|end|>", "<x><|end|>"), ["<x>", "<|end|>"])
+    assert ChatTemplate.of(two).turn_end.mark == two.convert_tokens_to_ids("<|end|>")
+
+
 def test_nothing_is_added_where_the_template_ends_a_turn() -> None:
     tokenizer = base()
     plain = encode_sft([row("Hi", "Fine.")], tokenizer)

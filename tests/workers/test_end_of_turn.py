@@ -11,9 +11,9 @@ from raytune_rl.config import ExportConfig
 from raytune_rl.data.chat import CHATML
 from raytune_rl.export.merge import merge
 from raytune_rl.models.load import load_model, load_tokenizer
-from raytune_rl.models.settings import TunerSettings
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
+from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.tiny.model import make_tiny_model
 from raytune_rl.workers.scoring import end_of_turn_in_files
 

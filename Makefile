@@ -21,7 +21,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test demo bench clean uv
+.PHONY: help setup lock check test demo bench families clean uv
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -66,6 +66,9 @@ demo: setup ## SFT, then GRPO, on a tiny model: the whole stack on this machine
 
 bench: setup ## the programs behind our numbers
 	@for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
+
+families: setup ## does vLLM serve the policy's weights: every family, in full, merged and as an adapter
+	$(BIN)/python -m tests.families
 
 clean: ## remove caches and build products; keeps .venv and every run's output
 	rm -rf build dist .ruff_cache .mypy_cache .pytest_cache

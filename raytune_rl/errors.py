@@ -55,3 +55,7 @@ class WorkerFailedError(RaytuneError):
 
 class StaleWeightsError(RaytuneError):
     """A worker was asked to serve under a weight version that it has not loaded."""
+
+
+class EngineMismatchError(RaytuneError):
+    """A rollout engine's log-probs are not the policy's, though both should hold the same weights."""

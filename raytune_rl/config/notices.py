@@ -43,7 +43,8 @@ def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str
     yield from _when(config)
     if config.train_type == "full":
         lora = (
-            "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "target_regex", "modules_to_save",
+            "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "target_regex", "target_parameters",
+            "modules_to_save",
         )  # fmt: skip
         yield from _idle(config, lora, "--train_type full trains every weight, without LoRA")
     elif config.target_regex is not None:

@@ -115,6 +115,15 @@ class RolloutOptions(EngineOptions):
         "true: only the LoRA adapter travels to the engine; false: it is merged and the weights travel. "
         "Not set: the adapter alone wherever the engine can take it.",
     )
+    max_logp_gap: float | None = _vllm(
+        None,
+        "Largest difference of log-probs between engine and policy that is taken for rounding, nats a token. "
+        "At the start, and when an engine was started anew, a probe above it ends the run; later a step's "
+        "mean above it warns, and three in a row end the run. 0: never look. Not set: 0.005 for float32, 0.3 "
+        "for bfloat16 and float16, 1 if anything is quantised, each divided by a --temperature below 1; and "
+        "steps are not watched where --top_p and the like cut the distribution.",
+        ge=0,
+    )
     vllm_engine_kwargs: dict[str, Any] = _vllm(
         {}, 'Further arguments of vLLM\'s EngineArgs, as JSON: \'{"kv_cache_dtype": "fp8"}\'.'
     )

@@ -31,6 +31,12 @@ class TunerOptions(Options):
         "Modules that get an adapter, as a regular expression that matches their whole name; it goes "
         "before --target_modules.",
     )
+    target_parameters: tuple[str, ...] = _setting(
+        (),
+        "Parameters that get an adapter though they lie in no linear layer, by the endings of their names: "
+        "the experts of a mixture, such as mlp.experts.gate_up_proj,mlp.experts.down_proj. Needs "
+        "--lora_dropout 0.",
+    )
     modules_to_save: tuple[str, ...] = _setting(
         (), "Modules trained whole beside the adapter and saved with it, such as embed_tokens."
     )
@@ -61,7 +67,7 @@ class TunerOptions(Options):
             for name in ("use_dora", "use_rslora"):
                 if getattr(self, name):
                     raise ConfigError(f"--{name} is a kind of LoRA: it needs --train_type lora, not full.")
-        elif not self.target_modules and self.target_regex is None:
+        elif not self.target_modules and self.target_regex is None and not self.target_parameters:
             raise ConfigError(
                 "--target_modules is empty, so --train_type lora has nothing to train: name modules or use "
                 "all-linear."
@@ -70,9 +76,26 @@ class TunerOptions(Options):
             raise ConfigError(
                 "--freeze_llm true leaves nothing to train: add --freeze_vit false or --freeze_aligner false."
             )
+        if self.target_parameters and self.train_type == "lora":
+            self._check_target_parameters()
         if self.target_regex is not None:
             try:
                 re.compile(self.target_regex)
             except re.error as error:
                 raise ConfigError(f"--target_regex {self.target_regex}: {error}.") from None
         return self
+
+    def _check_target_parameters(self) -> None:
+        if self.lora_dropout:
+            raise ConfigError(
+                f"--target_parameters needs --lora_dropout 0, not {self.lora_dropout:g}: the adapter is "
+                "added to the weights, so there are no inputs of its own to drop."
+            )
+        if self.use_dora:
+            raise ConfigError(
+                "--use_dora true does not go with --target_parameters: PEFT has no DoRA for them."
+            )
+        if self.quant_bits is not None:
+            raise ConfigError(
+                "--quant_bits does not go with --target_parameters: those parameters stay unquantised."
+            )

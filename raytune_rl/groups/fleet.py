@@ -72,6 +72,18 @@ class RolloutGroup:
         self._seed = seed
         self._multi_turn = multi_turn
 
+    @property
+    def engines(self) -> int:
+        """Number of engines."""
+        return len(self._group)
+
+    def plain(self, max_tokens: int) -> RolloutGroup:
+        """The same engines, drawing from the model's whole distribution, and no scheduler answers."""
+        banned = self._sampling.banned
+        return RolloutGroup(
+            self._group, Sampling(self._sampling.temperature, max_tokens, banned=banned), self._seed
+        )
+
     def load(self, version: int) -> float:
         """Every engine pulls a version; one call an engine. Returns the longest pull, seconds."""
         answers = self._group.call("load_weights", version, what=f"pulling weights {version}")
@@ -140,6 +152,10 @@ class RolloutGroup:
                 "this is a defect of raytune_rl"
             )
         return [found[key] for key in wanted]
+
+    def forget_prompts(self) -> None:
+        """Drops what the engines keep of the prompts so far."""
+        self._group.call("forget_prompts")
 
     def sleep(self) -> None:
         """Frees the engines' GPU memory while the policy trains beside them."""

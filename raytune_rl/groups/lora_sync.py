@@ -112,4 +112,5 @@ def _adapter_settings(config: RLHFConfig) -> dict[str, Any]:
         "use_dora": config.use_dora,
         "modules_to_save": config.modules_to_save,
         "target_modules": config.target_regex or config.target_modules,
+        "target_parameters": config.target_parameters,
     }

@@ -133,6 +133,7 @@ def tuner(config: TrainConfig, dropout: float) -> TunerSettings:
         use_dora=config.use_dora,
         target_modules=config.target_modules,
         target_regex=config.target_regex,
+        target_parameters=config.target_parameters,
         modules_to_save=config.modules_to_save,
         freeze_llm=config.freeze_llm,
         freeze_vit=config.freeze_vit,

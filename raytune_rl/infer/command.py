@@ -17,6 +17,7 @@ from raytune_rl.config import InferConfig
 from raytune_rl.data.example import Message
 from raytune_rl.data.model_tokens import as_ids, read_eos
 from raytune_rl.errors import ConfigError
+from raytune_rl.groups.engine_fit import fit
 from raytune_rl.groups.fleet import RolloutGroup, read_texts, sample_seed
 from raytune_rl.groups.sizes import Groups, infer_groups
 from raytune_rl.infer.chat import HELP, converse
@@ -24,6 +25,7 @@ from raytune_rl.infer.rows import Asked, encode_rows_task
 from raytune_rl.infer.settings import Shape, context_length, generation_settings, sampling_of
 from raytune_rl.infer.source import Source, find_source
 from raytune_rl.models.load import load_config
+from raytune_rl.models.traits import traits_of
 from raytune_rl.pipelines.lifecycle import note
 from raytune_rl.prepare.sets import on_this_node
 from raytune_rl.protocol.data import Account, PromptSet
@@ -77,13 +79,14 @@ class Trial:
     """The engines of one model, and what is asked of them."""
 
     def __init__(self, config: InferConfig, source: Source, cluster: ClusterInfo, console: Console) -> None:
-        self.config, self.source, self.console = config, source, console
+        self.source, self.console = source, console
         self.groups = infer_groups(config, cluster)
-        for notice in source.notices:
+        model = load_config(source.model, trust_remote_code=config.trust_remote_code)
+        self.config, fitted = fit(config, traits_of(model), self.groups.on_gpu)
+        for notice in (*source.notices, *fitted):
             console.print(notice)
         self.rows = self._rows() if config.val_dataset else None
-        text = load_config(source.model, trust_remote_code=config.trust_remote_code).get_text_config()
-        self.shape = Shape.of(text)
+        self.shape = Shape.of(model.get_text_config())
         longest = None if self.rows is None else int(self.rows[1].lengths.max())
         self.limit = context_length(config, self.shape, longest)
         generation = generation_settings(source.model)

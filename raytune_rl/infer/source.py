@@ -14,6 +14,7 @@ from raytune_rl.models.adapters import check_fits
 from raytune_rl.models.hub import resolve_path
 from raytune_rl.models.load import load_config, takes_media
 from raytune_rl.models.served import adapter_tensors, held_back, read_adapter_config
+from raytune_rl.models.traits import gpu_here, has_experts
 from raytune_rl.tracking.checkpoints import MANIFEST, verify
 from raytune_rl.tracking.run_dir import RunDir
 
@@ -112,7 +113,10 @@ def _why_merged(adapters: Sequence[Path], base: Base, trusted: bool) -> str | No
     names = adapter_tensors(adapters[0])
     if held := held_back(read_adapter_config(adapters[0]), names):
         return f"the adapter has {', '.join(held)}, which vLLM does not serve"
-    if takes_media(load_config(base.path, trust_remote_code=trusted)):
+    config = load_config(base.path, trust_remote_code=trusted)
+    if has_experts(config) and not gpu_here():
+        return "vLLM serves no adapters of mixtures of experts on a CPU"
+    if takes_media(config):
         return "the base model takes images, and vLLM serves adapters on the text part only"
     if outside := [n for n in names if "embed_tokens" in n or "lm_head" in n]:
         return f"the adapter has weights on {outside[0].partition('.lora')[0]}, which vLLM does not serve"

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
@@ -139,6 +140,9 @@ def _layer(prefix: str, layer: Any, adapter: str) -> Iterator[Source]:
         )
     if layer.merged:
         raise ModelError(f"'{prefix[:-1]}' is merged already; unmerge the model before exporting it")
+    if isinstance(layer, ParamWrapper):
+        yield from _parameters(prefix, layer, adapter)
+        return
     base = layer.get_base_layer()
     has_adapter = adapter in layer.scaling
     for name, tensor in own_tensors(base):
@@ -169,6 +173,32 @@ def _with_rows(weight: Tensor, indices: list[int], rows: Tensor) -> Tensor:
     made = weight.detach().clone()
     made[indices] = rows.detach().to(made)
     return made
+
+
+def _parameters(prefix: str, outer: ParamWrapper, adapter: str) -> Iterator[Source]:
+    """A module of which adapters change parameters (experts): one wrapper around another, each for one of
+    them."""
+    wrappers: dict[str, Any] = {}
+    layer: Any = outer
+    while isinstance(layer, ParamWrapper):
+        if adapter in layer.scaling:
+            wrappers[layer.parameter_name] = layer
+        layer = layer.base_layer
+    for name, module in layer.named_modules():
+        inside = f"{prefix}{name}." if name else prefix
+        for inner, tensor in own_tensors(module):
+            wrapper = wrappers.get(inner) if module is layer else None
+            if wrapper is None:
+                yield _own_tensor(inside + inner, module, tensor)
+                continue
+            parts = (tensor, *_adapter_parts(wrapper, adapter))
+            make = partial(_merged_parameter, wrapper, adapter, tensor)
+            yield Source(inside + inner, shape_of(tensor), tensor.dtype, parts, make)
+
+
+def _merged_parameter(wrapper: Any, adapter: str, base: Tensor) -> Tensor:
+    with torch.no_grad():
+        return (base.float() + wrapper.get_delta_weight(adapter).float()).to(base.dtype)
 
 
 def _adapter_parts(layer: Any, adapter: str) -> Iterator[Tensor]:

@@ -12,8 +12,10 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from raytune_rl.errors import ModelError
+from raytune_rl.models import experts
 from raytune_rl.models.adapters import head_of_its_own, open_adapter, untie
 from raytune_rl.models.load import takes_media
 from raytune_rl.models.sharding import changing, is_cut, known_to_peft, numel_of
@@ -96,6 +98,8 @@ def _apply_tuner(
         )
         peft = open_adapter(model, keep[0], dropout=settings.lora_dropout, resize=resize)
         return _report(peft, notices)
+    if sentence := experts.left_out(model, experts.matching(model, settings.target_parameters)):
+        notices.append(sentence)
     return _report(get_peft_model(model, _lora_config(model, settings)), notices)
 
 
@@ -121,6 +125,7 @@ def _lora_config(model: PreTrainedModel, settings: TunerSettings) -> LoraConfig:
         use_dora=settings.use_dora,
         init_lora_weights=init,
         target_modules=_compact(model, targets),
+        target_parameters=list(settings.target_parameters) or None,
         modules_to_save=list(settings.modules_to_save) or None,
     )
 
@@ -138,7 +143,7 @@ def _targets(model: PreTrainedModel, settings: TunerSettings) -> list[str]:
     found = []
     for target in settings.target_modules:
         if target in ("all-linear", "all-embedding"):
-            hits = _all_of(model, nn.Linear if target == "all-linear" else nn.Embedding, settings)
+            hits = _all_of(model, (nn.Linear, Conv1D) if target == "all-linear" else nn.Embedding, settings)
         else:
             hits = [name for name in modules if name == target or name.endswith(f".{target}")]
         if not hits and target.startswith("all-"):
@@ -156,7 +161,9 @@ def _targets(model: PreTrainedModel, settings: TunerSettings) -> list[str]:
     return found
 
 
-def _all_of(model: PreTrainedModel, kind: type[nn.Module], settings: TunerSettings) -> list[str]:
+def _all_of(
+    model: PreTrainedModel, kind: type[nn.Module] | tuple[type[nn.Module], ...], settings: TunerSettings
+) -> list[str]:
     heads = (scalar_head(model), model.get_output_embeddings())
     part_of = _parts(model)
     frozen = _frozen(settings)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from raytune_rl.algorithms.aggregation import lengths_in_loss, row_weights
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
 from raytune_rl.groups import specs
+from raytune_rl.groups.engine_fit import fit
 from raytune_rl.groups.fleet import media_places
 from raytune_rl.groups.logprobs import ReferenceGroup
 from raytune_rl.groups.sizes import Groups, online_groups
@@ -33,6 +35,7 @@ from raytune_rl.groups.start import start_groups
 from raytune_rl.multi_turn.scheduler import make_scheduler
 from raytune_rl.pipelines import report
 from raytune_rl.pipelines.collect import Collector
+from raytune_rl.pipelines.engine_guard import METRIC, EngineGuard
 from raytune_rl.pipelines.experience import Experience, known_values
 from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, note, stage
@@ -98,6 +101,8 @@ def run(config: RLHFConfig, notices: Sequence[str] = (), kind: type[OnlineRun] |
             *specs.machine_notices(config, groups.on_gpu),
             *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
         ]
+        config, fitted = fit(config, train.account.traits, groups.on_gpu)
+        told += fitted
         plan = report.online_plan(config, groups, schedule, train, held_out, longest, origin, cluster, told)
         started = (kind or OnlineRun)(config, algorithm, groups, schedule, train, held_out, origin)
         started.run.say(plan.render())
@@ -167,6 +172,10 @@ class OnlineRun:
             self.origin.state,
             self.run.say,
         )
+        restarts = partial(self.lost_workers.__getitem__, "rollout")
+        self.guard = EngineGuard(
+            self.config, workers, self.prompts, self.groups.on_gpu, restarts, self.run.say
+        )
         if self.origin.checkpoint is not None:
             self.policy.load(self.origin.checkpoint)
             if self.config.sync_ref_model and isinstance(self.reference, ReferenceGroup):
@@ -191,6 +200,7 @@ class OnlineRun:
         while run.step < self.schedule.total_steps and not run.stop_requested:
             collected = self.collector.collect(generation, self.version, self.progress(), run.timer)
             batch = collected.kept.batch
+            self.guard.prove(self.version)
             self.turns.to_policy()
             late = self.late_columns(batch)
             compared, kl = self.credit(collected.kept, late)
@@ -295,6 +305,7 @@ class OnlineRun:
         if self.lost_workers:
             counters["lost_workers"] = float(self.lost_workers.total())
         run.record({**step.metrics, **counters, **told})
+        self.guard.watch(step.metrics.get(METRIC), run.step)
 
     def entropy_filter(
         self, rows: Sequence[Trajectory], tokens: NDArray[np.int64]
@@ -326,6 +337,7 @@ class OnlineRun:
         self.turns.to_rollout()
         self.rollout.load(version)
         self.version, self.published = version, manifest
+        self.guard.prove(version)
 
     def after_generation(self, generation: int, last: bool) -> None:
         """What is due: the reference's move, evaluation, checkpoint. A step inside a generation counts at its

@@ -29,6 +29,7 @@ from raytune_rl.data.media_table import media_paths
 from raytune_rl.errors import DataError
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.data import Account, MediaCounts, SourceCounts
+from raytune_rl.protocol.model import Traits
 from raytune_rl.tracking.files import plain
 
 Facts = tuple[NDArray[np.int64], NDArray[np.int64], Account, dict[str, NDArray[np.float64]]]
@@ -143,6 +144,7 @@ def _account(said: dict[str, Any]) -> Account:
             **{name: tuple(said[name]) for name in tuples},
             "sources": tuple(SourceCounts(**source) for source in said["sources"]),
             "media": MediaCounts(**said["media"]),
+            "traits": Traits(**said.get("traits", {})),
         }
     )
 

@@ -26,6 +26,7 @@ from raytune_rl.prepare.progress import Counted, Tell, while_told
 from raytune_rl.prepare.sets import MediaPlaces, TrainConfig
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.data import Account
+from raytune_rl.protocol.model import Traits
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ModelFacts:
         tokenizer: Its tokenizer.
         max_positions: The longest sequence it takes, tokens; None if it does not say.
         takes_media: Whether its config says so.
+        traits: What an engine has to be set up for.
         media: Its processor, if it takes media and has one.
         tokens: How many tokens it has, and which end an answer.
     """
@@ -43,6 +45,7 @@ class ModelFacts:
     tokenizer: Any
     max_positions: int | None
     takes_media: bool
+    traits: Traits
     media: Any = None
     tokens: ModelTokens | None = None
 
@@ -256,6 +259,7 @@ def model_facts(config: TrainConfig) -> ModelFacts:
     from raytune_rl.data.media_processor import MediaProcessor
     from raytune_rl.models import load
     from raytune_rl.models.context import longest_context
+    from raytune_rl.models.traits import traits_of
     from raytune_rl.protocol.media import MediaLimits
 
     assert config.model is not None
@@ -268,9 +272,9 @@ def model_facts(config: TrainConfig) -> ModelFacts:
     tokens = ModelTokens.of(path, model, config.model)
     if processor is None:
         tokenizer = load.load_tokenizer(path, trust_remote_code=trust)
-        return ModelFacts(tokenizer, positions, takes_media, tokens=tokens)
+        return ModelFacts(tokenizer, positions, takes_media, traits_of(model), tokens=tokens)
     media = MediaProcessor.of(processor, MediaLimits.of(config))
-    return ModelFacts(processor.tokenizer, positions, takes_media, media, tokens)
+    return ModelFacts(processor.tokenizer, positions, takes_media, traits_of(model), media, tokens)
 
 
 def check_vocabulary(tokenizer: Any, ref_model: str, config: TrainConfig) -> None:
@@ -385,4 +389,5 @@ def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | No
         facts.takes_media,
         count_media(encoded.media),
         () if facts.media is None else facts.media.placeholder_ids,
+        traits=facts.traits,
     )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.protocol.media import Kind
+from raytune_rl.protocol.model import Traits
 from raytune_rl.protocol.rows import RowPointer
 
 
@@ -65,6 +66,7 @@ class Account:
         media: Those of the rows.
         placeholder_ids: Tokens that stand for features of media: no completion may have them.
         columns: The data's columns that rewards receive.
+        traits: What of the model an engine is set up for.
     """
 
     sources: tuple[SourceCounts, ...]
@@ -77,6 +79,7 @@ class Account:
     media: MediaCounts = field(default_factory=MediaCounts)
     placeholder_ids: tuple[int, ...] = ()
     columns: tuple[str, ...] = ()
+    traits: Traits = field(default_factory=Traits)
 
 
 @dataclass(frozen=True)

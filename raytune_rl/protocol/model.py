@@ -75,6 +75,21 @@ class ScoreSettings:
 
 
 @dataclass(frozen=True)
+class Traits:
+    """What of a model's architecture decides how an engine is set up.
+
+    Attributes:
+        experts: It is a mixture of experts.
+        recurrent: Some layers keep a state or a window of inputs instead of keys and values.
+        bfloat16: On a CPU vLLM computes it in bfloat16 only.
+    """
+
+    experts: bool = False
+    recurrent: bool = False
+    bfloat16: bool = False
+
+
+@dataclass(frozen=True)
 class TunerSettings:
     """What to train; names and defaults are ms-swift's.
 
@@ -88,6 +103,8 @@ class TunerSettings:
         target_modules: "all-linear" (every nn.Linear but the output head; of a vision model only the parts
             that are not frozen), "all-embedding", or module name suffixes.
         target_regex: full match on module names; replaces target_modules.
+        target_parameters: endings of parameters that get an adapter though they lie in no linear layer, such
+            as "mlp.experts.down_proj"; beside the modules.
         modules_to_save: modules trained in full and stored with the adapter.
         freeze_llm, freeze_vit, freeze_aligner: parts of a vision model that stay as they are.
     """
@@ -102,6 +119,7 @@ class TunerSettings:
     init_weights: str = "true"
     target_modules: tuple[str, ...] = ("all-linear",)
     target_regex: str | None = None
+    target_parameters: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     freeze_llm: bool = False
     freeze_vit: bool = True

@@ -72,6 +72,10 @@ class RolloutWorker:
         """Pulls a version (None: the newest) from the store. Returns the version and the seconds it took."""
         return self._engine.load(version)
 
+    def forget_prompts(self) -> None:
+        """Drops what the engine keeps of the prompts so far."""
+        self._engine.forget_prompts()
+
     def sleep(self) -> None:
         """Gives the GPU's memory to whoever trains beside this engine; what is dropped is the spec's sleep
         level.
@@ -107,6 +111,7 @@ class RolloutWorker:
             sampling: How to draw.
             version: The weight version to sample with.
             extra: The data set's columns, one entry a prompt; a scheduler of several turns sees its row.
+                None: the model has one turn.
 
         Returns:
             Facts of each completion; the trajectory columns (tokens, loss_mask, logprobs, versions; one row a
@@ -123,7 +128,7 @@ class RolloutWorker:
         asked = [Asked(r, sample, seed) for r in requests for sample, seed in enumerate(r.seeds)]
         inputs = {r.row: read_prompt(prompts, r.row) for r in requests}
         prompts_of = [inputs[a.request.row] for a in asked]
-        held = self._hold(asked, prompts_of, sampling, extra or {})
+        held = self._hold(asked, prompts_of, sampling, extra)
         metas = [
             CompletionMeta(
                 prompt_id=a.request.prompt_id,
@@ -153,7 +158,7 @@ class RolloutWorker:
         }
         dialogues = [
             {"messages": one.request.messages, "rollout_infos": one.request.rollout_infos}
-            for one in (held if self._conversations else ())
+            for one in (held if self._conversations and extra is not None else ())
         ]
         return metas, columns, [one.last_text for one in held], dialogues
 
@@ -162,7 +167,7 @@ class RolloutWorker:
         asked: Sequence[Asked],
         prompts: list[EnginePrompt],
         sampling: Sampling,
-        extra: Mapping[str, Sequence[Any]],
+        extra: Mapping[str, Sequence[Any]] | None,
     ) -> list[Conversation]:
         """One turn of the model for each prompt, or a conversation; a prompt that the scheduler changes takes
         its place among `prompts`.
@@ -174,7 +179,7 @@ class RolloutWorker:
             longer = [prompts[i].followed_by(more) for i, more in zip(which, said, strict=True)]
             return self._engine.sample(longer, [asked[i].seed_of(turn) for i in which], sampling, limits)
 
-        if self._conversations is not None:
+        if self._conversations is not None and extra is not None:
             requests = [a.conversation(extra) for a in asked]
             for number, changed in enumerate(self._conversations.begin(requests)):
                 if changed is not None:

@@ -76,6 +76,21 @@ def one_with_its_processes() -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def serving_adapters(asked: bool) -> Iterator[None]:
+    """Around the start of an engine that is to serve adapters: some of vLLM's models take none."""
+    try:
+        yield
+    except ValueError as error:
+        if asked and "does not support LoRA" in str(error):
+            model = str(error).split(" ", 1)[0]
+            raise ConfigError(
+                f"vLLM serves no adapters of {model}: add --vllm_enable_lora false, and the merged weights "
+                "travel (infer: merge the adapter by raytune-rl export first)"
+            ) from error
+        raise
+
+
 class VllmEngine:
     """An engine that samples token ids and pulls its weights from the store."""
 
@@ -90,7 +105,8 @@ class VllmEngine:
                 "limit_mm_per_prompt": dict(spec.prompt_limits or {}),
                 "mm_processor_kwargs": self._media.processor_settings,
             }
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
+        with serving_adapters(spec.lora_rank > 0):
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
         self._numbers = itertools.count()
         self._adapter: LoRARequest | None = None
         self.version: int | None = None
@@ -141,6 +157,10 @@ class VllmEngine:
         self._engine.wake_up()
         if self._spec.sleep_level == 2 and self._spec.lora_rank:
             self._engine.collective_rpc("reload_weights")
+
+    def forget_prompts(self) -> None:
+        """Drops what was kept of prompts, so that later requests are computed as if there had been none."""
+        self._engine.reset_prefix_cache()
 
     @property
     def max_model_len(self) -> int:

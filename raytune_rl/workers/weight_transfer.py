@@ -12,18 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.platforms import current_platform
 
 from raytune_rl.runtime.cluster import NAMESPACE
 from raytune_rl.runtime.weights import find_manifest, read
+from raytune_rl.workers.vllm_reload import Reload
 
 ADDRESS_VARIABLE = "RAYTUNE_RL_RAY_ADDRESS"
 
@@ -44,7 +41,7 @@ class StoreUpdateInfo(WeightTransferUpdateInfo):
 
 
 class ObjectStoreEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
-    """Loads a version's buckets with vLLM's layer-wise reload, which also redoes kernel-specific packing."""
+    """Loads a version's buckets into the running model (`vllm_reload`)."""
 
     init_info_cls = StoreInitInfo
     update_info_cls = StoreUpdateInfo
@@ -52,11 +49,14 @@ class ObjectStoreEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
     def init_transfer_engine(self, init_info: StoreInitInfo) -> None:
         """Joins the cluster if this process has not, as in a tensor-parallel worker of its own."""
         self._source = init_info
+        self._reload: Reload | None = None
         if not ray.is_initialized():
             ray.init(address=os.environ[ADDRESS_VARIABLE], namespace=NAMESPACE, log_to_driver=False)
 
     def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
+        if self._reload is None:
+            self._reload = Reload(self.model, self.model_config)
+        self._reload.start()
 
     def receive_weights(
         self, update_info: StoreUpdateInfo, load_weights: Callable[..., Any] | None = None
@@ -65,13 +65,12 @@ class ObjectStoreEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         load.
         """
         manifest = find_manifest(self._source.store, update_info.version, self._source.timeout_s)
-        load = self.model.load_weights if load_weights is None else load_weights
-        load(read(manifest, self._source.timeout_s))
+        assert self._reload is not None
+        self._reload.load(lambda: read(manifest, self._source.timeout_s), load_weights)
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        if current_platform.is_cpu():
-            repack_embeddings(self.model)
+        assert self._reload is not None
+        self._reload.finish()
 
     def shutdown(self) -> None:
         """Nothing is held: no process group, no connection."""
@@ -82,16 +81,3 @@ class ObjectStoreEngine(WeightTransferEngine[StoreInitInfo, StoreUpdateInfo]):
         instead.
         """
         raise NotImplementedError("weights are published to the weight store, not sent")
-
-
-def repack_embeddings(model: torch.nn.Module) -> None:
-    """Renews the CPU kernels' packed copy of every embedding and language-model head.
-
-    On a CPU the head multiplies with a packed copy made when the weights were loaded. A head tied to the
-    embedding
-    shares its weight but keeps a packed copy of its own, which a reload of the embedding does not renew:
-    without this the engine would go on sampling from the old head.
-    """
-    for layer in model.modules():
-        if isinstance(layer, VocabParallelEmbedding) and hasattr(layer, "cpu_linear"):
-            layer.quant_method.process_weights_after_loading(layer)

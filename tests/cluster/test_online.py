@@ -17,7 +17,7 @@ import ray
 import torch
 
 from raytune_rl.config import RLHFConfig
-from raytune_rl.errors import ConfigError, DataError, PlacementError
+from raytune_rl.errors import ConfigError, DataError, EngineMismatchError, PlacementError
 from raytune_rl.models.load import load_model, load_tokenizer
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
@@ -235,6 +235,14 @@ def test_resume_is_exact(uninterrupted: Any, tiny: Tiny) -> None:
     rows = [json.loads(line) for line in (resumed.run_dir / "completions.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [s for s in (1, 2, 3, 4) for _ in range(8)]
     assert len(list(result.run_dir.glob("superseded-checkpoint-4-*"))) == 1
+
+
+def test_an_engine_that_is_not_the_policy_ends_the_run(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    other = {"hf_overrides": {"rms_norm_eps": 10.0}}  # the same weights, and another function of them
+    chosen = config(tiny, tmp_path, beta=0, vllm_engine_kwargs=other)
+    with pytest.raises(EngineMismatchError, match=r"differ by [\d.e+]+ nats a token .*--max_logp_gap"):
+        online.run(chosen)
+    assert not list((tmp_path / "out").glob("*/checkpoint-*")), "nothing was trained"
 
 
 def trained_adapter(tiny: Tiny, directory: Path) -> Path:

@@ -1,0 +1,49 @@
+"""What vLLM cannot do with a model on a CPU: set otherwise where the user left it open, refused where not."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast
+
+from raytune_rl.config import InferConfig, RLHFConfig
+from raytune_rl.errors import ConfigError
+from raytune_rl.protocol.model import Traits
+
+Config = TypeVar("Config", bound=RLHFConfig | InferConfig)
+
+
+def fit(config: Config, traits: Traits, on_gpu: bool) -> tuple[Config, list[str]]:
+    """The settings with which an engine starts, and a sentence for each that was changed.
+
+    Args:
+        config: Of the run. What the user gave in it stays.
+        traits: Of the model.
+        on_gpu: There vLLM needs none of this.
+
+    Raises:
+        ConfigError: The user's own setting keeps the engine from starting.
+    """
+    if on_gpu:
+        return config, []
+    changes: dict[str, Any] = {}
+    notices = []
+
+    def choose(name: str, value: Any, given: Any, why: str) -> None:
+        written = str(value).lower() if isinstance(value, bool) else value
+        if config.is_set(name) and given is not None and given != value:
+            raise ConfigError(
+                f"--{name} {str(given).lower()}: {why}. Write --{name} {written}, or leave it out."
+            )
+        if given != value:
+            changes[name] = value
+            notices.append(f"{why}: --{name} {written} is used")
+
+    if traits.experts and isinstance(config, RLHFConfig) and config.train_type == "lora":
+        why = "vLLM serves no adapters of mixtures of experts on a CPU, so merged weights travel"
+        choose("vllm_enable_lora", False, config.vllm_enable_lora, why)
+    if traits.recurrent:
+        why = "vLLM shares no prompts of models with recurrent layers on a CPU"
+        choose("vllm_enable_prefix_caching", False, config.vllm_enable_prefix_caching, why)
+    if traits.bfloat16:
+        why = "vLLM computes this model's attention on a CPU in bfloat16 only; a policy follows its engine"
+        choose("torch_dtype", "bfloat16", config.torch_dtype, why)
+    return cast(Config, config.model_copy(update=changes)), notices

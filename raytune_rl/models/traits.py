@@ -1,0 +1,46 @@
+"""What of a model's architecture decides how an engine can be set up for it, read from its configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raytune_rl.protocol.model import Traits
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_STATE = ("mamba_d_state", "mamba_state_dim", "state_size", "ssm_state_size")
+
+
+def traits_of(config: Any) -> Traits:
+    """From Transformers' configuration."""
+    return Traits(has_experts(config), recurrent(config), wants_bfloat16(config))
+
+
+def has_experts(config: Any) -> bool:
+    """Whether it is a mixture of experts."""
+    text = config.get_text_config()
+    return any((getattr(text, name, None) or 0) > 1 for name in _EXPERT_COUNTS)
+
+
+def recurrent(config: Any) -> bool:
+    """Whether some of its layers keep a state or a window of inputs instead of keys and values."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    other = {kind for kind in kinds if kind == "linear_attention" or not kind.endswith("attention")}
+    return bool(other) or any(getattr(text, name, None) for name in _STATE)
+
+
+def wants_bfloat16(config: Any) -> bool:
+    """Whether vLLM computes it in bfloat16 only, on a CPU: gated delta nets (Qwen3-Next, Qwen3.5) and latent
+    attention (DeepSeek), whose kernels there have no float32."""
+    text = config.get_text_config()
+    delta = "linear_attention" in (getattr(text, "layer_types", None) or ()) and hasattr(
+        text, "linear_num_value_heads"
+    )
+    return delta or bool(getattr(text, "kv_lora_rank", None))
+
+
+def gpu_here() -> bool:
+    """Whether this very machine has a GPU."""
+    import torch
+
+    return torch.cuda.is_available()

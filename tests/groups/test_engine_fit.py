@@ -1,0 +1,58 @@
+"""What vLLM cannot do on a CPU is set otherwise, and said; what the user set stays or is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raytune_rl.config import RLHFConfig
+from raytune_rl.errors import ConfigError
+from raytune_rl.groups.engine_fit import fit
+from raytune_rl.groups.lora_sync import publish_mode
+from raytune_rl.protocol.model import Traits
+
+GIVEN: dict[str, Any] = {"model": "m", "dataset": "d", "reward_funcs": "accuracy"}
+DELTA_NETS = Traits(recurrent=True, bfloat16=True)
+
+
+def config(**settings: Any) -> RLHFConfig:
+    return RLHFConfig(**{**GIVEN, **settings})
+
+
+def test_adapters_of_mixtures_arrive_merged_on_a_cpu() -> None:
+    fitted, notices = fit(config(), Traits(experts=True), on_gpu=False)
+    assert publish_mode(fitted) == "merged"
+    (notice,) = notices
+    assert "--vllm_enable_lora false is used" in notice
+    assert publish_mode(fit(config(), Traits(experts=True), on_gpu=True)[0]) == "adapter"
+    assert publish_mode(fit(config(), Traits(), on_gpu=False)[0]) == "adapter"
+    assert fit(config(train_type="full"), Traits(experts=True), on_gpu=False)[1] == []
+
+
+def test_delta_nets_are_computed_as_vllm_can() -> None:
+    fitted, notices = fit(config(train_type="full"), DELTA_NETS, on_gpu=False)
+    assert (fitted.vllm_enable_prefix_caching, fitted.torch_dtype) == (False, "bfloat16")
+    assert len(notices) == 2
+    given = config(train_type="full", vllm_enable_prefix_caching=False, torch_dtype="bfloat16")
+    assert fit(given, DELTA_NETS, on_gpu=False) == (given, [])
+    assert fit(config(train_type="full"), DELTA_NETS, on_gpu=True) == (config(train_type="full"), [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "traits", "sentence"),
+    [
+        ({"vllm_enable_lora": True}, Traits(experts=True), "--vllm_enable_lora true: .*experts on a CPU"),
+        ({"torch_dtype": "float32"}, DELTA_NETS, "--torch_dtype float32: .*Write --torch_dtype bfloat16"),
+        (
+            {"vllm_enable_prefix_caching": True},
+            DELTA_NETS,
+            "--vllm_enable_prefix_caching true: .*Write --vllm_enable_prefix_caching false",
+        ),
+    ],
+)
+def test_what_the_user_set_is_refused_and_not_changed(
+    settings: dict[str, Any], traits: Traits, sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        fit(config(**settings), traits, on_gpu=False)

@@ -34,7 +34,7 @@ class TunerOptions(Options):
     target_parameters: tuple[str, ...] = _setting(
         (),
         "Parameters that get an adapter though they lie in no linear layer, by the endings of their names: "
-        "the experts of a mixture, such as mlp.experts.gate_up_proj,mlp.experts.down_proj. Needs "
+        "the experts of a mixture, such as mlp.experts.gate_up_proj mlp.experts.down_proj. Needs "
         "--lora_dropout 0.",
     )
     modules_to_save: tuple[str, ...] = _setting(

@@ -58,7 +58,7 @@ def left_out(model: nn.Module, targets: Sequence[str]) -> str | None:
     if not without:
         return None
     share = sum(map(numel_of, without.values())) / sum(map(numel_of, model.parameters()))
-    names = ",".join(sorted({short(name) for name in without}))
+    names = " ".join(sorted({short(name) for name in without}))
     return (
         f"the adapter leaves out the experts, {share:.0%} of the model's weights, as they lie in no linear "
         "layer; "

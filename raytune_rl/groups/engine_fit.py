@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any, TypeVar, cast
 
 from raytune_rl.config import InferConfig, RLHFConfig
-from raytune_rl.errors import ConfigError
+from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.protocol.model import Traits
 
 Config = TypeVar("Config", bound=RLHFConfig | InferConfig)
+
+DELTA_HEADS = (64, 128)
+"""Widths that vLLM's CPU kernel of gated delta nets takes."""
 
 
 def fit(config: Config, traits: Traits, on_gpu: bool) -> tuple[Config, list[str]]:
@@ -21,9 +24,18 @@ def fit(config: Config, traits: Traits, on_gpu: bool) -> tuple[Config, list[str]
 
     Raises:
         ConfigError: The user's own setting keeps the engine from starting.
+        ModelError: No setting would let it sample.
     """
     if on_gpu:
         return config, []
+    if traits.delta_head not in (0, *DELTA_HEADS):
+        raise ModelError(
+            f"the model's linear attention has heads of {traits.delta_head} (linear_key_head_dim), and on a "
+            "CPU "
+            f"vLLM computes those of {' and '.join(map(str, DELTA_HEADS))} only: sample on a GPU, or make a "
+            "tiny "
+            "model for a trial with heads of 64"
+        )
     changes: dict[str, Any] = {}
     notices = []
 

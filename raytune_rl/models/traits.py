@@ -12,7 +12,7 @@ _STATE = ("mamba_d_state", "mamba_state_dim", "state_size", "ssm_state_size")
 
 def traits_of(config: Any) -> Traits:
     """From Transformers' configuration."""
-    return Traits(has_experts(config), recurrent(config), wants_bfloat16(config))
+    return Traits(has_experts(config), recurrent(config), wants_bfloat16(config), delta_head(config))
 
 
 def has_experts(config: Any) -> bool:
@@ -29,14 +29,18 @@ def recurrent(config: Any) -> bool:
     return bool(other) or any(getattr(text, name, None) for name in _STATE)
 
 
-def wants_bfloat16(config: Any) -> bool:
-    """Whether vLLM computes it in bfloat16 only, on a CPU: gated delta nets (Qwen3-Next, Qwen3.5) and latent
-    attention (DeepSeek), whose kernels there have no float32."""
+def delta_head(config: Any) -> int:
+    """Width of the heads of gated delta nets (Qwen3-Next, Qwen3.5); 0 without any."""
     text = config.get_text_config()
-    delta = "linear_attention" in (getattr(text, "layer_types", None) or ()) and hasattr(
-        text, "linear_num_value_heads"
-    )
-    return delta or bool(getattr(text, "kv_lora_rank", None))
+    linear = "linear_attention" in (getattr(text, "layer_types", None) or ())
+    return int(getattr(text, "linear_key_head_dim", None) or 0) if linear else 0
+
+
+def wants_bfloat16(config: Any) -> bool:
+    """Whether vLLM computes it in bfloat16 only, on a CPU: gated delta nets and latent attention (DeepSeek),
+    whose kernels there have no float32."""
+    latent = getattr(config.get_text_config(), "kv_lora_rank", None)
+    return bool(delta_head(config) or latent)
 
 
 def gpu_here() -> bool:

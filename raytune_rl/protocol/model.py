@@ -82,11 +82,13 @@ class Traits:
         experts: It is a mixture of experts.
         recurrent: Some layers keep a state or a window of inputs instead of keys and values.
         bfloat16: On a CPU vLLM computes it in bfloat16 only.
+        delta_head: Width of the heads of its gated delta nets; 0 without any.
     """
 
     experts: bool = False
     recurrent: bool = False
     bfloat16: bool = False
+    delta_head: int = 0
 
 
 @dataclass(frozen=True)

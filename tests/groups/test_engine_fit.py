@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from raytune_rl.config import RLHFConfig
-from raytune_rl.errors import ConfigError
+from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.groups.engine_fit import fit
 from raytune_rl.groups.lora_sync import publish_mode
 from raytune_rl.protocol.model import Traits
 
 GIVEN: dict[str, Any] = {"model": "m", "dataset": "d", "reward_funcs": "accuracy"}
-DELTA_NETS = Traits(recurrent=True, bfloat16=True)
+DELTA_NETS = Traits(recurrent=True, bfloat16=True, delta_head=128)
 
 
 def config(**settings: Any) -> RLHFConfig:
@@ -56,3 +56,10 @@ def test_what_the_user_set_is_refused_and_not_changed(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         fit(config(**settings), traits, on_gpu=False)
+
+
+def test_heads_that_the_cpu_kernel_does_not_have_are_refused() -> None:
+    narrow = Traits(recurrent=True, bfloat16=True, delta_head=32)
+    with pytest.raises(ModelError, match="linear attention has heads of 32 .* 64 and 128 only"):
+        fit(config(), narrow, on_gpu=False)
+    assert fit(config(), narrow, on_gpu=True) == (config(), [])

@@ -97,8 +97,8 @@ def test_all_linear_finds_the_transposed_layers_of_gpt2(tmp_path: Path) -> None:
         ("gpt_oss", Traits(experts=True)),
         ("deepseek_v3", Traits(experts=True, bfloat16=True)),
         ("lfm2", Traits(recurrent=True)),
-        ("qwen3_5_text", Traits(recurrent=True, bfloat16=True)),
-        ("qwen3_next", Traits(experts=True, recurrent=True, bfloat16=True)),
+        ("qwen3_5_text", Traits(recurrent=True, bfloat16=True, delta_head=64)),
+        ("qwen3_next", Traits(experts=True, recurrent=True, bfloat16=True, delta_head=64)),
     ],
 )
 def test_traits(family: str, traits: Traits, tmp_path: Path) -> None:

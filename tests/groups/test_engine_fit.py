@@ -60,6 +60,6 @@ def test_what_the_user_set_is_refused_and_not_changed(
 
 def test_heads_that_the_cpu_kernel_does_not_have_are_refused() -> None:
     narrow = Traits(recurrent=True, bfloat16=True, delta_head=32)
-    with pytest.raises(ModelError, match="linear attention has heads of 32 .* 64 and 128 only"):
+    with pytest.raises(ModelError, match=r"linear attention has heads of 32 .* 64 and 128 only"):
         fit(config(), narrow, on_gpu=False)
     assert fit(config(), narrow, on_gpu=True) == (config(), [])

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.sharding import numel_of, shape_of
+from raytune_rl.models.traits import expert_counts
 
 
-def fused_experts(model: nn.Module) -> dict[str, Tensor]:
-    """Full names of the parameters that stack one matrix an expert, `[experts, ., .]`."""
+def fused_experts(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters that stack one matrix an expert, `[experts, ., .]`, by their full names."""
+    counts = expert_counts(model.config)
     return {
         f"{name}.{inner}" if name else inner: parameter
         for name, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
         for inner, parameter in module.named_parameters(recurse=False)
-        if len(shape_of(parameter)) == 3
+        if len(shape_of(parameter)) == 3 and shape_of(parameter)[0] in counts
     }
 
 
-def matching(model: nn.Module, endings: Sequence[str]) -> list[str]:
+def matching(model: PreTrainedModel, endings: Sequence[str]) -> list[str]:
     """Full names of the parameters with these endings, each of which must have some.
 
     Raises:
@@ -47,7 +49,7 @@ def matching(model: nn.Module, endings: Sequence[str]) -> list[str]:
     return found
 
 
-def left_out(model: nn.Module, targets: Sequence[str]) -> str | None:
+def left_out(model: PreTrainedModel, targets: Sequence[str]) -> str | None:
     """A sentence on fused experts that get no adapter; None where there are none.
 
     Args:

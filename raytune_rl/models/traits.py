@@ -17,8 +17,13 @@ def traits_of(config: Any) -> Traits:
 
 def has_experts(config: Any) -> bool:
     """Whether it is a mixture of experts."""
+    return bool(expert_counts(config))
+
+
+def expert_counts(config: Any) -> set[int]:
+    """How many experts a layer may have; empty where there are none."""
     text = config.get_text_config()
-    return any((getattr(text, name, None) or 0) > 1 for name in _EXPERT_COUNTS)
+    return {count for name in _EXPERT_COUNTS if (count := getattr(text, name, None) or 0) > 1}
 
 
 def recurrent(config: Any) -> bool:

@@ -30,7 +30,7 @@ os.environ |= {
 
 import ray
 
-from tests.families.recipes import ALWAYS_TIED, FAMILIES, make_family
+from tests.families.recipes import ALWAYS_TIED, FAMILIES, NEVER_TIED, make_family
 from tests.families.sync import Job, measure
 
 MODES = ("full", "merged", "adapter")
@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def heads(family: str, asked: Sequence[str]) -> list[str]:
     """Those of the kinds asked for that the family's checkpoints have; at least one."""
-    return ["tied"] if family in ALWAYS_TIED else list(asked)
+    if family in (*ALWAYS_TIED, *NEVER_TIED):
+        return ["tied" if family in ALWAYS_TIED else "untied"]
+    return list(asked)
 
 
 def _sentence(job: Job, found: dict[str, Any]) -> str:

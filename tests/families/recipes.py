@@ -24,6 +24,7 @@ COMMON: dict[str, Any] = {
 WIDE = {"head_dim": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+EVERY = {"num_experts_per_tok": 4}
 SMALL_EXPERTS = {**EXPERTS, "moe_intermediate_size": 64}
 ROUTED = {
     "n_routed_experts": 4,
@@ -71,7 +72,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", {}),
     "smollm3": ("SmolLM3", {}),
     "exaone4": ("Exaone4", {}),
-    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "lfm2": (
+        "Lfm2",
+        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 128},
+    ),
     "qwen3_moe": ("Qwen3Moe", {**WIDE, **SMALL_EXPERTS}),
     # 48 is no multiple of the CPU kernel's 32: its packed experts are padded.
     "qwen2_moe": (
@@ -83,12 +87,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoe", LOCAL_EXPERTS),
     "glm4_moe": ("Glm4Moe", {**WIDE, **ROUTED}),
     "gpt_oss": ("GptOss", {**WIDE, **LOCAL_EXPERTS}),
-    "deepseek_v3": ("DeepseekV3", {**ROUTED, **LATENT, "topk_method": "noaux_tc"}),
-    "minimax_m2": ("MiniMaxM2", {**WIDE, **LOCAL_EXPERTS, "rotary_dim": 16}),
-    "qwen3_next": ("Qwen3Next", {**SMALL_EXPERTS, **DELTA, "shared_expert_intermediate_size": 64}),
+    # In bfloat16, so with all experts for every token: rounding must not choose others.
+    "deepseek_v3": ("DeepseekV3", {**ROUTED, **LATENT, **EVERY, "topk_method": "noaux_tc"}),
+    "minimax_m2": ("MiniMaxM2", {**WIDE, **LOCAL_EXPERTS, "rotary_dim": 16, "scoring_func": "sigmoid"}),
+    "qwen3_next": ("Qwen3Next", {**SMALL_EXPERTS, **DELTA, **EVERY, "shared_expert_intermediate_size": 64}),
     "qwen3_5_text": ("Qwen3_5Text", DELTA),
 }
 """By name: the stem of Transformers' classes, and what its configuration has beside `COMMON`."""
+
+NEVER_TIED = ("olmoe", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_next")
+"""vLLM gives them a head of their own whatever the configuration says, also from disk; none is published
+tied."""
 
 ALWAYS_TIED = ("gpt2", "opt", "gemma2", "gemma3", "cohere2", "falcon")
 """Made tied only: their checkpoints are."""

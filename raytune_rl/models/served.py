@@ -89,7 +89,6 @@ def held_back(settings: Mapping[str, Any], names: Collection[str] = ()) -> list[
         "parameters as targets (target_parameters)": settings.get("target_parameters"),
         "biases": settings.get("bias", "none") != "none" or settings.get("lora_bias"),
         "ranks that differ by module": settings.get("rank_pattern") or settings.get("alpha_pattern"),
-        "weights on parameters (target_parameters)": settings.get("target_parameters"),
         f"a rank over {LORA_RANKS[-1]}": int(settings.get("r", 0)) > LORA_RANKS[-1],
         f"weights on {' and '.join(outside)}": outside,
     }

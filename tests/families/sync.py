@@ -22,8 +22,9 @@ from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import WeightExporter, whole
 from raytune_rl.protocol.model import TunerSettings
 from raytune_rl.protocol.rollout import EngineSpec, Sampling
+from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.cluster import NAMESPACE
-from raytune_rl.runtime.weights import Manifest, start_store
+from raytune_rl.runtime.weights import start_store
 from raytune_rl.workers.engine_prompt import EnginePrompt
 from raytune_rl.workers.publishing import Publisher, adapter_config
 from raytune_rl.workers.vllm_engine import VllmEngine

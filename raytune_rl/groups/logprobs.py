@@ -1,31 +1,76 @@
-"""The reference as the online pipeline sees it: log-probs for the KL, by any number of copies or by the
-policy itself.
-"""
+"""Log-probs of rows by whoever can give them: the policy, or frozen models such as the reference of the KL."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from raytune_rl.groups.trainer import PolicyGroup, score_rows
-from raytune_rl.protocol.rows import RowPointer
+import numpy as np
+
+from raytune_rl.data.microbatch import plan_micro_batches
+from raytune_rl.groups.world import rank_share
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import RowLogprobs
 from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.group import WorkerGroup
-from raytune_rl.runtime.wait import fetch_all
+from raytune_rl.runtime.wait import Pending, fetch_all, settle
+
+
+def score_rows(
+    group: WorkerGroup,
+    batch: TrainBatch,
+    max_tokens: int,
+    layout: str,
+    *,
+    collective: bool = False,
+    method: str = "logprobs",
+) -> RowLogprobs:
+    """Log-probs of rows by any group that can score, the work balanced by tokens.
+
+    Args:
+        group: Policy or reference.
+        batch: The rows. Of its columns the media alone are read.
+        max_tokens: Token budget of a micro-batch.
+        layout: "padded" or "packed".
+        collective: Every worker must take part even without rows (a sharded model).
+        method: What the workers call it.
+    """
+    schedule = plan_micro_batches(
+        batch.lengths.tolist(),
+        world_size=len(group),
+        max_tokens=max_tokens,
+        layout=layout,  # type: ignore[arg-type]
+    )
+    pending: list[Pending] = []
+    shares: list[list[int]] = []
+    for rank in range(len(group)):
+        share = rank_share(schedule, rank, batch)
+        if not share.rows and not collective:
+            continue
+        what = f"log-probs of {len(share.rows)} rows"
+        pending.append(group.submit(rank, method, share.batch, what=what, returns=2))
+        shares.append(share.rows)
+    found: dict[int, RowPointer] = {}
+    sums = np.empty(len(batch))
+    for mine, done, answered in zip(shares, *settle(pending), strict=True):
+        sums[mine] = answered
+        found |= {row: RowPointer(done.ref[1], number) for number, row in enumerate(mine)}
+    return RowLogprobs([found[row] for row in range(len(batch))], sums)
 
 
 class Reference(Protocol):
     """Gives log-probs of rows under the model that the KL refers to."""
 
-    def logprobs(
-        self,
-        rows: Sequence[RowPointer],
-        lengths: Sequence[int],
-        late: Mapping[str, Sequence[RowPointer]] | None = None,
-    ) -> RowLogprobs:
-        """Log-probs of every row; `late` as in `score_rows`."""
+    def logprobs(self, batch: TrainBatch) -> RowLogprobs:
+        """Log-probs of every row."""
+        ...
+
+
+class BasePolicy(Protocol):
+    """A policy that can put its adapter off."""
+
+    def base_logprobs(self, batch: TrainBatch) -> RowLogprobs:
+        """Log-probs of every row under the model without it."""
         ...
 
 
@@ -36,17 +81,12 @@ class AdapterOff:
         policy: Whose adapter was new when the run began.
     """
 
-    def __init__(self, policy: PolicyGroup) -> None:
+    def __init__(self, policy: BasePolicy) -> None:
         self._policy = policy
 
-    def logprobs(
-        self,
-        rows: Sequence[RowPointer],
-        lengths: Sequence[int],
-        late: Mapping[str, Sequence[RowPointer]] | None = None,
-    ) -> RowLogprobs:
-        """Log-probs of every row; `late` as in `score_rows`."""
-        return self._policy.logprobs(rows, lengths, late, without_adapter=True)
+    def logprobs(self, batch: TrainBatch) -> RowLogprobs:
+        """Log-probs of every row."""
+        return self._policy.base_logprobs(batch)
 
 
 class ReferenceGroup:
@@ -63,14 +103,9 @@ class ReferenceGroup:
         self._max_tokens = max_tokens
         self._layout = layout
 
-    def logprobs(
-        self,
-        rows: Sequence[RowPointer],
-        lengths: Sequence[int],
-        late: Mapping[str, Sequence[RowPointer]] | None = None,
-    ) -> RowLogprobs:
-        """Log-probs of every row; `late` as in `score_rows`."""
-        return score_rows(self._group, rows, lengths, self._max_tokens, self._layout, late=late)
+    def logprobs(self, batch: TrainBatch) -> RowLogprobs:
+        """Log-probs of every row."""
+        return score_rows(self._group, batch, self._max_tokens, self._layout)
 
     def mix(self, manifest: Manifest, share: float) -> None:
         """Every copy moves its weights towards those of a published version."""

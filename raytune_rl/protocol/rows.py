@@ -6,8 +6,8 @@ those and reads the arrays from the object store by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,27 +44,77 @@ class RowBatch:
         return len(self.places[""])
 
 
-def make_batch(
-    rows: Sequence[RowPointer],
-    late: Mapping[str, Sequence[RowPointer]] | None = None,
-    scalars: Mapping[str, ArrayLike] | None = None,
-    micro_batches: Sequence[Sequence[int]] = (),
-) -> RowBatch:
-    """Collects pointers into one message in which every object is named once."""
-    index: dict[Any, int] = {}
+@dataclass(frozen=True)
+class TrainBatch:
+    """Rows of an optimizer step, or of a pass without gradients, as the controller knows them. Nothing changes it:
+    its methods give new batches.
 
-    def place(pointers: Sequence[RowPointer]) -> NDArray[np.int32]:
-        pairs = [(index.setdefault(p.ref, len(index)), p.row) for p in pointers]
-        return np.asarray(pairs, dtype=np.int32).reshape(-1, 2)
+    Attributes:
+        rows: Where each row lies.
+        lengths: Tokens of each row, int64 `[n]`.
+        columns: By name, where each row of a column lies that is not in the row's own object: what was computed
+            later ("ref_logprobs", "old_logprobs", "advantages", ...) and the media of online RL.
+        scalars: By name, one number a row, float64 `[n]`; "weight" and "row_weight" carry the normaliser of the
+            whole step.
 
-    places = {"": place(rows)}
-    for name, pointers in (late or {}).items():
-        if len(pointers) != len(rows):
-            raise ValueError(f"column {name!r} has {len(pointers)} rows for a batch of {len(rows)}")
-        places[name] = place(pointers)
-    return RowBatch(
-        tuple(index),
-        places,
-        {name: np.asarray(values, dtype=np.float64) for name, values in (scalars or {}).items()},
-        tuple(tuple(m) for m in micro_batches),
-    )
+    Raises:
+        ValueError: A column, the lengths or a scalar has another number of rows.
+    """
+
+    rows: Sequence[RowPointer]
+    lengths: NDArray[np.int64]
+    columns: Mapping[str, Sequence[RowPointer]] = field(default_factory=dict)
+    scalars: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parts = {"lengths": self.lengths, **self.columns, **self.scalars}
+        for name, part in parts.items():
+            if len(part) != len(self.rows):
+                raise ValueError(f"column {name!r} has {len(part)} rows for a batch of {len(self.rows)}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, rows: slice | Sequence[int]) -> TrainBatch:
+        """Some of the rows, in the order given."""
+        numbers = range(len(self))[rows] if isinstance(rows, slice) else rows
+        index = np.asarray(numbers, dtype=np.int64)
+        return TrainBatch(
+            [self.rows[row] for row in numbers],
+            self.lengths[index],
+            {name: [pointers[row] for row in numbers] for name, pointers in self.columns.items()},
+            {name: np.asarray(values, dtype=np.float64)[index] for name, values in self.scalars.items()},
+        )
+
+    def with_columns(self, **columns: Sequence[RowPointer]) -> TrainBatch:
+        """The same rows with further columns, or others in the place of those of the same name."""
+        return replace(self, columns={**self.columns, **columns})
+
+    def with_scalars(self, **scalars: ArrayLike) -> TrainBatch:
+        """The same with further numbers of each row."""
+        given = {name: np.asarray(values, dtype=np.float64) for name, values in scalars.items()}
+        return replace(self, scalars={**self.scalars, **given})
+
+    def keep(self, columns: Collection[str]) -> TrainBatch:
+        """The same without the columns that are not named; a name that it does not have is no mistake."""
+        return replace(self, columns={name: held for name, held in self.columns.items() if name in columns})
+
+    def drop(self, *columns: str) -> TrainBatch:
+        """The same without these columns."""
+        return self.keep(self.columns.keys() - set(columns))
+
+    def message(self, micro_batches: Sequence[Sequence[int]] = ()) -> RowBatch:
+        """What a worker is sent: every object is named once.
+
+        Args:
+            micro_batches: Row numbers of each.
+        """
+        index: dict[Any, int] = {}
+
+        def place(pointers: Sequence[RowPointer]) -> NDArray[np.int32]:
+            pairs = [(index.setdefault(p.ref, len(index)), p.row) for p in pointers]
+            return np.asarray(pairs, dtype=np.int32).reshape(-1, 2)
+
+        places = {"": place(self.rows)}
+        places |= {name: place(pointers) for name, pointers in self.columns.items()}
+        return RowBatch(tuple(index), places, dict(self.scalars), tuple(tuple(m) for m in micro_batches))

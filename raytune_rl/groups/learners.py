@@ -1,0 +1,91 @@
+"""Everything that learns from a step, side by side: the policy alone, or policy and critic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from raytune_rl.groups.world import Trainable
+from raytune_rl.protocol.rows import TrainBatch
+from raytune_rl.protocol.train import StepReport
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One model that learns, and what of a step it takes.
+
+    Attributes:
+        model: It.
+        takes: Columns that are its own: no other learner gets them. Columns that no learner claims go to all.
+        scalars: Names of the row scalars it takes; None: all.
+        weight: Of its loss.
+        folder: Of a checkpoint; empty: the checkpoint's own.
+        metric_names: Name of a metric as the model gives it -> as the log has it.
+    """
+
+    model: Trainable
+    takes: frozenset[str] = frozenset()
+    scalars: frozenset[str] | None = None
+    weight: float = 1.0
+    folder: str = ""
+    metric_names: Mapping[str, str] = field(default_factory=dict)
+
+    def batch(self, step: TrainBatch, claimed: frozenset[str]) -> TrainBatch:
+        """What it takes of a step; `claimed` are all columns that somebody claims."""
+        shared = step.columns.keys() - claimed
+        mine = step.keep(shared | self.takes)
+        if self.scalars is not None:
+            kept = {name: values for name, values in mine.scalars.items() if name in self.scalars}
+            mine = TrainBatch(mine.rows, mine.lengths, mine.columns, kept)
+        return mine if self.weight == 1 else mine.with_scalars(weight=mine.scalars["weight"] * self.weight)
+
+    def report(self, step: StepReport) -> StepReport:
+        """Its step under the log's names, its loss without its weight."""
+        metrics = {self.metric_names.get(name, name): value for name, value in step.metrics.items()}
+        if self.weight != 1:
+            metrics[self.metric_names.get("loss", "loss")] /= self.weight
+        return StepReport(metrics, step.tokens, step.memory_gib)
+
+
+class Learners:
+    """All of them as one.
+
+    Args:
+        learners: The policy last: where two have a metric of one name, its own counts.
+    """
+
+    def __init__(self, learners: Sequence[Learner]) -> None:
+        self._learners = learners
+        self._claimed = frozenset(name for learner in learners for name in learner.takes)
+
+    def train(self, batch: TrainBatch, step: int) -> StepReport:
+        """One optimizer step of all, side by side."""
+        running = [one.model.start_step(one.batch(batch, self._claimed), step) for one in self._learners]
+        reports = [one.report(begun.finish()) for one, begun in zip(self._learners, running, strict=True)]
+        metrics: dict[str, float] = {}
+        for report in reports:
+            metrics |= report.metrics
+        if len(reports) > 1:
+            metrics["loss/policy_avg"] = reports[-1].metrics["loss"]
+        return StepReport(metrics, sum(r.tokens for r in reports), max(r.memory_gib for r in reports))
+
+    def offload(self, weights: bool, optimizer: bool) -> None:
+        """Moves weights and optimizer states of all to the CPU."""
+        for one in self._learners:
+            one.model.offload(weights, optimizer)
+
+    def reload(self) -> None:
+        """Brings them back."""
+        for one in self._learners:
+            one.model.reload()
+
+    def save(self, directory: Path, only_model: bool) -> None:
+        """Writes all; the policy first, into the checkpoint itself."""
+        for one in reversed(self._learners):
+            one.model.save(directory / one.folder, only_model)
+
+    def load(self, directory: Path) -> None:
+        """Restores all."""
+        for one in reversed(self._learners):
+            one.model.load(directory / one.folder)

@@ -32,7 +32,7 @@ import numpy as np
 import ray
 
 from benchmarks.table import machine, median, render
-from raytune_rl.algorithms.policy_loss import GRPOSettings
+from raytune_rl.algorithms.losses.grpo import GRPOSettings
 from raytune_rl.config import deepspeed
 from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings

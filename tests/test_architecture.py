@@ -20,8 +20,8 @@ PACKAGE = "raytune_rl"
 FLOORS = [
     {"redaction"},
     {"errors"},
-    {"multi_turn", "algorithms"},
-    {"protocol"},
+    {"multi_turn", "protocol"},
+    {"algorithms"},
     {"config", "rewards", "tracking"},
     {"data", "models", "runtime", "tiny"},
     {"workers"},

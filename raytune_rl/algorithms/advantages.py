@@ -8,12 +8,13 @@ RLOO; Hu et al. 2025 (REINFORCE++), the variant with the group's mean as baselin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
+from raytune_rl.algorithms.lazy import np
 from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 Scale = Literal["group", "batch", "none"]
 Estimator = Literal["grpo", "rloo", "reinforce_plus_plus"]

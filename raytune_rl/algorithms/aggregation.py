@@ -9,55 +9,68 @@ downstream divides again, and the sum is the same however the rows are cut, orde
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
+from raytune_rl.algorithms.lazy import np
+from raytune_rl.algorithms.registry import get_loss, loss_names
 from raytune_rl.errors import ConfigError
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "fipo", "sft")
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+NORMALISERS = ("rows", "tokens", "constant")
+
+
+def normaliser_of(name: str) -> str:
+    """One of `NORMALISERS`: the name itself, or how the loss of that name adds up.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if name in NORMALISERS:
+        return name
+    if name in loss_names() and (held := get_loss(name).normaliser) != name:
+        return normaliser_of(held)
+    raise ConfigError(
+        f"'{name}' is no way in which losses add up; it must be one of {', '.join(NORMALISERS)}, or the name "
+        f"of a loss: {', '.join(loss_names())}"
+    )
 
 
 def row_weights(
-    lengths: ArrayLike, loss_type: str, max_completion_length: int | None = None
+    lengths: ArrayLike, normaliser: str, max_completion_length: int | None = None
 ) -> NDArray[np.float64]:
     """Weight of each row's summed token loss.
 
-    * grpo (DeepSeekMath, eq. 3), sapo: mean over rows of the mean over tokens, `1 / (n_rows * len)`.
-    * dr_grpo (Liu et al. 2025): `1 / (n_rows * max_completion_length)`, no length bias.
-    * dapo (Yu et al. 2025), cispo, fipo, sft: mean over all tokens of the step, `1 / total_tokens`.
-    * bnpo: ms-swift and TRL take the token mean of each *local micro-batch*. That mean changes with the
-      micro-batch size and the number of ranks, so it has no meaning of its own; here the "batch" is the whole
-      optimizer step, which makes it equal to dapo. With one micro-batch a step on one rank it is theirs
-      exactly.
+    * rows (DeepSeekMath, eq. 3): mean over rows of the mean over tokens, `1 / (n_rows * len)`.
+    * constant (Liu et al. 2025, Dr. GRPO): `1 / (n_rows * max_completion_length)`, no length bias.
+    * tokens (Yu et al. 2025, DAPO; SFT): mean over all tokens of the step, `1 / total_tokens`.
 
     Args:
         lengths: int [n_rows], loss tokens per row over the whole optimizer step. A row without loss tokens
             gets weight 0 and still counts in `n_rows`, as it does in TRL and ms-swift: it was sampled and
             scored.
-        loss_type: one of `LOSS_TYPES`.
-        max_completion_length: tokens; needed by dr_grpo only.
+        normaliser: one of the above, or the name of a loss (`normaliser_of`).
+        max_completion_length: tokens; needed by "constant" only.
 
     Returns:
         float64 [n_rows].
 
     Raises:
-        ConfigError: `loss_type` is unknown, or dr_grpo lacks `max_completion_length`.
+        ConfigError: `normaliser` is unknown, or "constant" lacks `max_completion_length`.
     """
+    way = normaliser_of(normaliser)
     length = np.asarray(lengths, dtype=np.int64)
     used = length > 0
     safe = np.maximum(length, 1).astype(np.float64)
-    if loss_type in ("grpo", "sapo"):
+    if way == "rows":
         weight = 1.0 / (max(len(length), 1) * safe)
-    elif loss_type == "dr_grpo":
-        if max_completion_length is None or max_completion_length < 1:
-            raise ConfigError("loss_type 'dr_grpo' divides by max_completion_length: set it to 1 or more")
-        weight = np.full(len(length), 1.0 / (max(len(length), 1) * max_completion_length))
-    elif loss_type in ("dapo", "bnpo", "cispo", "fipo", "sft"):
+    elif way == "tokens":
         weight = np.full(len(length), 1.0 / max(int(length.sum()), 1))
     else:
-        raise ConfigError(f"loss_type '{loss_type}' is not known; choose one of {', '.join(LOSS_TYPES)}")
+        if max_completion_length is None or max_completion_length < 1:
+            raise ConfigError(f"'{normaliser}' divides by max_completion_length: set it to 1 or more")
+        weight = np.full(len(length), 1.0 / (max(len(length), 1) * max_completion_length))
     return np.where(used, weight, 0.0)
 
 
@@ -109,7 +122,7 @@ def pair_weights(lengths: ArrayLike, likelihood: Literal["tokens", "rows"] = "to
         raise ValueError(f"{len(length)} rows are not pairs")
     weight = np.zeros(len(length))
     if len(length):
-        weight[0::2] = row_weights(length[0::2], "dapo" if likelihood == "tokens" else "grpo")
+        weight[0::2] = row_weights(length[0::2], likelihood)
     return PreferenceWeights(weight, np.full(len(length), 2.0 / max(len(length), 1)))
 
 

@@ -18,11 +18,14 @@ is taken at the partner's row. Without dropout the two passes see the same weigh
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from raytune_rl.algorithms.dpo_losses import smoothed
+from raytune_rl.algorithms.lazy import np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+    from torch import Tensor
 
 REFERENCE = "aot_reference"
 PARTNER = "aot_partner"

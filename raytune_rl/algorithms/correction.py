@@ -9,15 +9,16 @@ Modes and names as in ms-swift.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.metrics import MetricSums, ess_of, mean_of, row_counts, row_sums
 from raytune_rl.algorithms.mismatch import PREFIX
 from raytune_rl.algorithms.rows import bounded, clamped_exp
 from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Mode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 MODES: tuple[Mode, ...] = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")

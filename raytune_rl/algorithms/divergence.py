@@ -6,11 +6,12 @@ to a constant that cancels between the two sides of a pair.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import softplus
+from raytune_rl.algorithms.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 DIVERGENCES: tuple[Divergence, ...] = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -36,6 +37,6 @@ def divergence_reward(log_ratio: Tensor, kind: Divergence, alpha: float = 0.5) -
     if kind == "reverse_kl":
         return log_ratio
     if kind == "js_divergence":
-        return log_ratio - softplus(log_ratio) + torch.log(log_ratio.new_tensor(2.0))
+        return log_ratio - torch.nn.functional.softplus(log_ratio) + torch.log(log_ratio.new_tensor(2.0))
     power = -1.0 if kind == "forward_kl" else -alpha
     return torch.expm1((power * log_ratio).clamp(max=MAX_EXPONENT)) / power

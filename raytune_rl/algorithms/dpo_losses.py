@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.pairs import Pair
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Ratios:
 
 def smoothed(scaled: Tensor, label_smoothing: float) -> Tensor:
     """-(1 - e) LS(z) - e LS(-z): the label is wrong with probability e."""
-    return -(1 - label_smoothing) * logsigmoid(scaled) - label_smoothing * logsigmoid(-scaled)
+    return -(1 - label_smoothing) * torch.nn.functional.logsigmoid(
+        scaled
+    ) - label_smoothing * torch.nn.functional.logsigmoid(-scaled)
 
 
 def sigmoid(r: Ratios) -> Tensor:
@@ -75,26 +78,34 @@ def hinge(r: Ratios) -> Tensor:
 def robust(r: Ratios) -> Tensor:
     """Unbiased under labels that are wrong with probability e < 1/2."""
     e = r.label_smoothing
-    return (-(1 - e) * logsigmoid(r.scaled) + e * logsigmoid(-r.scaled)) / (1 - 2 * e)
+    return (
+        -(1 - e) * torch.nn.functional.logsigmoid(r.scaled) + e * torch.nn.functional.logsigmoid(-r.scaled)
+    ) / (1 - 2 * e)
 
 
 def exo_pair(r: Ratios) -> Tensor:
     """KL of the policy's preference from the smoothed label, reverse, so e must be positive."""
     z, e = r.scaled, r.label_smoothing
-    won = torch.sigmoid(z) * (logsigmoid(z) - math.log1p(-e))
-    return won + torch.sigmoid(-z) * (logsigmoid(-z) - math.log(e))
+    won = torch.sigmoid(z) * (torch.nn.functional.logsigmoid(z) - math.log1p(-e))
+    return won + torch.sigmoid(-z) * (torch.nn.functional.logsigmoid(-z) - math.log(e))
 
 
 def nca_pair(r: Ratios) -> Tensor:
     """-LS(beta x) - LS(-beta x) / 2 - LS(-beta y) / 2."""
     won, lost = r.beta * r.log_ratio.chosen, r.beta * r.log_ratio.rejected
-    return -logsigmoid(won) - 0.5 * logsigmoid(-won) - 0.5 * logsigmoid(-lost)
+    return (
+        -torch.nn.functional.logsigmoid(won)
+        - 0.5 * torch.nn.functional.logsigmoid(-won)
+        - 0.5 * torch.nn.functional.logsigmoid(-lost)
+    )
 
 
 def bco_pair(r: Ratios) -> Tensor:
     """-LS(beta x - delta) - LS(delta - beta y)."""
     won, lost = r.beta * r.log_ratio.chosen, r.beta * r.log_ratio.rejected
-    return -logsigmoid(won - r.bco_shift) - logsigmoid(r.bco_shift - lost)
+    return -torch.nn.functional.logsigmoid(won - r.bco_shift) - torch.nn.functional.logsigmoid(
+        r.bco_shift - lost
+    )
 
 
 def sppo_hard(r: Ratios) -> Tensor:
@@ -118,7 +129,7 @@ def discopop(r: Ratios) -> Tensor:
     """A mixture of -LS(beta d) and exp(-beta d), gated by sigmoid(beta d / tau)."""
     z = r.scaled
     gate = torch.sigmoid(z / r.discopop_tau)
-    return -(1 - gate) * logsigmoid(z) + gate * (-z).clamp(max=40.0).exp()
+    return -(1 - gate) * torch.nn.functional.logsigmoid(z) + gate * (-z).clamp(max=40.0).exp()
 
 
 PAIR_LOSSES: Mapping[str, Callable[[Ratios], Tensor]] = {

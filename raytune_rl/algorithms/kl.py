@@ -7,7 +7,11 @@ negative).
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 # ms-swift's bounds. A single token with a log-difference of 20 would otherwise weigh e^20 in the batch's
 # mean.

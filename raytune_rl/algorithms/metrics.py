@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from raytune_rl.algorithms.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["mean", "total", "max", "min", "ess"]
 
@@ -78,7 +80,7 @@ class MetricSums:
             (name, part, held)
             for name, stat in self.stats.items()
             for part, held in (("value", stat.value), ("squares", stat.squares))
-            if isinstance(held, Tensor)
+            if isinstance(held, torch.Tensor)
         ]
         if not away:
             return self

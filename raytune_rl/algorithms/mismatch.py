@@ -7,9 +7,9 @@ there: delta = log pi_train - log pi_rollout, and the tokens were sampled by the
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.metrics import (
     MetricSums,
     Stat,
@@ -20,6 +20,9 @@ from raytune_rl.algorithms.metrics import (
     row_sums,
     total_of,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX = "rollout_correction/"
 # exp(20) is beyond any ratio that means something; past it chi2 would only say "inf".

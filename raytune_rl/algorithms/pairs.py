@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from raytune_rl.algorithms.lazy import np, torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 PAIR = "pair"
 """Row value that numbers pairs: k + 1 on the chosen row of pair k, -(k + 1) on the rejected one."""

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from raytune_rl.algorithms.correction import RolloutCorrection, correction_weights, off_policy_keep
 from raytune_rl.algorithms.kl import k2, k3
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.metrics import (
     MetricSums,
     Stat,
@@ -28,10 +26,13 @@ from raytune_rl.algorithms.metrics import (
     row_means,
 )
 from raytune_rl.algorithms.ratio import LEVELS, Level, importance_ratio
-from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
+from raytune_rl.algorithms.registry import LossInputs, LossOutput
 from raytune_rl.errors import ConfigError
 
-Surrogate = Callable[[Tensor, LossInputs], tuple[Tensor, MetricSums]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Surrogate: TypeAlias = "Callable[[Tensor, LossInputs], tuple[Tensor, MetricSums]]"
 """(ratio [N] with gradient, inputs) -> token loss [N] and metrics."""
 
 
@@ -70,33 +71,6 @@ class PolicySettings:
                 f"importance_sampling_level is '{self.importance_sampling_level}'; it must be one of "
                 f"{', '.join(LEVELS)}"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GRPOSettings(PolicySettings):
-    """Hyper-parameters of the clipped policy loss.
-
-    Attributes:
-        epsilon: lower clip range; the ratio is clipped at 1 - epsilon.
-        epsilon_high: upper clip range; None means the same as epsilon.
-        delta: upper cap on the ratio of the unclipped branch (it bounds the loss where the advantage is
-            negative).
-    """
-
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.epsilon <= 1:
-            raise ConfigError(
-                f"epsilon is {self.epsilon}; the ratio is clipped at 1 - epsilon, so it must be in [0, 1]"
-            )
-        if self.epsilon_high is not None and self.epsilon_high < 0:
-            raise ConfigError(f"epsilon_high is {self.epsilon_high}; it must not be negative")
-        if self.delta is not None and self.delta <= 0:
-            raise ConfigError(f"delta is {self.delta}; it caps the ratio from above, so it must be positive")
 
 
 def policy_loss(inputs: LossInputs, surrogate: Surrogate) -> LossOutput:
@@ -161,82 +135,3 @@ def policy_columns(settings: PolicySettings) -> tuple[str, ...]:
 def policy_rows(settings: PolicySettings) -> tuple[str, ...]:
     """Row values that a policy loss cannot do without."""
     return ("entropy_threshold",) if settings.entropy_filter else ()
-
-
-def clipped_surrogate(
-    ratio: Tensor,
-    advantages: Tensor,
-    row_of: Tensor,
-    n_rows: int,
-    *,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    by_row: bool = False,
-) -> tuple[Tensor, MetricSums]:
-    """l = -min(min(rho, delta) * A, clip(rho, 1 - epsilon, 1 + epsilon_high) * A), per token.
-
-    Args:
-        ratio: float [N] with gradient (`ratio.importance_ratio`).
-        advantages: float [N], one a token (index a per-row array by `row_of`).
-        row_of: int64 [N]; only the metrics look at rows.
-        n_rows: rows in the micro-batch.
-        epsilon, epsilon_high, delta: see `GRPOSettings`.
-        by_row: The ratio is one a row: count rows, not tokens, in the means.
-
-    Returns:
-        token_loss [N], and the clip ratios: `*_mean` over all tokens (or rows) of the step; `low_min` and
-        `high_max` are extremes over completions (ms-swift takes them over ranks, which depends on the number
-        of ranks). As there, a ratio counts as clipped after the cap by delta, and only on the side where the
-        clip binds for its advantage.
-    """
-    high = epsilon if epsilon_high is None else epsilon_high
-    clipped = ratio.clamp(1 - epsilon, 1 + high)
-    if delta is not None:
-        ratio = ratio.clamp(max=delta)
-    token_loss = -torch.minimum(ratio * advantages, clipped * advantages)
-
-    is_low = ((ratio < 1 - epsilon) & (advantages < 0)).double()
-    is_high = ((ratio > 1 + high) & (advantages > 0)).double()
-    low_rows, high_rows = row_means(is_low, row_of, n_rows), row_means(is_high, row_of, n_rows)
-    stats: dict[str, Stat] = {
-        "clip_ratio/low_mean": mean_of(low_rows if by_row else is_low),
-        "clip_ratio/low_min": min_of(low_rows),
-        "clip_ratio/high_mean": mean_of(high_rows if by_row else is_high),
-        "clip_ratio/high_max": max_of(high_rows),
-        "clip_ratio/region_mean": mean_of(low_rows + high_rows if by_row else is_low + is_high),
-    }
-    return token_loss, MetricSums(stats)
-
-
-def clipped_by_settings(ratio: Tensor, inputs: LossInputs) -> tuple[Tensor, MetricSums]:
-    """`clipped_surrogate` as the `GRPOSettings` of the inputs have it."""
-    settings: GRPOSettings = inputs.settings
-    assert inputs.advantages is not None
-    return clipped_surrogate(
-        ratio,
-        inputs.advantages,
-        inputs.row_of,
-        inputs.n_rows,
-        epsilon=settings.epsilon,
-        epsilon_high=settings.epsilon_high,
-        delta=settings.delta,
-        by_row=settings.importance_sampling_level != "token",
-    )
-
-
-def grpo_loss(inputs: LossInputs) -> LossOutput:
-    """`policy_loss` with the clipped surrogate; PPO's policy loss too, given its advantages and beta 0."""
-    return policy_loss(inputs, clipped_by_settings)
-
-
-GRPO = register_loss(
-    Loss(
-        "grpo",
-        GRPOSettings,
-        grpo_loss,
-        policy_columns,
-        needs_advantages=True,
-        required_rows=policy_rows,
-    )
-)

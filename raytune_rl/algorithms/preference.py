@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.metrics import MetricSums, Stat, mean_of
 from raytune_rl.algorithms.pairs import Pair, chosen_tokens
 from raytune_rl.algorithms.registry import LossInputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def chosen_nll(inputs: LossInputs) -> tuple[Tensor, MetricSums]:

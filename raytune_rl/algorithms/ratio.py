@@ -6,11 +6,12 @@ and GSPO-token of the same paper.
 
 from __future__ import annotations
 
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from raytune_rl.algorithms.rows import bounded, clamped_exp, mean_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Level = Literal["token", "sequence", "sequence_token"]
 LEVELS: tuple[Level, ...] = ("token", "sequence", "sequence_token")

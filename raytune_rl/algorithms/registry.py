@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
-from typing import Any, Literal
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.metrics import MetricSums
 from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Forward = Literal["logprobs", "scores", "values"]
 Rows = Literal["single", "pairs"]
@@ -117,8 +120,11 @@ class Loss:
         required_rows: settings -> names of the row values it cannot do without.
         rows: "pairs" if rows 2k and 2k + 1 of a micro-batch must be the two sides of a pair (`pairs`).
         forward: what the model must give: token log-probs, one score a row, or one value a token.
-        normaliser: for a loss that --loss_type names: how its token losses add up, a loss type of
-            `aggregation.row_weights`.
+        normaliser: how its token losses add up: a name of `aggregation.NORMALISERS`, or of a loss that adds
+            up in the same way.
+        in_words: settings -> what the plan says of its constants; None: nothing.
+        summary: what it does, for `--help`; of an online loss.
+        paper: where it comes from.
     """
 
     name: str
@@ -129,7 +135,20 @@ class Loss:
     required_rows: Callable[[Any], tuple[str, ...]] = no_columns
     rows: Rows = "single"
     forward: Forward = "logprobs"
-    normaliser: str = "grpo"
+    normaliser: str = "rows"
+    in_words: Callable[[Any], str] | None = None
+    summary: str = ""
+    paper: str = ""
+
+    @property
+    def is_online(self) -> bool:
+        """Whether `--loss_type` of online RL may name it: it has advantages, and rows that stand alone."""
+        return self.needs_advantages and self.rows == "single" and self.forward == "logprobs"
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it comes with this package, not from a plugin."""
+        return self.compute.__module__.startswith("raytune_rl.")
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """Checks that nothing is missing, then computes.
@@ -153,11 +172,6 @@ class Loss:
 
 
 _LOSSES: dict[str, Loss] = {}
-# Modules that register the built-in losses; imported on first use, so that this file depends on none of them.
-_BUILT_IN = tuple(
-    f"raytune_rl.algorithms.{name}"
-    for name in ("policy_loss", "cispo", "sapo", "fipo", "sft", "dpo", "kto", "orpo", "cpo", "rm", "ppo")
-)
 
 
 def register_loss(loss: Loss) -> Loss:
@@ -193,6 +207,22 @@ def get_loss(name: str) -> Loss:
 
 def loss_names() -> tuple[str, ...]:
     """All registered names, sorted."""
-    for module in _BUILT_IN:
-        import_module(module)
+    _load_built_in()
     return tuple(sorted(_LOSSES))
+
+
+def online_losses() -> tuple[Loss, ...]:
+    """Those that come with this package and that `--loss_type` of online RL may name, by name."""
+    return tuple(loss for name in loss_names() if (loss := _LOSSES[name]).is_online and loss.is_built_in)
+
+
+@cache
+def _load_built_in() -> None:
+    """Imports every file of `losses`; on first use, so that this file depends on none of them."""
+    import_package("raytune_rl.algorithms.losses")
+
+
+def import_package(name: str) -> None:
+    """Imports every module of a package, in the order of their names."""
+    for module in sorted(found.name for found in iter_modules(import_module(name).__path__)):
+        import_module(f"{name}.{module}")

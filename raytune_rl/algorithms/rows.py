@@ -6,10 +6,13 @@ float32, and the order in which a GPU adds would show.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.metrics import row_counts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
 """exp(20) = 4.9e8: far beyond any clip range, and still finite in float32 when multiplied by an advantage."""

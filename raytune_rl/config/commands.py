@@ -15,7 +15,7 @@ from raytune_rl.config.model import ModelOptions
 from raytune_rl.config.ppo import PPOOptions
 from raytune_rl.config.preference import PreferenceOptions
 from raytune_rl.config.rewards import RewardOptions
-from raytune_rl.config.rl import RLOptions, check_loss_type
+from raytune_rl.config.rl import RLOptions, check_names
 from raytune_rl.config.rollout import RolloutOptions
 from raytune_rl.config.sft import SupervisedOptions
 from raytune_rl.config.training import TrainingOptions
@@ -85,7 +85,7 @@ class RLHFConfig(
             raise ConfigError(
                 "--reward_funcs is required: name at least one, such as accuracy, or give a --reward_model."
             )
-        check_loss_type(self.loss_type, self.external_plugins)
+        check_names(self.loss_type, self.advantage_estimator, self.external_plugins)
         if self.sync_ref_model and (self.train_type != "full" or self.beta == 0):
             why = (
                 "there is none with --beta 0"

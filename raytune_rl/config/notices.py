@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from raytune_rl.config import deepspeed, resolved
+from raytune_rl.config.algorithms import loss_flags
 from raytune_rl.config.base import Options
 from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.preference import unread
 from raytune_rl.config.recipes import RECIPES, recipe_in_words
-from raytune_rl.config.rl import LOSS_TYPES
 
 _REWARD_FLAGS = {
     "cosine": (
@@ -169,22 +169,12 @@ def _online(config: RLHFConfig) -> Iterable[str]:
 
 def _loss(config: RLHFConfig) -> Iterable[str]:
     """Constants of another loss than the one chosen."""
-    if config.loss_type in LOSS_TYPES:
-        if config.loss_type in ("cispo", "sapo"):
-            unused = (
-                ("epsilon", "delta") if config.loss_type == "cispo" else ("epsilon", "epsilon_high", "delta")
-            )
-            recipe = RECIPES.get(config.rlhf_type, {})
-            yield from _idle(
-                config,
-                [n for n in unused if n not in recipe],
-                f"--loss_type {config.loss_type} does not clip",
-            )
-        if config.loss_type != "sapo":
-            yield from _idle(config, ("tau_pos", "tau_neg"), "they belong to --loss_type sapo")
-        if config.loss_type != "fipo":
-            own = [name for name in type(config).model_fields if name.startswith("fipo_")]
-            yield from _idle(config, own, "they belong to --loss_type fipo")
+    settings = loss_flags()
+    if any(config.loss_type in owners for owners in settings.values()):
+        of_recipe = RECIPES.get(config.rlhf_type, {})
+        for name, owners in settings.items():
+            if config.loss_type not in owners and name not in of_recipe and name in type(config).model_fields:
+                yield from _idle(config, (name,), f"it belongs to --loss_type {', '.join(owners)}")
         if config.loss_args:
             yield f"--loss_args does nothing: --loss_type {config.loss_type} has flags of its own."
     if config.rollout_importance_sampling_mode is None:

@@ -61,7 +61,8 @@ class PPOOptions(Options):
         None, "Peak learning rate of the critic. Not set: --learning_rate.", gt=0
     )
     num_generations: int = _setting(1, "Completions per prompt.", ge=1)
-    loss_type: str = _setting("dapo", "PPO takes the mean over the tokens of a step: dapo.")
+    loss_type: str = _setting("ppo", "PPO takes the mean over the tokens of a step: ppo.")
+    advantage_estimator: str = _setting("gae", "PPO compares with a critic: gae.")
     kl_in_reward: bool | None = _setting(True, "PPO has the KL in the reward: true.")
     scale_rewards: Literal["group", "batch", "none"] = _setting(
         "none", "PPO compares with the critic, not within groups: none."

@@ -11,6 +11,7 @@ from typing import Literal
 
 from raytune_rl.config.batching import sft_accumulation
 from raytune_rl.config.commands import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
+from raytune_rl.config.rl import wants_kl_in_reward
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
@@ -78,21 +79,21 @@ def attention(config: TrainConfig) -> str | None:
     return "flash_attention_2" if config.attn_impl == "flash_attn" else config.attn_impl
 
 
-def epsilon_high(config: RLHFConfig) -> float:
-    """As `epsilon`, unless given."""
-    return config.epsilon if config.epsilon_high is None else config.epsilon_high
-
-
 def kl_in_reward(config: RLHFConfig) -> bool:
     """As the estimator's paper has it, unless given; without a KL there is none anywhere."""
     if config.beta == 0:
         return False
-    return config.advantage_estimator != "grpo" if config.kl_in_reward is None else config.kl_in_reward
+    return wants_kl_in_reward(config.advantage_estimator, config.kl_in_reward)
 
 
 def kl_estimator(config: RLHFConfig) -> Literal["k1", "k2", "k3"]:
     """k1 in the reward, k3 in the loss, unless given."""
     return config.kl_estimator or ("k1" if kl_in_reward(config) else "k3")
+
+
+def credit(config: RLHFConfig) -> str:
+    """The name of who says what completions earned: ms-swift asks for GDPO by `scale_rewards`."""
+    return "gdpo" if config.scale_rewards == "gdpo" else config.advantage_estimator
 
 
 def num_generations_eval(config: RLHFConfig) -> int:

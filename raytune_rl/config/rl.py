@@ -7,7 +7,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from raytune_rl.config.base import Options, setting
+from raytune_rl.algorithms.credit.base import credit_names, get_credit
+from raytune_rl.algorithms.registry import online_losses
+from raytune_rl.config.algorithms import AlgorithmFlags, credit_choices, loss_choices
+from raytune_rl.config.base import setting
 from raytune_rl.config.explain import did_you_mean
 from raytune_rl.config.preference import READS
 from raytune_rl.config.recipes import RECIPES, with_recipe
@@ -19,14 +22,11 @@ _tuner = partial(setting, "Tuner")
 BUILT = ("grpo", *RECIPES)
 """The values of `rlhf_type` that run."""
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "fipo")
-"""The values of `loss_type` that need no plugin."""
-
 NOT_BUILT = ("real",)
 """Those of ms-swift that are not here yet."""
 
 
-class RLOptions(Options):
+class RLOptions(AlgorithmFlags):
     """Policy losses, advantages and the KL to the reference, with ms-swift's names and defaults."""
 
     WITH_CRITIC: ClassVar[bool] = False
@@ -40,11 +40,9 @@ class RLOptions(Options):
     )
     loss_type: str = _setting(
         "grpo",
-        "How token losses become one. grpo averages over each completion first; bnpo and dapo over all "
-        "tokens of the step; dr_grpo divides by completions * --max_completion_length; cispo caps the weight "
-        "of a token instead of clipping it; sapo has a smooth gate instead of a clip; fipo is dapo with more "
-        "weight on tokens before what is reinforced; or the name of a loss that a file of --external_plugins "
-        "registers.",
+        f"The loss, and how its token losses become one: {loss_choices()}; or the name of a loss that a "
+        f"file of "
+        "--external_plugins registers.",
     )
     loss_args: dict[str, Any] = _setting({}, "Settings of a loss from a plugin, as JSON: '{\"alpha\": 1}'.")
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] = _setting(
@@ -62,28 +60,11 @@ class RLOptions(Options):
     delta: float | None = _setting(
         None, "Upper cap on the ratio where the advantage is negative. Not set: no cap.", gt=1
     )
-    tau_pos: float = _setting(1.0, "--loss_type sapo: the gate's temperature for positive advantages.", gt=0)
-    tau_neg: float = _setting(1.05, "--loss_type sapo: the gate's temperature for the others.", gt=0)
-    fipo_decay_rate: float = _setting(
-        32.0, "--loss_type fipo: tokens after which what follows counts half.", gt=0
-    )
-    fipo_clip_range: float = _setting(
-        0.2, "--loss_type fipo: how far a token's weight may be from 1; 0: no bounds.", ge=0, le=1
-    )
-    fipo_clip_high_only: bool = _setting(True, "--loss_type fipo: no token's weight is below 1.")
-    fipo_safety_threshold: float | None = _setting(
-        4.0,
-        "--loss_type fipo: ratio over which a token with a negative advantage gets no weight over 1.",
-        gt=0,
-    )
 
-    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus"] = _setting(
+    advantage_estimator: str = _setting(
         "grpo",
-        "What a reward is compared with: the group's mean (grpo, reinforce_plus_plus), or the mean of the "
-        "group's other rewards (rloo). With rloo, --loss_type grpo divides each completion's loss by its "
-        "length; dr_grpo is the estimator of its paper. reinforce_plus_plus takes the KL of the whole "
-        "completion off every token's reward, as ms-swift does; its paper takes off, at each token, the KL "
-        "from there on.",
+        f"Who earned what. {credit_choices()}; or the name of a credit that a file of --external_plugins "
+        "registers.",
     )
     scale_rewards: Literal["group", "batch", "none", "gdpo"] | None = _setting(
         None,
@@ -171,18 +152,7 @@ class RLOptions(Options):
                 f"--steps_per_generation {self.steps_per_generation} and --generation_batch_size "
                 f"{self.generation_batch_size} set the same thing: give only one of the two."
             )
-        if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ConfigError(
-                "--loss_type cispo needs --epsilon_high: it caps a token's weight at epsilon_high itself, "
-                "not at 1 + epsilon_high, so no other loss's default fits; 5.0 is usual."
-            )
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        if self.delta is not None and self.loss_type != "cispo" and self.delta <= 1 + high:
-            raise ConfigError(
-                f"--delta {self.delta} must be over 1 + --epsilon_high = {1 + high:g}, or it would cut into "
-                "the clip range."
-            )
-        in_reward = self.advantage_estimator != "grpo" if self.kl_in_reward is None else self.kl_in_reward
+        in_reward = wants_kl_in_reward(self.advantage_estimator, self.kl_in_reward)
         if self.scale_rewards == "gdpo" and (self.advantage_estimator != "grpo" or in_reward):
             raise ConfigError(
                 "--scale_rewards gdpo normalises reward functions one by one: it goes with "
@@ -196,18 +166,29 @@ class RLOptions(Options):
         return self
 
 
-def check_loss_type(loss_type: str, plugins: tuple[str, ...]) -> None:
-    """Without a plugin there are only the built-in losses.
+def wants_kl_in_reward(estimator: str, asked: bool | None) -> bool:
+    """Whether the KL belongs into the reward: as the user says, else as the credit has it."""
+    if asked is not None:
+        return asked
+    return estimator in credit_names() and get_credit(estimator).kl_in_reward
+
+
+def check_names(loss_type: str, estimator: str, plugins: tuple[str, ...]) -> None:
+    """Without a plugin there are only the built-in losses and credits.
 
     Raises:
-        ConfigError: there is no such loss.
+        ConfigError: there is no such loss or credit.
     """
-    if loss_type in LOSS_TYPES or plugins:
+    losses = [loss.name for loss in online_losses()]
+    if plugins:
+        return
+    get_credit(estimator)
+    if loss_type in losses:
         return
     if loss_type in NOT_BUILT:
         raise ConfigError(
             f"--loss_type {loss_type} is a loss of ms-swift that is not built yet; what there is: "
-            f"{', '.join(LOSS_TYPES)}."
+            f"{', '.join(losses)}."
         )
     if loss_type == "gspo":
         raise ConfigError(
@@ -215,7 +196,7 @@ def check_loss_type(loss_type: str, plugins: tuple[str, ...]) -> None:
             "--epsilon 3e-4 --epsilon_high 4e-4 --beta 0."
         )
     raise ConfigError(
-        f"--loss_type {loss_type} is not one of: {', '.join(LOSS_TYPES)}."
-        f"{did_you_mean(loss_type, LOSS_TYPES)} A loss of your own comes from a file given to "
+        f"--loss_type {loss_type} is not one of: {', '.join(losses)}."
+        f"{did_you_mean(loss_type, losses)} A loss of your own comes from a file given to "
         "--external_plugins, which calls register_loss."
     )

@@ -1,4 +1,6 @@
-"""The critic as the pipelines see it: a world that learns to predict returns, and what it makes of a generation."""
+"""The critic as the pipelines see it: a world that learns to predict returns, and what it makes of a
+generation.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from raytune_rl.algorithms.metrics import merge_all
 from raytune_rl.algorithms.moments import Moments, merge_moments
+from raytune_rl.data.media_table import ROW_COLUMN
 from raytune_rl.groups.world import Share, TrainerWorld
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import EstimateFacts, Estimates, EstimateSettings
@@ -27,7 +30,8 @@ class CriticGroup:
 
     def values(self, batch: TrainBatch) -> list[RowPointer]:
         """The value of every token under the present weights: where each row's {"values"} lies."""
-        return self.world.columns("values", self.world.shares(batch))[0]
+        asked = TrainBatch(batch.rows, batch.lengths, batch.keep({ROW_COLUMN}).columns)
+        return self.world.columns("values", self.world.shares(asked))[0]
 
     def estimate(
         self, batch: TrainBatch, scores: ArrayLike, settings: EstimateSettings, *, whiten_rewards: bool
@@ -42,7 +46,7 @@ class CriticGroup:
             whiten_rewards: Whether the tokens' rewards are brought to a spread of 1.
         """
         world = self.world
-        values = self.values(batch.drop("old_logprobs", "ref_logprobs"))
+        values = self.values(batch)
         scored = batch.with_columns(values=values).with_scalars(score=scores)
         shares = world.shares(scored)
         rewards: Moments | None = None

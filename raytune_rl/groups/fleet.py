@@ -18,7 +18,7 @@ from raytune_rl.errors import RaytuneError
 from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.rewards import Failure, Scored, Scores, TrainerState
 from raytune_rl.protocol.rollout import Sampling
-from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.trajectory import CompletionMeta, PromptRequest, Trajectory
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, fetch_all, settle
@@ -187,10 +187,14 @@ def _trajectory(
     )
 
 
-def media_places(trajectories: Sequence[Trajectory]) -> dict[str, list[RowPointer]]:
-    """The late column by which policy and reference find the media; empty where there are none."""
+def batch_of(trajectories: Sequence[Trajectory]) -> TrainBatch:
+    """Where the rows of trajectories lie, and the media of their prompts if the data has any."""
     places = [t.media for t in trajectories if t.media is not None]
-    return {ROW_COLUMN: places} if places else {}
+    return TrainBatch(
+        [t.data for t in trajectories],
+        np.array([t.length for t in trajectories], dtype=np.int64),
+        {ROW_COLUMN: places} if places else {},
+    )
 
 
 REWARDS_SHARE = 0.8

@@ -7,28 +7,26 @@ from __future__ import annotations
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.groups.fleet import RolloutGroup
+from raytune_rl.groups.learners import Learners
 from raytune_rl.groups.sizes import Groups
-from raytune_rl.groups.trainer import PolicyGroup
 
 
-class Turns:
+class GPUSharing:
     """Moves weights and caches in the one order that never holds both in full.
 
     Args:
         config: `sleep_level`, `offload_model` and `offload_optimizer` say what is moved.
         groups: Whether there is anything to share.
-        policy: Holds the GPUs at first.
+        learners: Hold the GPUs at first.
         rollout: Is awake at first, as vLLM starts.
     """
 
-    def __init__(
-        self, config: RLHFConfig, groups: Groups, policy: PolicyGroup, rollout: RolloutGroup
-    ) -> None:
+    def __init__(self, config: RLHFConfig, groups: Groups, learners: Learners, rollout: RolloutGroup) -> None:
         shared = groups.on_gpu and groups.colocated
         self._sleeps = shared and config.sleep_level > 0
         self._weights = shared and config.offload_model
         self._optimizer = shared and config.offload_optimizer
-        self._policy, self._rollout = policy, rollout
+        self._learners, self._rollout = learners, rollout
         self._awake, self._offloaded = True, False
 
     def to_policy(self) -> None:
@@ -37,13 +35,13 @@ class Turns:
             self._rollout.sleep()
             self._awake = False
         if self._offloaded:
-            self._policy.reload()
+            self._learners.reload()
             self._offloaded = False
 
     def to_rollout(self) -> bool:
         """The engines are about to sample. True if they woke up, and so must pull their weights first."""
         if (self._weights or self._optimizer) and not self._offloaded:
-            self._policy.offload(self._weights, self._optimizer)
+            self._learners.offload(self._weights, self._optimizer)
             self._offloaded = True
         if self._awake:
             return False

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from raytune_rl.data.media_table import ROW_COLUMN
 from raytune_rl.groups.world import Trainable
 from raytune_rl.protocol.rows import TrainBatch
 from raytune_rl.protocol.train import StepReport
@@ -17,28 +18,26 @@ class Learner:
 
     Attributes:
         model: It.
-        takes: Columns that are its own: no other learner gets them. Columns that no learner claims go to all.
-        scalars: Names of the row scalars it takes; None: all.
+        takes: Columns that it alone gets; None: all that no other learner takes. All get the media.
+        scalars: Names of the row scalars it gets; None: all.
         weight: Of its loss.
         folder: Of a checkpoint; empty: the checkpoint's own.
         metric_names: Name of a metric as the model gives it -> as the log has it.
     """
 
     model: Trainable
-    takes: frozenset[str] = frozenset()
+    takes: frozenset[str] | None = None
     scalars: frozenset[str] | None = None
     weight: float = 1.0
     folder: str = ""
     metric_names: Mapping[str, str] = field(default_factory=dict)
 
-    def batch(self, step: TrainBatch, claimed: frozenset[str]) -> TrainBatch:
-        """What it takes of a step; `claimed` are all columns that somebody claims."""
-        shared = step.columns.keys() - claimed
-        mine = step.keep(shared | self.takes)
-        if self.scalars is not None:
-            kept = {name: values for name, values in mine.scalars.items() if name in self.scalars}
-            mine = TrainBatch(mine.rows, mine.lengths, mine.columns, kept)
-        return mine if self.weight == 1 else mine.with_scalars(weight=mine.scalars["weight"] * self.weight)
+    def batch(self, step: TrainBatch, taken: frozenset[str]) -> TrainBatch:
+        """What it gets of a step; `taken` are all columns that one learner alone gets."""
+        columns = step.columns.keys() - taken if self.takes is None else self.takes | {ROW_COLUMN}
+        scalars = {n: v for n, v in step.scalars.items() if self.scalars is None or n in self.scalars}
+        mine = TrainBatch(step.rows, step.lengths, step.keep(columns).columns, scalars)
+        return mine if self.weight == 1 else mine.with_scalars(weight=scalars["weight"] * self.weight)
 
     def report(self, step: StepReport) -> StepReport:
         """Its step under the log's names, its loss without its weight."""
@@ -57,11 +56,11 @@ class Learners:
 
     def __init__(self, learners: Sequence[Learner]) -> None:
         self._learners = learners
-        self._claimed = frozenset(name for learner in learners for name in learner.takes)
+        self._taken = frozenset(name for learner in learners for name in learner.takes or ())
 
     def train(self, batch: TrainBatch, step: int) -> StepReport:
         """One optimizer step of all, side by side."""
-        running = [one.model.start_step(one.batch(batch, self._claimed), step) for one in self._learners]
+        running = [one.model.start_step(one.batch(batch, self._taken), step) for one in self._learners]
         reports = [one.report(begun.finish()) for one, begun in zip(self._learners, running, strict=True)]
         metrics: dict[str, float] = {}
         for report in reports:

@@ -1,4 +1,6 @@
-"""Log-probs of rows by whoever can give them: the policy, or frozen models such as the reference of the KL."""
+"""Log-probs of rows by whoever can give them: the policy, or frozen models such as the reference of the
+KL.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from raytune_rl.data.media_table import ROW_COLUMN
 from raytune_rl.data.microbatch import plan_micro_batches
 from raytune_rl.groups.world import rank_share
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
@@ -35,6 +38,7 @@ def score_rows(
         collective: Every worker must take part even without rows (a sharded model).
         method: What the workers call it.
     """
+    asked = TrainBatch(batch.rows, batch.lengths, batch.keep({ROW_COLUMN}).columns)
     schedule = plan_micro_batches(
         batch.lengths.tolist(),
         world_size=len(group),
@@ -44,7 +48,7 @@ def score_rows(
     pending: list[Pending] = []
     shares: list[list[int]] = []
     for rank in range(len(group)):
-        share = rank_share(schedule, rank, batch)
+        share = rank_share(schedule, rank, asked)
         if not share.rows and not collective:
             continue
         what = f"log-probs of {len(share.rows)} rows"

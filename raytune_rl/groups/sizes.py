@@ -8,11 +8,11 @@ to have their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from raytune_rl.config import InferConfig, PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, resolved
+from raytune_rl.config import InferConfig, PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.config.base import Options
 from raytune_rl.errors import ConfigError, PlacementError
 from raytune_rl.runtime.cluster import ClusterInfo
@@ -90,8 +90,13 @@ def infer_groups(config: InferConfig, cluster: ClusterInfo) -> Groups:
     return Groups(_with_cpus([spec], cluster), threads, on_gpu, colocated=False)
 
 
-def online_groups(config: RLHFConfig, cluster: ClusterInfo) -> Groups:
-    """Policy, rollout, reference (where the KL is to a model of its own), critic (PPO), reward, reward model.
+def online_groups(config: RLHFConfig, cluster: ClusterInfo, needs: Collection[str]) -> Groups:
+    """Policy, rollout, reference (where it is a model of its own), critic, reward, reward model.
+
+    Args:
+        config: Of the run.
+        cluster: The nodes.
+        needs: Columns that loss and credit need: "ref_logprobs" wants a reference, "values" a critic.
 
     Raises:
         ConfigError: Colocation and tensor parallelism are asked for together, or colocated groups ask for
@@ -101,11 +106,11 @@ def online_groups(config: RLHFConfig, cluster: ClusterInfo) -> Groups:
     on_gpu = _on_gpu(config, cluster)
     colocated = on_gpu and _or(resolved.colocate(config), not _roles_apart(cluster))
     if not on_gpu:
-        models = _on_cpu(config, cluster)
+        models = _on_cpu(config, cluster, _beside(config, needs))
     elif colocated:
-        models = _sharing(config, cluster)
+        models = _sharing(config, cluster, _beside(config, needs))
     else:
-        models = _apart(config, cluster)
+        models = _apart(config, cluster, _beside(config, needs))
     reward = _or(config.reward_workers, max(1, min(REWARD_WORKERS_AT_MOST, int(cluster.cpus / 4))))
     functions = {"reward": (reward, 0.0)} if config.reward_funcs else {}
     specs = [
@@ -130,11 +135,11 @@ Counted = dict[str, tuple[int, float]]
 """By group: workers, and GPUs of each."""
 
 
-def _beside(config: RLHFConfig) -> list[str]:
+def _beside(config: RLHFConfig, needs: Collection[str]) -> list[str]:
     """Groups that hold a model, beside policy and rollout."""
     wanted = {
-        "reference": config.own_reference,
-        "critic": isinstance(config, PPOConfig),
+        "reference": config.own_reference and "ref_logprobs" in needs,
+        "critic": "values" in needs,
         "reward_model": bool(config.reward_model),
     }
     return [name for name, there in wanted.items() if there]
@@ -175,16 +180,16 @@ def _spread(config: Options, cluster: ClusterInfo, gpus: Mapping[str, float]) ->
     return {name: max(1, nodes) * (_per_node(config, name) or 1) for name, nodes in able.items()}
 
 
-def _on_cpu(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
+def _on_cpu(config: RLHFConfig, cluster: ClusterInfo, beside: Sequence[str]) -> Counted:
     """One worker of each role: they take turns on the cores."""
-    asked = {name: _asked(config, name) for name in ("policy", "rollout", *_beside(config))}
+    asked = {name: _asked(config, name) for name in ("policy", "rollout", *beside)}
     spread = _spread(config, cluster, {name: _or(gpus, 0.0) for name, (_, gpus) in asked.items()})
     return {
         name: (_or(workers, spread.get(name, 1)), _or(gpus, 0.0)) for name, (workers, gpus) in asked.items()
     }
 
 
-def _sharing(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
+def _sharing(config: RLHFConfig, cluster: ClusterInfo, beside: Sequence[str]) -> Counted:
     """All other models beside the policy, on every GPU."""
     if config.vllm_tensor_parallel_size > 1:
         raise ConfigError(
@@ -194,7 +199,7 @@ def _sharing(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
     spread = _spread(config, cluster, {"policy": 1.0})
     policy = _or(config.policy_workers, spread.get("policy", _room(cluster, 1.0)))
     engines = _engines_beside(config, policy)
-    names = ["rollout", *_beside(config)]
+    names = ["rollout", *beside]
     served_with = min(SERVED_WITH, SERVED_TOGETHER / len(names))
     counted, left = {}, 1.0
     for name in names:
@@ -238,7 +243,7 @@ def _engines_beside(config: RLHFConfig, policy: int) -> int | None:
     return engines
 
 
-def _apart(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
+def _apart(config: RLHFConfig, cluster: ClusterInfo, beside: Sequence[str]) -> Counted:
     """GPUs of their own for each group: half of them sample, unless the user or the nodes say otherwise.
 
     A critic is as large as the policy and trains as much: it has as many workers, unless the user says.
@@ -247,7 +252,7 @@ def _apart(config: RLHFConfig, cluster: ClusterInfo) -> Counted:
     engine = _gpus_of_an_engine(config)
     scorers: Counted = {}
     paired: dict[str, float] = {}
-    for name in _beside(config):
+    for name in beside:
         asked, gpus = _asked(config, name)
         if name == "critic" and asked is None:
             paired[name] = _or(gpus, 1.0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from raytune_rl.algorithms.ppo import ValueSettings
+from raytune_rl.algorithms.losses.ppo import ValueSettings
 from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
 from raytune_rl.data.media_tags import KINDS
 from raytune_rl.errors import ConfigError

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, cast
 
 import ray
 
 from raytune_rl.config import PPOConfig, RLHFConfig
 from raytune_rl.groups import lora_sync, specs
-from raytune_rl.groups.critic import ActorCritic, Critic
+from raytune_rl.groups.critic import CriticGroup
 from raytune_rl.groups.fleet import RewardGroup, RolloutGroup
-from raytune_rl.groups.gpu_sharing import Turns
+from raytune_rl.groups.gpu_sharing import GPUSharing
+from raytune_rl.groups.learners import Learner, Learners
 from raytune_rl.groups.logprobs import AdapterOff, Reference, ReferenceGroup
 from raytune_rl.groups.rewards import RewardModelGroup, Scorer, Together
 from raytune_rl.groups.sizes import Groups
 from raytune_rl.groups.trainer import PolicyGroup
+from raytune_rl.groups.weight_store import WeightStore
+from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.model import Settled
-from raytune_rl.protocol.train import Algorithm
+from raytune_rl.protocol.train import LossSpec, PolicySpec
 from raytune_rl.rewards.sandbox import memory_limit_bytes
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.weights import start_store
@@ -30,106 +33,167 @@ from raytune_rl.workers.reward import RewardWorker
 from raytune_rl.workers.reward_model import RewardModelWorker
 from raytune_rl.workers.rollout import RolloutWorker, rollout_env
 
+CRITIC = "critic"
+"""Folder of the critic in a checkpoint; Transformers loads it as a sequence classifier of one label."""
+CRITIC_METRICS = {
+    "loss": "loss/value_avg",
+    "grad_norm": "critic/grad_norm",
+    "value": "critic/value",
+    "learning_rate": "critic/learning_rate",
+}
+
+
+class Samplers(Protocol):
+    """Who samples and scores."""
+
+    @property
+    def rollout(self) -> RolloutGroup:
+        """Samples."""
+        ...
+
+    @property
+    def rewards(self) -> Scorer:
+        """Scores: reward functions, reward models, or both."""
+        ...
+
+    @property
+    def gpu_sharing(self) -> GPUSharing:
+        """Who has the GPUs."""
+        ...
+
 
 @dataclass(frozen=True)
 class OnlineGroups:
     """Who does what.
 
     Attributes:
-        policy: Trains.
-        rollout: Samples.
-        rewards: Scores: reward functions, reward models, or both.
+        policy: Scores and publishes.
+        learners: Everything that trains: the policy, and the critic where there is one.
+        rollout, rewards, gpu_sharing: See `Samplers`.
         reference: Gives the log-probs for the KL; None without one.
-        turns: Who has the GPUs.
+        critic: Says what tokens are worth; None without one.
         store: Where published weights are found.
     """
 
     policy: PolicyGroup
+    learners: Learners
     rollout: RolloutGroup
     rewards: Scorer
+    gpu_sharing: GPUSharing
     reference: Reference | None
-    turns: Turns
-    store: Any
+    critic: CriticGroup | None
+    store: WeightStore
 
 
-def start_groups(
-    config: RLHFConfig,
-    groups: Groups,
-    algorithm: Algorithm,
-    prompts: PromptSet,
-    *,
-    total_steps: int,
-    run_name: str,
-    slots: Mapping[str, Any],
-    max_model_len: int,
-    media: dict[str, int] | None,
-    stack: ExitStack,
-    say: Callable[[str], None],
-    lost: Callable[[str, str], None],
-) -> OnlineGroups:
-    """Starts all actors at once and waits for them.
+@dataclass(frozen=True)
+class OnlineSetup:
+    """What the groups of an online run are started with.
 
-    Args:
+    Attributes:
         config: Of the run.
-        groups: How many of each, and where.
-        algorithm: What the policy trains by.
+        sizes: How many of each, and where.
+        loss: What the policy trains by.
+        needs: Columns that loss and credit need.
         prompts: Facts about model and prompts.
         total_steps: Optimizer steps of the run.
         run_name: Names the weight store.
-        slots: Reserved places by group.
         max_model_len: Of the engines, tokens.
         media: Most images, videos and audios in one prompt; None for a model that takes texts only.
-        stack: Ends the actors.
-        say: Tells the user a sentence.
-        lost: Told the name of a group that lost a worker and goes on, and a sentence about it.
     """
-    account = prompts.account
-    store_name = f"weights-{ray.get_runtime_context().get_job_id()}-{run_name}"
-    # Every engine has the newest version before the next is made: an older one would only fill the memory.
-    store = start_store(store_name, keep=1)
-    stack.callback(ray.kill, store)
 
-    def group(name: str, worker: type, make: Any, env: Mapping[str, str]) -> WorkerGroup:
-        made = WorkerGroup(groups[name], slots[name], worker, make, env, config.step_timeout)
-        stack.callback(made.shutdown)
+    config: RLHFConfig
+    sizes: Groups
+    loss: LossSpec
+    needs: Collection[str]
+    prompts: PromptSet
+    total_steps: int
+    run_name: str
+    max_model_len: int
+    media: dict[str, int] | None
+
+    @property
+    def store_name(self) -> str:
+        """The weight store's, of its own for every run of a cluster."""
+        return f"weights-{ray.get_runtime_context().get_job_id()}-{self.run_name}"
+
+    @property
+    def policy(self) -> PolicySpec:
+        """What a policy rank is told."""
+        config, account = self.config, self.prompts.account
+        spec = specs.policy_spec(
+            config,
+            self.sizes,
+            self.total_steps,
+            loss=self.loss.name,
+            loss_settings=self.loss.settings,
+            temperature=config.temperature,
+            dropout=config.lora_dropout,
+            publish_mode=lora_sync.publish_mode(config, account.takes_media),
+            takes_media=account.takes_media,
+            kinds=account.media.kinds,
+            banned=account.placeholder_ids,
+        )
+        return replace(
+            spec,
+            with_entropy=self.loss.with_entropy,
+            plugin_files=self.loss.plugin_files,
+            untied=lora_sync.unties(config, account.takes_media),
+        )
+
+
+class Starter:
+    """Starts workers on their reserved places.
+
+    Args:
+        setup: Of the run.
+        slots: Reserved places by group.
+        stack: Ends the actors.
+    """
+
+    def __init__(self, setup: OnlineSetup, slots: Mapping[str, Any], stack: ExitStack) -> None:
+        self._setup, self._slots, self._stack = setup, slots, stack
+
+    def group(self, name: str, worker: type, make: Any, env: Mapping[str, str]) -> WorkerGroup:
+        """The workers of one role; `make` gives the arguments of the worker of a rank."""
+        setup = self._setup
+        made = WorkerGroup(setup.sizes[name], self._slots[name], worker, make, env, setup.config.step_timeout)
+        self._stack.callback(made.shutdown)
         return made
 
-    spec = specs.policy_spec(
-        config,
-        groups,
-        total_steps,
-        loss=algorithm.loss,
-        loss_settings=algorithm.settings,
-        temperature=config.temperature,
-        dropout=config.lora_dropout,
-        publish_mode=lora_sync.publish_mode(config, account.takes_media),
-        takes_media=account.takes_media,
-        kinds=account.media.kinds,
-        banned=account.placeholder_ids,
-    )
-    spec = replace(
-        spec,
-        with_entropy=algorithm.with_entropy,
-        plugin_files=algorithm.plugin_files,
-        untied=lora_sync.unties(config, account.takes_media),
-    )
-    ranks = groups["policy"].workers
-    policy = group(
-        "policy",
-        PolicyWorker,
-        lambda rank: {"spec": spec, "rank": rank, "world_size": ranks},
-        policy_env(groups.threads["policy"], groups.on_gpu),
-    )
-    rollout = group(
-        "rollout",
-        RolloutWorker,
-        lambda rank: {"spec": specs.engine_spec(config, groups, max_model_len, store_name, rank, media)},
-        rollout_env(groups.threads["rollout"], config.vllm_tensor_parallel_size, groups.on_gpu),
-    )
-    judges: list[WorkerGroup] = []
-    scorers: list[Scorer] = []
-    if "reward" in groups:
-        functions = group(
+    def _models(self, name: str, worker: type, make: Any) -> WorkerGroup:
+        sizes = self._setup.sizes
+        return self.group(name, worker, make, policy_env(sizes.threads[name], sizes.on_gpu))
+
+    def world(self, name: str, spec: PolicySpec) -> TrainerWorld:
+        """Ranks that train."""
+        config, sizes = self._setup.config, self._setup.sizes
+        ranks = sizes[name].workers
+        workers = self._models(
+            name, PolicyWorker, lambda rank: {"spec": spec, "rank": rank, "world_size": ranks}
+        )
+        budget = specs.max_tokens(config, sizes.on_gpu)
+        return TrainerWorld(workers, spec, budget, config.start_timeout)
+
+    def rollout(self) -> WorkerGroup:
+        """The engines."""
+        setup = self._setup
+        config, sizes = setup.config, setup.sizes
+        env = rollout_env(sizes.threads["rollout"], config.vllm_tensor_parallel_size, sizes.on_gpu)
+        return self.group(
+            "rollout",
+            RolloutWorker,
+            lambda rank: {
+                "spec": specs.engine_spec(
+                    config, sizes, setup.max_model_len, setup.store_name, rank, setup.media
+                )
+            },
+            env,
+        )
+
+    def reward_functions(self) -> WorkerGroup:
+        """Workers that run the user's reward functions."""
+        config = self._setup.config
+        return self.group(
             "reward",
             RewardWorker,
             lambda _: {
@@ -141,47 +205,69 @@ def start_groups(
             },
             {"OMP_NUM_THREADS": "1"},
         )
-        judges.append(functions)
-        scorers.append(RewardGroup(functions))
-    if "reward_model" in groups:
-        models = group(
-            "reward_model",
-            RewardModelWorker,
-            lambda _: {"spec": specs.reward_model_spec(config, groups)},
-            policy_env(groups.threads["reward_model"], groups.on_gpu),
+
+    def reward_models(self) -> WorkerGroup:
+        """Workers that hold the reward models."""
+        setup = self._setup
+        spec = specs.reward_model_spec(setup.config, setup.sizes)
+        return self._models("reward_model", RewardModelWorker, lambda _: {"spec": spec})
+
+    def reference(self, policy: PolicySpec) -> WorkerGroup:
+        """Copies of the model that the KL refers to."""
+        spec = specs.online_reference(self._setup.config, policy.model)
+        return self._models("reference", ReferenceWorker, lambda _: {"spec": spec, "settings": policy.score})
+
+    def critic(self) -> TrainerWorld:
+        """The critic's ranks."""
+        setup = self._setup
+        account = setup.prompts.account
+        # Only a config with a critic's settings gives a credit that needs one.
+        config = cast(PPOConfig, setup.config)
+        spec = specs.critic_spec(
+            config, setup.sizes, setup.total_steps, account.takes_media, account.media.kinds
         )
-        judges.append(models)
-        scorers.append(RewardModelGroup(models))
-    reference: WorkerGroup | None = None
-    if "reference" in groups:
-        reference = group(
-            "reference",
-            ReferenceWorker,
-            lambda _: {"spec": specs.online_reference(config, spec.model), "settings": spec.score},
-            policy_env(groups.threads["reference"], groups.on_gpu),
-        )
-    budget = specs.max_tokens(config, groups.on_gpu)
-    trainer: PolicyGroup
-    if isinstance(config, PPOConfig):
-        estimator = specs.critic_spec(config, groups, total_steps, account.takes_media, account.media.kinds)
-        critics = groups["critic"].workers
-        critic = group(
-            "critic",
-            PolicyWorker,
-            lambda rank: {"spec": estimator, "rank": rank, "world_size": critics},
-            policy_env(groups.threads["critic"], groups.on_gpu),
-        )
-        second = Critic(critic, estimator, budget, config.start_timeout)
-        trainer = ActorCritic(policy, spec, budget, config.start_timeout, second, config.vf_coef)
-    else:
-        trainer = PolicyGroup(policy, spec, budget, config.start_timeout)
+        return self.world("critic", spec)
+
+
+def start_groups(
+    setup: OnlineSetup,
+    slots: Mapping[str, Any],
+    stack: ExitStack,
+    say: Callable[[str], None],
+    lost: Callable[[str, str], None],
+) -> OnlineGroups:
+    """Starts all actors at once and waits for them.
+
+    Args:
+        setup: Of the run.
+        slots: Reserved places by group.
+        stack: Ends the actors.
+        say: Tells the user a sentence.
+        lost: Told the name of a group that lost a worker and goes on, and a sentence about it.
+    """
+    config, sizes, account = setup.config, setup.sizes, setup.prompts.account
+    # Every engine has the newest version before the next is made: an older one would only fill the memory.
+    store = start_store(setup.store_name, keep=1)
+    stack.callback(ray.kill, store)
+    starter, spec = Starter(setup, slots, stack), setup.policy
+    ranks = starter.world("policy", spec)
+    rollout = starter.rollout()
+    functions = starter.reward_functions() if "reward" in sizes else None
+    models = starter.reward_models() if "reward_model" in sizes else None
+    reference = starter.reference(spec) if "reference" in sizes else None
+    critics = starter.critic() if "critic" in sizes else None
+    judges = [group for group in (functions, models) if group is not None]
     for started in (*judges, rollout):
         started.call("ping", what="starting", timeout_s=config.start_timeout)
     settled: list[Settled] = []
     if reference is not None:
         settled = reference.call("ping", what="starting", timeout_s=config.start_timeout)
-    for notice in trainer.ready().notices:
+    policy = PolicyGroup(ranks)
+    for notice in policy.ready().notices:
         say(f"Note: {notice}")
+    if critics is not None:
+        for notice in critics.ready().notices:
+            say(f"Note: critic: {notice}")
     for notice in settled[0].notices if settled else ():
         say(f"Note: reference: {notice}")
     # A reference that moves is what it is by its past, and the policy is one world: neither can be replaced.
@@ -196,10 +282,40 @@ def start_groups(
         specs.sampling(config, account.stop_token_ids, account.placeholder_ids, evaluation=True),
         multi_turn=config.multi_turn_scheduler is not None,
     )
-    turns = Turns(config, groups, trainer, engines)
+    scorers: list[Scorer] = [] if functions is None else [RewardGroup(functions)]
+    scorers += [] if models is None else [RewardModelGroup(models)]
     compared: Reference | None = None
     if reference is not None:
-        compared = ReferenceGroup(reference, budget, settled[0].layout)
-    elif config.beta > 0:
-        compared = AdapterOff(trainer)
-    return OnlineGroups(trainer, engines, Together(scorers), compared, turns, store)
+        compared = ReferenceGroup(reference, ranks.max_tokens, settled[0].layout)
+    elif "ref_logprobs" in setup.needs:
+        compared = AdapterOff(policy)
+    learners = learners_of(ranks, critics, config)
+    return OnlineGroups(
+        policy,
+        learners,
+        engines,
+        Together(scorers),
+        GPUSharing(config, sizes, learners, engines),
+        compared,
+        None if critics is None else CriticGroup(critics),
+        WeightStore(store, config.step_timeout),
+    )
+
+
+def learners_of(policy: TrainerWorld, critic: TrainerWorld | None, config: RLHFConfig) -> Learners:
+    """Whoever trains, the policy last."""
+    if critic is None:
+        return Learners([Learner(policy)])
+    return Learners(
+        [
+            Learner(
+                critic,
+                takes=frozenset({"old_values", "returns"}),
+                scalars=frozenset({"weight"}),
+                weight=cast(PPOConfig, config).vf_coef,
+                folder=CRITIC,
+                metric_names=CRITIC_METRICS,
+            ),
+            Learner(policy),
+        ]
+    )

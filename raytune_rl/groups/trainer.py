@@ -1,4 +1,6 @@
-"""The policy as the pipelines see it: a world that trains, and what only a policy does: it scores and publishes."""
+"""The policy as the pipelines see it: a world that trains, and what only a policy does: it scores and
+publishes.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,9 @@ class PolicyGroup:
 
     def _scored(self, batch: TrainBatch, method: str) -> RowLogprobs:
         world = self.world
-        layout = world.spec.model.layout
-        return score_rows(world.group, batch, world.max_tokens, layout, collective=True, method=method)
+        return score_rows(
+            world.group, batch, world.max_tokens, world.layout, collective=True, method=method
+        )
 
     def entropy_threshold(self, batch: TrainBatch, tokens: Sequence[int], share: float) -> float:
         """The entropy that a token of these rows must have to be among the top `share` of them, nats.

@@ -91,6 +91,7 @@ class TrainerWorld:
 
     def __init__(self, group: WorkerGroup, spec: PolicySpec, max_tokens: int, start_timeout_s: float) -> None:
         self.group, self.spec, self.max_tokens = group, spec, max_tokens
+        self.layout = spec.model.layout
         self._together = 2 if get_loss(spec.loss).rows == "pairs" else 1
         host, port = fetch(group.submit(0, "open_store", start_timeout_s, timeout_s=start_timeout_s))
         self._joining = [
@@ -109,6 +110,7 @@ class TrainerWorld:
     def ready(self) -> PolicyFacts:
         """Waits until every rank has loaded; returns what rank 0 tells."""
         facts: PolicyFacts = fetch_all(self._joining)[0]
+        self.layout = facts.layout
         return facts
 
     def __len__(self) -> int:
@@ -149,19 +151,21 @@ class TrainerWorld:
             (batch.lengths if lengths is None else lengths).tolist(),
             world_size=len(self.group),
             max_tokens=self.max_tokens,
-            layout=self.spec.model.layout,  # type: ignore[arg-type]
+            layout=self.layout,  # type: ignore[arg-type]
             together=self._together,
         )
         return [rank_share(schedule, rank, batch) for rank in range(len(self.group))]
 
     def ask(self, method: str, shares: Sequence[Share], *args: Any, what: str | None = None) -> list[Any]:
         """Asks every rank about its share; the answers in the order of ranks."""
-        said = {} if what is None else {"what": what}
-        return fetch_all([self.group.submit(r, method, s.batch, *args, **said) for r, s in enumerate(shares)])
+        return fetch_all(
+            [
+                self.group.submit(rank, method, share.batch, *args, what=what)
+                for rank, share in enumerate(shares)
+            ]
+        )
 
-    def columns(
-        self, method: str, shares: Sequence[Share], *args: Any
-    ) -> tuple[list[RowPointer], list[Any]]:
+    def columns(self, method: str, shares: Sequence[Share], *args: Any) -> tuple[list[RowPointer], list[Any]]:
         """Asks every rank for a column that stays where it is, and something to be told.
 
         Returns:

@@ -7,21 +7,20 @@ prompts do not fill the batch either, groups without a signal fill it up, and ar
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from raytune_rl.algorithms.advantages import combine_rewards
+from raytune_rl.algorithms.credit.base import Credit
+from raytune_rl.algorithms.experience import Experience, fill_with_signal, known_values
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.data.sampler import BatchPlan, stretch
-from raytune_rl.groups.start import OnlineGroups
-from raytune_rl.pipelines.experience import Experience, fill_with_signal, known_values
+from raytune_rl.groups.start import Samplers
 from raytune_rl.pipelines.reward_notices import RewardNotices
+from raytune_rl.pipelines.run_state import RunState
 from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.rewards import TrainerState
 from raytune_rl.protocol.trajectory import Trajectory
-from raytune_rl.tracking.summary import PromptCounts
 from raytune_rl.tracking.timer import StepTimer
 
 EVALUATION = 2**31
@@ -51,65 +50,50 @@ class Collector:
         groups: Who samples and scores.
         prompts: What to sample from.
         prompts_per_generation: Groups of a generation.
-        state: What `state` gave when the run was saved; empty in a new run.
+        state: Of the run; what becomes of prompts is counted there.
+        credit: Says which groups teach anything.
         say: Tells the user a sentence.
     """
 
     def __init__(
         self,
         config: RLHFConfig,
-        groups: OnlineGroups,
+        groups: Samplers,
         prompts: PromptSet,
         prompts_per_generation: int,
-        state: Mapping[str, Any],
+        state: RunState,
+        credit: Credit,
         say: Callable[[str], None],
     ) -> None:
         self._config, self._groups, self._prompts, self._say = config, groups, prompts, say
+        self._state, self._credit = state, credit
         self._order = BatchPlan(
             len(prompts), prompts_per_generation, config.data_seed, config.dataset_shuffle
         )
-        self._drawn = int(state.get("prompts_drawn", 0))
-        self.prompt_counts: Counter[str] = Counter(state.get("prompt_counts", {}))
-        self.prompt_failures: Counter[str] = Counter(state.get("prompt_failures", {}))
-        self.reward_failures: Counter[str] = Counter(state.get("reward_failures", {}))
-        self.short = int(state.get("short_generations", 0))
         self._notices = RewardNotices(say)
-
-    def state(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on as if it had never stopped."""
-        return {
-            "prompts_drawn": self._drawn,
-            "prompt_counts": dict(self.prompt_counts),
-            "prompt_failures": dict(self.prompt_failures),
-            "reward_failures": dict(self.reward_failures),
-            "short_generations": self.short,
-        }
-
-    def account(self) -> PromptCounts:
-        """What became of every prompt that was sampled from for training."""
-        counts, failures = dict(+self.prompt_counts), dict(+self.prompt_failures)
-        return PromptCounts(counts.pop("dispatched", 0), counts.pop("finished", 0), counts, failures)
 
     def _book(self, outcome: str, groups: Experience) -> None:
         """Enters what became of the prompts of these groups."""
         failed = len(groups.unscored())
-        self.prompt_failures["no completion has a reward"] += failed
-        self.prompt_counts[outcome] += len(groups.groups) - failed
+        self._state.prompt_failures["no completion has a reward"] += failed
+        self._state.prompt_counts[outcome] += len(groups.groups) - failed
 
     def collect(self, generation: int, version: int, state: TrainerState, timer: StepTimer) -> Collected:
         """Samples and scores a generation with a weight version."""
 
         def round_of(prompts: Sequence[int], seeds: int) -> Experience:
-            self.prompt_counts["dispatched"] += len(prompts)
+            self._state.prompt_counts["dispatched"] += len(prompts)
             with timer.phase("generate"):
                 batch = self.sample(self._prompts, prompts, self._config.num_generations, version, seeds)
             with timer.phase("reward"):
                 found = self.score(batch, self._prompts, state)
             for one in batch:
                 if one.failure:
-                    self.reward_failures[f"--multi_turn_scheduler: {one.failure.partition(':')[0]}"] += 1
+                    self._state.reward_failures[
+                        f"--multi_turn_scheduler: {one.failure.partition(':')[0]}"
+                    ] += 1
             for failure in found.scored.failures:
-                self.reward_failures[f"{failure.function}: {failure.kind}"] += 1
+                self._state.reward_failures[f"{failure.function}: {failure.kind}"] += 1
             return found
 
         if self._config.dynamic_sample:
@@ -126,12 +110,14 @@ class Collector:
         rounds = 1 + config.max_resample_times
 
         def draw(count: int, number: int) -> Experience:
-            prompts = stretch(self._order.n, self._drawn, count, config.data_seed, config.dataset_shuffle)
-            self._drawn += count
+            prompts = stretch(
+                self._order.n, self._state.prompts_drawn, count, config.data_seed, config.dataset_shuffle
+            )
+            self._state.prompts_drawn += count
             # Each round has seeds of its own: a prompt that comes again does not sample the same.
             return round_of(prompts.tolist(), generation * rounds + number)
 
-        filled = fill_with_signal(wanted, rounds, draw)
+        filled = fill_with_signal(wanted, rounds, draw, self._credit.informative)
         replaced = len(filled.replaced.groups)
         self._book("one reward in the group", filled.replaced)
         if filled.without_signal:
@@ -140,7 +126,7 @@ class Collector:
             filled.kept,
             filled.replaced if replaced else None,
             {
-                "epoch": self._drawn / len(self._prompts),
+                "epoch": self._state.prompts_drawn / len(self._prompts),
                 "dynamic_sample/rounds": float(filled.rounds),
                 "dynamic_sample/sampled_prompts": float(wanted + replaced),
                 "dynamic_sample/replaced_prompts": float(replaced),
@@ -149,8 +135,8 @@ class Collector:
         )
 
     def _tell_short(self, generation: int, wanted: int, have: int, sampled: int) -> None:
-        self.short += 1
-        if self.short == 1:
+        self._state.short_generations += 1
+        if self._state.short_generations == 1:
             self._say(
                 f"Note: generation {generation}: of {sampled} prompts only {have} have completions with "
                 f"different rewards, {wanted} are wanted, and --max_resample_times "
@@ -163,7 +149,7 @@ class Collector:
     ) -> list[Trajectory]:
         """Completions by a weight version; engines that slept pull it first."""
         rollout = self._groups.rollout
-        if self._groups.turns.to_rollout():
+        if self._groups.gpu_sharing.to_rollout():
             rollout.load(version)
         evaluation = batch == EVALUATION
         return rollout.generate(prompts, rows, completions, version, batch, evaluation=evaluation)
@@ -173,8 +159,7 @@ class Collector:
         scored = self._groups.rewards.score(batch, prompts, state)
         self._notices.tell(scored)
         weights = resolved.reward_weights(self._config)
-        apart = weights if self._config.scale_rewards == "gdpo" else ()
-        return Experience(batch, scored, combine_rewards(known_values(scored, weights), weights), apart)
+        return Experience(batch, scored, combine_rewards(known_values(scored, weights), weights))
 
     def held_out(self, prompts: PromptSet, version: int, state: TrainerState) -> Experience:
         """Completions of all held-out prompts; the same seeds each time: what changes is the policy alone."""

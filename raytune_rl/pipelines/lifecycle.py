@@ -31,6 +31,7 @@ from raytune_rl.tracking.checkpoints import (
     step_of,
     supersede_after,
 )
+from raytune_rl.tracking.completions import CompletionLog
 from raytune_rl.tracking.html_report import write_report
 from raytune_rl.tracking.logger import RunLogger
 from raytune_rl.tracking.plots import write_plots
@@ -213,6 +214,7 @@ class Run:
         self._record = CheckpointRecord.from_state(origin.state, origin.run_dir)
         self.console = Console()
         self._origin = origin
+        self.completions = CompletionLog(origin.run_dir, resume_step=origin.resume_step)
 
     def say(self, message: Any) -> None:
         """Prints something that stays on the screen, above the live display once there is one."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.algorithms.aggregation import pair_weights, row_weights, single_weights
-from raytune_rl.algorithms.kto import LABEL, REFERENCE_POINT
+from raytune_rl.algorithms.losses.kto import LABEL, REFERENCE_POINT
 from raytune_rl.algorithms.registry import Loss, get_loss, loss_names
 from raytune_rl.config import PreferenceConfig
 from raytune_rl.config.preference import WITH_REFERENCE, loss_settings

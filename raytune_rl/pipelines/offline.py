@@ -25,8 +25,10 @@ from raytune_rl.data.packing import PackBatches, Packs
 from raytune_rl.data.sampler import BatchPlan
 from raytune_rl.errors import ConfigError
 from raytune_rl.groups import specs
+from raytune_rl.groups.logprobs import score_rows
 from raytune_rl.groups.sizes import Groups, offline_groups
-from raytune_rl.groups.trainer import PolicyGroup, score_rows
+from raytune_rl.groups.trainer import PolicyGroup
+from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.pipelines import offline_report, report
 from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
@@ -38,7 +40,7 @@ from raytune_rl.prepare.stream import Stream, held_out_of
 from raytune_rl.protocol.data import TokenSet
 from raytune_rl.protocol.media import Kind
 from raytune_rl.protocol.model import Settled
-from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.rows import TrainBatch
 from raytune_rl.rewards.plugins import PluginFile
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.group import WorkerGroup
@@ -48,10 +50,6 @@ from raytune_rl.workers.reference import ReferenceWorker
 OfflineConfig = SFTConfig | PreferenceConfig
 
 Units = NDArray[np.int64]
-Batch = tuple[
-    list[RowPointer], list[int], Mapping[str, NDArray[np.float64]], Mapping[str, Sequence[RowPointer]]
-]
-"""Where a batch's rows lie, their lengths, scalars and late columns."""
 
 
 def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()) -> RunResult:
@@ -207,22 +205,21 @@ class OfflineRun:
             config.step_timeout,
         )
         stack.callback(workers.shutdown)
-        self.policy = PolicyGroup(
-            workers, spec, specs.max_tokens(config, groups.on_gpu), config.start_timeout
-        )
+        budget = specs.max_tokens(config, groups.on_gpu)
+        self.policy = PolicyGroup(TrainerWorld(workers, spec, budget, config.start_timeout))
         for notice in self.policy.ready().notices:
             self.run.say(f"Note: {notice}")
 
     def restore(self) -> None:
         """Loads the checkpoint that the run goes on from. From here on the policy is not the reference."""
         if self.origin.checkpoint is not None:
-            self.policy.load(self.origin.checkpoint)
+            self.policy.world.load(self.origin.checkpoint)
 
     def score_by_reference(self, slots: Mapping[str, Any]) -> None:
         """Log-probs of all rows of the run under the reference: the policy, which has not moved yet, or a
         group of its own, which ends with it."""
         if "reference" not in self.groups:
-            self._score(self.policy.logprobs, self.policy.world_size)
+            self._score(self.policy.logprobs, len(self.policy.world))
             return
         config, groups = self.config, self.groups
         assert isinstance(config, PreferenceConfig)
@@ -241,9 +238,7 @@ class OfflineRun:
             for notice in settled[0].notices:
                 self.run.say(f"Note: reference: {notice}")
             group.replace_lost(config.start_timeout, lambda _, message: self.run.say(f"Note: {message}"))
-            self._score(
-                lambda rows, lengths: score_rows(group, rows, lengths, budget, settled[0].layout), len(group)
-            )
+            self._score(lambda batch: score_rows(group, batch, budget, settled[0].layout), len(group))
         finally:
             group.shutdown()
 
@@ -279,7 +274,7 @@ class OfflineRun:
                 if last or run.step % resolved.evaluation_interval(config, epoch) == 0:
                     self.evaluate()
                 if last or run.step % resolved.checkpoint_interval(config, epoch) == 0:
-                    run.save(self.policy, self.position)
+                    run.save(self.policy.world, self.position)
 
     def next_units(self) -> Units:
         """What the next step is about: the data in memory, or the stream's window as an epoch of its own."""
@@ -305,7 +300,7 @@ class OfflineRun:
         """The loss is a mean over the whole batch, wherever its rows lie."""
         run = self.run
         with run.timer.phase("train"):
-            step = self.policy.train(*self.batch(self.rows, units), run.step)
+            step = self.policy.world.train(self.batch(self.rows, units), run.step)
         metrics = offline_report.with_margin(step.metrics)
         run.record({**metrics, **report.step_metrics(run, step, self.schedule.steps_per_epoch)})
 
@@ -314,16 +309,17 @@ class OfflineRun:
         data = self.held_out
         if data is None:
             return
-        measured = self.policy.evaluate(*self.batch(data, self.units_of(data.rows))).result()
+        measured = self.policy.world.evaluate(self.batch(data, self.units_of(data.rows))).result()
         metrics = offline_report.with_margin(measured)
         self.run.record_evaluation({f"eval_{name}": value for name, value in metrics.items()})
 
-    def batch(self, data: ScoredSet, units: Units) -> Batch:
+    def batch(self, data: ScoredSet, units: Units) -> TrainBatch:
         """A batch as the policy takes it."""
         rows = self.trained(units)
-        late = {"ref_logprobs": [data.columns[row] for row in rows]} if self.objective.needs_reference else {}
-        pointers, lengths = [data.rows.pointer(row) for row in rows], data.rows.lengths[rows].tolist()
-        return pointers, lengths, self.scalars(data, units), late
+        batch = data.rows.batch(rows).with_scalars(**self.scalars(data, units))
+        if not self.objective.needs_reference:
+            return batch
+        return batch.with_columns(ref_logprobs=[data.columns[row] for row in rows])
 
     def scalars(self, data: ScoredSet, units: Units) -> dict[str, NDArray[np.float64]]:
         """What the loss is told of each row of a batch: weights, and what it must know of the whole."""
@@ -341,9 +337,7 @@ class OfflineRun:
     def sums(self, data: ScoredSet, units: Units) -> Sums:
         """Where policy and reference stand on a batch."""
         rows = self.objective.shape.rows_of(units, self.objective.shape.scored).tolist()
-        asked = self.policy.logprobs(
-            [data.rows.pointer(row) for row in rows], data.rows.lengths[rows].tolist()
-        )
+        asked = self.policy.logprobs(data.rows.batch(rows))
         return Sums(asked.sums, data.sums[rows])
 
     @property

@@ -1,55 +1,101 @@
-"""From flags to an algorithm: which loss, with which settings and which normaliser.
+"""From flags to an algorithm: a loss and a credit, each with its settings, and what both need of the run.
 
-The only place in the pipelines that knows losses by name. What they share (advantages, corrections, filters)
-is chosen by flags of its own and combines with any of them.
+Losses and credits are looked up by name; none is named here. What they share (corrections, filters) is chosen
+by flags of its own and combines with any of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from raytune_rl.algorithms.advantages import DEFAULT_SCALE
-from raytune_rl.algorithms.aggregation import LOSS_TYPES as NORMALISERS
+from raytune_rl.algorithms.aggregation import normaliser_of
 from raytune_rl.algorithms.correction import RolloutCorrection
-from raytune_rl.algorithms.registry import Loss, get_loss
-from raytune_rl.config import PPOConfig, RLHFConfig, resolved
+from raytune_rl.algorithms.credit.base import Credit, credit_names, get_credit
+from raytune_rl.algorithms.registry import Loss, get_loss, loss_names
+from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.errors import ConfigError
 from raytune_rl.pipelines.loss_args import settings_of
-from raytune_rl.protocol.train import Algorithm
+from raytune_rl.protocol.train import LossSpec
 from raytune_rl.rewards.plugins import load_plugins
 
-# loss_type -> the loss; the normaliser goes by the loss type's own name.
-LOSSES: Mapping[str, str] = {
-    "grpo": "grpo",
-    "bnpo": "grpo",
-    "dr_grpo": "grpo",
-    "dapo": "grpo",
-    "cispo": "cispo",
-    "sapo": "sapo",
-    "fipo": "fipo",
-}
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What an online run learns by.
+
+    Attributes:
+        loss: As the trainer is told.
+        bounds: The loss's constants in words; empty if it says none.
+        credit: Who earned what.
+        needs: Columns that loss and credit cannot do without; the groups that give them are started.
+    """
+
+    loss: LossSpec
+    bounds: str
+    credit: Credit
+    needs: frozenset[str]
 
 
 def algorithm_of(config: RLHFConfig) -> Algorithm:
     """The algorithm that the flags describe.
 
     Raises:
-        ConfigError: There is no such loss, it cannot be used here, or a setting of it is wrong.
+        ConfigError: There is no such loss or credit, it cannot be used here, or a setting of it is wrong.
         RewardError: A plugin file cannot be loaded.
     """
-    if config.loss_type in LOSSES:
-        loss = get_loss(LOSSES[config.loss_type])
-        return _checked(config, loss, {}, config.loss_type, ())
-    load_plugins(config.external_plugins)
+    if config.loss_type not in loss_names() or resolved.credit(config) not in credit_names():
+        load_plugins(config.external_plugins)
     loss = get_loss(config.loss_type)
-    if loss.compute.__module__.startswith("raytune_rl."):
-        raise ConfigError(f"--loss_type {config.loss_type} is a loss of another command, not of this one.")
-    return _checked(config, loss, config.loss_args, loss.normaliser, config.external_plugins)
+    if not loss.is_online:
+        if loss.is_built_in:
+            raise ConfigError(
+                f"--loss_type {config.loss_type} is a loss of another command, not of this one."
+            )
+        raise ConfigError(f"loss '{loss.name}' is made for {loss.rows} rows and {loss.forward}, not for RL.")
+    given, settings = settings_of(loss, _given(config), {} if loss.is_built_in else config.loss_args)
+    credit = credit_of(config)
+    files = () if loss.is_built_in else config.external_plugins
+    spec = LossSpec(loss.name, dict(given), normaliser_of(loss.normaliser), files, config.log_entropy)
+    needed = frozenset(loss.required_columns(settings))
+    _check_columns(config, loss, {*needed, *loss.required_rows(settings)})
+    words = "" if loss.in_words is None else loss.in_words(settings)
+    return Algorithm(spec, words, credit, needed | credit.needs)
 
 
-def _said(config: RLHFConfig) -> dict[str, Any]:
-    """All that flags say of losses."""
+def credit_of(config: RLHFConfig) -> Credit:
+    """The credit that the flags describe.
+
+    Raises:
+        ConfigError: There is none of that name, or it needs what this run does not have.
+    """
+    name = resolved.credit(config)
+    in_reward = resolved.kl_in_reward(config)
+    given = {
+        **{name: getattr(config, name) for name in type(config).model_fields},
+        "beta": config.beta if in_reward else 0.0,
+        "kl_estimator": resolved.kl_estimator(config),
+        "reward_weights": resolved.reward_weights(config),
+    }
+    credit = get_credit(name).settings(given)
+    if "values" in credit.needs and not config.WITH_CRITIC:
+        raise ConfigError(f"--advantage_estimator {name} needs a critic: --rlhf_type ppo has one.")
+    return credit
+
+
+def _check_columns(config: RLHFConfig, loss: Loss, needed: set[str]) -> None:
+    there = {"old_logprobs", "rollout_logprobs"}
+    there |= {"ref_logprobs"} if config.beta > 0 else set()
+    there |= {"entropy", "entropy_threshold"} if config.top_entropy_quantile < 1 else set()
+    if missing := needed - there:
+        raise ConfigError(
+            f"loss '{loss.name}' needs {', '.join(sorted(missing))}, which this run does not have; it has "
+            f"{', '.join(sorted(there))}."
+        )
+
+
+def _given(config: RLHFConfig) -> dict[str, Any]:
+    """All that flags say of losses, by the names of their settings."""
     correction = None
     if config.rollout_importance_sampling_mode is not None:
         correction = RolloutCorrection(
@@ -59,70 +105,22 @@ def _said(config: RLHFConfig) -> dict[str, Any]:
         )
     in_reward = resolved.kl_in_reward(config)
     return {
+        **{name: getattr(config, name) for name in type(config).model_fields},
         "beta": 0.0 if in_reward else config.beta,
         "kl_estimator": "k3" if in_reward or config.beta == 0 else resolved.kl_estimator(config),
-        "importance_sampling_level": config.importance_sampling_level,
         "correction": correction,
         "off_policy_delta": config.off_policy_sequence_mask_delta,
         "entropy_filter": config.top_entropy_quantile < 1,
-        "epsilon": config.epsilon,
-        "epsilon_high": config.epsilon_high,
-        "delta": config.delta,
-        "tau_pos": config.tau_pos,
-        "tau_neg": config.tau_neg,
-        "fipo_decay_rate": config.fipo_decay_rate,
-        "fipo_clip_range": config.fipo_clip_range,
-        "fipo_clip_high_only": config.fipo_clip_high_only,
-        "fipo_safety_threshold": config.fipo_safety_threshold,
     }
 
 
-def _checked(
-    config: RLHFConfig,
-    loss: Loss,
-    loss_args: Mapping[str, Any],
-    normaliser: str,
-    plugin_files: tuple[str, ...],
-) -> Algorithm:
-    settings, made = settings_of(loss, _said(config), loss_args)
-    if loss.rows != "single" or loss.forward != "logprobs":
-        raise ConfigError(f"loss '{loss.name}' is made for {loss.rows} rows and {loss.forward}, not for RL.")
-    if normaliser not in NORMALISERS:
-        raise ConfigError(
-            f"loss '{loss.name}' has the normaliser {normaliser!r}; it must be one of "
-            f"{', '.join(NORMALISERS)}."
-        )
-    there = {"old_logprobs", "rollout_logprobs"}
-    there |= {"ref_logprobs"} if config.beta > 0 else set()
-    there |= {"entropy", "entropy_threshold"} if config.top_entropy_quantile < 1 else set()
-    if missing := {*loss.required_columns(made), *loss.required_rows(made)} - there:
-        raise ConfigError(
-            f"loss '{loss.name}' needs {', '.join(sorted(missing))}, which this run does not have; it has "
-            f"{', '.join(sorted(there))}."
-        )
-    return Algorithm(loss.name, dict(settings), normaliser, plugin_files, config.log_entropy)
-
-
-def _advantage(config: RLHFConfig, estimator: str, scale: str) -> str:
-    if isinstance(config, PPOConfig):
-        return f"against the critic: GAE, gamma {config.gamma:g}, lambda {config.lam:g}"
-    return f"{estimator}, scaled by {scale}" if scale != "none" else f"{estimator}, not scaled"
-
-
-def in_words(config: RLHFConfig) -> list[tuple[str, str]]:
+def in_words(config: RLHFConfig, algorithm: Algorithm) -> list[tuple[str, str]]:
     """The algorithm for the plan: what is on, each with its numbers."""
-    high = resolved.epsilon_high(config)
-    bounds = {
-        "cispo": f"weight up to {high:g}",
-        "sapo": f"gate {config.tau_pos:g} / {config.tau_neg:g}",
-    }.get(config.loss_type, f"clip {1 - config.epsilon:g} to {1 + high:g}")
-    own = config.loss_type not in LOSSES
-    estimator = config.advantage_estimator
-    scale = config.scale_rewards or DEFAULT_SCALE[estimator]
+    bounds = "from a plugin" if algorithm.loss.plugin_files else algorithm.bounds
     rows = [
-        ("loss", f"{config.loss_type}, {'from a plugin' if own else bounds}"),
+        ("loss", ", ".join(part for part in (config.loss_type, bounds) if part)),
         ("importance ratio", f"of the {config.importance_sampling_level.replace('_', ', by ')}"),
-        ("advantage", _advantage(config, estimator, scale)),
+        ("advantage", algorithm.credit.in_words()),
     ]
     if config.beta > 0:
         where = "off the reward" if resolved.kl_in_reward(config) else "in the loss"

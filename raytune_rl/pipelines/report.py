@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raytune_rl.algorithms.advantages import AdvantageResult
+from raytune_rl.algorithms.experience import Experience
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, SFTSchedule
 from raytune_rl.groups import lora_sync, specs
 from raytune_rl.groups.sizes import Groups
-from raytune_rl.pipelines.experience import Experience
-from raytune_rl.pipelines.online_algorithms import in_words
+from raytune_rl.pipelines.online_algorithms import Algorithm, in_words
 from raytune_rl.prepare.sets import quarantined
 from raytune_rl.protocol.data import Account, PromptSet
 from raytune_rl.protocol.trajectory import Trajectory
@@ -41,6 +41,7 @@ TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
 def online_plan(
     config: RLHFConfig,
+    algorithm: Algorithm,
     groups: Groups,
     schedule: GRPOSchedule,
     train: PromptSet,
@@ -102,7 +103,7 @@ def online_plan(
                 train.account, len(train), held_out.account if held_out else None, len(held_out or ())
             ),
             generation.section(),
-            Section("Algorithm", in_words(config)),
+            Section("Algorithm", in_words(config, algorithm)),
             output_section(config, origin, schedule),
         ],
         [*notices, *epochs_not_reached(config, schedule), *extra],
@@ -218,18 +219,13 @@ def epochs_not_reached(config: TrainConfig, schedule: GRPOSchedule | SFTSchedule
 # ---------------------------------------------------------------------------------------------------
 
 
-def batch_metrics(experience: Experience, compared: AdvantageResult) -> dict[str, float]:
+def batch_metrics(experience: Experience) -> dict[str, float]:
     """Rewards and lengths of a generation, under ms-swift's names."""
-    groups = max(len(compared.groups), 1)
     batch = experience.batch
     return {
         **_rewards(experience),
-        "reward_std": _mean(compared.group_std),
-        "frac_reward_zero_std": compared.n_zero_std / groups,
         **_lengths(batch),
         "reward_failures": float(len(experience.scored.failures)),
-        "unscored_completions": float(compared.n_unscorable),
-        "groups_without_comparison": float(compared.n_single + compared.n_empty),
         "weight_version": float(max(t.version for t in batch)),
         **_turns(batch),
     }
@@ -317,7 +313,7 @@ def completion_rows(
     experience: Experience,
     prompts: Sequence[str],
     texts: Sequence[str],
-    compared: AdvantageResult | None,
+    advantages: NDArray[np.float32] | None,
     dialogues: Sequence[Mapping[str, Any]] = (),
     media: Sequence[Sequence[str]] = (),
 ) -> list[CompletionRow]:
@@ -332,7 +328,7 @@ def completion_rows(
             tokens=t.completion_tokens,
             rewards={name: _or_none(scored.values[i, c]) for c, name in enumerate(scored.labels)},
             reward=_or_none(rewards[i]),
-            advantage=None if compared is None else float(compared.advantages[i]),
+            advantage=None if advantages is None else float(advantages[i]),
             weight_version=t.version,
             finish_reason=t.finish_reason,
             extra={
@@ -388,12 +384,12 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
         seconds=run.seconds,
         output_dir=result.run_dir,
         changes=changes,
-        prompts=online.collector.account(),
+        prompts=online.state.account(),
         quarantined=quarantined(online.prompts.account, online.held_out.account if online.held_out else None),
-        reward_failures=dict(online.collector.reward_failures),
-        lost_workers=dict(online.lost_workers),
+        reward_failures=dict(online.state.reward_failures),
+        lost_workers=dict(online.state.lost_workers),
         weight_versions=online.version + 1,
-        max_logp_gap=online.max_gap,
+        max_logp_gap=online.state.max_gap,
         non_finite=dict(run.logger.non_finite),
         last_checkpoint=result.last_checkpoint,
         best_checkpoint=result.best_checkpoint,
@@ -405,12 +401,13 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
 def _without_signal(online: OnlineRun) -> list[str]:
     """Generations that taught nothing, or less than they should."""
     notices = []
-    silent = online.generation_log.silent
+    silent = online.state.silent_generations
     if silent:
         notices.append(f"{silent} generation(s) had no group with different rewards: nothing to learn")
-    if online.collector.short:
+    if online.state.short_generations:
         notices.append(
-            f"{online.collector.short} generation(s) could not be filled with groups that have different "
+            f"{online.state.short_generations} generation(s) could not be filled with groups that have "
+            f"different "
             "rewards: raise --max_resample_times, or give prompts that are neither too hard nor too easy"
         )
     return notices

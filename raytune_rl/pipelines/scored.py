@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.protocol.data import TokenSet
-from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import RowLogprobs
 
 ROWS_OF_A_CALL = 2048
 """Rows that one worker scores in one call: each call has a deadline."""
 
-Score = Callable[[Sequence[RowPointer], Sequence[int]], RowLogprobs]
+Score = Callable[[TrainBatch], RowLogprobs]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ScoredSet:
         """Takes the log-probs of the rows that are needed, a part of them at a time.
 
         Args:
-            score: Gives log-probs of rows, from where they lie and their lengths.
+            score: Gives log-probs of rows.
             rows: All rows.
             needed: Numbers of those to score.
             workers: How many share the work.
@@ -60,7 +60,7 @@ class ScoredSet:
         sums = np.full(len(rows), np.nan)
         for start in range(0, len(needed), at_a_time):
             part = list(needed[start : start + at_a_time])
-            scored = score([rows.pointer(row) for row in part], rows.lengths[part].tolist())
+            scored = score(rows.batch(part))
             columns |= dict(zip(part, scored.columns, strict=True))
             sums[part] = scored.sums
             if len(needed) > at_a_time:

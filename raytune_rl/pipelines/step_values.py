@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.algorithms import aot, dpo, kto
+from raytune_rl.algorithms import aot
+from raytune_rl.algorithms.losses import dpo, kto
 from raytune_rl.algorithms.pairs import PAIR, pair_numbers
 
 Numbers = NDArray[np.float64]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.protocol.media import Kind
 from raytune_rl.protocol.model import Traits
-from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,6 @@ class TokenSet:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def pointer(self, row: int) -> RowPointer:
-        """Where a row lies."""
-        return RowPointer(self.columns, row)
+    def batch(self, rows: Sequence[int]) -> TrainBatch:
+        """Some of the rows."""
+        return TrainBatch([RowPointer(self.columns, row) for row in rows], self.lengths[list(rows)])

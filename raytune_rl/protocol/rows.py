@@ -46,16 +46,16 @@ class RowBatch:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Rows of an optimizer step, or of a pass without gradients, as the controller knows them. Nothing changes it:
-    its methods give new batches.
+    """Rows of an optimizer step, or of a pass without gradients, as the controller knows them. Nothing
+    changes it: its methods give new batches.
 
     Attributes:
         rows: Where each row lies.
         lengths: Tokens of each row, int64 `[n]`.
-        columns: By name, where each row of a column lies that is not in the row's own object: what was computed
-            later ("ref_logprobs", "old_logprobs", "advantages", ...) and the media of online RL.
-        scalars: By name, one number a row, float64 `[n]`; "weight" and "row_weight" carry the normaliser of the
-            whole step.
+        columns: By name, where each row of a column lies that is not in the row's own object: what was
+            computed later ("ref_logprobs", "old_logprobs", "advantages", ...) and the media of online RL.
+        scalars: By name, one number a row, float64 `[n]`; "weight" and "row_weight" carry the normaliser of
+            the whole step.
 
     Raises:
         ValueError: A column, the lengths or a scalar has another number of rows.

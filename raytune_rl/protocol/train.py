@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
 from raytune_rl.protocol.rows import RowPointer
-
-if TYPE_CHECKING:
-    from raytune_rl.algorithms.metrics import MetricSums
-    from raytune_rl.algorithms.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ class TrainResult:
     """One optimizer step of one rank.
 
     Attributes:
-        metrics: Mergeable sums over this rank's rows, "loss" among them.
+        metrics: `algorithms.metrics.MetricSums` over this rank's rows, "loss" among them.
         grad_norm: Global gradient norm before clipping; the same on every rank. Infinite: the gradient was
             not finite, and the step was left out.
         learning_rate: Of this step.
@@ -109,7 +105,7 @@ class TrainResult:
         memory_gib: Peak memory of the process's device.
     """
 
-    metrics: MetricSums
+    metrics: Any
     grad_norm: float
     learning_rate: float
     seconds: float
@@ -165,15 +161,15 @@ class EstimateFacts:
     """What the driver is told of a worker's share.
 
     Attributes:
-        advantages, returns, errors: Moments over the tokens of rows that have a score; an error is a return
-            less the value that the critic gave.
+        advantages, returns, errors: `algorithms.moments.Moments` over the tokens of rows that have a score;
+            an error is a return less the value that the critic gave.
         metrics: `objective/*` under TRL's names, over those rows, and "kl" over their tokens.
     """
 
-    advantages: Moments
-    returns: Moments
-    errors: Moments
-    metrics: MetricSums
+    advantages: Any
+    returns: Any
+    errors: Any
+    metrics: Any
 
 
 @dataclass(frozen=True)
@@ -192,18 +188,18 @@ class Estimates:
 
 
 @dataclass(frozen=True)
-class Algorithm:
-    """What the policy group is told of the algorithm.
+class LossSpec:
+    """The loss of a run, as the ranks are told.
 
     Attributes:
-        loss: Name in the registry of losses.
-        settings: The loss's own settings, by name: a plugin's class exists only where its file was loaded.
-        normaliser: Loss type for `row_weights`.
+        name: In the registry of losses.
+        settings: Its own settings, by name: a plugin's class exists only where its file was loaded.
+        normaliser: How its token losses add up (`algorithms.aggregation.NORMALISERS`).
         plugin_files: Files that register the loss; empty for a built-in one.
         with_entropy: Whether the loss shall see entropies, to log them.
     """
 
-    loss: str
+    name: str
     settings: Mapping[str, Any]
     normaliser: str
     plugin_files: tuple[str, ...] = ()

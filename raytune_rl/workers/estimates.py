@@ -52,9 +52,9 @@ def estimate(
         The facts, and {"advantages", "returns"} as Ragged float32 in the order of the rows. Rows without a
         score teach nothing: their advantages are 0 and their returns the values as they are.
     """
+    from raytune_rl.algorithms.gae import gae
     from raytune_rl.algorithms.metrics import MetricSums, mean_of, row_sums
     from raytune_rl.algorithms.moments import Moments, whiten
-    from raytune_rl.algorithms.ppo import gae
 
     share = _Share(rows, scores, settings)
     values, scored = share.column("values"), share.scored
@@ -116,7 +116,7 @@ class _Share:
     ) -> None:
         import torch
 
-        from raytune_rl.algorithms.ppo import token_rewards
+        from raytune_rl.algorithms.gae import token_rewards
 
         self._rows, self.n = rows, len(scores)
         name = "advantages" if settings is None else "old_logprobs"

@@ -14,8 +14,8 @@ import torch
 from raytune_rl.algorithms import aot
 from raytune_rl.algorithms.aggregation import pair_weights
 from raytune_rl.algorithms.divergence import divergence_reward
-from raytune_rl.algorithms.dpo import DPOSettings
 from raytune_rl.algorithms.dpo_losses import PAIR_LOSSES
+from raytune_rl.algorithms.losses.dpo import DPOSettings
 from raytune_rl.algorithms.pairs import PAIR, pair_numbers
 from raytune_rl.algorithms.registry import LossInputs, get_loss
 from raytune_rl.errors import ConfigError

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raytune_rl.algorithms.aggregation import single_weights
-from raytune_rl.algorithms.kto import KTOSettings, reference_point
+from raytune_rl.algorithms.losses.kto import KTOSettings, reference_point
 from raytune_rl.algorithms.registry import LossInputs, get_loss
 from raytune_rl.errors import ConfigError
 from tests.algorithms.step import F64, make_step, step_result

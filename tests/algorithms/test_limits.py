@@ -17,18 +17,20 @@ import torch
 from raytune_rl.algorithms import aot
 from raytune_rl.algorithms.advantages import decoupled_advantages, group_advantages
 from raytune_rl.algorithms.aggregation import LOSS_TYPES, lengths_in_loss, pair_weights, row_weights
-from raytune_rl.algorithms.cispo import CISPOSettings
 from raytune_rl.algorithms.correction import MODES, RolloutCorrection
 from raytune_rl.algorithms.divergence import DIVERGENCES
-from raytune_rl.algorithms.dpo import BCO_SHIFT, DPOSettings
 from raytune_rl.algorithms.dpo_losses import PAIR_LOSSES, WITH_DIVERGENCE
-from raytune_rl.algorithms.fipo import FIPOSettings
+from raytune_rl.algorithms.gae import gae, token_rewards
 from raytune_rl.algorithms.kl import k1, k2, k3
-from raytune_rl.algorithms.policy_loss import GRPOSettings, PolicySettings
-from raytune_rl.algorithms.ppo import clipped_value_loss, gae, token_rewards
+from raytune_rl.algorithms.losses.cispo import CISPOSettings
+from raytune_rl.algorithms.losses.dpo import BCO_SHIFT, DPOSettings
+from raytune_rl.algorithms.losses.fipo import FIPOSettings
+from raytune_rl.algorithms.losses.grpo import GRPOSettings
+from raytune_rl.algorithms.losses.ppo import clipped_value_loss
+from raytune_rl.algorithms.losses.sapo import SAPOSettings
+from raytune_rl.algorithms.policy_loss import PolicySettings
 from raytune_rl.algorithms.ratio import LEVELS
 from raytune_rl.algorithms.registry import LossInputs, get_loss
-from raytune_rl.algorithms.sapo import SAPOSettings
 from tests.algorithms.step import F64, make_pairs, make_step, rows_of, step_result, take
 
 # -- policy losses: every loss type with every option

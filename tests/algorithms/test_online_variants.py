@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from raytune_rl.algorithms.aggregation import row_weights
-from raytune_rl.algorithms.cispo import CISPOSettings
 from raytune_rl.algorithms.correction import RolloutCorrection, correction_weights
-from raytune_rl.algorithms.fipo import FIPOSettings
-from raytune_rl.algorithms.policy_loss import GRPOSettings, PolicySettings
+from raytune_rl.algorithms.losses.cispo import CISPOSettings
+from raytune_rl.algorithms.losses.fipo import FIPOSettings
+from raytune_rl.algorithms.losses.grpo import GRPOSettings
+from raytune_rl.algorithms.losses.sapo import SAPOSettings
+from raytune_rl.algorithms.policy_loss import PolicySettings
 from raytune_rl.algorithms.registry import LossInputs, get_loss
-from raytune_rl.algorithms.sapo import SAPOSettings
 from raytune_rl.errors import ConfigError
 from tests.algorithms.step import F64, make_step, rows_of, step_result
 

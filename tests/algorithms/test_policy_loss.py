@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from raytune_rl.algorithms.kl import k1, k2, k3
+from raytune_rl.algorithms.losses.grpo import GRPOSettings, clipped_surrogate
 from raytune_rl.algorithms.metrics import MetricSums
-from raytune_rl.algorithms.policy_loss import GRPOSettings, clipped_surrogate
 from raytune_rl.algorithms.registry import LossInputs, LossOutput, get_loss
 from raytune_rl.errors import ConfigError
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from raytune_rl.algorithms.aggregation import row_weights
+from raytune_rl.algorithms.gae import gae, missing_eos, token_rewards
+from raytune_rl.algorithms.losses.grpo import GRPOSettings
+from raytune_rl.algorithms.losses.ppo import ValueSettings, clipped_value_loss
 from raytune_rl.algorithms.moments import Moments, merge_moments, whiten
-from raytune_rl.algorithms.policy_loss import GRPOSettings
-from raytune_rl.algorithms.ppo import ValueSettings, clipped_value_loss, gae, missing_eos, token_rewards
 from raytune_rl.algorithms.registry import LossInputs, get_loss
 from raytune_rl.errors import ConfigError
 from tests.algorithms.step import F64, rows_of, step_result

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from raytune_rl.algorithms.aggregation import pair_weights
-from raytune_rl.algorithms.cpo import CPOSettings, simpo_settings
-from raytune_rl.algorithms.orpo import ORPOSettings, log_odds
+from raytune_rl.algorithms.losses.cpo import CPOSettings, simpo_settings
+from raytune_rl.algorithms.losses.orpo import ORPOSettings, log_odds
+from raytune_rl.algorithms.losses.rm import RMSettings
 from raytune_rl.algorithms.pairs import PAIR, pair_numbers
 from raytune_rl.algorithms.registry import LossInputs, get_loss
-from raytune_rl.algorithms.rm import RMSettings
 from raytune_rl.errors import ConfigError
 from tests.algorithms.step import F64, make_pairs, rows_of, step_result
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from raytune_rl.algorithms import registry
+from raytune_rl.algorithms.losses.grpo import GRPOSettings
+from raytune_rl.algorithms.losses.sft import SFTSettings
 from raytune_rl.algorithms.metrics import (
     MetricSums,
     Stat,
@@ -19,9 +21,7 @@ from raytune_rl.algorithms.metrics import (
     min_of,
     total_of,
 )
-from raytune_rl.algorithms.policy_loss import GRPOSettings
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, get_loss, loss_names, register_loss
-from raytune_rl.algorithms.sft import SFTSettings
 from raytune_rl.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import ray
 
 from raytune_rl.algorithms.aggregation import row_weights
-from raytune_rl.algorithms.sft import SFTSettings
+from raytune_rl.algorithms.losses.sft import SFTSettings
 from raytune_rl.config import SFTConfig
 from raytune_rl.groups import specs
 from raytune_rl.groups.trainer import PolicyGroup

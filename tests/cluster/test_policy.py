@@ -14,19 +14,19 @@ import pytest
 import ray
 
 from raytune_rl.algorithms.aggregation import pair_weights, row_weights, single_weights
-from raytune_rl.algorithms.cispo import CISPOSettings
 from raytune_rl.algorithms.correction import RolloutCorrection
-from raytune_rl.algorithms.cpo import CPOSettings, simpo_settings
-from raytune_rl.algorithms.dpo import DPOSettings
 from raytune_rl.algorithms.entropy import step_threshold
-from raytune_rl.algorithms.fipo import FIPOSettings
-from raytune_rl.algorithms.kto import KTOSettings
-from raytune_rl.algorithms.orpo import ORPOSettings
+from raytune_rl.algorithms.losses.cispo import CISPOSettings
+from raytune_rl.algorithms.losses.cpo import CPOSettings, simpo_settings
+from raytune_rl.algorithms.losses.dpo import DPOSettings
+from raytune_rl.algorithms.losses.fipo import FIPOSettings
+from raytune_rl.algorithms.losses.grpo import GRPOSettings
+from raytune_rl.algorithms.losses.kto import KTOSettings
+from raytune_rl.algorithms.losses.orpo import ORPOSettings
+from raytune_rl.algorithms.losses.sapo import SAPOSettings
+from raytune_rl.algorithms.losses.sft import SFTSettings
 from raytune_rl.algorithms.pairs import PAIR, pair_numbers
-from raytune_rl.algorithms.policy_loss import GRPOSettings
 from raytune_rl.algorithms.registry import get_loss
-from raytune_rl.algorithms.sapo import SAPOSettings
-from raytune_rl.algorithms.sft import SFTSettings
 from raytune_rl.config import deepspeed
 from raytune_rl.data.microbatch import plan_micro_batches
 from raytune_rl.errors import CheckpointError, WorkerFailedError

@@ -12,9 +12,9 @@ import ray
 import torch
 
 from raytune_rl.algorithms.aggregation import pair_weights, row_weights
+from raytune_rl.algorithms.losses.ppo import ValueSettings, clipped_value_loss
+from raytune_rl.algorithms.losses.rm import RMSettings
 from raytune_rl.algorithms.pairs import PAIR, pair_numbers
-from raytune_rl.algorithms.ppo import ValueSettings, clipped_value_loss
-from raytune_rl.algorithms.rm import RMSettings
 from raytune_rl.config import deepspeed
 from raytune_rl.data.collate import collate_rows
 from raytune_rl.data.microbatch import plan_micro_batches

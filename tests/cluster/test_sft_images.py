@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from raytune_rl.algorithms.aggregation import row_weights
-from raytune_rl.algorithms.sft import SFTSettings
+from raytune_rl.algorithms.losses.sft import SFTSettings
 from raytune_rl.config import deepspeed
 from raytune_rl.data.encode import EncodedSFT, MediaSettings, encode_sft
 from raytune_rl.data.example import Example, Message

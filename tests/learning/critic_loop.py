@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raytune_rl.algorithms.aggregation import row_weights
-from raytune_rl.algorithms.ppo import ValueSettings
+from raytune_rl.algorithms.losses.ppo import ValueSettings
 from raytune_rl.algorithms.registry import LossInputs, get_loss
 from raytune_rl.config import PPOConfig, resolved
 from raytune_rl.data.collate import MicroBatch, collate

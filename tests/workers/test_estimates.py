@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from raytune_rl.algorithms.gae import gae, token_rewards
 from raytune_rl.algorithms.metrics import merge_all
 from raytune_rl.algorithms.moments import merge_moments
-from raytune_rl.algorithms.ppo import gae, token_rewards
 from raytune_rl.data.read_rows import ReadRows
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.rows import RowPointer, make_batch

@@ -8,17 +8,18 @@ is 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from raytune_rl.algorithms.dpo_losses import smoothed
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.pairs import PAIR, check_pairs, on_chosen, split_pairs
 from raytune_rl.algorithms.preference import chosen_nll, preference_metrics
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
 from raytune_rl.algorithms.rows import mean_rows, sum_rows
 from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CPOType = Literal["sigmoid", "hinge", "ipo", "simpo"]
 LOSS_TYPES: tuple[CPOType, ...] = ("sigmoid", "hinge", "ipo", "simpo")

@@ -8,16 +8,15 @@ with beta 0 and these advantages, one a token; rows are weighted as in dapo: PPO
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from raytune_rl.algorithms.metrics import MetricSums, mean_of, row_counts
-from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
+from raytune_rl.algorithms.lazy import np, torch
+from raytune_rl.algorithms.metrics import row_counts
 from raytune_rl.algorithms.rows import discounted_to_go
-from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -87,58 +86,3 @@ def gae(
     delta = reward + gamma * torch.where(ends, 0.0, following) - value
     advantages = discounted_to_go(delta, row_of, n_rows, gamma * lam)
     return Estimate(advantages, advantages + value)
-
-
-@dataclass(frozen=True)
-class ValueSettings:
-    """Hyper-parameters of the critic's loss.
-
-    Attributes:
-        cliprange_value: how far a value may move from the one before the step; beyond, it earns nothing.
-    """
-
-    cliprange_value: float = 0.2
-
-    def __post_init__(self) -> None:
-        if self.cliprange_value < 0:
-            raise ConfigError(f"cliprange_value is {self.cliprange_value}; it must not be negative")
-
-
-def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float = 0.2
-) -> tuple[Tensor, MetricSums]:
-    """max((V - R)^2, (clip(V, V_old +- c) - R)^2) / 2, per token, and how often the clip binds.
-
-    Args:
-        values: float [N] with gradient.
-        old_values: float [N], before the step.
-        returns: float [N].
-        cliprange_value: c.
-    """
-    clipped = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
-    plain, bounded = (values - returns) ** 2, (clipped - returns) ** 2
-    return 0.5 * torch.maximum(plain, bounded), MetricSums({"val/clipfrac_avg": mean_of(bounded > plain)})
-
-
-def value_loss(inputs: LossInputs) -> LossOutput:
-    """Token losses of the critic; columns "old_values" and "returns", weights as in dapo."""
-    settings: ValueSettings = inputs.settings
-    assert inputs.values is not None
-    token_loss, metrics = clipped_value_loss(
-        inputs.values, inputs.columns["old_values"], inputs.columns["returns"], settings.cliprange_value
-    )
-    error = (inputs.values.detach() - inputs.columns["returns"]) ** 2
-    return LossOutput(
-        token_loss, metrics.merge(MetricSums({"val/error": mean_of(error), "value": mean_of(inputs.values)}))
-    )
-
-
-PPO_VALUE = register_loss(
-    Loss(
-        "ppo_value",
-        ValueSettings,
-        value_loss,
-        lambda settings: ("old_values", "returns"),
-        forward="values",
-    )
-)

@@ -6,21 +6,19 @@ Source: "FIPO: Future-KL influenced policy optimization", arXiv 2603.19835; cons
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from raytune_rl.algorithms.lazy import torch
+from raytune_rl.algorithms.losses.grpo import GRPOSettings, clip_in_words, clipped_by_settings
 from raytune_rl.algorithms.metrics import MetricSums, mean_of
-from raytune_rl.algorithms.policy_loss import (
-    GRPOSettings,
-    clipped_by_settings,
-    policy_columns,
-    policy_loss,
-    policy_rows,
-)
+from raytune_rl.algorithms.options import option
+from raytune_rl.algorithms.policy_loss import policy_columns, policy_loss, policy_rows
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
 from raytune_rl.algorithms.rows import bounded, clamped_exp, discounted_to_go
 from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAFE = (0.8, 1.0)
 """Bounds of the weight of a token that is to become less likely and has become much likelier."""
@@ -38,10 +36,12 @@ class FIPOSettings(GRPOSettings):
             none is.
     """
 
-    fipo_decay_rate: float = 32.0
-    fipo_clip_range: float = 0.2
-    fipo_clip_high_only: bool = True
-    fipo_safety_threshold: float | None = 4.0
+    fipo_decay_rate: float = option(32.0, "Tokens after which what follows counts half.", gt=0)
+    fipo_clip_range: float = option(0.2, "How far a token's weight may be from 1; 0: no bounds.", ge=0, le=1)
+    fipo_clip_high_only: bool = option(True, "No token's weight is below 1.")
+    fipo_safety_threshold: float | None = option(
+        4.0, "Ratio over which a token with a negative advantage gets no weight over 1.", gt=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,5 +120,9 @@ FIPO = register_loss(
         policy_columns,
         needs_advantages=True,
         required_rows=policy_rows,
+        normaliser="tokens",
+        summary="is dapo with more weight on tokens before what is reinforced",
+        paper="arXiv 2603.19835 (FIPO)",
+        in_words=clip_in_words,
     )
 )

@@ -8,19 +8,21 @@ that of MPO (Wang et al. 2024); rpo_alpha, Pang et al. 2024 (Iterative RPO); ld_
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from raytune_rl.algorithms import aot
 from raytune_rl.algorithms.divergence import DIVERGENCES, Divergence, divergence_reward
 from raytune_rl.algorithms.dpo_losses import PAIR_LOSSES, WITH_DIVERGENCE, Ratios
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.metrics import row_counts
 from raytune_rl.algorithms.pairs import PAIR, Pair, both_sides, check_pairs, split_pairs
 from raytune_rl.algorithms.preference import chosen_nll, preference_metrics
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
 from raytune_rl.algorithms.rows import positions, sum_rows
 from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOSS_TYPES = (*PAIR_LOSSES, "aot", "aot_unpaired", "sft")
 BCO_SHIFT = "bco_shift"

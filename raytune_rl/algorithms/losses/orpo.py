@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.metrics import MetricSums, mean_of
 from raytune_rl.algorithms.pairs import PAIR, check_pairs, on_chosen, split_pairs
 from raytune_rl.algorithms.preference import chosen_nll, preference_metrics
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
 from raytune_rl.algorithms.rows import mean_rows
 from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A mean token probability of 1 has infinite odds. Nearer to it float32 log-probs cannot tell.
 NEAREST_TO_ONE = -1e-8
@@ -64,9 +65,14 @@ def orpo_loss(inputs: LossInputs) -> LossOutput:
     nll, measured = chosen_nll(inputs)
     metrics = preference_metrics(split_pairs(mean), split_pairs(mean), settings.beta).merge(
         measured,
-        MetricSums({"log_odds_chosen": mean_of(ratio), "log_odds_ratio": mean_of(logsigmoid(ratio))}),
+        MetricSums(
+            {
+                "log_odds_chosen": mean_of(ratio),
+                "log_odds_ratio": mean_of(torch.nn.functional.logsigmoid(ratio)),
+            }
+        ),
     )
-    return LossOutput(nll, metrics, on_chosen(-settings.beta * logsigmoid(ratio)))
+    return LossOutput(nll, metrics, on_chosen(-settings.beta * torch.nn.functional.logsigmoid(ratio)))
 
 
 ORPO = register_loss(

@@ -9,16 +9,16 @@ row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
-from numpy.typing import ArrayLike
-
+from raytune_rl.algorithms.lazy import np, torch
 from raytune_rl.algorithms.metrics import MetricSums, Stat, mean_of
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
 from raytune_rl.algorithms.rows import sum_rows
 from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 LABEL = "label"
 """Row value: 1 for a desirable completion, 0 for an undesirable one."""

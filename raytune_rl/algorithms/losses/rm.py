@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch.nn.functional import logsigmoid
-
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.metrics import MetricSums, Stat, max_of, mean_of, min_of
 from raytune_rl.algorithms.pairs import PAIR, check_pairs, on_chosen, split_pairs
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
@@ -49,7 +47,7 @@ def rm_loss(inputs: LossInputs) -> LossOutput:
     gap = scores.margin
     if MARGIN in inputs.row_values:
         gap = gap - split_pairs(inputs.row_values[MARGIN]).chosen
-    loss = -logsigmoid(gap)
+    loss = -torch.nn.functional.logsigmoid(gap)
     if settings.center_rewards_coefficient:
         loss = loss + settings.center_rewards_coefficient * (scores.chosen + scores.rejected) ** 2
     both = torch.cat([scores.chosen, scores.rejected])

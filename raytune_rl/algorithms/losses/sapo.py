@@ -7,14 +7,17 @@ TRL.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.metrics import MetricSums
+from raytune_rl.algorithms.options import option
 from raytune_rl.algorithms.policy_loss import PolicySettings, policy_columns, policy_loss, policy_rows
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
 from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,8 @@ class SAPOSettings(PolicySettings):
         tau_neg: the same elsewhere.
     """
 
-    tau_pos: float = 1.0
-    tau_neg: float = 1.05
+    tau_pos: float = option(1.0, "The gate's temperature for positive advantages.", gt=0)
+    tau_neg: float = option(1.05, "The gate's temperature for the others.", gt=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,5 +73,8 @@ SAPO = register_loss(
         policy_columns,
         needs_advantages=True,
         required_rows=policy_rows,
+        summary="has a smooth gate instead of a clip",
+        paper="Gao et al. 2025 (SAPO)",
+        in_words=lambda settings: f"gate {settings.tau_pos:g} / {settings.tau_neg:g}",
     )
 )

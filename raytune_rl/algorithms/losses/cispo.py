@@ -7,13 +7,15 @@ epsilon_high, and there is no lower one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from raytune_rl.algorithms.metrics import MetricSums, mean_of, row_means
 from raytune_rl.algorithms.policy_loss import PolicySettings, policy_columns, policy_loss, policy_rows
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
 from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,5 +80,9 @@ CISPO = register_loss(
         policy_columns,
         needs_advantages=True,
         required_rows=policy_rows,
+        normaliser="tokens",
+        summary="caps the weight of a token instead of clipping it",
+        paper="MiniMax-M1 2025",
+        in_words=lambda settings: f"weight up to {settings.epsilon_high:g}",
     )
 )

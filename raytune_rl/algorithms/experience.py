@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.algorithms.advantages import decoupled_totals, group_advantages, known_rewards
+from raytune_rl.algorithms.advantages import group_advantages, known_rewards
 from raytune_rl.protocol.rewards import Scored
 from raytune_rl.protocol.trajectory import Trajectory
 
@@ -26,31 +26,31 @@ class Experience:
         batch: The trajectories, those of one group together.
         scored: Their rewards by function.
         rewards: The weighted total of each, float64 `[n]`; NaN where there is none.
-        apart: The weights of the functions where each is compared on its own (GDPO), and not their total.
     """
 
     batch: list[Trajectory]
     scored: Scored
     rewards: NDArray[np.float64]
-    apart: tuple[float, ...] = ()
 
     @property
     def groups(self) -> list[int]:
         """The distinct groups, in order."""
         return list(dict.fromkeys(t.group for t in self.batch))
 
-    def informative(self) -> set[int]:
+    @property
+    def group_ids(self) -> list[int]:
+        """The group of each trajectory."""
+        return [t.group for t in self.batch]
+
+    def informative(self, rewards: NDArray[np.float64] | None = None) -> set[int]:
         """Groups with at least two different rewards: only these teach anything.
 
-        Where functions are compared apart, it is what they come to together that must differ.
+        Args:
+            rewards: What must differ, float64 `[n]`; None: `rewards`.
         """
         if not self.batch:
             return set()
-        ids = [t.group for t in self.batch]
-        rewards = self.rewards
-        if self.apart:
-            rewards = np.round(decoupled_totals(known_values(self.scored, self.apart), self.apart, ids), 6)
-        compared = group_advantages(rewards, ids, "none")
+        compared = group_advantages(self.rewards if rewards is None else rewards, self.group_ids, "none")
         return {int(g) for g, std in zip(compared.groups, compared.group_std, strict=True) if std > 0}
 
     def unscored(self) -> set[int]:
@@ -68,7 +68,7 @@ class Experience:
             values=self.scored.values[rows],
             failures=tuple(replace(f, row=place[f.row]) for f in self.scored.failures if f.row in place),
         )
-        return Experience([self.batch[row] for row in rows], scored, self.rewards[rows], self.apart)
+        return Experience([self.batch[row] for row in rows], scored, self.rewards[rows])
 
 
 def join(parts: Sequence[Experience]) -> Experience:
@@ -86,7 +86,7 @@ def join(parts: Sequence[Experience]) -> Experience:
         values=np.concatenate([part.scored.values for part in parts]),
         failures=tuple(failures),
     )
-    return Experience(batch, scored, np.concatenate([part.rewards for part in parts]), parts[0].apart)
+    return Experience(batch, scored, np.concatenate([part.rewards for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,12 @@ class Filled:
     without_signal: int
 
 
-def fill_with_signal(wanted: int, rounds: int, draw: Callable[[int, int], Experience]) -> Filled:
+def fill_with_signal(
+    wanted: int,
+    rounds: int,
+    draw: Callable[[int, int], Experience],
+    informative: Callable[[Experience], set[int]] = Experience.informative,
+) -> Filled:
     """Draws groups until `wanted` of them are informative, or the rounds are used up.
 
     Each round draws as many as are missing. If they do not suffice, the first groups without a signal that
@@ -116,16 +121,17 @@ def fill_with_signal(wanted: int, rounds: int, draw: Callable[[int, int], Experi
         wanted: Groups.
         rounds: Most times to draw.
         draw: (number of groups, number of the round from 0) -> that many groups.
+        informative: Which groups of an experience teach anything.
     """
     good: list[Experience] = []
     dull: list[Experience] = []
     have = used = 0
     while have < wanted and used < rounds:
         found = draw(wanted - have, used)
-        informative = found.informative()
-        good.append(found.of_groups(informative))
-        dull.append(found.of_groups(set(found.groups) - informative))
-        have += len(informative)
+        teaching = informative(found)
+        good.append(found.of_groups(teaching))
+        dull.append(found.of_groups(set(found.groups) - teaching))
+        have += len(teaching)
         used += 1
     rest = join(dull)
     filling = set(rest.groups[: wanted - have])

@@ -1,0 +1,169 @@
+"""Credit: from the rewards of a generation to advantages. The one place where algorithms of online RL differ
+beside their losses.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from raytune_rl.algorithms.registry import import_package
+from raytune_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from raytune_rl.algorithms.experience import Experience
+    from raytune_rl.protocol.rows import TrainBatch
+    from raytune_rl.protocol.train import Estimates, EstimateSettings
+
+
+class Models(Protocol):
+    """What a credit may ask of the models of the run. Token arrays stay with the workers."""
+
+    def row_kl(self, batch: TrainBatch, estimator: str) -> NDArray[np.float64]:
+        """KL to the reference of each row, summed over its tokens, float64 `[n]`, nats; the batch has the
+        column "ref_logprobs". Log-probs of the policy are taken where it has no "old_logprobs"."""
+        ...
+
+    def estimate(
+        self,
+        batch: TrainBatch,
+        scores: NDArray[np.float64],
+        settings: EstimateSettings,
+        *,
+        whiten_rewards: bool,
+    ) -> Estimates:
+        """The critic's advantages and returns; see `groups.critic.CriticGroup.estimate`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Credited:
+    """A batch whose rows know what they earned.
+
+    Attributes:
+        batch: As the loss shall have it: what only the credit needed is gone, what it made is there. A column
+            "advantages" has one a token.
+        advantages: Of each row, float32 `[n]`: what every token of it earned, or the mean of them.
+        metrics: For the log.
+    """
+
+    batch: TrainBatch
+    advantages: NDArray[np.float32]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Credit(ABC):
+    """Says what each completion, or each of its tokens, earned. A subclass is a frozen dataclass whose
+    fields are settings by the names of their flags.
+    """
+
+    no_signal: ClassVar[str] = "in no group do two completions have different rewards"
+    """What is wrong where there is nothing to learn."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Columns that the batch must have: "ref_logprobs", "old_logprobs"; and "values" for a critic. The
+        pipeline starts the groups that give them."""
+        return frozenset()
+
+    @abstractmethod
+    def assign(self, experience: Experience, batch: TrainBatch, models: Models) -> Credited:
+        """What each row of the batch earned.
+
+        Args:
+            experience: Trajectories and rewards, row by row as in the batch.
+            batch: Where the rows lie, with the columns that are needed.
+            models: Whom to ask.
+        """
+
+    def informative(self, experience: Experience) -> set[int]:
+        """Groups that teach anything: dynamic sampling replaces the others."""
+        return experience.informative()
+
+    def has_signal(self, experience: Experience) -> bool:
+        """Whether there is anything to learn from a generation."""
+        return bool(self.informative(experience))
+
+    def in_words(self) -> str:
+        """For the plan."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class CreditKind:
+    """A registered credit.
+
+    Attributes:
+        name: Value of `--advantage_estimator`.
+        make: Its class.
+        summary: What it does, for `--help`.
+        paper: Where it comes from.
+        fixed: Settings of the class that this name stands for.
+        kl_in_reward: Whether the KL belongs into the reward unless the user says otherwise.
+    """
+
+    name: str
+    make: Callable[..., Credit]
+    summary: str
+    paper: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    kl_in_reward: bool = False
+
+    def settings(self, given: Mapping[str, Any]) -> Credit:
+        """The credit with those of the settings given that it has."""
+        own = {one.name for one in fields(self.make)}  # type: ignore[arg-type]
+        return self.make(**{**{name: value for name, value in given.items() if name in own}, **self.fixed})
+
+
+_CREDITS: dict[str, CreditKind] = {}
+
+
+def register_credit(kind: CreditKind) -> CreditKind:
+    """Makes a credit available by name. A plugin file that is loaded again replaces its own.
+
+    Raises:
+        ConfigError: The name is taken by another class.
+    """
+    known = _CREDITS.get(kind.name)
+    if known is not None and _origin(known) != _origin(kind):
+        raise ConfigError(f"a credit named '{kind.name}' is already registered")
+    _CREDITS[kind.name] = kind
+    return kind
+
+
+def _origin(kind: CreditKind) -> tuple[Any, Any]:
+    return getattr(kind.make, "__module__", None), getattr(kind.make, "__qualname__", None)
+
+
+def get_credit(name: str) -> CreditKind:
+    """The credit of that name.
+
+    Raises:
+        ConfigError: There is none; the message lists those that exist.
+    """
+    names = credit_names()
+    if name not in _CREDITS:
+        raise ConfigError(
+            f"--advantage_estimator {name} is not one of: {', '.join(names)}. One of your own comes from a "
+            f"file given "
+            "to --external_plugins, which calls register_credit."
+        )
+    return _CREDITS[name]
+
+
+def credit_names() -> tuple[str, ...]:
+    """All registered names, sorted."""
+    _load_built_in()
+    return tuple(sorted(_CREDITS))
+
+
+@cache
+def _load_built_in() -> None:
+    import_package("raytune_rl.algorithms.credit")

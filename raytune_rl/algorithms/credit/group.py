@@ -1,0 +1,98 @@
+"""Group-relative credit: a completion against the others of its prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raytune_rl.algorithms.advantages import (
+    DEFAULT_SCALE,
+    AdvantageResult,
+    Estimator,
+    Scale,
+    group_advantages,
+    penalised_rewards,
+)
+from raytune_rl.algorithms.credit.base import Credit, Credited, CreditKind, Models, register_credit
+from raytune_rl.algorithms.lazy import np
+
+if TYPE_CHECKING:
+    from raytune_rl.algorithms.experience import Experience
+    from raytune_rl.protocol.rows import TrainBatch
+
+
+@dataclass(frozen=True)
+class GroupRelative(Credit):
+    """Rewards against those of the group (`advantages.group_advantages`), where asked with the KL taken off
+    first.
+
+    Attributes:
+        estimator: What a reward is compared with.
+        scale_rewards: What the difference is divided by; None: as the estimator's paper has it.
+        beta: Price of a nat of the KL in the reward; 0: the KL is not in the reward.
+        kl_estimator: How that KL is estimated.
+    """
+
+    estimator: Estimator = "grpo"
+    scale_rewards: Scale | None = None
+    beta: float = 0.0
+    kl_estimator: str = "k1"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Log-probs of the reference, for the KL in the reward."""
+        return frozenset({"ref_logprobs"} if self.beta > 0 else ())
+
+    def assign(self, experience: Experience, batch: TrainBatch, models: Models) -> Credited:
+        """One advantage a completion. With the KL in the reward the loss needs no reference any more."""
+        rewards, metrics = experience.rewards, {}
+        if self.beta > 0:
+            kl = models.row_kl(batch, self.kl_estimator)
+            tokens = sum(t.completion_tokens for t in experience.batch)
+            metrics["kl"] = float(kl.sum()) / max(tokens, 1)
+            rewards = penalised_rewards(rewards, kl, self.beta)
+            batch = batch.drop("ref_logprobs")
+        found = group_advantages(rewards, experience.group_ids, self.scale_rewards, estimator=self.estimator)
+        return Credited(batch, found.advantages, {**group_metrics(found), **metrics})
+
+    def in_words(self) -> str:
+        """Estimator and scale."""
+        scale = self.scale_rewards or DEFAULT_SCALE[self.estimator]
+        return f"{self.estimator}, scaled by {scale}" if scale != "none" else f"{self.estimator}, not scaled"
+
+
+def group_metrics(found: AdvantageResult) -> dict[str, float]:
+    """What the groups were like, under ms-swift's names."""
+    groups = max(len(found.groups), 1)
+    known = found.group_std[np.isfinite(found.group_std)]
+    return {
+        "reward_std": float(known.mean()) if len(known) else float("nan"),
+        "frac_reward_zero_std": found.n_zero_std / groups,
+        "unscored_completions": float(found.n_unscorable),
+        "groups_without_comparison": float(found.n_single + found.n_empty),
+    }
+
+
+def _kind(name: Estimator, summary: str, paper: str, **more: Any) -> CreditKind:
+    return CreditKind(name, GroupRelative, summary, paper, {"estimator": name}, **more)
+
+
+GRPO = register_credit(_kind("grpo", "the reward less the group's mean", "Shao et al. 2024 (DeepSeekMath)"))
+RLOO = register_credit(
+    _kind(
+        "rloo",
+        "the reward less the mean of the group's other rewards; with it --loss_type grpo divides each completion's "
+        "loss by its length, dr_grpo is the estimator of its paper",
+        "Ahmadian et al. 2024, Back to basics",
+        kl_in_reward=True,
+    )
+)
+REINFORCE_PLUS_PLUS = register_credit(
+    _kind(
+        "reinforce_plus_plus",
+        "the reward less the group's mean, by the spread over the batch; it takes the KL of the whole completion "
+        "off every token's reward, as ms-swift does, where its paper takes off the KL from there on",
+        "Hu et al. 2025 (REINFORCE++)",
+        kl_in_reward=True,
+    )
+)

@@ -32,6 +32,7 @@ from benchmarks.bare_loop import BareLoop
 from benchmarks.forced_rollout import ForcedRolloutWorker, long_tailed
 from benchmarks.table import machine, median, render, spread
 from raytune_rl.algorithms.aggregation import row_weights
+from raytune_rl.algorithms.credit.base import Credited
 from raytune_rl.config import RLHFConfig
 from raytune_rl.data.microbatch import plan_micro_batches
 from raytune_rl.groups import specs, start
@@ -90,13 +91,13 @@ class MeasuredRun(online.OnlineRun):
             name: lengths_of(name, self.options.prompts * self.options.generations)
             for name in self.options.shapes
         }
-        threads = str(self.groups.threads["policy"])
+        threads = str(self.actors.sizes.threads["policy"])
         self.peer = (
             ray.remote(BareLoop)
             .options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}})
             .remote(self.config.model, 1e-6, self.config.temperature, self.config.epsilon)
         )
-        self.engine = self.rollout._group
+        self.engine = self.actors.rollout.workers
         self.run.timer = self.log = PhaseLog(self.run.timer._on_phase)
         self.turn = 0
         self.shape = self.next_shape()
@@ -110,16 +111,16 @@ class MeasuredRun(online.OnlineRun):
         return name
 
     def train_step(
-        self, batch: Sequence[Trajectory], compared: Any, late: Any, part: slice, told: Any
+        self, trajectories: Sequence[Trajectory], credited: Credited, part: slice, metrics: dict[str, float]
     ) -> None:
-        self.last = (batch, compared.advantages)
-        super().train_step(batch, compared, late, part, told)
+        self.last = (trajectories, credited.advantages)
+        super().train_step(trajectories, credited, part, metrics)
 
-    def after_generation(self, generation: int, last: bool) -> None:
+    def after_generation(self, last: bool) -> None:
         """The end of a step: takes its time, then gives the peers their turn. No checkpoint is written."""
         step = time.perf_counter() - self.began
         phases = {name: self.log.spent.pop(name, 0.0) for name in PHASES}
-        found = Measured(step, phases, *self.vllm_alone(generation - 1))
+        found = Measured(step, phases, *self.vllm_alone(self.state.generation - 1))
         self.bare_torch(found)
         if self.turn >= self.options.warmup * len(self.shapes):
             self.measured[self.shape].append(found)
@@ -136,7 +137,7 @@ class MeasuredRun(online.OnlineRun):
             )
             for g, row in enumerate(dict.fromkeys(t.prompt for t in self.last[0]))
         ]
-        call = self.engine.submit(0, "alone", self.prompts.columns, requests, self.rollout._sampling)
+        call = self.engine.submit(0, "alone", self.prompts.columns, requests, self.actors.rollout._sampling)
         seconds, tokens = ray.get(call.ref)
         assert tokens == sum(t.completion_tokens for t in self.last[0]), "vLLM alone did other work than we"
         return (seconds,)
@@ -147,7 +148,7 @@ class MeasuredRun(online.OnlineRun):
         weights = row_weights(
             [t.completion_tokens for t in batch], self.config.loss_type, self.config.max_completion_length
         )
-        budget = specs.max_tokens(self.config, self.groups.on_gpu)
+        budget = specs.max_tokens(self.config, self.actors.sizes.on_gpu)
         schedule = plan_micro_batches(
             [t.length for t in batch], world_size=1, max_tokens=budget, layout="padded"
         )

@@ -35,6 +35,7 @@ from benchmarks.table import machine, median, render
 from raytune_rl.algorithms.losses.grpo import GRPOSettings
 from raytune_rl.config import deepspeed
 from raytune_rl.groups.trainer import PolicyGroup
+from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
 from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
 from raytune_rl.runtime.cluster import NAMESPACE, reserve
@@ -146,7 +147,7 @@ def measure(megabytes: int, rounds: int, scratch: Path) -> tuple[int, list[Round
             policy_env(threads, on_gpu=False),
             DEADLINE_S,
         )
-        policy = PolicyGroup(group, spec, 4096, DEADLINE_S)
+        policy = PolicyGroup(TrainerWorld(group, spec, 4096, DEADLINE_S))
         policy.ready()
         ray.get(store.__ray_ready__.remote())
         # Two versions stay in the store, so the first that can find its pages touched is the third or later.

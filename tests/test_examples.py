@@ -65,5 +65,5 @@ def test_the_loss_is_chosen_by_name():
         beta=0.1,
     )
     algorithm = algorithm_of(config)
-    assert (algorithm.loss, algorithm.normaliser) == ("power", "dapo")
-    assert (algorithm.settings["power"], algorithm.settings["beta"]) == (0.25, 0.1)
+    assert (algorithm.loss, algorithm.loss.normaliser) == ("power", "dapo")
+    assert (algorithm.loss.settings["power"], algorithm.loss.settings["beta"]) == (0.25, 0.1)

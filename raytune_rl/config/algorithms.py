@@ -6,14 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import create_model
 
+from raytune_rl.algorithms.correction import RolloutCorrection
 from raytune_rl.algorithms.credit.base import credit_names, get_credit
 from raytune_rl.algorithms.options import Option, options_of
-from raytune_rl.algorithms.registry import online_losses
+from raytune_rl.algorithms.registry import Loss, online_losses
 from raytune_rl.config.base import Options, setting
+from raytune_rl.errors import ConfigError
 
 GROUP = "RL algorithm"
 
@@ -65,3 +67,71 @@ def loss_flags() -> dict[str, list[str]]:
         for one in fields(loss.settings_type):
             found.setdefault(one.name, []).append(loss.name)
     return found
+
+
+def wants_kl_in_reward(config: Any) -> bool:
+    """Whether the KL belongs into the reward: as the user says, else as the credit has it; without a KL it is
+    nowhere."""
+    if config.beta == 0:
+        return False
+    if config.kl_in_reward is not None:
+        return config.kl_in_reward
+    estimator = config.advantage_estimator
+    return estimator in credit_names() and get_credit(estimator).kl_in_reward
+
+
+def kl_estimator(config: Any) -> Literal["k1", "k2", "k3"]:
+    """k1 in the reward, k3 in the loss, unless given."""
+    return config.kl_estimator or ("k1" if wants_kl_in_reward(config) else "k3")
+
+
+def loss_settings(config: Any, loss: Loss, loss_args: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """An online loss's settings, as the flags and `--loss_args` say; see `settings_of`."""
+    correction = None
+    if config.rollout_importance_sampling_mode is not None:
+        correction = RolloutCorrection(
+            config.rollout_importance_sampling_mode,
+            config.rollout_importance_sampling_threshold,
+            config.rollout_importance_sampling_min,
+        )
+    in_reward = wants_kl_in_reward(config)
+    given = {
+        **{name: getattr(config, name) for name in type(config).model_fields},
+        "beta": 0.0 if in_reward else config.beta,
+        "kl_estimator": "k3" if in_reward or config.beta == 0 else kl_estimator(config),
+        "correction": correction,
+        "off_policy_delta": config.off_policy_sequence_mask_delta,
+        "entropy_filter": config.top_entropy_quantile < 1,
+    }
+    return settings_of(loss, given, loss_args)
+
+
+def settings_of(
+    loss: Loss, said: Mapping[str, Any], loss_args: Mapping[str, Any]
+) -> tuple[dict[str, Any], Any]:
+    """Sets a loss up.
+
+    Args:
+        loss: The loss.
+        said: What flags say of losses, by name; what this one has no field for is left out.
+        loss_args: `--loss_args`, which has precedence.
+
+    Returns:
+        The settings by name, and as the loss's own class.
+
+    Raises:
+        ConfigError: `--loss_args` names what is no setting of it, or it does not take what it is given.
+    """
+    own = {field.name for field in fields(loss.settings_type)}
+    if unknown := sorted(loss_args.keys() - own):
+        raise ConfigError(
+            f"--loss_args: {', '.join(unknown)} is no setting of loss '{loss.name}', which has: "
+            f"{', '.join(sorted(own)) or 'none'}."
+        )
+    given = {**{name: value for name, value in said.items() if name in own}, **loss_args}
+    try:
+        return given, loss.settings_type(**given)
+    except TypeError as error:
+        raise ConfigError(
+            f"--loss_args: loss '{loss.name}' cannot be set up with {given}: {error}."
+        ) from None

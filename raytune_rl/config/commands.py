@@ -6,7 +6,9 @@ from typing import ClassVar, Self
 
 from pydantic import model_validator
 
+from raytune_rl.algorithms.registry import online_losses
 from raytune_rl.config import deepspeed as presets
+from raytune_rl.config.algorithms import loss_settings
 from raytune_rl.config.batching import grpo_batch_of
 from raytune_rl.config.cluster import OnlineGroupsOptions, PolicyGroupOptions
 from raytune_rl.config.corrections import CorrectionOptions
@@ -86,6 +88,8 @@ class RLHFConfig(
                 "--reward_funcs is required: name at least one, such as accuracy, or give a --reward_model."
             )
         check_names(self.loss_type, self.advantage_estimator, self.external_plugins)
+        if self.loss_type in (built_in := {loss.name: loss for loss in online_losses()}):
+            loss_settings(self, built_in[self.loss_type], {})
         if self.sync_ref_model and (self.train_type != "full" or self.beta == 0):
             why = (
                 "there is none with --beta 0"

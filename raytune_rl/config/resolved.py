@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from raytune_rl.config import algorithms
 from raytune_rl.config.batching import sft_accumulation
 from raytune_rl.config.commands import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
-from raytune_rl.config.rl import wants_kl_in_reward
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
@@ -81,14 +81,12 @@ def attention(config: TrainConfig) -> str | None:
 
 def kl_in_reward(config: RLHFConfig) -> bool:
     """As the estimator's paper has it, unless given; without a KL there is none anywhere."""
-    if config.beta == 0:
-        return False
-    return wants_kl_in_reward(config.advantage_estimator, config.kl_in_reward)
+    return algorithms.wants_kl_in_reward(config)
 
 
 def kl_estimator(config: RLHFConfig) -> Literal["k1", "k2", "k3"]:
     """k1 in the reward, k3 in the loss, unless given."""
-    return config.kl_estimator or ("k1" if kl_in_reward(config) else "k3")
+    return algorithms.kl_estimator(config)
 
 
 def credit(config: RLHFConfig) -> str:

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from raytune_rl.algorithms.credit.base import credit_names, get_credit
+from raytune_rl.algorithms.credit.base import get_credit
 from raytune_rl.algorithms.registry import online_losses
-from raytune_rl.config.algorithms import AlgorithmFlags, credit_choices, loss_choices
+from raytune_rl.config.algorithms import AlgorithmFlags, credit_choices, loss_choices, wants_kl_in_reward
 from raytune_rl.config.base import setting
 from raytune_rl.config.explain import did_you_mean
 from raytune_rl.config.preference import READS
@@ -152,7 +152,7 @@ class RLOptions(AlgorithmFlags):
                 f"--steps_per_generation {self.steps_per_generation} and --generation_batch_size "
                 f"{self.generation_batch_size} set the same thing: give only one of the two."
             )
-        in_reward = wants_kl_in_reward(self.advantage_estimator, self.kl_in_reward)
+        in_reward = wants_kl_in_reward(self) if self.beta else bool(self.kl_in_reward)
         if self.scale_rewards == "gdpo" and (self.advantage_estimator != "grpo" or in_reward):
             raise ConfigError(
                 "--scale_rewards gdpo normalises reward functions one by one: it goes with "
@@ -164,13 +164,6 @@ class RLOptions(AlgorithmFlags):
                 "Add --kl_in_reward true, or use k2 or k3."
             )
         return self
-
-
-def wants_kl_in_reward(estimator: str, asked: bool | None) -> bool:
-    """Whether the KL belongs into the reward: as the user says, else as the credit has it."""
-    if asked is not None:
-        return asked
-    return estimator in credit_names() and get_credit(estimator).kl_in_reward
 
 
 def check_names(loss_type: str, estimator: str, plugins: tuple[str, ...]) -> None:

@@ -66,7 +66,7 @@ class RolloutGroup:
         *,
         multi_turn: bool = False,
     ) -> None:
-        self._group = group
+        self.workers = group
         self._sampling = sampling
         self._evaluation = evaluation or sampling
         self._seed = seed
@@ -86,7 +86,7 @@ class RolloutGroup:
 
     def load(self, version: int) -> float:
         """Every engine pulls a version; one call an engine. Returns the longest pull, seconds."""
-        answers = self._group.call("load_weights", version, what=f"pulling weights {version}")
+        answers = self.workers.call("load_weights", version, what=f"pulling weights {version}")
         return max(seconds for _, seconds in answers)
 
     def generate(
@@ -121,9 +121,9 @@ class RolloutGroup:
                 zip(rows, row_seeds(self._seed, batch, rows, completions), strict=True)
             )
         ]
-        shares = [share.tolist() for share in np.array_split(np.arange(len(requests)), len(self._group))]
+        shares = [share.tolist() for share in np.array_split(np.arange(len(requests)), len(self.workers))]
         pending = [
-            self._group.submit(
+            self.workers.submit(
                 rank,
                 "generate",
                 prompts.columns,
@@ -159,11 +159,11 @@ class RolloutGroup:
 
     def sleep(self) -> None:
         """Frees the engines' GPU memory while the policy trains beside them."""
-        self._group.call("sleep")
+        self.workers.call("sleep")
 
     def wake(self) -> None:
         """Takes it back."""
-        self._group.call("wake")
+        self.workers.call("wake")
 
 
 def _trajectory(
@@ -205,7 +205,7 @@ class RewardGroup:
     """L workers that score completions; only numbers come back."""
 
     def __init__(self, group: WorkerGroup) -> None:
-        self._group = group
+        self.workers = group
 
     def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
         """Scores every trajectory, the work spread over the workers."""
@@ -216,12 +216,12 @@ class RewardGroup:
         # A worker gets a part of each object, one after the other: the last has to be answered in time, too.
         limit_s = REWARDS_SHARE * self._group.timeout_s / max(len(by_object), 1)
         for ref, numbers in by_object.items():
-            for share in np.array_split(np.asarray(numbers), len(self._group)):
+            for share in np.array_split(np.asarray(numbers), len(self.workers)):
                 if not len(share):
                     continue
                 mine = [trajectories[i] for i in share]
-                call = self._group.submit(
-                    turn % len(self._group),
+                call = self.workers.submit(
+                    turn % len(self.workers),
                     "score",
                     [ref],
                     [t.text.row for t in mine],

@@ -103,22 +103,22 @@ class ReferenceGroup:
     """
 
     def __init__(self, group: WorkerGroup, max_tokens: int, layout: str) -> None:
-        self._group = group
+        self.workers = group
         self._max_tokens = max_tokens
         self._layout = layout
 
     def logprobs(self, batch: TrainBatch) -> RowLogprobs:
         """Log-probs of every row."""
-        return score_rows(self._group, batch, self._max_tokens, self._layout)
+        return score_rows(self.workers, batch, self._max_tokens, self._layout)
 
     def mix(self, manifest: Manifest, share: float) -> None:
         """Every copy moves its weights towards those of a published version."""
-        self._group.call("mix", manifest, share, what="mixing the policy into the reference")
+        self.workers.call("mix", manifest, share, what="mixing the policy into the reference")
 
     def save(self, directory: Path) -> None:
         """Writes the weights of one copy: all are the same."""
-        fetch_all([self._group.submit(0, "save", str(directory), what="saving the reference")])
+        fetch_all([self.workers.submit(0, "save", str(directory), what="saving the reference")])
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote, in every copy."""
-        self._group.call("load", str(directory), what="restoring the reference")
+        self.workers.call("load", str(directory), what="restoring the reference")

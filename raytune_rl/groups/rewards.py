@@ -28,17 +28,17 @@ class RewardModelGroup:
     """Workers that each hold every reward model; the completions are shared out among them."""
 
     def __init__(self, group: WorkerGroup) -> None:
-        self._group = group
+        self.workers = group
 
     def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
         """Scores every trajectory, the longest spread evenly over the workers."""
         by_length = np.argsort([-t.length for t in trajectories], kind="stable")
         pending, members = [], []
-        for rank in range(len(self._group)):
-            mine = by_length[rank :: len(self._group)]
+        for rank in range(len(self.workers)):
+            mine = by_length[rank :: len(self.workers)]
             for ref in {trajectories[i].text.ref: None for i in mine}:
                 share = np.array([i for i in mine if trajectories[i].text.ref == ref])
-                call = self._group.submit(
+                call = self.workers.submit(
                     rank,
                     "score",
                     [ref],

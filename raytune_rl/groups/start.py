@@ -67,6 +67,7 @@ class OnlineGroups:
     """Who does what.
 
     Attributes:
+        sizes: How many of each, and where.
         policy: Scores and publishes.
         learners: Everything that trains: the policy, and the critic where there is one.
         rollout, rewards, gpu_sharing: See `Samplers`.
@@ -75,6 +76,7 @@ class OnlineGroups:
         store: Where published weights are found.
     """
 
+    sizes: Groups
     policy: PolicyGroup
     learners: Learners
     rollout: RolloutGroup
@@ -291,6 +293,7 @@ def start_groups(
         compared = AdapterOff(policy)
     learners = learners_of(ranks, critics, config)
     return OnlineGroups(
+        sizes,
         policy,
         learners,
         engines,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import EngineMismatchError
 from raytune_rl.groups import specs
-from raytune_rl.groups.fleet import media_places
+from raytune_rl.groups.fleet import batch_of
 from raytune_rl.groups.start import OnlineGroups
 from raytune_rl.pipelines.collect import EVALUATION
 from raytune_rl.protocol.data import PromptSet
@@ -168,7 +168,7 @@ class EngineGuard:
 
     def _gap(self, version: int, attempt: int) -> float:
         groups = self._groups
-        if groups.turns.to_rollout():
+        if groups.gpu_sharing.to_rollout():
             groups.rollout.load(version)
         rows = [int(np.argmin(self._prompts.lengths))] * groups.rollout.engines
         probe = groups.rollout.plain(TOKENS)
@@ -177,10 +177,11 @@ class EngineGuard:
         )
         # Else the batch would be computed from what is kept of the probe, in other last digits.
         groups.rollout.forget_prompts()
-        groups.turns.to_policy()
-        data, lengths = [t.data for t in batch], [t.length for t in batch]
-        own = groups.policy.logprobs(data, lengths, media_places(batch)).columns
-        squares = groups.policy.row_kl(data, lengths, own, data, "k2")
+        groups.gpu_sharing.to_policy()
+        probed = batch_of(batch)
+        own = groups.policy.logprobs(probed).columns
+        both = probed.with_columns(old_logprobs=own, ref_logprobs=probed.rows)
+        squares = groups.policy.row_kl(both, "k2")
         return root_mean_square(squares, [t.completion_tokens for t in batch])
 
     def _sentence(self, gap: float) -> str:

@@ -15,10 +15,10 @@ from raytune_rl.algorithms.aggregation import pair_weights, row_weights, single_
 from raytune_rl.algorithms.losses.kto import LABEL, REFERENCE_POINT
 from raytune_rl.algorithms.registry import Loss, get_loss, loss_names
 from raytune_rl.config import PreferenceConfig
+from raytune_rl.config.algorithms import settings_of
 from raytune_rl.config.preference import WITH_REFERENCE, loss_settings
 from raytune_rl.data.example import Task
 from raytune_rl.errors import ConfigError
-from raytune_rl.pipelines.loss_args import settings_of
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY
 from raytune_rl.rewards.plugins import load_plugins
 

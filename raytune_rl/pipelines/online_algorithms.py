@@ -7,15 +7,13 @@ by flags of its own and combines with any of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from raytune_rl.algorithms.aggregation import normaliser_of
-from raytune_rl.algorithms.correction import RolloutCorrection
 from raytune_rl.algorithms.credit.base import Credit, credit_names, get_credit
 from raytune_rl.algorithms.registry import Loss, get_loss, loss_names
 from raytune_rl.config import RLHFConfig, resolved
+from raytune_rl.config.algorithms import loss_settings
 from raytune_rl.errors import ConfigError
-from raytune_rl.pipelines.loss_args import settings_of
 from raytune_rl.protocol.train import LossSpec
 from raytune_rl.rewards.plugins import load_plugins
 
@@ -53,7 +51,7 @@ def algorithm_of(config: RLHFConfig) -> Algorithm:
                 f"--loss_type {config.loss_type} is a loss of another command, not of this one."
             )
         raise ConfigError(f"loss '{loss.name}' is made for {loss.rows} rows and {loss.forward}, not for RL.")
-    given, settings = settings_of(loss, _given(config), {} if loss.is_built_in else config.loss_args)
+    given, settings = loss_settings(config, loss, {} if loss.is_built_in else config.loss_args)
     credit = credit_of(config)
     files = () if loss.is_built_in else config.external_plugins
     spec = LossSpec(loss.name, dict(given), normaliser_of(loss.normaliser), files, config.log_entropy)
@@ -92,26 +90,6 @@ def _check_columns(config: RLHFConfig, loss: Loss, needed: set[str]) -> None:
             f"loss '{loss.name}' needs {', '.join(sorted(missing))}, which this run does not have; it has "
             f"{', '.join(sorted(there))}."
         )
-
-
-def _given(config: RLHFConfig) -> dict[str, Any]:
-    """All that flags say of losses, by the names of their settings."""
-    correction = None
-    if config.rollout_importance_sampling_mode is not None:
-        correction = RolloutCorrection(
-            config.rollout_importance_sampling_mode,
-            config.rollout_importance_sampling_threshold,
-            config.rollout_importance_sampling_min,
-        )
-    in_reward = resolved.kl_in_reward(config)
-    return {
-        **{name: getattr(config, name) for name in type(config).model_fields},
-        "beta": 0.0 if in_reward else config.beta,
-        "kl_estimator": "k3" if in_reward or config.beta == 0 else resolved.kl_estimator(config),
-        "correction": correction,
-        "off_policy_delta": config.off_policy_sequence_mask_delta,
-        "entropy_filter": config.top_entropy_quantile < 1,
-    }
 
 
 def in_words(config: RLHFConfig, algorithm: Algorithm) -> list[tuple[str, str]]:

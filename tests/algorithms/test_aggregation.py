@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from raytune_rl.algorithms.aggregation import LOSS_TYPES, row_weights
+from raytune_rl.algorithms.aggregation import row_weights
+from raytune_rl.algorithms.registry import online_losses
 from raytune_rl.errors import ConfigError
 
 LENGTHS = [3, 0, 8, 1, 5, 2]
@@ -17,6 +18,9 @@ def test_closed_forms() -> None:
     assert row_weights([2, 4], "dr_grpo", 10).tolist() == [1 / 20, 1 / 20]
     for token_mean in ("dapo", "bnpo", "sft"):
         assert row_weights([2, 4], token_mean).tolist() == [1 / 6, 1 / 6]
+
+
+LOSS_TYPES = (*(loss.name for loss in online_losses()), "sft")
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -16,7 +16,7 @@ import torch
 
 from raytune_rl.algorithms import aot
 from raytune_rl.algorithms.advantages import decoupled_advantages, group_advantages
-from raytune_rl.algorithms.aggregation import LOSS_TYPES, lengths_in_loss, pair_weights, row_weights
+from raytune_rl.algorithms.aggregation import lengths_in_loss, pair_weights, row_weights
 from raytune_rl.algorithms.correction import MODES, RolloutCorrection
 from raytune_rl.algorithms.divergence import DIVERGENCES
 from raytune_rl.algorithms.dpo_losses import PAIR_LOSSES, WITH_DIVERGENCE
@@ -68,7 +68,7 @@ def policy_step(policy: str, option: str, level: Any, lengths: Any = LENGTHS) ->
 
 
 def weights_of(policy: str, lengths: Any) -> np.ndarray:
-    kind = policy if policy in LOSS_TYPES else "grpo"
+    kind = get_loss(policy).normaliser
     return row_weights(lengths, kind, max_completion_length=12)
 
 

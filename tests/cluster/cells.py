@@ -14,10 +14,11 @@ from raytune_rl.algorithms.losses.sft import SFTSettings
 from raytune_rl.config import SFTConfig
 from raytune_rl.groups import specs
 from raytune_rl.groups.trainer import PolicyGroup
+from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.prepare.sets import MediaPlaces
 from raytune_rl.prepare.task import encode_rows_task
 from raytune_rl.protocol.model import ScoreSettings
-from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import PolicySpec
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
@@ -100,22 +101,19 @@ class World:
             policy_env(1, on_gpu=False),
             120.0,
         )
-        self.policy = PolicyGroup(self.group, first, 512, 240.0)
+        self.policy = PolicyGroup(TrainerWorld(self.group, first, 512, 240.0))
 
     def become(self, spec: PolicySpec) -> tuple[str, ...]:
         """Every rank starts over; returns rank 0's notices."""
         notices = self.group.call("become", spec)[0]
-        self.policy._spec = spec
+        self.policy.world.spec = spec
         self.policy._index = self.group.call("weight_index") if spec.publish_mode else []
         return tuple(notices)
 
     def train(self, rows: Rows, steps: range) -> list[float]:
         """Trains on all rows in each step; the losses."""
-        scalars = {"weight": rows.weights}
-        return [
-            self.policy.train(rows.pointers, rows.lengths, scalars, {}, step).metrics["loss"]
-            for step in steps
-        ]
+        batch = TrainBatch(rows.pointers, np.asarray(rows.lengths), scalars={"weight": rows.weights})
+        return [self.policy.world.train(batch, step).metrics["loss"] for step in steps]
 
     def logits(self, directory: Path) -> np.ndarray:
         """Rank 0's logits of the probe text that the tokenizer in `directory` makes."""

@@ -18,6 +18,7 @@ from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.config import SFTConfig, deepspeed
 from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.export.parity import logits, make_probe
+from raytune_rl.protocol.rows import TrainBatch
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.placement import GroupSpec
 from raytune_rl.runtime.weights import read
@@ -106,15 +107,15 @@ def test_what_is_trained_is_what_others_load(
     rows = rows_of(config, tmp_path)
     losses = world.train(rows, range(2))
     # As between two generations on a GPU that is shared with an engine; here the CPU is both ends of the way.
-    world.policy.offload(weights=True, optimizer=True)
-    world.policy.reload()
+    world.policy.world.offload(weights=True, optimizer=True)
+    world.policy.world.reload()
     losses += world.train(rows, range(2, 4))
     assert losses[-1] < losses[0] - 0.1, losses
     mine = world.logits(model)
     assert np.abs(mine - before).max() > 0.05, "training moves the logits"
 
     checkpoint = tmp_path / "checkpoint"
-    world.policy.save(checkpoint, only_model=True)
+    world.policy.world.save(checkpoint, only_model=True)
     again = loaded(kind, tuner, model, checkpoint)
     probe = make_probe(again.config, checkpoint, trust_remote_code=False)
     assert probe.medium == ("picture" if kind == "vision" else None)
@@ -174,7 +175,7 @@ def test_every_way_to_shard_gives_one_loss_curve_and_one_checkpoint(
     assert world.train(rows, range(3)) == pytest.approx(expected[:3], abs=2e-5)
 
     checkpoint = tmp_path / "checkpoint"
-    world.policy.save(checkpoint, only_model=False)
+    world.policy.world.save(checkpoint, only_model=False)
     mine = world.logits(tiny.tied)
     again = loaded("text", "full", tiny.tied, checkpoint)
     probe = make_probe(again.config, checkpoint, trust_remote_code=False)
@@ -187,11 +188,11 @@ def test_every_way_to_shard_gives_one_loss_curve_and_one_checkpoint(
     rest = world.train(rows, range(3, 5))
     assert rest == pytest.approx(expected[3:], abs=2e-5)
     world.become(spec)
-    world.policy.load(checkpoint)
+    world.policy.world.load(checkpoint)
     assert world.train(rows, range(3, 5)) == rest, "it goes on as if nothing had been"
     if variant in ("zero2", "zero3"):
         worlds[1].become(spec_of(config))
-        worlds[1].policy.load(checkpoint)
+        worlds[1].policy.world.load(checkpoint)
         assert worlds[1].train(rows, range(3, 5)) == pytest.approx(rest, abs=2e-5)
 
 
@@ -209,8 +210,11 @@ def test_without_its_adapter_the_policy_is_what_it_started_from(
     spec = spec_of(sft(tiny, variant, **more))
     world = worlds[2]
 
-    def sums(**how: bool) -> np.ndarray:
-        return world.policy.logprobs(rows.pointers, rows.lengths, **how).sums
+    batch = TrainBatch(rows.pointers, np.asarray(rows.lengths))
+
+    def sums(without_adapter: bool = False) -> np.ndarray:
+        score = world.policy.base_logprobs if without_adapter else world.policy.logprobs
+        return score(batch).sums
 
     world.become(spec)
     start = sums()
@@ -243,17 +247,18 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(
     world.become(spec)
     losses = world.train(rows, range(2))
     assert losses == pytest.approx(expected[:2], abs=2e-5 if dtype == "float32" else 0.05)
-    world.policy.save(tmp_path, only_model=False)
+    world.policy.world.save(tmp_path, only_model=False)
 
     def norm(weights: np.ndarray) -> float:
-        step = world.policy.train(rows.pointers, rows.lengths, {"weight": weights}, {}, 2)
+        batch = TrainBatch(rows.pointers, np.asarray(rows.lengths), scalars={"weight": weights})
+        step = world.policy.world.train(batch, 2)
         return step.metrics["grad_norm"]
 
     assert norm(np.full_like(rows.weights, np.nan)) == np.inf
     rest = [norm(rows.weights), *world.train(rows, range(3, 5))]
     assert 0 < rest[0] < 100
     world.become(spec)
-    world.policy.load(tmp_path)
+    world.policy.world.load(tmp_path)
     assert [norm(rows.weights), *world.train(rows, range(3, 5))] == rest
 
 
@@ -265,7 +270,7 @@ def test_a_sharded_adapter_is_published_and_saved(
     world = worlds[2]
     world.become(spec_of(config, publish_mode=wire))
     world.train(straight[0], range(2))
-    world.policy.save(tmp_path, only_model=False)
+    world.policy.world.save(tmp_path, only_model=False)
     model = loaded("text", "lora", tiny.tied, tmp_path)
     probe = make_probe(model.config, tmp_path, trust_remote_code=False)
     np.testing.assert_allclose(logits(model, probe).numpy(), world.logits(tiny.tied), rtol=0, atol=2e-5)
@@ -310,7 +315,7 @@ def test_what_is_cut_while_it_is_loaded_learns_as_what_is_whole(
     assert world.group.call("share") == pytest.approx([0.5, 0.5], abs=1e-3), "no rank ever has the whole"
     if given["train_type"] == "full":
         return
-    world.policy.save(tmp_path / "saved", only_model=True)
+    world.policy.world.save(tmp_path / "saved", only_model=True)
     for train_type in ("lora", "full"):  # goes on with the adapter, or merges it into what is cut
         given |= {"train_type": train_type, "adapters": (str(tmp_path / "saved"),), "modules_to_save": ()}
         given |= {"use_dora": False}
@@ -328,7 +333,7 @@ def test_a_new_head_of_a_model_that_is_cut(
         spec = replace(spec, loss=loss, loss_settings=get_loss(loss).settings_type())
         notices = worlds[2].become(spec)
         assert any("the head that gives" in notice for notice in notices)
-        worlds[2].policy.save(tmp_path / variant, only_model=True)
+        worlds[2].policy.world.save(tmp_path / variant, only_model=True)
         saved[variant] = load_file(tmp_path / variant / "model.safetensors")
     assert saved["zero3"].keys() == saved["zero2"].keys()
     assert all(torch.equal(saved["zero3"][name], tensor) for name, tensor in saved["zero2"].items())

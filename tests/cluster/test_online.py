@@ -18,6 +18,7 @@ import torch
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ConfigError, DataError, EngineMismatchError, PlacementError
+from raytune_rl.groups.logprobs import ReferenceGroup
 from raytune_rl.models.load import load_model, load_tokenizer
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
@@ -188,21 +189,25 @@ class Disturbed(online.OnlineRun):
     def publish(self, version: int) -> None:
         super().publish(version)
         if version == 1:
-            pid = self.rollout._group.call("ping")[1]["pid"]
+            pid = self.actors.rollout.workers.call("ping")[1]["pid"]
             os.kill(pid, signal.SIGSTOP)
             threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
-            assert self.reference is not None
-            scorers = self.collector._groups.rewards._scorers  # type: ignore[attr-defined]
-            for group in (self.reference._group, *(scorer._group for scorer in scorers)):
+            assert isinstance(self.actors.reference, ReferenceGroup)
+            scorers = self.actors.rewards._scorers  # type: ignore[attr-defined]
+            for group in (self.actors.reference.workers, *(scorer.workers for scorer in scorers)):
                 for actor in group._actors:
                     ray.kill(actor)
 
 
 def test_stateless_workers_may_die_and_nothing_changes(
-    uninterrupted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    uninterrupted: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chosen, result, _ = uninterrupted
-    again = online.run(RLHFConfig(**{**chosen.args(), "output_dir": str(tmp_path)}), kind=Disturbed)
+    monkeypatch.setattr(online, "OnlineRun", Disturbed)
+    again = online.run(RLHFConfig(**{**chosen.args(), "output_dir": str(tmp_path)}))
     told = capsys.readouterr().out
     assert re.search(r"rollout\[1\] died during 'sampling 1 x 4 completions'", told)
     assert re.search(r"workers lost and replaced +4 \(2 reward, 1 reference, 1 rollout\)", told)

@@ -30,10 +30,11 @@ from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.config import deepspeed
 from raytune_rl.data.microbatch import plan_micro_batches
 from raytune_rl.errors import CheckpointError, WorkerFailedError
-from raytune_rl.groups.trainer import PolicyGroup, rank_batch
+from raytune_rl.groups.trainer import PolicyGroup
+from raytune_rl.groups.world import TrainerWorld, rank_share
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
-from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
@@ -161,7 +162,7 @@ class World:
             policy_env(1, on_gpu=False),
             120.0,
         )
-        self.policy = PolicyGroup(self.group, self.spec, 256, 240.0)
+        self.policy = PolicyGroup(TrainerWorld(self.group, self.spec, 256, 240.0))
 
     def batches(
         self, max_tokens: int, layout: str, max_rows: int | None = None, case: Case | None = None
@@ -183,7 +184,8 @@ class World:
         if case is not None:
             scalars |= case.weights(np.array(lengths))
             late |= dict.fromkeys(case.late, pointers)
-        return [rank_batch(schedule, r, pointers, scalars, late)[0] for r in range(len(self.group))]
+        batch = TrainBatch(pointers, np.asarray(totals), late, scalars)
+        return [rank_share(schedule, r, batch).batch for r in range(len(self.group))]
 
     def gradient(
         self, max_tokens: int, layout: str, max_rows: int | None = None, case: Case | None = None
@@ -197,13 +199,13 @@ class World:
         columns, lengths, advantages = rows()
         ref = ray.put(columns)
         pointers = [RowPointer(ref, i) for i in range(ROWS)]
-        return self.policy.train(
+        batch = TrainBatch(
             pointers,
-            columns["tokens"].lengths.tolist(),  # type: ignore[union-attr]
-            {"weight": row_weights(lengths, "grpo"), "advantage": advantages},
+            columns["tokens"].lengths,  # type: ignore[union-attr]
             {"ref_logprobs": pointers},
-            step,
-        ).metrics
+            {"weight": row_weights(lengths, "grpo"), "advantage": advantages},
+        )
+        return self.policy.world.train(batch, step).metrics
 
     def weights(self) -> dict[str, np.ndarray]:
         return self.group.call("weights")[0]
@@ -270,11 +272,11 @@ def test_loss_and_norm_are_those_of_the_whole_step(worlds: dict[int, World], tmp
     # Adam divides by the gradient's size: where that is near 0, its rounding is a few percent of a step.
     assert_same(worlds[1].weights(), worlds[2].weights(), 5e-4)
 
-    worlds[2].policy.save(tmp_path / "two", only_model=False)
+    worlds[2].policy.world.save(tmp_path / "two", only_model=False)
     moved = [worlds[2].train(step)["loss"] for step in (1, 2)]
-    worlds[1].policy.load(tmp_path / "two")
+    worlds[1].policy.world.load(tmp_path / "two")
     assert [worlds[1].train(step)["loss"] for step in (1, 2)] == pytest.approx(moved, abs=1e-6)
-    worlds[2].policy.load(tmp_path / "two")
+    worlds[2].policy.world.load(tmp_path / "two")
     again = [worlds[2].train(step)["loss"] for step in (1, 2)]
     assert again == moved, "the same world resumes bit by bit"
 
@@ -282,7 +284,7 @@ def test_loss_and_norm_are_those_of_the_whole_step(worlds: dict[int, World], tmp
 def test_checkpoint_is_what_transformers_loads(worlds: dict[int, World], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    worlds[1].policy.save(tmp_path, only_model=True)
+    worlds[1].policy.world.save(tmp_path, only_model=True)
     loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
     trained = {n.removeprefix("model."): w for n, w in worlds[1].weights().items()}
     assert loaded.keys() == trained.keys()
@@ -293,7 +295,7 @@ def test_checkpoint_is_what_transformers_loads(worlds: dict[int, World], tmp_pat
 
 def test_a_checkpoint_without_optimizer_is_refused_by_name(worlds: dict[int, World], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="save_only_model"):
-        worlds[1].policy.load(tmp_path)
+        worlds[1].policy.world.load(tmp_path)
 
 
 def test_an_error_in_a_worker_has_its_name(worlds: dict[int, World]) -> None:
@@ -348,25 +350,25 @@ def test_numbers_of_rows_do_not_depend_on_the_ranks(worlds: dict[int, World]) ->
     columns, lengths, _ = rows()
     ref = ray.put(columns)
     pointers = [RowPointer(ref, i) for i in range(ROWS)]
-    totals = columns["tokens"].lengths.tolist()  # type: ignore[union-attr]
+    batch = TrainBatch(pointers, columns["tokens"].lengths)  # type: ignore[union-attr]
     for world in worlds.values():
-        scored = world.policy.entropies(pointers, totals)
+        scored = world.policy.entropies(batch)
+        counted = batch.with_columns(entropy=scored)
         found = [ray.get(p.ref) for p in scored]
         entropies = np.concatenate([f["entropy"][p.row] for f, p in zip(found, scored, strict=True)])
         assert len(entropies) == sum(lengths)
         assert entropies.min() > 0
         for share in (0.2, 1.0):
-            threshold = world.policy.entropy_threshold(pointers, lengths, scored, share)
+            threshold = world.policy.entropy_threshold(counted, lengths, share)
             assert threshold == step_threshold([entropies], share)
         some = [i for i in range(ROWS) if i % 3]
-        part = world.policy.entropy_threshold(
-            [pointers[i] for i in some], [lengths[i] for i in some], [scored[i] for i in some], 0.5
-        )
+        part = world.policy.entropy_threshold(counted.part(some), [lengths[i] for i in some], 0.5)
         picked = [f["entropy"][p.row] for i, (f, p) in enumerate(zip(found, scored, strict=True)) if i % 3]
         assert part == step_threshold(picked, 0.5)
 
         for name, estimate in KL.items():
-            kl = world.policy.row_kl(pointers, totals, scored, pointers, name)
+            both = batch.with_columns(old_logprobs=scored, ref_logprobs=pointers)
+            kl = world.policy.row_kl(both, name)
             for i, (f, p) in enumerate(zip(found, scored, strict=True)):
                 gap = f["logprobs"][p.row].astype(np.float64) - columns["logprobs"][i]  # type: ignore[index]
                 assert kl[i] == pytest.approx(estimate(gap).sum(), rel=1e-12)

@@ -18,13 +18,13 @@ from raytune_rl.algorithms.pairs import PAIR, pair_numbers
 from raytune_rl.config import deepspeed
 from raytune_rl.data.collate import collate_rows
 from raytune_rl.data.microbatch import plan_micro_batches
-from raytune_rl.groups.trainer import PolicyGroup, rank_batch
+from raytune_rl.groups.world import TrainerWorld, rank_share
 from raytune_rl.models.load import load_model, load_tokenizer
 from raytune_rl.models.scalar import ScalarScorer
 from raytune_rl.models.weights import save_model
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
-from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
@@ -62,7 +62,7 @@ class World:
             policy_env(1, on_gpu=False),
             120.0,
         )
-        self.policy = PolicyGroup(self.group, given, max_tokens, 240.0)
+        self.policy = TrainerWorld(self.group, given, max_tokens, 240.0)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,8 @@ def test_a_critics_step_is_that_of_one_process(worlds: dict[str, World], headed:
     tokens: Any = columns["tokens"]
     weight = row_weights(lengths, "dapo")
     late = {"old_values": pointers, "returns": pointers}
-    step = worlds["two"].policy.train(pointers, tokens.lengths.tolist(), {"weight": weight}, late, 0).metrics
+    batch = TrainBatch(pointers, tokens.lengths, late, {"weight": weight})
+    step = worlds["two"].policy.train(batch, 0).metrics
 
     model = load_model(str(headed), scalar=True).model
     masks: Any = columns["loss_mask"]
@@ -142,10 +143,11 @@ def test_a_reward_model_learns_and_transformers_gives_its_scores(
     weights = pair_weights(lengths)
     scalars = {"row_weight": weights.row_weight, PAIR: pair_numbers(ROWS // 2)}
     policy = worlds["rm"].policy
-    steps = [policy.train(pointers, tokens, scalars, {}, step).metrics for step in range(4)]
+    whole = TrainBatch(pointers, np.asarray(tokens), scalars=scalars)
+    steps = [policy.train(whole, step).metrics for step in range(4)]
     assert steps[-1]["loss"] < steps[0]["loss"]
     schedule = plan_micro_batches(tokens, world_size=1, max_tokens=10_000, layout="padded")
-    batch = rank_batch(schedule, 0, pointers, scalars, {})[0]
+    batch = rank_share(schedule, 0, whole).batch
     mine = worlds["rm"].group.map("evaluate", [batch])[0].result()
     policy.save(tmp_path, only_model=True)
     base = AutoModelForSequenceClassification.from_pretrained(tiny.untied, num_labels=1)

@@ -24,9 +24,10 @@ from raytune_rl.data.example import Example, Message
 from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import media_of
 from raytune_rl.data.microbatch import Schedule, plan_micro_batches
-from raytune_rl.groups.trainer import PolicyGroup, rank_batch
+from raytune_rl.groups.trainer import PolicyGroup
+from raytune_rl.groups.world import TrainerWorld, rank_share
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
-from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
@@ -62,6 +63,10 @@ class Rows:
     def scalars(self) -> dict[str, Any]:
         counts = [int(self.encoded.loss_mask[row].sum()) for row in range(len(self.encoded.tokens))]
         return {"weight": row_weights(counts, "sft")}
+
+    @property
+    def batch(self) -> TrainBatch:
+        return TrainBatch(self.pointers, self.encoded.tokens.lengths, scalars=self.scalars)
 
 
 @pytest.fixture(scope="module")
@@ -114,22 +119,20 @@ class World:
             policy_env(1, on_gpu=False),
             120.0,
         )
-        self.policy = PolicyGroup(self.group, spec, 256, 240.0)
+        self.policy = PolicyGroup(TrainerWorld(self.group, spec, 256, 240.0))
 
     def gradient(self, schedule: Schedule) -> dict[str, np.ndarray]:
         rows = self.rows
-        batches = [
-            rank_batch(schedule, r, rows.pointers, rows.scalars, {})[0] for r in range(len(self.group))
-        ]
+        batches = [rank_share(schedule, r, rows.batch).batch for r in range(len(self.group))]
         pending = [self.group.submit(r, "gradient", b, "padded") for r, b in enumerate(batches)]
         return ray.get([p.ref for p in pending], timeout=120)[0]
 
     def train(self, step: int) -> float:
         rows = self.rows
-        return self.policy.train(rows.pointers, rows.lengths, rows.scalars, {}, step).metrics["loss"]
+        return self.policy.world.train(rows.batch, step).metrics["loss"]
 
     def logprobs(self) -> list[np.ndarray]:
-        found = self.policy.logprobs(self.rows.pointers, self.rows.lengths).columns
+        found = self.policy.logprobs(self.rows.batch).columns
         objects = {p.ref: ray.get(p.ref, timeout=60) for p in found}
         return [objects[p.ref]["logprobs"][p.row] for p in found]
 
@@ -199,7 +202,7 @@ def test_it_learns_and_transformers_loads_what_it_saves(
     assert losses[0] > 4
     assert losses[-1] < losses[0] / 3
     mine = worlds["two"].logprobs()
-    worlds["two"].policy.save(tmp_path, only_model=True)
+    worlds["two"].policy.world.save(tmp_path, only_model=True)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     for row in without_film(rows):
         np.testing.assert_allclose(mine[row], plain_logprobs(model, rows, row), atol=1e-4)
@@ -212,7 +215,7 @@ def test_adapters_in_the_tower_train_and_peft_loads_them(
     losses = [worlds["lora"].train(step) for step in range(8)]
     assert losses[-1] < losses[0] - 0.2
     mine = worlds["lora"].logprobs()
-    worlds["lora"].policy.save(tmp_path, only_model=True)
+    worlds["lora"].policy.world.save(tmp_path, only_model=True)
     base = AutoModelForImageTextToText.from_pretrained(rows.model)
     model = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     moved = [n for n, p in model.named_parameters() if ".visual." in n and "lora_B" in n and p.detach().any()]

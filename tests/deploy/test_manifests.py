@@ -223,7 +223,7 @@ def test_the_run_fits_on_the_cluster_and_uses_every_gpu() -> None:
     from raytune_rl.runtime.placement import check_fits, make_layout
 
     config = parse(entrypoint(), RLHFConfig, environ={}).config
-    asked = online_groups(config, ClusterInfo(False, "", nodes(), 0, has_gpus=True))
+    asked = online_groups(config, ClusterInfo(False, "", nodes(), 0, has_gpus=True), {"ref_logprobs"})
     check_fits(make_layout(asked.specs), asked.specs, nodes())
     workers = {spec.name: spec.workers for spec in asked.specs}
     assert (workers["policy"], workers["rollout"], workers["reference"]) == (8, 7, 1)

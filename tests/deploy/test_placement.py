@@ -39,7 +39,7 @@ for name, have in nodes.items():
     name_of[node.node_id] = name
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 config = parse(entrypoint(), RLHFConfig, environ={}).config
-groups = online_groups(config, describe())
+groups = online_groups(config, describe(), {"ref_logprobs"})
 with reserve(groups.specs, 60) as slots:
     where = {}
     for role, places in slots.items():

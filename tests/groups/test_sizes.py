@@ -10,6 +10,7 @@ from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.errors import ConfigError, PlacementError
 from raytune_rl.groups import specs
 from raytune_rl.groups.sizes import Groups, offline_groups, online_groups
+from raytune_rl.pipelines.online_algorithms import algorithm_of
 from raytune_rl.runtime.cluster import ClusterInfo
 from raytune_rl.runtime.placement import check_fits, make_layout
 
@@ -23,12 +24,14 @@ def cluster(*nodes: dict[str, float]) -> ClusterInfo:
 
 def online(where: ClusterInfo, **settings: Any) -> Groups:
     full = {"train_type": "full", "reward_funcs": "accuracy"}
-    return online_groups(RLHFConfig(**{**TRAIN, **full, **settings}), where)
+    config = RLHFConfig(**{**TRAIN, **full, **settings})
+    return online_groups(config, where, algorithm_of(config).needs)
 
 
 def ppo(where: ClusterInfo, **settings: Any) -> Groups:
     full = {"train_type": "full", "reward_funcs": "accuracy"}
-    return online_groups(PPOConfig(**{**TRAIN, **full, **settings}), where)
+    config = PPOConfig(**{**TRAIN, **full, **settings})
+    return online_groups(config, where, algorithm_of(config).needs)
 
 
 def sft(where: ClusterInfo, **settings: Any) -> Groups:
@@ -136,7 +139,7 @@ def test_several_engines_beside_one_policy_worker_share_the_engines_part() -> No
 def test_what_an_engine_takes_of_a_gpus_memory() -> None:
     def share(**settings: Any) -> float:
         config = RLHFConfig(**TRAIN, reward_funcs="accuracy", **settings)
-        return specs.gpu_share(config, online_groups(config, EIGHT_GPUS))
+        return specs.gpu_share(config, online_groups(config, EIGHT_GPUS, algorithm_of(config).needs))
 
     assert share() == 0.5, "the policy is there too"
     assert share(policy_workers=4, rollout_workers=8) == 0.25, "and so is another engine"
@@ -400,7 +403,8 @@ def test_apart_the_critic_has_as_many_gpus_as_the_policy_unless_told() -> None:
 def test_reward_models_have_a_group_and_may_stand_alone() -> None:
     groups = online(LAPTOP, reward_model="rm")
     assert counts(groups)["reward_model"] == 1
-    groups = online_groups(RLHFConfig(**TRAIN, train_type="full", reward_model=("a", "b")), EIGHT_GPUS)
+    config = RLHFConfig(**TRAIN, train_type="full", reward_model=("a", "b"))
+    groups = online_groups(config, EIGHT_GPUS, algorithm_of(config).needs)
     assert counts(groups) == {"policy": 8, "rollout": 8, "reference": 8, "reward_model": 8}
     assert_fits(groups, EIGHT_GPUS)
     groups = ppo(ONE_GPU, reward_model="rm")

@@ -24,7 +24,7 @@ from raytune_rl.models.weights import save_model
 from raytune_rl.pipelines.online_algorithms import algorithm_of
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.model import ModelSpec
-from raytune_rl.protocol.rows import RowPointer, make_batch
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import EstimateSettings
 from raytune_rl.tiny.arithmetic import Problem
 from raytune_rl.workers.estimates import estimate, reward_moments, whitened
@@ -49,7 +49,8 @@ def columns_of(flat: Tensor, lengths: Sequence[int]) -> Ragged:
 
 def read(held: dict[str, Columns], count: int) -> ReadRows:
     pointers = {name: [RowPointer(name, row) for row in range(count)] for name in held}
-    batch = make_batch(next(iter(pointers.values())), pointers)
+    rows = next(iter(pointers.values()))
+    batch = TrainBatch(rows, np.ones(len(rows), dtype=np.int64), pointers).message()
     return ReadRows(batch, [held[ref] for ref in batch.refs])
 
 
@@ -65,8 +66,8 @@ def reinforce_with_critic(
     """Runs generations of `prompts` prompts each; returns the metrics of every optimizer step."""
     change = (spoiled or Spoiled()).advantages
     algorithm = algorithm_of(config)
-    loss, critics_loss = get_loss(algorithm.loss), get_loss("ppo_value")
-    settings = loss.settings_type(**algorithm.settings)
+    loss, critics_loss = get_loss(algorithm.loss.name), get_loss("ppo_value")
+    settings = loss.settings_type(**algorithm.loss.settings)
     constants = EstimateSettings(config.kl_coef, config.gamma, config.lam)
     optimizers = [
         torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -104,7 +105,7 @@ def reinforce_with_critic(
         _, white = whitened(read({"advantages": found}, count), scores, facts.advantages)
         advantages = torch.from_numpy(change(white["advantages"].values))  # type: ignore[union-attr]
         returns = torch.from_numpy(found["returns"].values)  # type: ignore[union-attr]
-        weights = torch.from_numpy(row_weights(lengths, algorithm.normaliser))[row_of]
+        weights = torch.from_numpy(row_weights(lengths, algorithm.loss.normaliser))[row_of]
         policy.model.train()
         for _ in range(config.num_iterations):
             logprobs, _ = policy.score(made.tokens, made.masks)

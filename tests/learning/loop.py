@@ -147,8 +147,8 @@ def reinforce(
     """Runs generations of `prompts` prompts each; returns the metrics of every optimizer step."""
     spoiled = spoiled or Spoiled()
     algorithm = algorithm_of(config)
-    loss = get_loss(algorithm.loss)
-    settings = loss.settings_type(**algorithm.settings)
+    loss = get_loss(algorithm.loss.name)
+    settings = loss.settings_type(**algorithm.loss.settings)
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), config.learning_rate or 1e-4, betas=(0.9, 0.95), weight_decay=0.0
     )
@@ -167,7 +167,9 @@ def reinforce(
         advantages = spoiled.advantages(compared.advantages)
         masks = [spoiled.masks(mask) for mask in made.masks]
         lengths = lengths_in_loss([int(mask.sum()) for mask in masks], made.truncated, config.overlong_filter)
-        weights = torch.from_numpy(row_weights(lengths, algorithm.normaliser, config.max_completion_length))
+        weights = torch.from_numpy(
+            row_weights(lengths, algorithm.loss.normaliser, config.max_completion_length)
+        )
         with torch.no_grad():
             old, row_of = policy.score(made.tokens, masks)
         policy.model.train()

@@ -7,10 +7,8 @@ import pytest
 from raytune_rl.algorithms.correction import RolloutCorrection
 from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.config import PPOConfig, RLHFConfig, resolved
-from raytune_rl.config.rl import LOSS_TYPES
 from raytune_rl.errors import ConfigError, RewardError
-from raytune_rl.pipelines.online_algorithms import LOSSES, algorithm_of, in_words
-from raytune_rl.protocol.train import Algorithm
+from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of, in_words
 
 PLUGIN = """
 from dataclasses import dataclass
@@ -38,20 +36,23 @@ def config(**settings: object) -> RLHFConfig:
     return RLHFConfig(**{**base, "num_generations": 2, **settings})  # type: ignore[arg-type]
 
 
+def words(chosen: RLHFConfig) -> list[tuple[str, str]]:
+    return in_words(chosen, algorithm_of(chosen))
+
+
 def settings_of(algorithm: Algorithm) -> object:
-    return get_loss(algorithm.loss).settings_type(**algorithm.settings)
+    return get_loss(algorithm.loss.name).settings_type(**algorithm.loss.settings)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "sapo"])
-def test_every_loss_type_has_a_loss_and_its_own_normaliser(loss_type: str) -> None:
+@pytest.mark.parametrize(
+    ("loss_type", "normaliser"),
+    [("grpo", "rows"), ("bnpo", "tokens"), ("dr_grpo", "constant"), ("dapo", "tokens"), ("sapo", "rows")],
+)
+def test_every_loss_type_has_a_loss_and_its_own_normaliser(loss_type: str, normaliser: str) -> None:
     algorithm = algorithm_of(config(loss_type=loss_type))
-    assert algorithm.loss == ("sapo" if loss_type == "sapo" else "grpo")
-    assert algorithm.normaliser == loss_type
+    assert algorithm.loss.name == loss_type
+    assert algorithm.loss.normaliser == normaliser
     assert settings_of(algorithm).beta == 0.04  # type: ignore[attr-defined]
-
-
-def test_flags_and_losses_name_the_same_loss_types() -> None:
-    assert tuple(LOSSES) == LOSS_TYPES
 
 
 def test_every_flag_arrives_in_the_settings() -> None:
@@ -71,7 +72,7 @@ def test_every_flag_arrives_in_the_settings() -> None:
             log_entropy=True,
         )
     )
-    assert algorithm.settings == {
+    assert algorithm.loss.settings == {
         "epsilon": 0.1,
         "epsilon_high": 0.3,
         "delta": 4.0,
@@ -82,7 +83,7 @@ def test_every_flag_arrives_in_the_settings() -> None:
         "off_policy_delta": 0.2,
         "entropy_filter": True,
     }
-    assert algorithm.with_entropy
+    assert algorithm.loss.with_entropy
     sapo = settings_of(algorithm_of(config(loss_type="sapo", tau_pos=2.0, tau_neg=3.0)))
     assert (sapo.tau_pos, sapo.tau_neg) == (2.0, 3.0)  # type: ignore[attr-defined]
     fipo = settings_of(algorithm_of(config(loss_type="fipo", fipo_decay_rate=8, fipo_clip_high_only=False)))
@@ -108,7 +109,7 @@ def test_the_kl_is_in_one_place(
     chosen = config(**settings)
     assert resolved.kl_in_reward(chosen) == in_reward
     assert resolved.kl_estimator(chosen) == estimator
-    assert algorithm_of(chosen).settings["beta"] == in_loss
+    assert algorithm_of(chosen).loss.settings["beta"] == in_loss
 
 
 def test_dapo_is_a_recipe_whose_parts_can_be_overridden() -> None:
@@ -161,7 +162,7 @@ def test_a_loss_of_a_plugin(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_what_is_on() -> None:
-    plain = dict(in_words(config()))
+    plain = dict(words(config()))
     assert plain == {
         "loss": "grpo, clip 0.8 to 1.2",
         "importance ratio": "of the token",
@@ -179,9 +180,9 @@ def test_the_plan_says_what_is_on() -> None:
         ({"adapters": "a", "ref_adapters": "a"}, "m with a"),
         ({"ref_model": "r"}, "r"),
     ):
-        assert dict(in_words(config(**more)))["reference"] == said
+        assert dict(words(config(**more)))["reference"] == said
     rich = dict(
-        in_words(
+        words(
             config(
                 rlhf_type="dapo",
                 beta=0.1,
@@ -203,5 +204,5 @@ def test_the_plan_says_what_is_on() -> None:
 
 
 def test_the_plan_of_ppo_names_the_critic() -> None:
-    found = dict(in_words(PPOConfig(model="m", dataset="d", reward_funcs="accuracy", lam=0.9)))
+    found = dict(words(PPOConfig(model="m", dataset="d", reward_funcs="accuracy", lam=0.9)))
     assert found["advantage"] == "against the critic: GAE, gamma 1, lambda 0.9"

@@ -79,9 +79,9 @@ def main() -> None:
         found = {
             "joined": not info.started_here,
             "gpus": info.gpus,
-            "shared": reserved(online_groups(config(), info).specs),
-            "apart": reserved(online_groups(config(colocate=False), info).specs),
-            "per_node": reserved(online_groups(config(**EACH), info).specs),
+            "shared": reserved(online_groups(config(), info, {"ref_logprobs"}).specs),
+            "apart": reserved(online_groups(config(colocate=False), info, {"ref_logprobs"}).specs),
+            "per_node": reserved(online_groups(config(**EACH), info, {"ref_logprobs"}).specs),
             "refused": refusal(),
             "workers": workers(),
             "given_back": describe().nodes == before,

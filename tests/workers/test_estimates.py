@@ -13,7 +13,7 @@ from raytune_rl.algorithms.metrics import merge_all
 from raytune_rl.algorithms.moments import merge_moments
 from raytune_rl.data.read_rows import ReadRows
 from raytune_rl.protocol.columns import Columns, Ragged
-from raytune_rl.protocol.rows import RowPointer, make_batch
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import EstimateSettings
 from raytune_rl.workers.estimates import estimate, reward_moments, whitened
 from tests.algorithms.step import rows_of
@@ -40,7 +40,8 @@ def columns() -> dict[str, Columns]:
 
 def share(held: dict[str, Columns], which: Sequence[int]) -> ReadRows:
     pointers = {name: [RowPointer(name, row) for row in which] for name in held}
-    batch = make_batch(next(iter(pointers.values())), pointers)
+    rows = next(iter(pointers.values()))
+    batch = TrainBatch(rows, np.ones(len(rows), dtype=np.int64), pointers).message()
     return ReadRows(batch, [held[ref] for ref in batch.refs])
 
 

@@ -33,8 +33,9 @@ class CISPOSettings(PolicySettings):
         super().__post_init__()
         if self.epsilon_high is None or self.epsilon_high <= 0:
             raise ConfigError(
-                f"epsilon_high is {self.epsilon_high}; cispo caps the importance weight at epsilon_high "
-                "itself (not at 1 + epsilon_high), so it must be given and positive: 5.0 is usual"
+                f"--loss_type cispo needs --epsilon_high, here {self.epsilon_high}: it caps a token's "
+                f"weight at "
+                "epsilon_high itself, not at 1 + epsilon_high, so no other loss's default fits; 5.0 is usual."
             )
 
 

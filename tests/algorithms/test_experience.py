@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from raytune_rl.algorithms.advantages import combine_rewards, decoupled_advantages, group_advantages
+from raytune_rl.algorithms.credit.gdpo import DecoupledGroups
+from raytune_rl.algorithms.credit.group import group_metrics
+from raytune_rl.algorithms.experience import Experience, fill_with_signal, join, known_values
 from raytune_rl.data.sampler import order, stretch
 from raytune_rl.pipelines import report
-from raytune_rl.pipelines.experience import Experience, fill_with_signal, join, known_values
 from raytune_rl.protocol.rewards import Failure, Scored
 from raytune_rl.protocol.rows import RowPointer
 from raytune_rl.protocol.trajectory import Trajectory
@@ -42,11 +44,11 @@ def test_rewards_compared_apart_teach_whatever_their_total() -> None:
     values = np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [NAN, 1.0], [NAN, 1.0]])
     two = replace(found, scored=replace(found.scored, values=values))
     assert two.informative() == set()
-    assert replace(two, apart=(1.0, 0.5)).informative() == {0}
-    assert replace(two, apart=(1.0, 1.0)).informative() == set(), "what one gives the other takes"
-    assert replace(two, apart=(0.0, 0.0)).informative() == set(), "functions without weight teach nothing"
-    part = replace(two, apart=(1.0, 0.5)).of_groups({0, 1})
-    assert join([part, part]).informative() == {0, 2}
+    assert DecoupledGroups((1.0, 0.5)).informative(two) == {0}
+    assert DecoupledGroups((1.0, 1.0)).informative(two) == set(), "what one gives the other takes"
+    assert DecoupledGroups((0.0, 0.0)).informative(two) == set(), "functions without weight teach nothing"
+    part = two.of_groups({0, 1})
+    assert DecoupledGroups((1.0, 0.5)).informative(join([part, part])) == {0, 2}
 
 
 def of_two(values: list[list[float]], *failed: tuple[int, str], apart: tuple[float, ...] = ()) -> Experience:
@@ -150,8 +152,8 @@ def test_a_stretch_of_the_data_is_the_epochs_end_to_end() -> None:
 
 def test_metrics_name_what_cannot_teach() -> None:
     found = experience([1.0, 1.0], [0.0, 1.0], [NAN, NAN], [NAN, 1.0])
-    compared = group_advantages(found.rewards, [t.group for t in found.batch])
-    metrics = report.batch_metrics(found, compared)
+    compared = group_advantages(found.rewards, found.group_ids)
+    metrics = {**report.batch_metrics(found), **group_metrics(compared)}
     assert metrics["frac_reward_zero_std"] == 0.25
     assert metrics["groups_without_comparison"] == 2
     assert metrics["unscored_completions"] == metrics["reward_failures"] == 3

@@ -211,6 +211,11 @@ def loss_names() -> tuple[str, ...]:
     return tuple(sorted(_LOSSES))
 
 
+def is_built_in_loss(name: str) -> bool:
+    """Whether a loss of that name comes with this package."""
+    return name in loss_names() and _LOSSES[name].is_built_in
+
+
 def online_losses() -> tuple[Loss, ...]:
     """Those that come with this package and that `--loss_type` of online RL may name, by name."""
     return tuple(loss for name in loss_names() if (loss := _LOSSES[name]).is_online and loss.is_built_in)

@@ -172,9 +172,13 @@ def _loss(config: RLHFConfig) -> Iterable[str]:
     settings = loss_flags()
     if any(config.loss_type in owners for owners in settings.values()):
         of_recipe = RECIPES.get(config.rlhf_type, {})
+        idle: dict[tuple[str, ...], list[str]] = {}
         for name, owners in settings.items():
             if config.loss_type not in owners and name not in of_recipe and name in type(config).model_fields:
-                yield from _idle(config, (name,), f"it belongs to --loss_type {', '.join(owners)}")
+                idle.setdefault(tuple(owners), []).append(name)
+        for whose, names in idle.items():
+            why = f"--loss_type {config.loss_type} does not read it, as {', '.join(whose)} would"
+            yield from _idle(config, names, why)
         if config.loss_args:
             yield f"--loss_args does nothing: --loss_type {config.loss_type} has flags of its own."
     if config.rollout_importance_sampling_mode is None:

@@ -9,7 +9,13 @@ from pydantic import model_validator
 
 from raytune_rl.algorithms.credit.base import get_credit
 from raytune_rl.algorithms.registry import online_losses
-from raytune_rl.config.algorithms import AlgorithmFlags, credit_choices, loss_choices, wants_kl_in_reward
+from raytune_rl.config.algorithms import (
+    AlgorithmFlags,
+    credit_choices,
+    loss_choices,
+    loss_flags,
+    wants_kl_in_reward,
+)
 from raytune_rl.config.base import setting
 from raytune_rl.config.explain import did_you_mean
 from raytune_rl.config.preference import READS
@@ -151,6 +157,13 @@ class RLOptions(AlgorithmFlags):
             raise ConfigError(
                 f"--steps_per_generation {self.steps_per_generation} and --generation_batch_size "
                 f"{self.generation_batch_size} set the same thing: give only one of the two."
+            )
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        reads = loss_flags()["delta"]
+        if self.delta is not None and self.loss_type in reads and self.delta <= 1 + high:
+            raise ConfigError(
+                f"--delta {self.delta} must be over 1 + --epsilon_high = {1 + high:g}, or it would cut into "
+                "the clip range."
             )
         in_reward = wants_kl_in_reward(self) if self.beta else bool(self.kl_in_reward)
         if self.scale_rewards == "gdpo" and (self.advantage_estimator != "grpo" or in_reward):

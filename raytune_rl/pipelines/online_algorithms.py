@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raytune_rl.algorithms.aggregation import normaliser_of
-from raytune_rl.algorithms.credit.base import Credit, credit_names, get_credit
-from raytune_rl.algorithms.registry import Loss, get_loss, loss_names
+from raytune_rl.algorithms.credit.base import Credit, get_credit, is_built_in_credit
+from raytune_rl.algorithms.registry import Loss, get_loss, is_built_in_loss
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.algorithms import loss_settings
 from raytune_rl.errors import ConfigError
@@ -42,7 +42,7 @@ def algorithm_of(config: RLHFConfig) -> Algorithm:
         ConfigError: There is no such loss or credit, it cannot be used here, or a setting of it is wrong.
         RewardError: A plugin file cannot be loaded.
     """
-    if config.loss_type not in loss_names() or resolved.credit(config) not in credit_names():
+    if not (is_built_in_loss(config.loss_type) and is_built_in_credit(resolved.credit(config))):
         load_plugins(config.external_plugins)
     loss = get_loss(config.loss_type)
     if not loss.is_online:

@@ -92,5 +92,5 @@ def test_permutation() -> None:
 def test_errors() -> None:
     with pytest.raises(ConfigError, match="max_completion_length"):
         row_weights([1], "dr_grpo")
-    with pytest.raises(ConfigError, match="'mean' is not known"):
+    with pytest.raises(ConfigError, match="'mean' is no way in which losses add up"):
         row_weights([1], "mean")

@@ -68,7 +68,7 @@ def policy_step(policy: str, option: str, level: Any, lengths: Any = LENGTHS) ->
 
 
 def weights_of(policy: str, lengths: Any) -> np.ndarray:
-    kind = get_loss(policy).normaliser
+    kind = get_loss(POLICIES[policy][0]).normaliser
     return row_weights(lengths, kind, max_completion_length=12)
 
 

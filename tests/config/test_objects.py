@@ -154,8 +154,6 @@ def test_defaults_that_depend_on_others() -> None:
     assert resolved.gradient_accumulation_steps(sft(per_device_train_batch_size=3), world_size=2) == 3
     assert resolved.gradient_accumulation_steps(rlhf(), world_size=2) == 1
     assert resolved.gradient_accumulation_steps(rlhf(gradient_accumulation_steps=5), world_size=2) == 5
-    assert resolved.epsilon_high(rlhf(epsilon=0.3)) == 0.3
-    assert resolved.epsilon_high(rlhf(epsilon_high=0.28)) == 0.28
     assert resolved.num_generations_eval(rlhf(num_generations=4)) == 4
     assert resolved.eval_steps(sft(save_steps=7)) == 7
     for settings, save, evaluate in (

@@ -20,7 +20,7 @@ def notices(*argv: str) -> str:
             "--rlhf_type dapo",
             "is grpo with --loss_type dapo --epsilon_high 0.28 --beta 0.0 --dynamic_sample true",
         ),
-        ("--tau_pos 2", "--tau_pos does nothing: they belong to --loss_type sapo"),
+        ("--tau_pos 2", "--tau_pos does nothing: --loss_type grpo does not read it, as sapo would"),
         (
             "--loss_type sapo --epsilon 0.1 --delta 3",
             "--epsilon, --delta do nothing: --loss_type sapo does not",
@@ -29,7 +29,10 @@ def notices(*argv: str) -> str:
             "--loss_type cispo --epsilon_high 5 --epsilon 0.1",
             "--epsilon does nothing: --loss_type cispo does not",
         ),
-        ("--fipo_clip_range 0.1", "--fipo_clip_range does nothing: they belong to --loss_type fipo"),
+        (
+            "--fipo_clip_range 0.1",
+            "--fipo_clip_range does nothing: --loss_type grpo does not read it, as fipo would",
+        ),
         ("--rollout_importance_sampling_threshold 3", "--rollout_importance_sampling_mode is not given"),
         ("--ref_model_sync_steps 5", "they belong to --sync_ref_model true"),
         ("--max_resample_times 5", "it belongs to --dynamic_sample true"),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 
 from raytune_rl.pipelines import scored
 from raytune_rl.pipelines.scored import ScoredSet
 from raytune_rl.protocol.data import Account, TokenSet
-from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import RowLogprobs
 
 
@@ -20,9 +18,9 @@ def test_rows_are_scored_in_parts_and_keep_their_places(monkeypatch: pytest.Monk
     rows = TokenSet("store", lengths, lengths, Account((), {}, None, (), None, ()))
     calls: list[list[int]] = []
 
-    def score(pointers: Sequence[RowPointer], sizes: Sequence[int]) -> RowLogprobs:
-        numbers = [pointer.row for pointer in pointers]
-        assert [size - 10 for size in sizes] == numbers
+    def score(batch: TrainBatch) -> RowLogprobs:
+        numbers = [pointer.row for pointer in batch.rows]
+        assert (batch.lengths - 10).tolist() == numbers
         calls.append(numbers)
         places = [RowPointer(f"call {len(calls)}", at) for at in range(len(numbers))]
         return RowLogprobs(places, -np.array(numbers, dtype=np.float64))

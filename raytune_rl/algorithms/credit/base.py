@@ -164,6 +164,11 @@ def credit_names() -> tuple[str, ...]:
     return tuple(sorted(_CREDITS))
 
 
+def is_built_in_credit(name: str) -> bool:
+    """Whether a credit of that name comes with this package."""
+    return name in credit_names() and str(_origin(_CREDITS[name])[0]).startswith("raytune_rl.")
+
+
 @cache
 def _load_built_in() -> None:
     import_package("raytune_rl.algorithms.credit")

@@ -47,13 +47,6 @@ class GRPOSettings(PolicySettings):
             raise ConfigError(f"epsilon_high is {self.epsilon_high}; it must not be negative")
         if self.delta is not None and self.delta <= 0:
             raise ConfigError(f"delta is {self.delta}; it caps the ratio from above, so it must be positive")
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        if self.delta is not None and self.delta <= 1 + high:
-            raise ConfigError(
-                f"--delta {self.delta} must be over 1 + --epsilon_high = {1 + high:g}, or it would cut "
-                f"into the "
-                "clip range."
-            )
 
 
 def clipped_surrogate(

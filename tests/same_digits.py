@@ -178,7 +178,7 @@ def runs(parts: Parts) -> dict[str, tuple[str, str, dict[str, Any]]]:
         "ppo": (
             "run_ppo",
             "PPOConfig",
-            {**online(), "rlhf_type": "ppo", "num_generations": 1, "kl_coef": 0.05},
+            online(rlhf_type="ppo", num_generations=1, beta=0.05, kl_coef=0.05),
         ),
         "grpo_lora_adapter": (
             "run_rlhf",

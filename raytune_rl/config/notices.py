@@ -176,9 +176,9 @@ def _loss(config: RLHFConfig) -> Iterable[str]:
         for name, owners in settings.items():
             if config.loss_type not in owners and name not in of_recipe and name in type(config).model_fields:
                 idle.setdefault(tuple(owners), []).append(name)
-        for whose, names in idle.items():
+        for whose, of_others in idle.items():
             why = f"--loss_type {config.loss_type} does not read it, as {', '.join(whose)} would"
-            yield from _idle(config, names, why)
+            yield from _idle(config, of_others, why)
         if config.loss_args:
             yield f"--loss_args does nothing: --loss_type {config.loss_type} has flags of its own."
     if config.rollout_importance_sampling_mode is None:

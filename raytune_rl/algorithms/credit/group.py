@@ -81,7 +81,8 @@ GRPO = register_credit(_kind("grpo", "the reward less the group's mean", "Shao e
 RLOO = register_credit(
     _kind(
         "rloo",
-        "the reward less the mean of the group's other rewards; with it --loss_type grpo divides each completion's "
+        "the reward less the mean of the group's other rewards; with it --loss_type grpo divides each "
+        "completion's "
         "loss by its length, dr_grpo is the estimator of its paper",
         "Ahmadian et al. 2024, Back to basics",
         kl_in_reward=True,
@@ -90,7 +91,8 @@ RLOO = register_credit(
 REINFORCE_PLUS_PLUS = register_credit(
     _kind(
         "reinforce_plus_plus",
-        "the reward less the group's mean, by the spread over the batch; it takes the KL of the whole completion "
+        "the reward less the group's mean, by the spread over the batch; it takes the KL of the whole "
+        "completion "
         "off every token's reward, as ms-swift does, where its paper takes off the KL from there on",
         "Hu et al. 2025 (REINFORCE++)",
         kl_in_reward=True,

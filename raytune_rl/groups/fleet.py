@@ -214,7 +214,7 @@ class RewardGroup:
             by_object.setdefault(trajectory.text.ref, []).append(number)
         pending, members, turn = [], [], 0
         # A worker gets a part of each object, one after the other: the last has to be answered in time, too.
-        limit_s = REWARDS_SHARE * self._group.timeout_s / max(len(by_object), 1)
+        limit_s = REWARDS_SHARE * self.workers.timeout_s / max(len(by_object), 1)
         for ref, numbers in by_object.items():
             for share in np.array_split(np.asarray(numbers), len(self.workers)):
                 if not len(share):

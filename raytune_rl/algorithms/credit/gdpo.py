@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raytune_rl.algorithms.advantages import decoupled_advantages, decoupled_totals, group_advantages, known_rewards
+from raytune_rl.algorithms.advantages import (
+    decoupled_advantages,
+    decoupled_totals,
+    group_advantages,
+    known_rewards,
+)
 from raytune_rl.algorithms.credit.base import Credit, Credited, CreditKind, Models, register_credit
 from raytune_rl.algorithms.credit.group import group_metrics
 from raytune_rl.algorithms.lazy import np

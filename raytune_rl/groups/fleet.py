@@ -75,13 +75,13 @@ class RolloutGroup:
     @property
     def engines(self) -> int:
         """Number of engines."""
-        return len(self._group)
+        return len(self.workers)
 
     def plain(self, max_tokens: int) -> RolloutGroup:
         """The same engines, drawing from the model's whole distribution, and no scheduler answers."""
         banned = self._sampling.banned
         return RolloutGroup(
-            self._group, Sampling(self._sampling.temperature, max_tokens, banned=banned), self._seed
+            self.workers, Sampling(self._sampling.temperature, max_tokens, banned=banned), self._seed
         )
 
     def load(self, version: int) -> float:
@@ -155,7 +155,7 @@ class RolloutGroup:
 
     def forget_prompts(self) -> None:
         """Drops what the engines keep of the prompts so far."""
-        self._group.call("forget_prompts")
+        self.workers.call("forget_prompts")
 
     def sleep(self) -> None:
         """Frees the engines' GPU memory while the policy trains beside them."""

@@ -51,12 +51,12 @@ def test_rewards_compared_apart_teach_whatever_their_total() -> None:
     assert DecoupledGroups((1.0, 0.5)).informative(join([part, part])) == {0, 2}
 
 
-def of_two(values: list[list[float]], *failed: tuple[int, str], apart: tuple[float, ...] = ()) -> Experience:
+def of_two(values: list[list[float]], *failed: tuple[int, str]) -> Experience:
     """One group of completions with two reward functions, `f` and `g`, of weight 1, as a run makes it."""
     batch = experience([0.0] * len(values)).batch
     failures = tuple(Failure(row, name, "exception", "") for row, name in failed)
     scored = Scored(("F", "G"), ("f", "g"), np.array(values), failures)
-    return Experience(batch, scored, combine_rewards(known_values(scored, (1.0, 1.0)), (1.0, 1.0)), apart)
+    return Experience(batch, scored, combine_rewards(known_values(scored, (1.0, 1.0)), (1.0, 1.0)))
 
 
 def test_a_failed_reward_makes_the_total_unknown_and_an_abstention_does_not() -> None:
@@ -66,7 +66,7 @@ def test_a_failed_reward_makes_the_total_unknown_and_an_abstention_does_not() ->
     np.testing.assert_array_equal(abstained.rewards, [2, 1, 2, 2])
     assert failed.informative() == set(), "what is known is all the same"
     assert abstained.informative() == {0}
-    assert of_two(values, (1, "f"), apart=(1.0, 1.0)).informative() == set()
+    assert DecoupledGroups((1.0, 1.0)).informative(of_two(values, (1, "f"))) == set()
     assert of_two([[NAN, NAN], [1.0, NAN]]).unscored() == set()
     assert of_two([[NAN, NAN], [NAN, 1.0]], (1, "F")).unscored() == {0}, "by its label, too"
 

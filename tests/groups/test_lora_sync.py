@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ConfigError, ModelError
@@ -22,6 +24,8 @@ def config(**settings: Any) -> RLHFConfig:
 def adapter(path: Path, **settings: Any) -> str:
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps({"r": 24, "target_modules": ["q_proj"], **settings}))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: np.zeros((24, 8), dtype=np.float32)}, path / "adapter_model.safetensors")
     return str(path)
 
 

@@ -76,5 +76,8 @@ def test_an_adapter_to_go_on_with_keeps_its_own_settings(tmp_path: Path) -> None
     assert publish_mode(config(adapters=[adapter(tmp_path / "dora", use_dora=True)])) == "merged"
     several = config(adapters=[adapter(tmp_path / "first"), plain])
     assert publish_mode(several) == "merged", "the engine does not have the first"
-    with pytest.raises(ModelError, match=r"adapter_config\.json cannot be read"):
+    with pytest.raises(ModelError, match="has no weights"):
         publish_mode(config(adapters=[str(tmp_path)]))
+    (Path(plain) / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"adapter_config\.json cannot be read"):
+        publish_mode(config(adapters=[plain]))

@@ -8,11 +8,17 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from raytune_rl.algorithms.credit.base import credit_names
+from raytune_rl.algorithms.registry import online_losses
+from raytune_rl.config.rl import BUILT
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "raytune_rl"
@@ -85,6 +91,58 @@ def test_imports_only_point_down() -> None:
                 continue
             if FLOOR[target] >= FLOOR[part]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} ({part}) imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name; the package's own `__init__` only looks names up."""
+    found = {}
+    for _, path in sources():
+        if path.is_relative_to(ROOT / PACKAGE):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Those inside functions and for the type checker count too: a value type lives in no file that
+    behaves.
+    """
+    known = modules()
+    needs: dict[str, set[str]] = {}
+    for module, path in known.items():
+        named = [name for _, name in imports(path)]
+        reached = {name if name in known else name.rpartition(".")[0] for name in named}
+        needs[module] = (reached & known.keys()) - {module}
+    sorter = TopologicalSorter(needs)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+REGISTRIES = ("algorithms/losses/", "algorithms/credit/", "algorithms/advantages.py")
+"""Where losses and credits register, and the math of the group-relative ones."""
+
+
+def test_losses_and_credits_are_listed_nowhere() -> None:
+    """A literal collection that holds two of their names is a list of them; values of --rlhf_type are no
+    losses.
+    """
+    names = {*(loss.name for loss in online_losses()), *credit_names()} - {*BUILT, "ppo"}
+    wrong = []
+    for _, path in sources():
+        if any(f"{PACKAGE}/{place}" in path.as_posix() for place in REGISTRIES):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            items: list[Any] = []
+            if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+                items = node.elts
+            elif isinstance(node, ast.Dict):
+                items = [key for key in node.keys if key is not None]
+            held = {item.value for item in items if isinstance(item, ast.Constant)} & names
+            if len(held) > 1:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} lists {', '.join(sorted(held))}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -15,13 +15,46 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from raytune_rl.config import offers
 from raytune_rl.errors import ConfigError
 
-if TYPE_CHECKING:
-    from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
+
+class Sizes(Protocol):
+    """The settings that say how large a batch is and how long a run; see `config.commands`."""
+
+    @property
+    def per_device_train_batch_size(self) -> int: ...
+
+    @property
+    def gradient_accumulation_steps(self) -> int | None: ...
+
+    @property
+    def num_train_epochs(self) -> float: ...
+
+    @property
+    def max_steps(self) -> int: ...
+
+
+class OnlineSizes(Sizes, Protocol):
+    """The same of online RL."""
+
+    @property
+    def num_generations(self) -> int: ...
+
+    @property
+    def num_iterations(self) -> int: ...
+
+    @property
+    def steps_per_generation(self) -> int | None: ...
+
+    @property
+    def generation_batch_size(self) -> int | None: ...
+
+    @property
+    def mini_batches(self) -> int: ...
+
 
 SFT_ROWS_PER_STEP = 16
 """What SFT accumulates up to when the user does not say."""
@@ -215,7 +248,7 @@ def sft_schedule(
     )
 
 
-def grpo_batch_of(config: RLHFConfig, world_size: int) -> GRPOBatch:
+def grpo_batch_of(config: OnlineSizes, world_size: int) -> GRPOBatch:
     """`grpo_batch` with a config's numbers."""
     accumulation, steps = config.gradient_accumulation_steps or 1, config.steps_per_generation
     if steps is None and config.generation_batch_size is None:
@@ -231,13 +264,13 @@ def grpo_batch_of(config: RLHFConfig, world_size: int) -> GRPOBatch:
     )
 
 
-def grpo_schedule_of(config: RLHFConfig, world_size: int, n_prompts: int) -> GRPOSchedule:
+def grpo_schedule_of(config: OnlineSizes, world_size: int, n_prompts: int) -> GRPOSchedule:
     """`grpo_schedule` with a config's numbers."""
     batch = grpo_batch_of(config, world_size)
     return grpo_schedule(batch, n_prompts, config.num_train_epochs, config.max_steps)
 
 
-def sft_schedule_of(config: SFTConfig | PreferenceConfig, world_size: int, n_rows: int) -> SFTSchedule:
+def sft_schedule_of(config: Sizes, world_size: int, n_rows: int) -> SFTSchedule:
     """`sft_schedule` with a config's numbers. Of preferences the rows are pairs."""
     return sft_schedule(
         world_size=world_size,

@@ -157,6 +157,10 @@ class RLHFConfig(
             )
 
 
+TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
+"""Settings of any run that trains."""
+
+
 class PPOConfig(PPOOptions, RLHFConfig):
     """`raytune-rl rlhf --rlhf_type ppo`: reinforcement learning with a critic."""
 

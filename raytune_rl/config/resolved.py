@@ -11,9 +11,7 @@ from typing import Literal
 
 from raytune_rl.config import algorithms
 from raytune_rl.config.batching import sft_accumulation
-from raytune_rl.config.commands import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
-
-TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
+from raytune_rl.config.commands import PPOConfig, RLHFConfig, TrainConfig
 
 
 def learning_rate(config: TrainConfig) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from raytune_rl.algorithms.losses.ppo import ValueSettings
 from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
+from raytune_rl.config.commands import TrainConfig
 from raytune_rl.data.media_tags import KINDS
 from raytune_rl.errors import ConfigError
 from raytune_rl.groups import lora_sync
@@ -28,7 +29,6 @@ CPU_CACHE_BYTES = 256 * 2**20
 SHARED_GPU_SHARE = 0.5
 """Of a GPU's memory, for the engines that sit beside the policy."""
 TOKENS_GPU, TOKENS_CPU = 16384, 2048
-TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
 
 def model_spec(

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
+from raytune_rl.config.commands import TrainConfig
 from raytune_rl.errors import CheckpointError, RaytuneError
 from raytune_rl.redaction import redact, redact_text
 from raytune_rl.tracking.best import CheckpointRecord
@@ -40,7 +40,6 @@ from raytune_rl.tracking.run_dir import RunDir
 from raytune_rl.tracking.sinks import check_sinks
 from raytune_rl.tracking.timer import StepTimer
 
-TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 SHOWN = ("eval_reward", "eval_loss", "eval_token_acc", "eval_rewards/accuracies", "eval_rewards/margins")
 """Held-out metrics that are printed."""
 WAITING = Console(stderr=True)

@@ -127,7 +127,8 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         with controlled.watched():
             online.train()
             result = controlled.finish({"prompts": state.account().as_dict()})
-        report.online_summary(config, online, result).show(controlled.console)
+        accounts = (train.account, None if held_out is None else held_out.account)
+        report.online_summary(config, controlled, state, accounts, result).show(controlled.console)
         return result
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.algorithms.experience import Experience
-from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
+from raytune_rl.config import PreferenceConfig, RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, SFTSchedule
+from raytune_rl.config.commands import TrainConfig
 from raytune_rl.groups import lora_sync, specs
 from raytune_rl.groups.sizes import Groups
 from raytune_rl.pipelines.online_algorithms import Algorithm, in_words
@@ -27,12 +28,10 @@ from raytune_rl.tracking.summary import Change, RunSummary
 
 if TYPE_CHECKING:
     from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult
-    from raytune_rl.pipelines.online import OnlineRun
+    from raytune_rl.pipelines.run_state import RunState
     from raytune_rl.protocol.train import StepReport
     from raytune_rl.runtime.cluster import ClusterInfo
     from raytune_rl.runtime.placement import GroupSpec
-
-TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
 
 # -- before
@@ -360,9 +359,14 @@ def _or_none(value: float) -> float | None:
 # ----------------------------------------------------------------------------------------------------
 
 
-def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> RunSummary:
-    """The end of a GRPO run in one screen."""
-    run = online.run
+def online_summary(
+    config: RLHFConfig,
+    run: Run,
+    state: RunState,
+    accounts: tuple[Account, Account | None],
+    result: RunResult,
+) -> RunSummary:
+    """The end of an online run in one screen; `accounts` are of the prompts and of the held-out ones."""
     changes = {
         "reward (training)": Change(run.first_metrics.get("reward"), run.last_metrics.get("reward")),
     }
@@ -384,31 +388,31 @@ def online_summary(config: RLHFConfig, online: OnlineRun, result: RunResult) -> 
         seconds=run.seconds,
         output_dir=result.run_dir,
         changes=changes,
-        prompts=online.state.account(),
-        quarantined=quarantined(online.prompts.account, online.held_out.account if online.held_out else None),
-        reward_failures=dict(online.state.reward_failures),
-        lost_workers=dict(online.state.lost_workers),
-        weight_versions=online.version + 1,
-        max_logp_gap=online.state.max_gap,
+        prompts=state.account(),
+        quarantined=quarantined(*accounts),
+        reward_failures=dict(state.reward_failures),
+        lost_workers=dict(state.lost_workers),
+        weight_versions=state.generation + 1,
+        max_logp_gap=state.max_gap,
         non_finite=dict(run.logger.non_finite),
         last_checkpoint=result.last_checkpoint,
         best_checkpoint=result.best_checkpoint,
         next_commands=next_commands(config, result),
-        notices=_without_signal(online),
+        notices=_without_signal(state),
     )
 
 
-def _without_signal(online: OnlineRun) -> list[str]:
+def _without_signal(state: RunState) -> list[str]:
     """Generations that taught nothing, or less than they should."""
     notices = []
-    silent = online.state.silent_generations
+    silent = state.silent_generations
     if silent:
         notices.append(f"{silent} generation(s) had no group with different rewards: nothing to learn")
-    if online.state.short_generations:
+    if state.short_generations:
         notices.append(
-            f"{online.state.short_generations} generation(s) could not be filled with groups that have "
-            f"different "
-            "rewards: raise --max_resample_times, or give prompts that are neither too hard nor too easy"
+            f"{state.short_generations} generation(s) could not be filled with groups that have "
+            "different rewards: raise --max_resample_times, or give prompts that are neither too hard nor "
+            "too easy"
         )
     return notices
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -19,29 +18,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
+from raytune_rl.config.commands import TrainConfig
 from raytune_rl.data.example import Task
 from raytune_rl.errors import ConfigError, RaytuneError
+from raytune_rl.prepare.places import MediaPlaces
 from raytune_rl.protocol.data import Account, PromptSet, TokenSet
 from raytune_rl.runtime.wait import Pending, fetch, stream_refs
-
-TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
-
-
-@dataclass(frozen=True)
-class MediaPlaces:
-    """Where media files are looked for, whether their bytes travel instead of their paths, and whether
-    every worker sees the driver's files."""
-
-    root: str
-    inline: bool
-    one_machine: bool
-
-    @classmethod
-    def of(cls, config: TrainConfig, one_machine: bool) -> MediaPlaces:
-        """On a cluster that was started here every worker sees the driver's files; elsewhere it may not."""
-        inline = config.inline_media
-        root = Path(config.root_image_dir or ".").expanduser().absolute()
-        return cls(str(root), not one_machine if inline is None else inline, one_machine)
 
 
 def quarantined(train: Account, held_out: Account | None) -> int:

@@ -17,7 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_rl.config import SFTConfig
 from raytune_rl.data.example import Task
-from raytune_rl.prepare.sets import MediaPlaces, token_set, token_sets
+from raytune_rl.prepare.places import MediaPlaces
+from raytune_rl.prepare.sets import token_set, token_sets
 from raytune_rl.protocol.data import Account, SourceCounts, TokenSet
 from raytune_rl.tracking.files import read_jsonl
 

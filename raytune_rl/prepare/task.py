@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
+from raytune_rl.config.commands import TrainConfig
 from raytune_rl.data.example import Task
 from raytune_rl.data.mapped import MappedColumns, open_columns, written_whole
 from raytune_rl.data.model_tokens import ModelTokens
@@ -22,8 +23,8 @@ from raytune_rl.prepare.cache import (
     write_entry,
     write_facts,
 )
+from raytune_rl.prepare.places import MediaPlaces
 from raytune_rl.prepare.progress import Counted, Tell, while_told
-from raytune_rl.prepare.sets import MediaPlaces, TrainConfig
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.data import Account
 from raytune_rl.protocol.model import Traits

@@ -18,57 +18,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from raytune_rl.errors import RewardError
 from raytune_rl.protocol.rewards import Unscored
+from raytune_rl.rewards.judge_answers import JudgeAnswer, RequestConfig
 
 _REWARD = re.compile(r"reward\W{0,5}?\s*([-+]?\d+(?:\.\d+)?|[-+]?\.\d+)", re.IGNORECASE)
-
-
-@dataclass
-class RequestConfig:
-    """How a judge's answers are drawn.
-
-    Attributes:
-        max_tokens: Longest answer; None for what the model's context leaves.
-        temperature: 0 takes the likeliest token.
-        n: Answers to each conversation; their rewards are averaged.
-        top_p, top_k, repetition_penalty: As in sampling; None for no such limit.
-    """
-
-    max_tokens: int | None = None
-    temperature: float | None = 0.0
-    n: int = 1
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: Sequence[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """Text of an answer, and its role."""
-
-    content: str
-    role: str = "assistant"
-
-
-@dataclass(frozen=True)
-class JudgeChoice:
-    """One answer of a judge; finish_reason is "stop" or "length"."""
-
-    message: Spoken
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class JudgeAnswer:
-    """All answers of a judge to one conversation."""
-
-    choices: list[JudgeChoice]
 
 
 class DefaultRMPlugin:

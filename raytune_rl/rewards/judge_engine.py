@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytune_rl.errors import RewardError
-from raytune_rl.rewards.judge import JudgeAnswer, JudgeChoice, RequestConfig, Spoken
+from raytune_rl.rewards.judge_answers import JudgeAnswer, JudgeChoice, RequestConfig, Spoken
 
 # Of an answer where the request names no limit and the model has none.
 LONGEST = 2048

@@ -25,7 +25,8 @@ from raytune_rl.errors import RewardError
 from raytune_rl.multi_turn.scheduler import MultiTurnScheduler, Request, multi_turns
 from raytune_rl.rewards import registry
 from raytune_rl.rewards.base import ORM, AsyncORM
-from raytune_rl.rewards.judge import DefaultRMPlugin, GenRMPlugin, RequestConfig, rm_plugins
+from raytune_rl.rewards.judge import DefaultRMPlugin, GenRMPlugin, rm_plugins
+from raytune_rl.rewards.judge_answers import RequestConfig
 from raytune_rl.rewards.judge_engine import JudgeEngine
 
 _BUILT_IN = tuple(registry.orms.values())

@@ -15,7 +15,7 @@ from raytune_rl.config import SFTConfig
 from raytune_rl.groups import specs
 from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.groups.world import TrainerWorld
-from raytune_rl.prepare.sets import MediaPlaces
+from raytune_rl.prepare.places import MediaPlaces
 from raytune_rl.prepare.task import encode_rows_task
 from raytune_rl.protocol.model import ScoreSettings
 from raytune_rl.protocol.rows import RowPointer, TrainBatch

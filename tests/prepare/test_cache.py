@@ -18,7 +18,8 @@ from raytune_rl.data.example import RowError
 from raytune_rl.data.mapped import MappedColumns, open_columns
 from raytune_rl.errors import DataError
 from raytune_rl.prepare.cache import UNUSED_DAYS, prune
-from raytune_rl.prepare.sets import MediaPlaces, quarantined
+from raytune_rl.prepare.places import MediaPlaces
+from raytune_rl.prepare.sets import quarantined
 from raytune_rl.prepare.stream import StreamWorker
 from raytune_rl.prepare.task import encode_rows_task
 from raytune_rl.protocol.columns import Ragged

@@ -19,7 +19,8 @@ from raytune_rl.models.weights import save_model
 from raytune_rl.protocol.model import ModelSpec, TunerSettings
 from raytune_rl.protocol.rewards import RewardModelSpec, TrainerState
 from raytune_rl.rewards import judge
-from raytune_rl.rewards.judge import GenRMPlugin, JudgeAnswer, JudgeChoice, Spoken, plugin_class
+from raytune_rl.rewards.judge import GenRMPlugin, plugin_class
+from raytune_rl.rewards.judge_answers import JudgeAnswer, JudgeChoice, Spoken
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.tiny.model import make_tiny_model
 from raytune_rl.workers.judge import JudgeTemplate

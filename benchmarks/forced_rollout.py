@@ -15,7 +15,7 @@ from typing import Any
 
 from raytune_rl.protocol.columns import Ragged
 from raytune_rl.protocol.rollout import EngineSpec, Sampling
-from raytune_rl.protocol.trajectory import PromptRequest
+from raytune_rl.protocol.trajectory import EpisodeRequest
 from raytune_rl.workers.rollout import RolloutWorker
 
 
@@ -65,7 +65,7 @@ class ForcedRolloutWorker(RolloutWorker):
         self._engine.lengths = list(lengths)
 
     def alone(
-        self, prompts: Mapping[str, Ragged], requests: Sequence[PromptRequest], sampling: Sampling
+        self, prompts: Mapping[str, Ragged], requests: Sequence[EpisodeRequest], sampling: Sampling
     ) -> tuple[float, int]:
         """vLLM without us: requests in, steps until all are done. Returns seconds and sampled tokens."""
         ours, llm = self._engine, self._engine._engine

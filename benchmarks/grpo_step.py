@@ -39,7 +39,7 @@ from raytune_rl.groups import specs, start
 from raytune_rl.groups.fleet import sample_seed
 from raytune_rl.pipelines import online
 from raytune_rl.protocol.rows import RowPointer
-from raytune_rl.protocol.trajectory import PromptRequest, Trajectory
+from raytune_rl.protocol.trajectory import EpisodeRequest, Trajectory
 from raytune_rl.tiny.arithmetic import write_dataset
 from raytune_rl.tiny.model import make_tiny_model
 from raytune_rl.tracking.timer import StepTimer
@@ -132,7 +132,7 @@ class MeasuredRun(online.OnlineRun):
         """b, on the prompts of the step just measured."""
         seeds = range(self.config.num_generations)
         requests = [
-            PromptRequest(
+            EpisodeRequest(
                 g, int(row), tuple(sample_seed(self.config.seed, generation, int(row), s) for s in seeds)
             )
             for g, row in enumerate(dict.fromkeys(t.prompt for t in self.last[0]))

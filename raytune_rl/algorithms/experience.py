@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.algorithms.advantages import group_advantages, known_rewards
-from raytune_rl.protocol.rewards import Scored
+from raytune_rl.protocol.rewards import RewardTable
 from raytune_rl.protocol.trajectory import Trajectory
 
 
-def known_values(scored: Scored, weights: Sequence[float]) -> NDArray[np.float64]:
+def known_values(scored: RewardTable, weights: Sequence[float]) -> NDArray[np.float64]:
     """Rewards by function, without those of completions on which one of them failed (`known_rewards`)."""
     return known_rewards(scored.values, weights, scored.failed())
 
@@ -29,7 +29,7 @@ class Experience:
     """
 
     batch: list[Trajectory]
-    scored: Scored
+    scored: RewardTable
     rewards: NDArray[np.float64]
 
     @property

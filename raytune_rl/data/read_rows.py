@@ -21,32 +21,32 @@ class ReadRows:
         """Whether the rows' own objects have the column. A batch without rows has none."""
         return any(name in self._objects[source] for source, _ in self._batch.places[""])
 
-    def has_late(self, name: str) -> bool:
-        """Whether the batch says where each row's late column `name` lies."""
+    def has_extra(self, name: str) -> bool:
+        """Whether the batch says where each row's extra column `name` lies."""
         return name in self._batch.places
 
-    def source(self, row: int, late: str = "") -> tuple[Columns, int]:
-        """The object that a row lies in, and its number there; `late` as in `column`."""
-        source, at = self._batch.places[late][row]
+    def source(self, row: int, extra: str = "") -> tuple[Columns, int]:
+        """The object that a row lies in, and its number there; `extra` as in `column`."""
+        source, at = self._batch.places[extra][row]
         return self._objects[source], int(at)
 
-    def column(self, name: str, row: int, late: str = "") -> NDArray:
+    def column(self, name: str, row: int, extra: str = "") -> NDArray:
         """One row of a ragged column, a view.
 
         Args:
             name: Column of the object.
             row: Row of the batch.
-            late: Name of the late column whose object to look in; empty for the row's own object.
+            extra: Name of the extra column whose object to look in; empty for the row's own object.
         """
-        columns, at = self.source(row, late)
+        columns, at = self.source(row, extra)
         ragged = columns[name]
         if not isinstance(ragged, Ragged):
             raise TypeError(f"column {name!r} is not ragged")
         return ragged[at]
 
-    def late(self, name: str, row: int) -> NDArray:
-        """One row of the late column `name`, a view. In its object it goes by that name, or by the name
+    def extra(self, name: str, row: int) -> NDArray:
+        """One row of the extra column `name`, a view. In its object it goes by that name, or by the name
         without "old_" or "ref_": the log-probs that a worker gives do not know whose they will be.
         """
         columns, _ = self.source(row, name)
-        return self.column(name if name in columns else name.split("_", 1)[-1], row, late=name)
+        return self.column(name if name in columns else name.split("_", 1)[-1], row, extra=name)

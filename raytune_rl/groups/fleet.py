@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from raytune_rl.data.media_table import ROW_COLUMN, media_of
 from raytune_rl.errors import RaytuneError
 from raytune_rl.protocol.data import PromptSet
-from raytune_rl.protocol.rewards import Failure, Scored, Scores, TrainerState
+from raytune_rl.protocol.rewards import Failure, RewardTable, Scores, TrainerState
 from raytune_rl.protocol.rollout import Sampling
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
-from raytune_rl.protocol.trajectory import CompletionMeta, PromptRequest, Trajectory
+from raytune_rl.protocol.trajectory import CompletionMeta, EpisodeRequest, Trajectory
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, fetch_all, settle
 
@@ -79,9 +79,11 @@ class RolloutGroup:
 
     def plain(self, max_tokens: int) -> RolloutGroup:
         """The same engines, drawing from the model's whole distribution, and no scheduler answers."""
-        banned = self._sampling.banned
+        disallowed_token_ids = self._sampling.disallowed_token_ids
         return RolloutGroup(
-            self.workers, Sampling(self._sampling.temperature, max_tokens, banned=banned), self._seed
+            self.workers,
+            Sampling(self._sampling.temperature, max_tokens, disallowed_token_ids=disallowed_token_ids),
+            self._seed,
         )
 
     def load(self, version: int) -> float:
@@ -116,7 +118,7 @@ class RolloutGroup:
             RaytuneError: The counts do not add up: every prompt asked must come back exactly once.
         """
         requests = [
-            PromptRequest(g, int(row), seeds)
+            EpisodeRequest(g, int(row), seeds)
             for g, (row, seeds) in enumerate(
                 zip(rows, row_seeds(self._seed, batch, rows, completions), strict=True)
             )
@@ -207,7 +209,9 @@ class RewardGroup:
     def __init__(self, group: WorkerGroup) -> None:
         self.workers = group
 
-    def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
+    def score(
+        self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState
+    ) -> RewardTable:
         """Scores every trajectory, the work spread over the workers."""
         by_object: dict[Any, list[int]] = {}
         for number, trajectory in enumerate(trajectories):
@@ -253,7 +257,7 @@ def reward_columns(trajectories: Sequence[Trajectory], state: TrainerState) -> d
     }
 
 
-def gather_scores(answers: Sequence[Scores], members: Sequence[NDArray], count: int) -> Scored:
+def gather_scores(answers: Sequence[Scores], members: Sequence[NDArray], count: int) -> RewardTable:
     """Answers of several workers as one: `members` are the rows that each is about, of `count` in all."""
     first = answers[0]
     values = np.full((count, len(first.functions)), np.nan)
@@ -264,7 +268,7 @@ def gather_scores(answers: Sequence[Scores], members: Sequence[NDArray], count: 
         one_by_one |= {n: why for n, why in zip(scores.functions, scores.slow_path, strict=True) if why}
         failures += [replace(f, row=int(numbers[f.row])) for f in scores.failures]
     failed = tuple(sorted(failures, key=lambda f: f.row))
-    return Scored(first.labels, first.functions, values, failed, one_by_one)
+    return RewardTable(first.labels, first.functions, values, failed, one_by_one)
 
 
 def read_texts(trajectories: Sequence[Trajectory], timeout_s: float) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from raytune_rl.groups.fleet import gather_scores
 from raytune_rl.protocol.data import PromptSet
-from raytune_rl.protocol.rewards import Scored, TrainerState
+from raytune_rl.protocol.rewards import RewardTable, TrainerState
 from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import fetch_all
@@ -19,7 +19,9 @@ from raytune_rl.runtime.wait import fetch_all
 class Scorer(Protocol):
     """Whoever can say what completions are worth."""
 
-    def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
+    def score(
+        self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState
+    ) -> RewardTable:
         """One row a trajectory, one column a reward."""
         ...
 
@@ -30,7 +32,9 @@ class RewardModelGroup:
     def __init__(self, group: WorkerGroup) -> None:
         self.workers = group
 
-    def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
+    def score(
+        self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState
+    ) -> RewardTable:
         """Scores every trajectory, the longest spread evenly over the workers."""
         by_length = np.argsort([-t.length for t in trajectories], kind="stable")
         pending, members = [], []
@@ -60,7 +64,9 @@ class Together:
     def __init__(self, scorers: Sequence[Scorer]) -> None:
         self._scorers = scorers
 
-    def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
+    def score(
+        self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState
+    ) -> RewardTable:
         """Scores of all of them."""
         parts = [scorer.score(trajectories, prompts, state) for scorer in self._scorers]
         failures = [failure for part in parts for failure in part.failures]

@@ -169,10 +169,10 @@ def policy_spec(
     publish_mode: str | None = None,
     takes_media: bool = False,
     kinds: Sequence[Kind] = (),
-    banned: tuple[int, ...] = (),
+    disallowed_token_ids: tuple[int, ...] = (),
 ) -> PolicySpec:
-    """What a policy rank is told: whether the model takes media and the kinds of them in the data; `banned`
-    are the tokens that sampling never gives.
+    """The settings of one policy rank: whether the model takes media and the kinds of them in the data;
+    `disallowed_token_ids` are the tokens that sampling never gives.
     """
     return PolicySpec(
         model=model_spec(config, groups.on_gpu, takes_media, kinds),
@@ -180,7 +180,7 @@ def policy_spec(
         optimizer=optimizer(config, total_steps),
         loss=loss,
         loss_settings=loss_settings,
-        score=ScoreSettings(temperature, config.step_timeout, banned),
+        score=ScoreSettings(temperature, config.step_timeout, disallowed_token_ids),
         seed=config.seed,
         gradient_checkpointing=groups.on_gpu
         if config.gradient_checkpointing is None
@@ -333,7 +333,7 @@ def multi_turn(config: RLHFConfig) -> MultiTurnSpec | None:
 def sampling(
     config: RLHFConfig,
     stop_token_ids: tuple[int, ...],
-    banned: tuple[int, ...] = (),
+    disallowed_token_ids: tuple[int, ...] = (),
     *,
     evaluation: bool = False,
 ) -> Sampling:
@@ -349,7 +349,7 @@ def sampling(
         repetition_penalty=config.repetition_penalty,
         stop_words=config.stop_words,
         stop_token_ids=stop_token_ids,
-        banned=banned,
+        disallowed_token_ids=disallowed_token_ids,
     )
 
 

@@ -133,7 +133,7 @@ class OnlineSetup:
             publish_mode=lora_sync.publish_mode(config, account.takes_media),
             takes_media=account.takes_media,
             kinds=account.media.kinds,
-            banned=account.placeholder_ids,
+            disallowed_token_ids=account.placeholder_ids,
         )
         return replace(
             spec,

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from raytune_rl.data.example import Message
 from raytune_rl.errors import RaytuneError
-from raytune_rl.protocol.rollout import Piece
+from raytune_rl.protocol.rollout import StreamChunk
 
-Answer = Callable[[Sequence[Message], int], Iterator[Piece]]
+Answer = Callable[[Sequence[Message], int], Iterator[StreamChunk]]
 HELP = "Write to the model. clear begins anew; quit, exit or the end of input leaves."
 
 
@@ -52,12 +52,12 @@ def converse(
     return turns
 
 
-def _reply(pieces: Iterator[Piece], write: Callable[[str], None], stream: bool) -> str:
+def _reply(chunks: Iterator[StreamChunk], write: Callable[[str], None], stream: bool) -> str:
     text, reason = "", None
-    for piece in pieces:
-        text += piece.text
-        reason = piece.finish_reason or reason
+    for chunk in chunks:
+        text += chunk.text
+        reason = chunk.finish_reason or reason
         if stream:
-            write(piece.text)
+            write(chunk.text)
     write(("" if stream else text) + ("\n(cut off at --max_new_tokens)\n" if reason == "length" else "\n"))
     return text

@@ -30,7 +30,7 @@ from raytune_rl.pipelines.lifecycle import note
 from raytune_rl.prepare.sets import on_this_node
 from raytune_rl.protocol.data import Account, PromptSet
 from raytune_rl.protocol.media import MediaLimits
-from raytune_rl.protocol.rollout import EngineSpec, Piece, Sampling
+from raytune_rl.protocol.rollout import EngineSpec, Sampling, StreamChunk
 from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.runtime.cluster import ClusterInfo, reserve, session
 from raytune_rl.runtime.group import WorkerGroup
@@ -129,7 +129,7 @@ class Trial:
         write("\n")
         return InferResult(turns)
 
-    def answer(self, messages: Sequence[Message], turn: int) -> Iterator[Piece]:
+    def answer(self, messages: Sequence[Message], turn: int) -> Iterator[StreamChunk]:
         """One answer, as it is written."""
         seed = sample_seed(self.config.seed, turn, 0, 0)
         asked = (list(messages), seed, self.sampling)
@@ -140,7 +140,7 @@ class Trial:
         assert self.rows is not None
         prompts, asked = self.rows
         stops = tuple(dict.fromkeys((*asked.stop_token_ids, *self.sampling.stop_token_ids)))
-        sampling = replace(self.sampling, stop_token_ids=stops, banned=asked.placeholder_ids)
+        sampling = replace(self.sampling, stop_token_ids=stops, disallowed_token_ids=asked.placeholder_ids)
         rollout = RolloutGroup(self.group, sampling, self.config.seed)
         size = ROWS_AT_A_TIME * len(self.group)
         starts = range(0, len(asked), size)

@@ -19,7 +19,7 @@ from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line
 from raytune_rl.models.load import auto_class, load_config
 from raytune_rl.models.served import ADAPTER_CONFIG, adapter_tensors, read_adapter_config
-from raytune_rl.models.sharding import is_cut, shape_of
+from raytune_rl.models.sharding import is_sharded, shape_of
 
 _PREFIX = "base_model.model."
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?Size\(\[([\d, ]*)\]\).*?Size\(\[([\d, ]*)\]\)")
@@ -126,7 +126,7 @@ def _fit_rows(model: PreTrainedModel, path: str, shapes: Mapping[str, tuple[int,
             f"{told}, but it does not bring all of their embeddings, so nobody knows them. Save the adapter "
             "again with save_embedding_layers=True (PEFT), or name a base that has them with --model"
         )
-    if not resize or is_cut(model):
+    if not resize or is_sharded(model):
         raise ModelError(
             f"{told}. Training goes on from a whole model: merge it first (raytune-rl export --adapters "
             f"{path} --merge_lora true --output_dir MERGED), which resizes the base, then use --model MERGED"

@@ -31,7 +31,7 @@ from transformers.utils import is_flash_attn_2_available
 from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line, resolve_path
 from raytune_rl.models.scalar import beside_the_head, give_single_label, scalar_class
-from raytune_rl.models.sharding import Examined, examine, loading_cut, mend_buffers
+from raytune_rl.models.sharding import Examined, examine, mend_buffers, zero_init
 
 DTYPES = {
     "float32": torch.float32,
@@ -143,7 +143,7 @@ def load_model(
                 examined = None
             else:  # before any rank waits for another
                 new_head = _check_weights(examined.info, local, scalar, notices)
-        with loading_cut(zero3, chosen) if zero3 is not None and examined else nullcontext():
+        with zero_init(zero3, chosen) if zero3 is not None and examined else nullcontext():
             model, info = kind.from_pretrained(local, output_loading_info=True, **options)
     except _LOAD_ERRORS as error:
         raise ModelError(f"cannot load the model in '{local}': {first_line(error)}") from error

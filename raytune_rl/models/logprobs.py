@@ -20,7 +20,7 @@ from raytune_rl.errors import ConfigError
 # 2^26 float32 logits are 256 MB: large enough to keep a matrix unit busy, small beside any model worth a GPU.
 CHUNK_LOGITS = 2**26
 # Low enough that its probability is 0 beside any logit, and finite: 0 * -inf would be NaN in entropies.
-_BANNED_LOGIT = -1e9
+_DISALLOWED_LOGIT = -1e9
 
 
 class TokenLogprobs(NamedTuple):
@@ -51,7 +51,7 @@ def token_logprobs(
     with_entropy: bool = False,
     softcap: float | None = None,
     logit_scale: float | None = None,
-    banned: tuple[int, ...] = (),
+    disallowed_token_ids: tuple[int, ...] = (),
 ) -> TokenLogprobs:
     """Scores M target tokens, chunk by chunk.
 
@@ -72,7 +72,7 @@ def token_logprobs(
         with_entropy: also compute the entropy (one more buffer and pass per chunk).
         softcap: `final_logit_softcapping` of the Gemma family.
         logit_scale: factor on the head's output (Cohere, Granite).
-        banned: tokens that sampling never gives; the distribution is over the others.
+        disallowed_token_ids: tokens that sampling never gives; the distribution is over the others.
 
     Raises:
         ConfigError: `temperature` or `chunk_tokens` is not positive.
@@ -81,7 +81,9 @@ def token_logprobs(
         raise ConfigError(f"temperature is {temperature}; log-probs need a temperature above 0")
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
-    shape = _LogitShape(1.0 / temperature, softcap, 1.0 if logit_scale is None else logit_scale, banned)
+    shape = _LogitShape(
+        1.0 / temperature, softcap, 1.0 if logit_scale is None else logit_scale, disallowed_token_ids
+    )
     if _is_plain_linear(head) and not torch.is_autocast_enabled(hidden.device.type):
         logprobs, entropy, correct = _LinearHead.apply(
             hidden, head.weight, head.bias, targets, shape, chunk_tokens, with_entropy
@@ -107,24 +109,24 @@ class _LogitShape:
     inverse_temperature: float
     softcap: float | None
     scale: float
-    banned: tuple[int, ...] = ()
+    disallowed_token_ids: tuple[int, ...] = ()
 
     def apply_(self, raw: Tensor) -> Tensor:
         if self.softcap is not None:
             raw.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap * self.inverse_temperature)
         elif self.scale * self.inverse_temperature != 1.0:
             raw.mul_(self.scale * self.inverse_temperature)
-        return raw.index_fill_(-1, self._ids(raw), _BANNED_LOGIT) if self.banned else raw
+        return raw.index_fill_(-1, self._ids(raw), _DISALLOWED_LOGIT) if self.disallowed_token_ids else raw
 
     def apply(self, raw: Tensor) -> Tensor:
         if self.softcap is not None:
             raw = self.softcap * torch.tanh(raw * (self.scale / self.softcap)) * self.inverse_temperature
         else:
             raw = raw * (self.scale * self.inverse_temperature)
-        return raw.index_fill(-1, self._ids(raw), _BANNED_LOGIT) if self.banned else raw
+        return raw.index_fill(-1, self._ids(raw), _DISALLOWED_LOGIT) if self.disallowed_token_ids else raw
 
     def _ids(self, raw: Tensor) -> Tensor:
-        return torch.tensor(self.banned, device=raw.device)
+        return torch.tensor(self.disallowed_token_ids, device=raw.device)
 
     def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
         """Gradient with respect to the raw output, from the one with respect to the final logits."""

@@ -63,7 +63,7 @@ class TokenScorer(nn.Module):
         targets: Tensor,
         temperature: float = 1.0,
         with_entropy: bool = False,
-        banned: tuple[int, ...] = (),
+        disallowed_token_ids: tuple[int, ...] = (),
         **model_inputs: Any,
     ) -> TokenLogprobs:
         """Log-probs of the loss tokens.
@@ -77,7 +77,7 @@ class TokenScorer(nn.Module):
             targets: int64 [N].
             temperature: the sampling temperature.
             with_entropy: also return entropies.
-            banned: tokens that sampling never gives.
+            disallowed_token_ids: tokens that sampling never gives.
             **model_inputs: passed to the backbone (pixel_values, image_grid_thw, ...).
 
         Returns:
@@ -107,7 +107,7 @@ class TokenScorer(nn.Module):
             with_entropy,
             self.softcap,
             self.logit_scale,
-            banned,
+            disallowed_token_ids,
         )
 
     def can_tell_borders(self) -> bool:

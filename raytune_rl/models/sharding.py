@@ -30,7 +30,7 @@ def numel_of(tensor: Tensor) -> int:
     return int(getattr(tensor, "ds_numel", tensor.numel()))
 
 
-def is_cut(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether parameters of the model are cut."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
@@ -43,7 +43,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def loading_cut(zero: Mapping[str, Any], dtype: torch.dtype) -> Iterator[None]:
+def zero_init(zero: Mapping[str, Any], dtype: torch.dtype) -> Iterator[None]:
     """Inside, Transformers cuts up what it loads: a collective of the world that torch.distributed has
     joined.
 
@@ -67,7 +67,7 @@ def loading_cut(zero: Mapping[str, Any], dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def known_to_peft(model: nn.Module) -> Iterator[None]:
     """Inside, PEFT gathers the parameters of a model that is cut where it looks at them."""
-    if not is_cut(model):
+    if not is_sharded(model):
         yield
         return
     with _announced({"zero_optimization": {"stage": 3}}):
@@ -117,7 +117,7 @@ def examine(
         auto_class: the class that is going to load it.
         config: of the model.
         directory: holds the weights.
-        zero: as in `loading_cut`.
+        zero: as in `zero_init`.
         options: of from_pretrained.
     """
     if zero.get("mics_shard_size", -1) > 0:

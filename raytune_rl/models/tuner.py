@@ -18,7 +18,7 @@ from raytune_rl.errors import ModelError
 from raytune_rl.models import experts
 from raytune_rl.models.adapters import head_of_its_own, open_adapter, untie
 from raytune_rl.models.load import takes_media
-from raytune_rl.models.sharding import changing, is_cut, known_to_peft, numel_of
+from raytune_rl.models.sharding import changing, is_sharded, known_to_peft, numel_of
 from raytune_rl.models.unwrap import hf_model, scalar_head
 from raytune_rl.protocol.model import TunerSettings
 
@@ -225,7 +225,7 @@ def _freeze_parts(model: PreTrainedModel, settings: TunerSettings) -> None:
 def _merged(peft: PeftModel) -> Any:
     """The base with the adapter merged in. PEFT's own merge is for whole weights: cut ones are gathered layer
     by layer."""
-    if not is_cut(peft):
+    if not is_sharded(peft):
         return peft.merge_and_unload()
     for layer in peft.modules():
         if isinstance(layer, BaseTunerLayer):

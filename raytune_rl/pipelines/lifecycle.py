@@ -102,7 +102,7 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Origin:
+class ResumePoint:
     """Where a run starts: a new directory at step 0, or a checkpoint in its own directory.
 
     Attributes:
@@ -128,7 +128,7 @@ class Origin:
         return None if self.checkpoint is None else self.step
 
 
-def find_origin(config: TrainConfig) -> Origin:
+def find_resume_point(config: TrainConfig) -> ResumePoint:
     """Opens the run's directory.
 
     Raises:
@@ -153,7 +153,7 @@ def find_origin(config: TrainConfig) -> Origin:
     if found is None:
         run_dir = RunDir.create(config.output_dir, config.add_version)
         run_dir.write_args(config.args())
-        return Origin(run_dir, None, {}, tuple(notices))
+        return ResumePoint(run_dir, None, {}, tuple(notices))
     state = read_state(found)
     if not (found / "optimizer").is_dir():
         raise CheckpointError(
@@ -166,7 +166,7 @@ def find_origin(config: TrainConfig) -> Origin:
         notices.append(f"{len(later)} later checkpoint(s) of this run were set aside as {later[0].name} ...")
     notices.append(f"resuming from {found}")
     notices += _changed_settings(config, run_dir)
-    return Origin(run_dir, found, state, tuple(notices))
+    return ResumePoint(run_dir, found, state, tuple(notices))
 
 
 def _changed_settings(config: TrainConfig, run_dir: RunDir) -> list[str]:
@@ -189,31 +189,36 @@ class Run:
 
     Args:
         config: Of the run.
-        origin: Where it starts.
+        resume_point: Where it starts.
         total_steps: Optimizer steps of the whole run.
         best_by: Held-out metric that chooses the best checkpoint, such as "eval_reward".
         greater_is_better: Its direction.
     """
 
     def __init__(
-        self, config: TrainConfig, origin: Origin, total_steps: int, best_by: str, greater_is_better: bool
+        self,
+        config: TrainConfig,
+        resume_point: ResumePoint,
+        total_steps: int,
+        best_by: str,
+        greater_is_better: bool,
     ) -> None:
         self.config = config
-        self.dir = origin.run_dir
+        self.dir = resume_point.run_dir
         self.total_steps = total_steps
-        self.step = origin.step
+        self.step = resume_point.step
         self.started = time.monotonic()
-        self.first_metrics: dict[str, float] = dict(origin.state.get("first_metrics", {}))
-        self.before: dict[str, float] = dict(origin.state.get("before", {}))
+        self.first_metrics: dict[str, float] = dict(resume_point.state.get("first_metrics", {}))
+        self.before: dict[str, float] = dict(resume_point.state.get("before", {}))
         self.after: dict[str, float] = {}
         self._evaluated: int | None = None
         self.last_metrics: dict[str, float] = {}
         self.stop_requested = False
         self._best_by, self._greater = best_by, greater_is_better
-        self._record = CheckpointRecord.from_state(origin.state, origin.run_dir)
+        self._record = CheckpointRecord.from_state(resume_point.state, resume_point.run_dir)
         self.console = Console()
-        self._origin = origin
-        self.completions = CompletionLog(origin.run_dir, resume_step=origin.resume_step)
+        self._origin = resume_point
+        self.completions = CompletionLog(resume_point.run_dir, resume_step=resume_point.resume_step)
 
     def say(self, message: Any) -> None:
         """Prints something that stays on the screen, above the live display once there is one."""
@@ -223,12 +228,15 @@ class Run:
     def watched(self) -> Iterator[None]:
         """Training begins: log, display and clocks start, and from here on the first Ctrl-C or SIGTERM asks
         for a stop instead of tearing the run."""
-        origin, every = self._origin, self.config.logging_steps
+        resume_point, every = self._origin, self.config.logging_steps
         self.logger = RunLogger(
-            origin.run_dir, self.config.report_to, self.total_steps, resume_step=origin.resume_step
+            resume_point.run_dir,
+            self.config.report_to,
+            self.total_steps,
+            resume_step=resume_point.resume_step,
         )
         self.display = ProgressDisplay(
-            self.total_steps, start_step=origin.step, logging_steps=every, console=self.console
+            self.total_steps, start_step=resume_point.step, logging_steps=every, console=self.console
         )
         self.timer = StepTimer(on_phase=self.display.phase)
 

@@ -30,7 +30,7 @@ from raytune_rl.groups.sizes import Groups, offline_groups
 from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.pipelines import offline_report, report
-from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, note, stage
+from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, find_resume_point, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.objective import Objective
 from raytune_rl.pipelines.scored import Score, ScoredSet
@@ -69,10 +69,10 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
             cluster = stack.enter_context(session(config.ray_address, note))
         groups = offline_groups(config, cluster)
         specs.check_machine(config, groups.on_gpu)
-        origin = find_origin(config)
+        resume_point = find_resume_point(config)
         with stage("reading and tokenizing the data") as tell:
-            where = (config, objective.shape.task, origin.run_dir.quarantine_jsonl)
-            stream = stream_of(*where, cluster.started_here, origin, stack)
+            where = (config, objective.shape.task, resume_point.run_dir.quarantine_jsonl)
+            stream = stream_of(*where, cluster.started_here, resume_point, stack)
             if stream is None:
                 train, held_out = token_sets(*where, one_machine=cluster.started_here, tell=tell)
             else:
@@ -82,15 +82,17 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         schedule = sft_schedule_of(config, groups["policy"].workers, units)
         told = [
             *notices,
-            *origin.notices,
+            *resume_point.notices,
             *train.account.notices,
             *specs.machine_notices(config, groups.on_gpu),
             *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
         ]
         plan = offline_report.plan_of(
-            config, objective, groups, schedule, train, held_out, origin, cluster, told, packs
+            config, objective, groups, schedule, train, held_out, resume_point, cluster, told, packs
         )
-        started = OfflineRun(config, objective, groups, schedule, train, held_out, origin, packs, stream)
+        started = OfflineRun(
+            config, objective, groups, schedule, train, held_out, resume_point, packs, stream
+        )
         started.run.say(plan.render())
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
         with stage("starting the actors"):
@@ -110,12 +112,17 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
 
 
 def stream_of(
-    config: OfflineConfig, task: Task, quarantine: Path, one_machine: bool, origin: Origin, stack: ExitStack
+    config: OfflineConfig,
+    task: Task,
+    quarantine: Path,
+    one_machine: bool,
+    resume_point: ResumePoint,
+    stack: ExitStack,
 ) -> Stream | None:
     """The windows of `--streaming true`, from the one in which the run stopped; None without it."""
     if not (isinstance(config, SFTConfig) and config.streaming):
         return None
-    first = int(origin.state.get("window", 0))
+    first = int(resume_point.state.get("window", 0))
     return Stream(config, task, quarantine, one_machine, first, stack)
 
 
@@ -147,7 +154,7 @@ class OfflineRun:
         schedule: SFTSchedule,
         train: TokenSet,
         held_out: TokenSet | None,
-        origin: Origin,
+        resume_point: ResumePoint,
         packs: Packs | None = None,
         stream: Stream | None = None,
     ) -> None:
@@ -161,11 +168,13 @@ class OfflineRun:
         self.kinds: tuple[Kind, ...] = tuple(dict.fromkeys(kind for kinds in shown for kind in kinds))
         if stream is not None:  # what a later window shows is not known
             self.kinds = tuple(KINDS.values())
-        self.origin = origin
-        self.run = Run(config, origin, schedule.total_steps, best_by="eval_loss", greater_is_better=False)
+        self.resume_point = resume_point
+        self.run = Run(
+            config, resume_point, schedule.total_steps, best_by="eval_loss", greater_is_better=False
+        )
         self.order = self.order_of(train, packs)
         self.stream = stream
-        self.taken = int(origin.state.get("batches_of_window", 0))
+        self.taken = int(resume_point.state.get("batches_of_window", 0))
 
     def order_of(self, rows: TokenSet, packs: Packs | None) -> BatchPlan | PackBatches:
         """The batches of each epoch."""
@@ -212,8 +221,8 @@ class OfflineRun:
 
     def restore(self) -> None:
         """Loads the checkpoint that the run goes on from. From here on the policy is not the reference."""
-        if self.origin.checkpoint is not None:
-            self.policy.world.load(self.origin.checkpoint)
+        if self.resume_point.checkpoint is not None:
+            self.policy.world.load(self.resume_point.checkpoint)
 
     def score_by_reference(self, slots: Mapping[str, Any]) -> None:
         """Log-probs of all rows of the run under the reference: the policy, which has not moved yet, or a

@@ -26,7 +26,7 @@ from raytune_rl.tracking.plan import RunPlan, Section
 from raytune_rl.tracking.summary import Change, RunSummary
 
 if TYPE_CHECKING:
-    from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult
+    from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult
     from raytune_rl.pipelines.objective import Objective
     from raytune_rl.runtime.cluster import ClusterInfo
 
@@ -40,7 +40,7 @@ def plan_of(
     schedule: SFTSchedule,
     train: TokenSet,
     held_out: TokenSet | None,
-    origin: Origin,
+    resume_point: ResumePoint,
     cluster: ClusterInfo,
     notices: Sequence[str],
     packs: Packs | None = None,
@@ -79,7 +79,7 @@ def plan_of(
                 shape.unit,
             ),
             Section("Training", rows),
-            output_section(config, origin, schedule),
+            output_section(config, resume_point, schedule),
         ],
         [*notices, *epochs_not_reached(config, schedule)],
     )

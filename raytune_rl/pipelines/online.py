@@ -29,7 +29,7 @@ from raytune_rl.pipelines import report
 from raytune_rl.pipelines.collect import Collected, Collector
 from raytune_rl.pipelines.engine_guard import METRIC, EngineGuard
 from raytune_rl.pipelines.generation_log import GenerationLog
-from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult, find_origin, note, stage
+from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, find_resume_point, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
 from raytune_rl.pipelines.run_models import RunModels
@@ -73,10 +73,10 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
             cluster = stack.enter_context(session(config.ray_address, note))
         groups = online_groups(config, cluster, algorithm.needs)
         specs.check_machine(config, groups.on_gpu)
-        origin = find_origin(config)
+        resume_point = find_resume_point(config)
         with stage("reading and tokenizing the data") as tell:
             train, held_out = prompt_sets(
-                config, origin.run_dir.quarantine_jsonl, one_machine=cluster.started_here, tell=tell
+                config, resume_point.run_dir.quarantine_jsonl, one_machine=cluster.started_here, tell=tell
             )
         needs.check([*train.account.columns, *(f"{kind}s" for kind in train.account.media.kinds)])
         specs.check_readable(config, train.account.media)
@@ -87,7 +87,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         )
         told = [
             *notices,
-            *origin.notices,
+            *resume_point.notices,
             *train.account.notices,
             *specs.machine_notices(config, groups.on_gpu),
             *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
@@ -95,13 +95,15 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         config, fitted = fit(config, train.account.traits, groups.on_gpu)
         told += fitted
         plan = report.online_plan(
-            config, algorithm, groups, schedule, train, held_out, longest, origin, cluster, told
+            config, algorithm, groups, schedule, train, held_out, longest, resume_point, cluster, told
         )
         shown = [s.account.media for s in (train, held_out) if s is not None]
         media = specs.prompt_limits(config, train.account.takes_media, shown)
-        controlled = Run(config, origin, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
+        controlled = Run(
+            config, resume_point, schedule.total_steps, best_by="eval_reward", greater_is_better=True
+        )
         controlled.say(plan.render())
-        state = RunState.restored(origin.state)
+        state = RunState.restored(resume_point.state)
 
         def lost(group: str, message: str) -> None:
             """A worker was lost and is replaced: said and counted."""
@@ -117,13 +119,13 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
                 needs=algorithm.needs,
                 prompts=train,
                 total_steps=schedule.total_steps,
-                run_name=origin.run_dir.path.name,
+                run_name=resume_point.run_dir.path.name,
                 max_model_len=limit,
                 media=media,
             )
             actors = start_groups(setup, slots, stack, controlled.say, lost)
             online = OnlineRun(config, algorithm, schedule, train, held_out, controlled, state, actors)
-            online.restore(origin)
+            online.restore(resume_point)
         with controlled.watched():
             online.train()
             result = controlled.finish({"prompts": state.account().as_dict()})
@@ -169,13 +171,13 @@ class OnlineRun:
         self.guard = EngineGuard(config, actors, prompts, actors.sizes.on_gpu, restarts, run.say)
         self.version = -1
 
-    def restore(self, origin: Origin) -> None:
+    def restore(self, resume_point: ResumePoint) -> None:
         """Loads the checkpoint that the run goes on from, if it does."""
-        if origin.checkpoint is None:
+        if resume_point.checkpoint is None:
             return
-        self.actors.learners.load(origin.checkpoint)
+        self.actors.learners.load(resume_point.checkpoint)
         if self.moving_reference is not None:
-            self.moving_reference.load(origin.checkpoint / REFERENCE)
+            self.moving_reference.load(resume_point.checkpoint / REFERENCE)
 
     @property
     def moving_reference(self) -> ReferenceGroup | None:

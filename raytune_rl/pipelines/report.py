@@ -27,7 +27,7 @@ from raytune_rl.tracking.plan import GenerationPlan, GroupPlan, RunPlan, Section
 from raytune_rl.tracking.summary import Change, RunSummary
 
 if TYPE_CHECKING:
-    from raytune_rl.pipelines.lifecycle import Origin, Run, RunResult
+    from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult
     from raytune_rl.pipelines.run_state import RunState
     from raytune_rl.protocol.train import StepReport
     from raytune_rl.runtime.cluster import ClusterInfo
@@ -46,7 +46,7 @@ def online_plan(
     train: PromptSet,
     held_out: PromptSet | None,
     longest: int,
-    origin: Origin,
+    resume_point: ResumePoint,
     cluster: ClusterInfo,
     notices: Sequence[str],
 ) -> RunPlan:
@@ -103,7 +103,7 @@ def online_plan(
             ),
             generation.section(),
             Section("Algorithm", in_words(config, algorithm)),
-            output_section(config, origin, schedule),
+            output_section(config, resume_point, schedule),
         ],
         [*notices, *epochs_not_reached(config, schedule), *extra],
     )
@@ -185,13 +185,15 @@ def _held_out_lines(train: Account, held_out: Account, rows: int, unit: str) -> 
     return lines
 
 
-def output_section(config: TrainConfig, origin: Origin, schedule: GRPOSchedule | SFTSchedule) -> Section:
+def output_section(
+    config: TrainConfig, resume_point: ResumePoint, schedule: GRPOSchedule | SFTSchedule
+) -> Section:
     often = f"{resolved.checkpoint_interval(config, schedule.steps_per_epoch):,} steps"
     if config.save_strategy == "epoch":
         often = f"epoch ({often})"
-    rows = [("folder", str(origin.run_dir.path)), ("checkpoint every", f"{often} and at the end")]
-    if origin.checkpoint is not None:
-        rows.append(("goes on from", f"{origin.checkpoint.name}, step {origin.step:,}"))
+    rows = [("folder", str(resume_point.run_dir.path)), ("checkpoint every", f"{often} and at the end")]
+    if resume_point.checkpoint is not None:
+        rows.append(("goes on from", f"{resume_point.checkpoint.name}, step {resume_point.step:,}"))
     return Section("Output", rows)
 
 

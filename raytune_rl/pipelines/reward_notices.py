@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from raytune_rl.protocol.rewards import Scored
+from raytune_rl.protocol.rewards import RewardTable
 
 
 class RewardNotices:
@@ -19,7 +19,7 @@ class RewardNotices:
         self._say = say
         self._told: set[tuple[str, str]] = set()
 
-    def tell(self, scored: Scored) -> None:
+    def tell(self, scored: RewardTable) -> None:
         """Says what is new in the rewards of a batch."""
         counts = Counter((failure.function, failure.kind) for failure in scored.failures)
         for failure in scored.failures:

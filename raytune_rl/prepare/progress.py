@@ -14,7 +14,7 @@ EVERY_S = 1.0
 """Seconds between two sentences."""
 
 
-class Counted:
+class RowProgress:
     """A `progress` that says how many rows are done, of how many where that is known."""
 
     def __init__(self, done: str, tell: Tell, total: int | None = None) -> None:
@@ -30,7 +30,7 @@ class Counted:
             self._next = time.monotonic() + EVERY_S
 
 
-def while_told(work: Callable[[Tell], Iterable[Any]]) -> Iterator[Any]:
+def stream_progress(work: Callable[[Tell], Iterable[Any]]) -> Iterator[Any]:
     """What `work` tells, as it does, and then what it gives back, item by item.
 
     Raises:

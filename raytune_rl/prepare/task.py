@@ -24,7 +24,7 @@ from raytune_rl.prepare.cache import (
     write_facts,
 )
 from raytune_rl.prepare.places import MediaPlaces
-from raytune_rl.prepare.progress import Counted, Tell, while_told
+from raytune_rl.prepare.progress import RowProgress, Tell, stream_progress
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.data import Account
 from raytune_rl.protocol.model import Traits
@@ -57,7 +57,7 @@ RowsEncoder = Callable[..., tuple[Columns, Facts]]
 def encode_prompts_task(config: RLHFConfig, quarantine: str, places: MediaPlaces) -> Iterator[Any]:
     """Prompts to train on and, if there are any, held out: of each (lengths, account), then its columns,
     extra columns and texts. In between, sentences on how far it is."""
-    for item in while_told(lambda tell: _encoded_prompts(config, Path(quarantine), places, tell)):
+    for item in stream_progress(lambda tell: _encoded_prompts(config, Path(quarantine), places, tell)):
         if isinstance(item, str):
             yield item
             continue
@@ -90,7 +90,7 @@ def _encoded_prompts(
             resolved.truncation_strategy(config),  # type: ignore[arg-type]
             strict=config.strict,
             num_proc=config.dataset_num_proc,
-            progress=Counted("tokenized", tell, len(examples)),
+            progress=RowProgress("tokenized", tell, len(examples)),
             media=media,
             model=facts.tokens,
         )
@@ -113,7 +113,7 @@ def encode_rows_task(
 
     What has been encoded before is taken from `cache`, a folder, where it is kept too.
     """
-    for item in while_told(
+    for item in stream_progress(
         lambda tell: _encoded_sets(config, task, Path(quarantine), places, Path(cache), tell)
     ):
         if isinstance(item, str):
@@ -210,7 +210,7 @@ def _encode(
         if inside is not None:
             inside.mkdir()
         examples, report = part
-        progress = Counted("tokenized", tell, len(examples))
+        progress = RowProgress("tokenized", tell, len(examples))
         columns, facts = encode(examples, report, bad_rows[name], progress, inside)
         if folder is not None:
             write_facts(folder, name, facts[1], facts[3])
@@ -345,7 +345,7 @@ def _load(config: TrainConfig, task: Task, quarantine: Path, tell: Tell = lambda
             progress=progress,
         )
 
-    progress = Counted("read", tell)
+    progress = RowProgress("read", tell)
     train = load(config.dataset, config.dataset_shuffle, quarantine)
     if unused := _unused_identity(config):
         train = replace(train, report=replace(train.report, notices=(unused, *train.report.notices)))

@@ -66,12 +66,12 @@ class ScoreSettings:
     Attributes:
         temperature: Divides the logits.
         timeout_s: Deadline for reading rows from the object store, seconds.
-        banned: Tokens that sampling never gives; the distribution is over the others.
+        disallowed_token_ids: Tokens that sampling never gives; the distribution is over the others.
     """
 
     temperature: float
     timeout_s: float
-    banned: tuple[int, ...] = ()
+    disallowed_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def with_completions(conversations: Sequence[list[Any]], texts: Sequence[str]) -
 
 
 @dataclass(frozen=True)
-class Scored:
+class RewardTable:
     """The rewards of a batch of trajectories.
 
     Attributes:

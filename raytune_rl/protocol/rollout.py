@@ -86,7 +86,7 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Names and meaning are vLLM's; `banned` tokens are never drawn."""
+    """How tokens are drawn. Names and meaning are vLLM's; `disallowed_token_ids` tokens are never drawn."""
 
     temperature: float
     max_tokens: int
@@ -96,11 +96,11 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop_words: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    banned: tuple[int, ...] = ()
+    disallowed_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Piece:
+class StreamChunk:
     """A part of an answer while it is written; the last has the reason for which it ends."""
 
     text: str

@@ -8,7 +8,7 @@ from raytune_rl.protocol.rows import RowPointer
 
 
 @dataclass(frozen=True)
-class PromptRequest:
+class EpisodeRequest:
     """One prompt and the completions wanted of it.
 
     Attributes:

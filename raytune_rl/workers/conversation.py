@@ -35,7 +35,7 @@ class Turn(Protocol):
     finish_reason: str
 
 
-Speak = Callable[[Sequence[int], Sequence[NDArray[np.int32]], Sequence[int], int], Sequence[Turn]]
+GenerateTurn = Callable[[Sequence[int], Sequence[NDArray[np.int32]], Sequence[int], int], Sequence[Turn]]
 """(which conversations, what each has said since its prompt, most tokens of each, turn) -> a turn of each."""
 
 
@@ -148,11 +148,13 @@ class Conversations:
         text = self._chat.render(turns, generation_prompt=True)
         return np.asarray(self._chat.tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
-    def hold(self, speak: Speak, requests: Sequence[Request], max_tokens: int) -> list[Conversation]:
+    def run_episodes(
+        self, generate_turn: GenerateTurn, requests: Sequence[Request], max_tokens: int
+    ) -> list[Conversation]:
         """Runs all conversations, a turn of each at a time.
 
         Args:
-            speak: Samples turns.
+            generate_turn: Samples turns.
             requests: The conversations, each ending with the prompt's last message.
             max_tokens: Most tokens behind a prompt, the environment's included.
         """
@@ -161,7 +163,7 @@ class Conversations:
         while alive:
             said = [held[i].tokens for i in alive]
             limits = [max_tokens - len(held[i].tokens) for i in alive]
-            spoken = dict(zip(alive, speak(alive, said, limits, turn), strict=True))
+            spoken = dict(zip(alive, generate_turn(alive, said, limits, turn), strict=True))
             for number, one in spoken.items():
                 held[number].add(one)
             decided = self._ask([(held[i], self._decision(held[i], spoken[i], turn)) for i in alive])

@@ -95,7 +95,7 @@ def trained(engine: Any) -> list[torch.nn.Parameter]:
     return [p for p in engine.module.parameters() if p.requires_grad]
 
 
-def is_sharded(engine: Any) -> bool:
+def shards_parameters(engine: Any) -> bool:
     """Whether no rank holds a whole parameter between two forward passes (ZeRO-3)."""
     return bool(engine.zero_optimization_stage() == 3)
 

@@ -25,7 +25,7 @@ def reward_moments(rows: ReadRows, scores: NDArray[np.float64], settings: Estima
     """Moments of the rewards of all tokens whose rows have a score.
 
     Args:
-        rows: With the late columns "old_logprobs" and, if `kl_coef` is over 0, "ref_logprobs".
+        rows: With the extra columns "old_logprobs" and, if `kl_coef` is over 0, "ref_logprobs".
         scores: float64 `[n]`, of whole completions; NaN where there is none.
         settings: Of the estimate.
     """
@@ -44,7 +44,7 @@ def estimate(
     """Advantages, not whitened, and returns.
 
     Args:
-        rows: As in `reward_moments`, and with the late column "values".
+        rows: As in `reward_moments`, and with the extra column "values".
         scores, settings: As there.
         rewards: Of the whole step, if rewards are to be whitened.
 
@@ -92,7 +92,7 @@ def whitened(
     """Advantages with mean 0 and spread 1 over the whole step.
 
     Args:
-        rows: With the late column "advantages".
+        rows: With the extra column "advantages".
         scores: As in `reward_moments`.
         advantages: Of the whole step.
 
@@ -120,7 +120,7 @@ class _Share:
 
         self._rows, self.n = rows, len(scores)
         name = "advantages" if settings is None else "old_logprobs"
-        self._lengths = [len(rows.late(name, row)) for row in range(self.n)]
+        self._lengths = [len(rows.extra(name, row)) for row in range(self.n)]
         self.row_of = torch.repeat_interleave(
             torch.arange(self.n), torch.tensor(self._lengths, dtype=torch.long)
         )
@@ -138,7 +138,7 @@ class _Share:
     def column(self, name: str) -> Tensor:
         import torch
 
-        held = [self._rows.late(name, row) for row in range(self.n)]
+        held = [self._rows.extra(name, row) for row in range(self.n)]
         return torch.from_numpy(np.concatenate([*held, np.empty(0, np.float32)]).astype(np.float64))
 
     def ragged(self, flat: Tensor) -> Ragged:

@@ -100,12 +100,12 @@ class PolicyWorker:
         from raytune_rl.algorithms.registry import get_loss
         from raytune_rl.models.adapters import head_of_its_own
         from raytune_rl.models.load import DTYPES, enable_gradient_checkpointing, load_tokenizer
-        from raytune_rl.models.sharding import is_cut
+        from raytune_rl.models.sharding import is_sharded
         from raytune_rl.models.tuner import apply_tuner, trains_vision
         from raytune_rl.models.weights import WeightExporter, whole
         from raytune_rl.rewards.plugins import load_plugins
         from raytune_rl.workers import isolation
-        from raytune_rl.workers.engine import gathered, is_sharded, start_engine
+        from raytune_rl.workers.engine import gathered, shards_parameters, start_engine
         from raytune_rl.workers.offload import Offload
 
         spec = self._spec
@@ -122,7 +122,7 @@ class PolicyWorker:
         if spec.gradient_checkpointing:
             enable_gradient_checkpointing(tuned.model)
         scorer = scoring.scorer_of(tuned.model, self._loss.forward)
-        cut = is_cut(scorer)  # and so not checked yet
+        cut = is_sharded(scorer)  # and so not checked yet
         self._media = scoring.media_collator(spec.model, loaded, always=sharded or trains_vision(tuned.model))
         self._tokenizer = (
             load_tokenizer(loaded.path, trust_remote_code=spec.model.trust_remote_code)
@@ -143,7 +143,7 @@ class PolicyWorker:
         settled = isolation.settle(scorer, spec.model.layout, spec.model.packing_flag)
         self._spec = replace(spec, model=replace(spec.model, layout=settled.layout))
         self._offload = Offload(self._engine)
-        self._gather = gathered if is_sharded(self._engine) else whole
+        self._gather = gathered if shards_parameters(self._engine) else whole
         self._publisher = (
             None if exporter is None else Publisher(exporter, self._gather, self._rank, self._world_size)
         )
@@ -164,8 +164,8 @@ class PolicyWorker:
         Args:
             batch: Rows with the scalars "weight" (of the row's summed token loss, over the whole step and all
                 ranks), "row_weight" (of the row's own loss) and "advantage", where the loss needs them; other
-                scalars and late columns go to the loss under their own names. A late column "advantages" has
-                one a token.
+                scalars and extra columns go to the loss under their own names. An extra column "advantages"
+                has one a token.
             step: Number of the step, from 0: it alone decides learning rate and dropout, so a resumed run
                 repeats them.
         """
@@ -222,8 +222,8 @@ class PolicyWorker:
         spec = self._spec
         micro = scoring.micro_batch(rows, members, spec.model.layout, self._media)
         outputs = self._forward(micro)
-        late = [name for name in batch.places if name not in ("", ROW_COLUMN)]
-        columns = {name: scoring.late_column(rows, members, name) for name in late}
+        extra = [name for name in batch.places if name not in ("", ROW_COLUMN)]
+        columns = {name: scoring.extra_column(rows, members, name) for name in extra}
         # A rank without rows has no column either, but its loss may ask for one.
         wanted = "rollout_logprobs" in self._loss.required_columns(self._settings)
         sampled = rows.has("logprobs") and self._loss.forward == "logprobs"
@@ -268,7 +268,7 @@ class PolicyWorker:
             **inputs,
             temperature=spec.score.temperature,
             with_entropy=spec.with_entropy,
-            banned=spec.score.banned,
+            disallowed_token_ids=spec.score.disallowed_token_ids,
         )
         return {
             "logprobs": scored.logprobs,

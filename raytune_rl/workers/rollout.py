@@ -19,8 +19,8 @@ from raytune_rl.data.media_table import media_of
 from raytune_rl.errors import DataError, StaleWeightsError
 from raytune_rl.multi_turn.scheduler import Request
 from raytune_rl.protocol.columns import Columns, Ragged
-from raytune_rl.protocol.rollout import EngineSpec, MultiTurnSpec, Piece, Sampling
-from raytune_rl.protocol.trajectory import CompletionMeta, PromptRequest
+from raytune_rl.protocol.rollout import EngineSpec, MultiTurnSpec, Sampling, StreamChunk
+from raytune_rl.protocol.trajectory import CompletionMeta, EpisodeRequest
 from raytune_rl.workers.conversation import Conversation, Conversations
 from raytune_rl.workers.engine_prompt import EnginePrompt
 
@@ -86,7 +86,7 @@ class RolloutWorker:
         """Takes the memory back. The weights are stale until a version is loaded."""
         self._engine.wake()
 
-    def chat(self, messages: Sequence[Message], seed: int, sampling: Sampling) -> Iterator[Piece]:
+    def chat(self, messages: Sequence[Message], seed: int, sampling: Sampling) -> Iterator[StreamChunk]:
         """Answers a conversation, piece by piece, under whatever version is loaded.
 
         Raises:
@@ -97,7 +97,7 @@ class RolloutWorker:
     def generate(
         self,
         prompts: Columns,
-        requests: Sequence[PromptRequest],
+        requests: Sequence[EpisodeRequest],
         sampling: Sampling,
         version: int,
         extra: Mapping[str, Sequence[Any]] | None = None,
@@ -128,7 +128,7 @@ class RolloutWorker:
         asked = [Asked(r, sample, seed) for r in requests for sample, seed in enumerate(r.seeds)]
         inputs = {r.row: read_prompt(prompts, r.row) for r in requests}
         prompts_of = [inputs[a.request.row] for a in asked]
-        held = self._hold(asked, prompts_of, sampling, extra)
+        held = self._run_episodes(asked, prompts_of, sampling, extra)
         metas = [
             CompletionMeta(
                 prompt_id=a.request.prompt_id,
@@ -162,7 +162,7 @@ class RolloutWorker:
         ]
         return metas, columns, [one.last_text for one in held], dialogues
 
-    def _hold(
+    def _run_episodes(
         self,
         asked: Sequence[Asked],
         prompts: list[EnginePrompt],
@@ -173,7 +173,7 @@ class RolloutWorker:
         its place among `prompts`.
         """
 
-        def speak(
+        def generate_turn(
             which: Sequence[int], said: Sequence[NDArray[np.int32]], limits: Sequence[int], turn: int
         ) -> list[Any]:
             longer = [prompts[i].followed_by(more) for i, more in zip(which, said, strict=True)]
@@ -184,11 +184,11 @@ class RolloutWorker:
             for number, changed in enumerate(self._conversations.begin(requests)):
                 if changed is not None:
                     prompts[number] = self._fitting(prompts[number], changed, sampling.max_tokens)
-            return self._conversations.hold(speak, requests, sampling.max_tokens)
+            return self._conversations.run_episodes(generate_turn, requests, sampling.max_tokens)
         held = [Conversation(Request([])) for _ in asked]
         everything = range(len(asked))
         none = np.zeros(0, dtype=np.int32)
-        turns = speak(everything, [none for _ in asked], [sampling.max_tokens for _ in asked], 1)
+        turns = generate_turn(everything, [none for _ in asked], [sampling.max_tokens for _ in asked], 1)
         for one, spoken in zip(held, turns, strict=True):
             one.add(spoken)
         return held
@@ -209,7 +209,7 @@ class RolloutWorker:
 class Asked:
     """One completion to be made."""
 
-    request: PromptRequest
+    request: EpisodeRequest
     sample: int
     seed: int
 

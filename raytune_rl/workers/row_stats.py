@@ -13,7 +13,7 @@ def row_kl(batch: RowBatch, estimator: str, timeout_s: float) -> NDArray[np.floa
     """The KL to the reference of each row, summed over its tokens, float64 `[n]`, nats.
 
     Args:
-        batch: Rows with the late columns "old_logprobs" and "ref_logprobs".
+        batch: Rows with the extra columns "old_logprobs" and "ref_logprobs".
         estimator: Name of a function of `algorithms.kl`.
         timeout_s: Deadline for reading.
     """
@@ -26,7 +26,7 @@ def row_kl(batch: RowBatch, estimator: str, timeout_s: float) -> NDArray[np.floa
     sums = np.zeros(len(batch))
     for row in range(len(batch)):
         old, ref = (
-            torch.from_numpy(np.array(rows.column("logprobs", row, late=name))).double()
+            torch.from_numpy(np.array(rows.column("logprobs", row, extra=name))).double()
             for name in ("old_logprobs", "ref_logprobs")
         )
         sums[row] = float(estimate(old, ref).sum())
@@ -37,13 +37,13 @@ def count_entropies(batch: RowBatch, bucket: int | None, timeout_s: float) -> ND
     """How many of the rows' entropies fall into each of 65,536 buckets (`algorithms.entropy`), int64.
 
     Args:
-        batch: Rows with the late column "entropy".
+        batch: Rows with the extra column "entropy".
         bucket: None counts all of them coarsely; else the fine counts within this bucket.
         timeout_s: Deadline for reading.
     """
     from raytune_rl.algorithms.entropy import count_high, count_low
 
     rows = read_rows(batch, timeout_s)
-    held = [rows.column("entropy", row, late="entropy") for row in range(len(batch))]
+    held = [rows.column("entropy", row, extra="entropy") for row in range(len(batch))]
     values = np.concatenate([*held, np.empty(0, np.float32)])
     return count_high(values) if bucket is None else count_low(values, bucket)

@@ -87,13 +87,13 @@ def scorer_of(model: Any, forward: Forward) -> TokenScorer | ScalarScorer:
     caller must do that once its engine is running."""
     from raytune_rl.models.scalar import ScalarScorer
     from raytune_rl.models.scorer import TokenScorer
-    from raytune_rl.models.sharding import is_cut
+    from raytune_rl.models.sharding import is_sharded
 
     if forward == "logprobs":
         scorer: TokenScorer | ScalarScorer = TokenScorer(model)
     else:
         scorer = ScalarScorer(model, skips_padding=forward == "scores")
-    if not is_cut(model):
+    if not is_sharded(model):
         scorer.verify()
     return scorer
 
@@ -166,7 +166,7 @@ def expect_media(rows: ReadRows, batch: RowBatch, media: MediaCollator | None) -
 def _media(rows: ReadRows, row: int) -> list[Medium]:
     from raytune_rl.data.media_table import ROW_COLUMN, media_of
 
-    return media_of(*rows.source(row, ROW_COLUMN if rows.has_late(ROW_COLUMN) else ""))
+    return media_of(*rows.source(row, ROW_COLUMN if rows.has_extra(ROW_COLUMN) else ""))
 
 
 def micro_batch(
@@ -188,9 +188,9 @@ def flat_column(rows: ReadRows, members: Sequence[int], name: str) -> torch.Tens
     return _flat([rows.column(name, row) for row in members])
 
 
-def late_column(rows: ReadRows, members: Sequence[int], name: str) -> torch.Tensor:
+def extra_column(rows: ReadRows, members: Sequence[int], name: str) -> torch.Tensor:
     """The same of a column that was computed later."""
-    return _flat([rows.late(name, row) for row in members])
+    return _flat([rows.extra(name, row) for row in members])
 
 
 def _flat(parts: Sequence[np.ndarray]) -> torch.Tensor:
@@ -246,7 +246,7 @@ def score(
                 **forward_inputs(micro),
                 temperature=settings.temperature,
                 with_entropy=with_entropy,
-                banned=settings.banned,
+                disallowed_token_ids=settings.disallowed_token_ids,
             )
             counts = np.bincount(micro.row_of.cpu().numpy(), minlength=len(members))
             for name in names:

@@ -32,7 +32,7 @@ from raytune_rl.data.model_tokens import read_eos
 from raytune_rl.errors import ConfigError, DataError, StaleWeightsError, WorkerDiedError
 from raytune_rl.models.load import resolve_path
 from raytune_rl.models.served import LORA_RANKS
-from raytune_rl.protocol.rollout import EngineSpec, Piece, Sampling
+from raytune_rl.protocol.rollout import EngineSpec, Sampling, StreamChunk
 from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.weights import find_manifest, read
 from raytune_rl.workers import vllm_plugin
@@ -214,7 +214,7 @@ class VllmEngine:
             for a, text in zip((answers[i] for i in range(len(prompts))), texts, strict=True)
         ]
 
-    def chat(self, messages: Sequence[Message], seed: int, sampling: Sampling) -> Iterator[Piece]:
+    def chat(self, messages: Sequence[Message], seed: int, sampling: Sampling) -> Iterator[StreamChunk]:
         """Answers one conversation; see `RolloutWorker.chat`."""
         template = replace(ChatTemplate.of(self.tokenizer), eos_token_ids=self.eos_token_ids)
         text = template.render(messages, generation_prompt=True)
@@ -233,7 +233,7 @@ class VllmEngine:
         try:
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
-                    yield Piece(output.outputs[0].text, output.outputs[0].finish_reason)
+                    yield StreamChunk(output.outputs[0].text, output.outputs[0].finish_reason)
         finally:
             self._engine.abort_request([name])  # nothing, once it has finished
 
@@ -247,7 +247,7 @@ class VllmEngine:
             max_tokens=max_tokens,
             stop=list(sampling.stop_words) or None,
             stop_token_ids=list(sampling.stop_token_ids) or None,
-            logit_bias=dict.fromkeys(sampling.banned, NEVER) or None,
+            logit_bias=dict.fromkeys(sampling.disallowed_token_ids, NEVER) or None,
             include_stop_str_in_output=True,
             seed=seed,
             logprobs=0,

@@ -11,7 +11,7 @@ from raytune_rl.algorithms.credit.group import group_metrics
 from raytune_rl.algorithms.experience import Experience, fill_with_signal, join, known_values
 from raytune_rl.data.sampler import order, stretch
 from raytune_rl.pipelines import report
-from raytune_rl.protocol.rewards import Failure, Scored
+from raytune_rl.protocol.rewards import Failure, RewardTable
 from raytune_rl.protocol.rows import RowPointer
 from raytune_rl.protocol.trajectory import Trajectory
 
@@ -30,7 +30,7 @@ def experience(*groups: list[float], first_prompt: int = 0) -> Experience:
         Failure(i, "f", "invalid", str(batch[i].prompt)) for i in np.flatnonzero(np.isnan(rewards))
     )
     values = np.asarray(rewards)[:, None]
-    return Experience(batch, Scored(("F",), ("f",), values, failures), np.asarray(rewards))
+    return Experience(batch, RewardTable(("F",), ("f",), values, failures), np.asarray(rewards))
 
 
 def test_only_different_rewards_teach() -> None:
@@ -55,7 +55,7 @@ def of_two(values: list[list[float]], *failed: tuple[int, str]) -> Experience:
     """One group of completions with two reward functions, `f` and `g`, of weight 1, as a run makes it."""
     batch = experience([0.0] * len(values)).batch
     failures = tuple(Failure(row, name, "exception", "") for row, name in failed)
-    scored = Scored(("F", "G"), ("f", "g"), np.array(values), failures)
+    scored = RewardTable(("F", "G"), ("f", "g"), np.array(values), failures)
     return Experience(batch, scored, combine_rewards(known_values(scored, (1.0, 1.0)), (1.0, 1.0)))
 
 

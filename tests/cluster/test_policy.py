@@ -111,7 +111,7 @@ class Case:
     loss: str
     settings: Any
     weights: Callable[[np.ndarray], dict[str, Any]]
-    late: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
 
 
 def mean_of(kind: str) -> Callable[[np.ndarray], dict[str, Any]]:
@@ -180,11 +180,11 @@ class World:
             together=2 if case and get_loss(case.loss).rows == "pairs" else 1,
         )
         scalars = {"weight": row_weights(lengths, "grpo"), "advantage": advantages}
-        late = {"ref_logprobs": pointers}
+        extra = {"ref_logprobs": pointers}
         if case is not None:
             scalars |= case.weights(np.array(lengths))
-            late |= dict.fromkeys(case.late, pointers)
-        batch = TrainBatch(pointers, np.asarray(totals), late, scalars)
+            extra |= dict.fromkeys(case.extra, pointers)
+        batch = TrainBatch(pointers, np.asarray(totals), extra, scalars)
         return [rank_share(schedule, r, batch).batch for r in range(len(self.group))]
 
     def gradient(

@@ -13,7 +13,7 @@ import ray
 from raytune_rl.errors import StaleWeightsError
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.rollout import EngineSpec, Sampling
-from raytune_rl.protocol.trajectory import PromptRequest
+from raytune_rl.protocol.trajectory import EpisodeRequest
 from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.weights import entry_of, plan_buckets, start_store, to_bytes
 from raytune_rl.workers.rollout import RolloutWorker, rollout_env
@@ -21,7 +21,7 @@ from tests.cluster.conftest import Tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 PROMPTS = {"prompt": Ragged.from_rows([list(range(5, 25)), list(range(30, 90))], np.int32)}
-REQUESTS = [PromptRequest(0, 0, (1, 2, 3)), PromptRequest(1, 1, (4, 5, 6))]
+REQUESTS = [EpisodeRequest(0, 0, (1, 2, 3)), EpisodeRequest(1, 1, (4, 5, 6))]
 SAMPLING = Sampling(temperature=0.9, max_tokens=24)
 
 
@@ -157,7 +157,7 @@ def test_trajectories_are_what_was_sampled(late_engine: tuple[Publisher, Any]) -
 def test_more_prompts_than_one_prefill_holds(late_engine: tuple[Publisher, Any]) -> None:
     """Each completion has a seed of its own, and no prompt may be cut over two steps of the engine."""
     publisher, worker = late_engine
-    many = [PromptRequest(0, 1, tuple(range(100)))]
+    many = [EpisodeRequest(0, 1, tuple(range(100)))]
     refs = worker.generate.options(num_returns=4).remote(PROMPTS, many, Sampling(0.9, 2), 4)
     metas, columns, _, _ = ray.get(refs, timeout=120)
     assert len(metas) == 100

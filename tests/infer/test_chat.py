@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from raytune_rl.data.example import Message
 from raytune_rl.errors import DataError
 from raytune_rl.infer.chat import converse
-from raytune_rl.protocol.rollout import Piece
+from raytune_rl.protocol.rollout import StreamChunk
 
 
 class Parrot:
@@ -16,12 +16,12 @@ class Parrot:
     def __init__(self) -> None:
         self.shown: list[list[tuple[str, str]]] = []
 
-    def __call__(self, messages: Sequence[Message], turn: int) -> Iterator[Piece]:
+    def __call__(self, messages: Sequence[Message], turn: int) -> Iterator[StreamChunk]:
         self.shown.append([(m.role, m.content) for m in messages])
         if "too long" in messages[-1].content:
             raise DataError("it does not fit")
-        yield Piece(f"turn {turn}, ")
-        yield Piece(f"{len(messages)} messages", "length" if turn else "stop")
+        yield StreamChunk(f"turn {turn}, ")
+        yield StreamChunk(f"{len(messages)} messages", "length" if turn else "stop")
 
 
 def talk(lines: list[str], **options: object) -> tuple[Parrot, str, int]:

@@ -202,8 +202,8 @@ def test_banned_tokens_have_no_part_in_the_distribution(
 ) -> None:
     """As sampled: the softmax runs over the other tokens only, in values and in gradients."""
     hidden, head, targets, w_logp, w_ent = case()
-    banned = (7, 30, 96)
-    others = torch.tensor([token for token in range(VOCAB) if token not in banned])
+    disallowed_token_ids = (7, 30, 96)
+    others = torch.tensor([token for token in range(VOCAB) if token not in disallowed_token_ids])
     targets = others[targets % len(others)]
     logits = head(hidden)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -214,7 +214,9 @@ def test_banned_tokens_have_no_part_in_the_distribution(
     want = torch.autograd.grad((want_logp * w_logp + want_ent * w_ent).sum(), leaves)
 
     module: nn.Module = head if plain else Wrapped(head)
-    got = token_logprobs(hidden, module, targets, 0.8, chunk, True, softcap, banned=banned)
+    got = token_logprobs(
+        hidden, module, targets, 0.8, chunk, True, softcap, disallowed_token_ids=disallowed_token_ids
+    )
     assert got.entropy is not None
     torch.testing.assert_close(got.logprobs, want_logp, rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(got.entropy, want_ent, rtol=1e-5, atol=1e-5)

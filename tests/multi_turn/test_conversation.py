@@ -72,19 +72,19 @@ class Tool(MultiTurnScheduler):
         return {"infer_request": infer_request, "rollout_infos": {"calls": current_turn}}
 
 
-def hold(
+def run_episodes(
     scheduler: MultiTurnScheduler, script: Script, count: int = 1, max_tokens: int = 100, timeout_s: float = 5
 ) -> list[Conversation]:
     requests = [
         Request([{"role": "user", "content": f"{i}+1=?"}], {"solution": str(i + 1)}, str(i))
         for i in range(count)
     ]
-    return Conversations(scheduler, CHAT, timeout_s).hold(script, requests, max_tokens)
+    return Conversations(scheduler, CHAT, timeout_s).run_episodes(script, requests, max_tokens)
 
 
 def test_the_model_trains_on_its_own_tokens_only() -> None:
     script = Script("tool", "it is {number}")
-    held = hold(Tool(), script, count=2)
+    held = run_episodes(Tool(), script, count=2)
     for number, one in enumerate(held):
         env = f"\n<|im_start|>tool\n{number + 1}<|im_end|>\n<|im_start|>assistant\n"
         assert TOKENIZER.decode(one.tokens) == f"tool<|im_end|>{env}it is {number}<|im_end|>"
@@ -107,24 +107,24 @@ def test_conversations_end_each_in_its_own_turn() -> None:
         def check_finished(self, infer_request: Request, response_choice: Choice, current_turn: int) -> bool:
             return int(infer_request.uuid) % 2 == 0 or current_turn == 3
 
-    held = hold(Odd(), Script("tool"), count=4)
+    held = run_episodes(Odd(), Script("tool"), count=4)
     assert [one.turns for one in held] == [1, 3, 1, 3]
 
 
 def test_max_turns_and_a_cut_turn_end_a_conversation() -> None:
-    assert hold(Tool(max_turns=2), Script("tool"))[0].turns == 2
-    (cut,) = hold(Tool(), Script("tool tool tool tool"), max_tokens=3)
+    assert run_episodes(Tool(max_turns=2), Script("tool"))[0].turns == 2
+    (cut,) = run_episodes(Tool(), Script("tool tool tool tool"), max_tokens=3)
     assert (cut.turns, cut.finish_reason, len(cut.tokens)) == (1, "length", 3)
 
 
 def test_without_room_for_an_answer_nothing_is_added() -> None:
-    (one,) = hold(Tool(), Script("tool"), max_tokens=6)
+    (one,) = run_episodes(Tool(), Script("tool"), max_tokens=6)
     assert (one.turns, one.finish_reason) == (1, "length")
     assert all(one.trained)
 
 
 def test_a_doubt_is_put_in_the_models_mouth() -> None:
-    (one,) = hold(MathTipTrick(), Script("<think>a</think><answer>7</answer>", " it is 2"))
+    (one,) = run_episodes(MathTipTrick(), Script("<think>a</think><answer>7</answer>", " it is 2"))
     assert TOKENIZER.decode(one.tokens) == f"<think>a{MathTipTrick.tip} it is 2<|im_end|>"
     assert one.last_text == f"<think>a{MathTipTrick.tip} it is 2", "one turn, which was continued"
     doubt = [t for t, trained in zip(one.tokens, one.trained, strict=True) if not trained]
@@ -132,7 +132,7 @@ def test_a_doubt_is_put_in_the_models_mouth() -> None:
     assert len(one.logprobs) == one.sampled
     assert one.turns == 2
     for right in ("<think>a</think><answer> 1 </answer>", "it is \\boxed{{1}}"):
-        assert hold(MathTipTrick(), Script(right))[0].turns == 1, "the solution is 1"
+        assert run_episodes(MathTipTrick(), Script(right))[0].turns == 1, "the solution is 1"
 
 
 def test_a_turn_may_go_on_more_than_once() -> None:
@@ -142,7 +142,7 @@ def test_a_turn_may_go_on_more_than_once() -> None:
             infer_request.messages[-1]["content"] = f"{said} and"
             return infer_request  # as ms-swift 3.7 had it
 
-    (one,) = hold(Again(max_turns=3), Script("one", "two", "three"))
+    (one,) = run_episodes(Again(max_turns=3), Script("one", "two", "three"))
     assert one.failure == ""
     assert one.last_text == "one and" + "two and" + "three"
     assert TOKENIZER.decode(one.tokens) == "one andtwo andthree<|im_end|>"
@@ -176,7 +176,7 @@ def test_an_environment_sets_the_prompt_and_says_when_it_is_over() -> None:
     assert [TOKENIZER.decode(prompt) for prompt in prompts if prompt is not None] == [
         f"<|im_start|>user\nboard {name}<|im_end|>\n<|im_start|>assistant\n" for name in ("a", "b")
     ]
-    held = conversations.hold(Script("move"), requests, 100)
+    held = conversations.run_episodes(Script("move"), requests, 100)
     assert [one.turns for one in held] == [2, 2]
     assert [one.request.rollout_infos for one in held] == [{"score": 2}] * 2
     assert conversations.begin([]) == []
@@ -196,7 +196,7 @@ def test_a_scheduler_may_give_tokens_and_say_which_are_trained() -> None:
                 "rollout_logprobs": [0.0] * len(kept),
             }
 
-    (one,) = hold(Tokens(max_turns=2), Script("12345", "6"))
+    (one,) = run_episodes(Tokens(max_turns=2), Script("12345", "6"))
     assert one.failure == ""
     assert TOKENIZER.decode(one.tokens) == "1234 wait,6<|im_end|>"
     own = [t for t, trained in zip(one.tokens, one.trained, strict=True) if trained]
@@ -215,7 +215,7 @@ def test_a_list_of_tokens_that_is_extended_in_place_is_still_the_environments() 
             mask += [0] * (len(ids) - len(mask))
             return {"infer_request": infer_request, "response_token_ids": ids, "response_loss_mask": mask}
 
-    (one,) = hold(Extends(max_turns=2), Script("6*7=", "!"))
+    (one,) = run_episodes(Extends(max_turns=2), Script("6*7=", "!"))
     assert TOKENIZER.decode(one.tokens) == "6*7=42!<|im_end|>", "no end in the middle of a turn"
     own = [t for t, trained in zip(one.tokens, one.trained, strict=True) if trained]
     assert TOKENIZER.decode(own) == "6*7=!<|im_end|>"
@@ -237,7 +237,7 @@ def test_tokens_that_do_not_fit_end_the_conversation(returned: dict[str, Any], r
             infer_request.messages.append({"role": "user", "content": "next"})
             return returned
 
-    (one,) = hold(Wrong(), Script("12"))
+    (one,) = run_episodes(Wrong(), Script("12"))
     assert reason in one.failure
     assert one.turns == 1
 
@@ -247,7 +247,7 @@ def test_max_turns_ends_it_whatever_the_scheduler_says() -> None:
         def check_finished(self, *args: Any) -> bool:
             return False
 
-    assert hold(Never(max_turns=2), Script("tool"))[0].turns == 2
+    assert run_episodes(Never(max_turns=2), Script("tool"))[0].turns == 2
 
 
 class Broken(Tool):
@@ -282,7 +282,7 @@ class Broken(Tool):
 )
 def test_a_hook_that_fails_ends_its_own_conversation(how: str, reason: str) -> None:
     scheduler = Broken(how)
-    held = hold(scheduler, Script("tool", "done"), count=3, timeout_s=0.5)
+    held = run_episodes(scheduler, Script("tool", "done"), count=3, timeout_s=0.5)
     scheduler.never.set()
     assert [one.turns for one in held] == [2, 1, 2]
     assert reason in held[1].failure
@@ -295,7 +295,7 @@ def test_coroutines_are_hooks_too() -> None:
         async def step(self, *args: Any) -> Any:  # type: ignore[override]
             return super().step(*args)
 
-    assert hold(Slow(), Script("tool", "done"))[0].turns == 2
+    assert run_episodes(Slow(), Script("tool", "done"))[0].turns == 2
 
 
 def test_an_unknown_scheduler_is_named_with_the_nearest() -> None:
@@ -319,7 +319,7 @@ def test_the_example_works_out_what_the_model_asks() -> None:
         calculator = make_scheduler("calculator", 4)
     finally:
         multi_turns.pop("calculator")
-    (one,) = hold(calculator, Script("<calc>6 * (3+4)</calc>", "so <calc>2/0</calc>", "42"))
+    (one,) = run_episodes(calculator, Script("<calc>6 * (3+4)</calc>", "so <calc>2/0</calc>", "42"))
     tools = [m["content"] for m in one.request.messages if m["role"] == "tool"]
     assert tools == ["42", "not a sum that can be worked out"]
     assert (one.turns, one.last_text, one.failure) == (3, "42", "")

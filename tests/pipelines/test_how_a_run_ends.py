@@ -9,7 +9,7 @@ import pytest
 
 from raytune_rl.config import SFTConfig
 from raytune_rl.errors import WorkerDiedError
-from raytune_rl.pipelines.lifecycle import Run, find_origin
+from raytune_rl.pipelines.lifecycle import Run, find_resume_point
 
 
 class Weights:
@@ -21,7 +21,7 @@ class Weights:
 
 def failing(directory: Path, saves: bool, **settings: Any) -> None:
     config = SFTConfig(model="m", dataset="d", output_dir=directory, report_to="none", **settings)
-    run = Run(config, find_origin(config), total_steps=9, best_by="eval_loss", greater_is_better=False)
+    run = Run(config, find_resume_point(config), total_steps=9, best_by="eval_loss", greater_is_better=False)
     with run.watched():
         run.record({"loss": 1.0})
         if saves:

@@ -11,7 +11,7 @@ import pytest
 
 from raytune_rl.config import SFTConfig
 from raytune_rl.errors import ConfigError
-from raytune_rl.pipelines.lifecycle import Run, find_origin
+from raytune_rl.pipelines.lifecycle import Run, find_resume_point
 
 
 class Weights:
@@ -23,7 +23,9 @@ class Weights:
 
 def run_in(directory: Path, **settings: Any) -> Run:
     config = SFTConfig(model="m", dataset="d", output_dir=directory, report_to="none", **settings)
-    return Run(config, find_origin(config), total_steps=20, best_by="eval_loss", greater_is_better=False)
+    return Run(
+        config, find_resume_point(config), total_steps=20, best_by="eval_loss", greater_is_better=False
+    )
 
 
 def logged(run: Run) -> list[dict[str, Any]]:
@@ -71,5 +73,5 @@ def test_a_sink_that_is_not_installed_is_told_before_anything_is_made(
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = SFTConfig(model="m", dataset="d", output_dir=tmp_path / "output", report_to="wandb")
     with pytest.raises(ConfigError, match="--report_to wandb needs the package wandb"):
-        find_origin(config)
+        find_resume_point(config)
     assert not (tmp_path / "output").exists()

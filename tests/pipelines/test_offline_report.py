@@ -15,7 +15,7 @@ from raytune_rl.config.batching import sft_schedule_of
 from raytune_rl.errors import ConfigError
 from raytune_rl.groups.sizes import offline_groups
 from raytune_rl.models.load import load_tokenizer
-from raytune_rl.pipelines.lifecycle import Origin
+from raytune_rl.pipelines.lifecycle import ResumePoint
 from raytune_rl.pipelines.objective import preference
 from raytune_rl.pipelines.offline_report import plan_of, with_margin
 from raytune_rl.prepare.task import check_vocabulary
@@ -32,7 +32,7 @@ def plan(tmp_path: Path, rows: int, values: dict[str, Any], **settings: Any) -> 
     lengths = np.arange(rows, dtype=np.int64) + 10
     data = TokenSet(None, lengths, lengths // 2, account, values)
     cluster = ClusterInfo(True, "10.0.0.1:6379", {"10.0.0.1": {"CPU": 2.0}}, 0, has_gpus=False)
-    origin = Origin(RunDir(tmp_path), None, {}, ())
+    resume_point = ResumePoint(RunDir(tmp_path), None, {}, ())
     made = plan_of(
         config,
         objective,
@@ -40,7 +40,7 @@ def plan(tmp_path: Path, rows: int, values: dict[str, Any], **settings: Any) -> 
         sft_schedule_of(config, 1, rows // 2),
         data,
         None,
-        origin,
+        resume_point,
         cluster,
         [],
     )

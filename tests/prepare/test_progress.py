@@ -7,20 +7,20 @@ import pytest
 from raytune_rl.pipelines import lifecycle
 from raytune_rl.pipelines.lifecycle import stage
 from raytune_rl.prepare import progress
-from raytune_rl.prepare.progress import Counted, Tell, while_told
+from raytune_rl.prepare.progress import RowProgress, Tell, stream_progress
 
 
 def test_sentences_come_before_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "EVERY_S", -1.0)
 
     def work(tell: Tell) -> list[int]:
-        counted = Counted("tokenized", tell, 1500)
+        counted = RowProgress("tokenized", tell, 1500)
         counted(1000)
         counted(500)
         return [7, 8]
 
     said = ["tokenized 1,000 of 1,500 rows", "tokenized 1,500 of 1,500 rows"]
-    assert list(while_told(work)) == [*said, 7, 8]
+    assert list(stream_progress(work)) == [*said, 7, 8]
 
 
 def test_a_failure_is_raised_where_the_sentences_are_heard() -> None:
@@ -28,7 +28,7 @@ def test_a_failure_is_raised_where_the_sentences_are_heard() -> None:
         tell("half")
         raise ValueError("broken")
 
-    heard = while_told(work)
+    heard = stream_progress(work)
     assert next(heard) == "half"
     with pytest.raises(ValueError, match="broken"):
         next(heard)

@@ -13,7 +13,7 @@ PROGRAM = """
 import torch
 from torch import distributed
 from raytune_rl.workers.engine import start_engine, step
-from raytune_rl.workers.policy import OptimizerSpec
+from raytune_rl.protocol.train import OptimizerSpec
 distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 module = torch.nn.Linear(2, 1)
 spec = OptimizerSpec(1e-2, "constant", 0, 1, (0.9, 0.99), 1e-8, 0.0, 1.0, {"zero_optimization": {"stage": 2}})

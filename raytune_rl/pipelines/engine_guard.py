@@ -151,7 +151,7 @@ class EngineGuard:
             EngineMismatchError: They differ by more than the limit.
         """
         restarts = self._restarts()
-        known = version in self._versions or len(self._versions) == PUBLICATIONS
+        known = version in self._versions or len(self._versions) >= PUBLICATIONS
         if self._limit is None or (known and self._proven == restarts):
             return
         gap = self._gap(version, 0)

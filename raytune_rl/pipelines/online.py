@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,9 +182,9 @@ class OnlineRun:
 
     @property
     def moving_reference(self) -> ReferenceGroup | None:
-        """The reference, if it follows the policy."""
+        """The reference, if it follows the policy: then it is a group of its own, as the config has seen to."""
         reference = self.actors.reference
-        return reference if self.config.sync_ref_model and isinstance(reference, ReferenceGroup) else None
+        return cast(ReferenceGroup, reference) if self.config.sync_ref_model else None
 
     # -- the loop
     # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,327 @@
+"""Stand-ins for the groups of an online run: no actors, no tensors. Each writes down what it is asked, gives
+answers that follow from the question and from how often the model was trained, and refuses what the real one
+could not do: to sample with weights that it has not loaded, to be asked while another has its GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from raytune_rl.config import RLHFConfig
+from raytune_rl.groups.start import OnlineGroups, learners_of
+from raytune_rl.protocol.data import Account, PromptSet, SourceCounts
+from raytune_rl.protocol.rewards import Failure, Scored, TrainerState
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
+from raytune_rl.protocol.train import Estimates, EstimateSettings, RowLogprobs, StepReport
+from raytune_rl.protocol.trajectory import Trajectory
+from raytune_rl.protocol.weights import Manifest
+
+Reward = Callable[[Trajectory], float]
+"""What a completion is worth; NaN: it could not be scored."""
+
+
+@dataclass
+class Stage:
+    """What the stand-ins share.
+
+    Attributes:
+        calls: Everything that was asked, in order.
+        shared: Whether policy and engines share their GPUs.
+        owner: Who has them.
+        on_call: Told of each call when it is made.
+    """
+
+    calls: list[str] = field(default_factory=list)
+    shared: bool = False
+    owner: str = "policy"
+    on_call: Callable[[str], None] = lambda call: None
+
+    def call(self, text: str, owner: str | None = None) -> None:
+        """Writes a call down; `owner` must have the GPUs for it."""
+        assert not self.shared or owner in (None, self.owner), f"{text}: {self.owner} has the GPUs"
+        self.calls.append(text)
+        self.on_call(text)
+
+
+def prompt_set(count: int, name: str = "train") -> PromptSet:
+    """Prompts of 3, 4, 5, ... tokens."""
+    account = Account((SourceCounts(name, count, 0, count),), {}, None, (), None, ())
+    return PromptSet(name, name, name, np.arange(3, 3 + count, dtype=np.int64), account)
+
+
+class FakeSharing:
+    """See `groups.gpu_sharing.GPUSharing`."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def to_policy(self) -> None:
+        """The policy has the GPUs."""
+        self._stage.owner = "policy"
+
+    def to_rollout(self) -> bool:
+        """The engines have them; True: they slept, and have lost their weights."""
+        woke = self._stage.shared and self._stage.owner == "policy"
+        self._stage.owner = "rollout"
+        return woke
+
+
+class FakeRollout:
+    """See `groups.fleet.RolloutGroup`. Sample s of prompt p has 2 + s tokens, which lie in row 10 p + s; it is
+    cut off where p is 4, 9, ...
+    """
+
+    def __init__(self, stage: Stage, name: str = "rollout", engines: int = 1) -> None:
+        self._stage, self._name, self.engines = stage, name, engines
+        self.loaded = [-1]
+
+    def plain(self, max_tokens: int) -> FakeRollout:
+        """The same engines for a probe."""
+        probe = FakeRollout(self._stage, "probe", self.engines)
+        probe.loaded = self.loaded
+        return probe
+
+    def load(self, version: int) -> float:
+        """Pulls a version."""
+        self._stage.call(f"rollout.load {version}", "rollout")
+        self.loaded[0] = version
+        return 0.0
+
+    def generate(
+        self,
+        prompts: PromptSet,
+        rows: Sequence[int],
+        completions: int,
+        version: int,
+        batch: int,
+        *,
+        evaluation: bool = False,
+    ) -> list[Trajectory]:
+        """Completions of prompts."""
+        assert version == self.loaded[0], f"asked for version {version}, the engines have {self.loaded[0]}"
+        which = "evaluation" if evaluation else f"batch {batch}"
+        of = " ".join(str(int(row)) for row in rows)
+        self._stage.call(f"{self._name}.generate {which}: prompts {of}, {completions} each", "rollout")
+        return [
+            Trajectory(
+                prompt=int(row),
+                group=group,
+                sample=sample,
+                data=RowPointer(f"tokens {batch}", int(row) * 10 + sample),
+                text=RowPointer(f"texts {batch}", int(row) * 10 + sample),
+                prompt_tokens=int(prompts.lengths[row]),
+                completion_tokens=2 + sample,
+                finish_reason="length" if row % 5 == 4 else "stop",
+                version=version,
+            )
+            for group, row in enumerate(rows)
+            for sample in range(completions)
+        ]
+
+    def forget_prompts(self) -> None:
+        """Drops what is kept of prompts."""
+        self._stage.call("rollout.forget_prompts", "rollout")
+
+
+class FakeRewards:
+    """See `groups.rewards.Scorer`."""
+
+    def __init__(self, stage: Stage, reward: Reward) -> None:
+        self._stage, self._reward = stage, reward
+
+    def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
+        """The rewards of completions."""
+        at = f"step {state.global_step} of {state.max_steps}"
+        self._stage.call(f"rewards.score {len(trajectories)} of {prompts.texts}, {at}")
+        values = np.array([self._reward(t) for t in trajectories])
+        failures = [Failure(int(row), "toy", "timeout", "slow") for row in np.flatnonzero(np.isnan(values))]
+        return Scored(("Toy",), ("toy",), values[:, None], tuple(failures))
+
+
+def _column(name: str, batch: TrainBatch) -> list[RowPointer]:
+    return [RowPointer(f"{name} of {place.ref}", place.row) for place in batch.rows]
+
+
+class FakeTrainable:
+    """See `groups.world.Trainable`. Its weights are the number of steps that it was trained.
+
+    Attributes:
+        batches: What it was trained on.
+    """
+
+    def __init__(self, stage: Stage, name: str) -> None:
+        self._stage, self._name = stage, name
+        self.updates = 0
+        self.batches: list[TrainBatch] = []
+
+    def start_step(self, batch: TrainBatch, step: int) -> FakeTrainable:
+        """Begins a step."""
+        rows = " ".join(str(place.row) for place in batch.rows)
+        columns = " ".join(sorted(batch.columns)) or "none"
+        scalars = " ".join(sorted(batch.scalars)) or "none"
+        self._stage.call(
+            f"{self._name}.start_step {step}: rows {rows}; columns {columns}; scalars {scalars}", "policy"
+        )
+        self.batches.append(batch)
+        self.updates += 1
+        return self
+
+    def finish(self) -> StepReport:
+        """Waits for it."""
+        self._stage.call(f"{self._name}.finish")
+        loss = float((self.batches[-1].scalars["weight"] * self.updates).sum())
+        metrics = {"loss": loss, "grad_norm": 1.0 / self.updates, "learning_rate": 0.5}
+        return StepReport(metrics, int(self.batches[-1].lengths.sum()), 0.25)
+
+    def offload(self, weights: bool, optimizer: bool) -> None:
+        """Moves it to the CPU."""
+
+    def reload(self) -> None:
+        """Brings it back."""
+
+    def save(self, directory: Path, only_model: bool) -> None:
+        """Writes the weights."""
+        self._stage.call(f"{self._name}.save{' only_model' if only_model else ''}", "policy")
+        directory.mkdir(exist_ok=True)
+        (directory / "weights.json").write_text(json.dumps(self.updates))
+        if not only_model:
+            (directory / "optimizer").mkdir()
+            (directory / "optimizer" / "state").write_text("state")
+
+    def load(self, directory: Path) -> None:
+        """Restores them."""
+        self.updates = json.loads((directory / "weights.json").read_text())
+        self._stage.call(f"{self._name}.load {self.updates}", "policy")
+
+
+class FakePolicy:
+    """See `groups.trainer.PolicyGroup`.
+
+    Attributes:
+        half_square: What `row_kl` gives by "k2": half of the squared gap of an engine's log-prob.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage, self.half_square = stage, 0.0
+
+    def logprobs(self, batch: TrainBatch) -> RowLogprobs:
+        """Log-probs of rows."""
+        self._stage.call(f"policy.logprobs {len(batch)}", "policy")
+        return RowLogprobs(_column("policy logprobs", batch), np.zeros(len(batch)))
+
+    def entropies(self, batch: TrainBatch) -> list[RowPointer]:
+        """Entropies of rows."""
+        self._stage.call(f"policy.entropies {len(batch)}", "policy")
+        return _column("entropies", batch)
+
+    def entropy_threshold(self, batch: TrainBatch, tokens: Sequence[int], share: float) -> float:
+        """The entropy that a token must have."""
+        self._stage.call(f"policy.entropy_threshold {len(batch)}, {sum(tokens)} tokens, {share:g}", "policy")
+        return 0.125 if sum(tokens) else -math.inf
+
+    def row_kl(self, batch: TrainBatch, estimator: str) -> np.ndarray:
+        """The KL of rows: a tenth of their number."""
+        assert {"old_logprobs", "ref_logprobs"} <= batch.columns.keys()
+        self._stage.call(f"policy.row_kl {len(batch)}, {estimator}", "policy")
+        if estimator == "k2":
+            return np.full(len(batch), self.half_square)
+        return np.arange(len(batch)) / 10
+
+    def publish(self, version: int) -> Manifest:
+        """The weights as they are."""
+        self._stage.call(f"policy.publish {version}", "policy")
+        return Manifest(version, "full", (), ())
+
+
+class FakeReference:
+    """See `groups.logprobs.ReferenceGroup`."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage, self.mixed = stage, -1
+
+    def logprobs(self, batch: TrainBatch) -> RowLogprobs:
+        """Log-probs of rows."""
+        self._stage.call(f"reference.logprobs {len(batch)}", "policy")
+        return RowLogprobs(_column("reference logprobs", batch), np.zeros(len(batch)))
+
+    def mix(self, manifest: Manifest, share: float) -> None:
+        """Moves towards a version."""
+        self._stage.call(f"reference.mix {manifest.version}, {share:g}")
+        self.mixed = manifest.version
+
+    def save(self, directory: Path) -> None:
+        """Writes it."""
+        self._stage.call("reference.save")
+        directory.mkdir()
+        (directory / "mixed.json").write_text(json.dumps(self.mixed))
+
+    def load(self, directory: Path) -> None:
+        """Restores it."""
+        self.mixed = json.loads((directory / "mixed.json").read_text())
+        self._stage.call(f"reference.load {self.mixed}")
+
+
+class FakeCritic:
+    """See `groups.critic.CriticGroup`."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def estimate(
+        self, batch: TrainBatch, scores: Any, settings: EstimateSettings, *, whiten_rewards: bool
+    ) -> Estimates:
+        """Advantages and returns: a row's mean advantage is its score."""
+        shown = " ".join(f"{score:g}" for score in scores)
+        columns = " ".join(sorted(batch.columns))
+        self._stage.call(f"critic.estimate scores {shown}; columns {columns}", "policy")
+        made = {name: _column(name, batch) for name in ("advantages", "returns", "old_values")}
+        return Estimates(made, np.asarray(scores, dtype=np.float64), {"critic/returns": 0.5})
+
+
+class FakeStore:
+    """See `groups.weight_store.WeightStore`."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def publish(self, manifest: Manifest) -> None:
+        """Makes a version the newest."""
+        self._stage.call(f"store.publish {manifest.version}")
+
+
+@dataclass
+class Cast:
+    """The stand-ins of one run: the policy as it is asked, the models as they are trained, all as a run takes
+    them."""
+
+    policy: FakePolicy
+    policy_model: FakeTrainable
+    critic_model: FakeTrainable
+    groups: OnlineGroups
+
+
+def cast_of(config: RLHFConfig, needs: frozenset[str], stage: Stage, reward: Reward) -> Cast:
+    """Those that a run of these needs has; `Learners` are the real ones over stand-ins of the models."""
+    policy, model, critic = FakePolicy(stage), FakeTrainable(stage, "policy"), FakeTrainable(stage, "critic")
+    worlds: list[Any] = [model, critic if "values" in needs else None]
+    learners = learners_of(worlds[0], worlds[1], config)
+    groups: dict[str, Any] = {
+        "sizes": SimpleNamespace(on_gpu=False),
+        "policy": policy,
+        "learners": learners,
+        "rollout": FakeRollout(stage),
+        "rewards": FakeRewards(stage, reward),
+        "gpu_sharing": FakeSharing(stage),
+        "reference": FakeReference(stage) if "ref_logprobs" in needs else None,
+        "critic": FakeCritic(stage) if "values" in needs else None,
+        "store": FakeStore(stage),
+    }
+    return Cast(policy, model, critic, OnlineGroups(**groups))

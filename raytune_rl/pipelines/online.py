@@ -182,7 +182,7 @@ class OnlineRun:
 
     @property
     def moving_reference(self) -> ReferenceGroup | None:
-        """The reference, if it follows the policy: then it is a group of its own, as the config has seen to."""
+        """The reference, if it follows the policy; the config makes sure that it is then a group."""
         reference = self.actors.reference
         return cast(ReferenceGroup, reference) if self.config.sync_ref_model else None
 

@@ -18,7 +18,7 @@ import numpy as np
 from raytune_rl.config import RLHFConfig
 from raytune_rl.groups.start import OnlineGroups, learners_of
 from raytune_rl.protocol.data import Account, PromptSet, SourceCounts
-from raytune_rl.protocol.rewards import Failure, Scored, TrainerState
+from raytune_rl.protocol.rewards import Failure, RewardTable, TrainerState
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import Estimates, EstimateSettings, RowLogprobs, StepReport
 from raytune_rl.protocol.trajectory import Trajectory
@@ -75,8 +75,8 @@ class FakeSharing:
 
 
 class FakeRollout:
-    """See `groups.fleet.RolloutGroup`. Sample s of prompt p has 2 + s tokens, which lie in row 10 p + s; it is
-    cut off where p is 4, 9, ...
+    """See `groups.fleet.RolloutGroup`. Sample s of prompt p has 2 + s tokens, which lie in row 10 p + s; it
+    is cut off where p is 4, 9, ...
     """
 
     def __init__(self, stage: Stage, name: str = "rollout", engines: int = 1) -> None:
@@ -137,13 +137,15 @@ class FakeRewards:
     def __init__(self, stage: Stage, reward: Reward) -> None:
         self._stage, self._reward = stage, reward
 
-    def score(self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState) -> Scored:
+    def score(
+        self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState
+    ) -> RewardTable:
         """The rewards of completions."""
         at = f"step {state.global_step} of {state.max_steps}"
         self._stage.call(f"rewards.score {len(trajectories)} of {prompts.texts}, {at}")
         values = np.array([self._reward(t) for t in trajectories])
         failures = [Failure(int(row), "toy", "timeout", "slow") for row in np.flatnonzero(np.isnan(values))]
-        return Scored(("Toy",), ("toy",), values[:, None], tuple(failures))
+        return RewardTable(("Toy",), ("toy",), values[:, None], tuple(failures))
 
 
 def _column(name: str, batch: TrainBatch) -> list[RowPointer]:

@@ -18,7 +18,7 @@ from raytune_rl.config import PPOConfig, RLHFConfig
 from raytune_rl.config.batching import grpo_schedule_of
 from raytune_rl.errors import EngineMismatchError
 from raytune_rl.pipelines import lifecycle
-from raytune_rl.pipelines.lifecycle import Run, RunResult, find_origin
+from raytune_rl.pipelines.lifecycle import Run, RunResult, find_resume_point
 from raytune_rl.pipelines.online import OnlineRun
 from raytune_rl.pipelines.online_algorithms import algorithm_of
 from raytune_rl.pipelines.run_state import RunState
@@ -76,15 +76,15 @@ def play(
     before: Callable[[OnlineRun, Stage], None] = lambda online, stage: None,
 ) -> Played:
     """Plays a whole run, as `pipelines.online.run` does once its groups are there."""
-    algorithm, origin = algorithm_of(config), find_origin(config)
+    algorithm, resume_point = algorithm_of(config), find_resume_point(config)
     stage = Stage(shared=shared)
     cast = cast_of(config, algorithm.needs, stage, reward)
     schedule = grpo_schedule_of(config, 1, prompts)
-    run = Run(config, origin, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
-    state = RunState.restored(origin.state)
+    run = Run(config, resume_point, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
+    state = RunState.restored(resume_point.state)
     evaluated = prompt_set(held_out, "held out") if held_out else None
     online = OnlineRun(config, algorithm, schedule, prompt_set(prompts), evaluated, run, state, cast.groups)
-    online.restore(origin)
+    online.restore(resume_point)
     before(online, stage)
     with run.watched():
         online.train()

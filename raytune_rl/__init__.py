@@ -43,6 +43,7 @@ _WHERE = {
     "run_rlhf": ("raytune_rl.pipelines.online", "run"),
     "run_reward_check": ("raytune_rl.pipelines.reward_check", "run"),
     "run_infer": ("raytune_rl.infer", "run"),
+    "run_plan": ("raytune_rl.pipelines.dry_run", "run"),
     "run_export": ("raytune_rl.export", "run"),
 }
 

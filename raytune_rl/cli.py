@@ -107,7 +107,9 @@ def _run(argv: list[str]) -> int:
 
 
 def _dispatch(parsed: Parsed[Any]) -> object:
-    run: Callable[..., object] = import_module(_PIPELINES[type(parsed.config).__name__]).run
+    dry = getattr(parsed.config, "dry_run", False)
+    module = "raytune_rl.pipelines.dry_run" if dry else _PIPELINES[type(parsed.config).__name__]
+    run: Callable[..., object] = import_module(module).run
     return run(parsed.config)
 
 

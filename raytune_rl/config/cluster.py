@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Self
 
@@ -11,6 +12,28 @@ from raytune_rl.config.base import Options, setting
 from raytune_rl.errors import ConfigError
 
 _setting = partial(setting, "Cluster")
+
+
+_NODE = re.compile(r"(\d+)x(\d+(?:\.\d+)?)(GiB|GB|G)?", re.IGNORECASE)
+
+
+def described(text: str) -> tuple[tuple[int, int], ...]:
+    """What `--cluster` says: GPUs of each node, and bytes of each GPU.
+
+    Raises:
+        ConfigError: It is not written so.
+    """
+    nodes = []
+    for part in text.split(","):
+        found = _NODE.fullmatch(part.strip())
+        if found is None or int(found[1]) < 1 or float(found[2]) <= 0:
+            raise ConfigError(
+                f"--cluster: {part.strip()!r} is no node: write GPUs x memory for each, such as "
+                "8x80GiB,8x80GiB."
+            )
+        unit = 10**9 if (found[3] or "").upper() == "GB" else 2**30
+        nodes.append((int(found[1]), int(float(found[2]) * unit)))
+    return tuple(nodes)
 
 
 class ClusterOptions(Options):
@@ -53,8 +76,18 @@ class ClusterOptions(Options):
 
 
 class PolicyGroupOptions(ClusterOptions):
-    """The policy group."""
+    """The policy group, and what a run that has one can show beforehand."""
 
+    dry_run: bool = _setting(
+        False,
+        "Show who would run where, and an estimate of GPU memory by phase, and end: no data is read, nothing "
+        "is started.",
+    )
+    cluster: str | None = _setting(
+        None,
+        "With --dry_run true: GPUs of a cluster that is not there, node by node: 8x80GiB,8x80GiB. Not set: "
+        "this machine, or the cluster of --ray_address.",
+    )
     policy_workers: int | None = _setting(
         None,
         "Ranks that train the policy. Not set: NPROC_PER_NODE, else chosen from what the cluster has.",
@@ -75,6 +108,15 @@ class PolicyGroupOptions(ClusterOptions):
     cpus_per_policy_worker: float | None = _setting(
         None, "CPU cores of one policy worker. Not set: chosen from what the cluster has.", gt=0
     )
+
+    @model_validator(mode="after")
+    def _check_dry_run(self) -> Self:
+        if self.cluster is None:
+            return self
+        if not self.dry_run:
+            raise ConfigError("--cluster describes a cluster that is not there: add --dry_run true.")
+        described(self.cluster)
+        return self
 
 
 class OnlineGroupsOptions(PolicyGroupOptions):

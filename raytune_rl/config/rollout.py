@@ -127,11 +127,10 @@ class RolloutOptions(EngineOptions):
     vllm_engine_kwargs: dict[str, Any] = _vllm(
         {}, 'Further arguments of vLLM\'s EngineArgs, as JSON: \'{"kv_cache_dtype": "fp8"}\'.'
     )
-    sleep_level: Literal[0, 1, 2] = _vllm(
-        0,
+    sleep_level: Literal[0, 1, 2] | None = _vllm(
+        None,
         "Colocated engine while the policy trains: 0 keeps its memory, 1 drops the cache and moves weights "
-        "to "
-        "CPU, 2 drops both.",
+        "to CPU, 2 drops both. Not set, on shared GPUs: 1 where an adapter is trained, 2 in full training.",
     )
     offload_model: bool = _vllm(False, "Move the policy's weights to CPU while the engine samples.")
     offload_optimizer: bool = _vllm(False, "Move the optimizer's state to CPU while the engine samples.")

@@ -50,7 +50,8 @@ class TrainingOptions(Options):
     max_tokens_per_micro_batch: int | None = _length(
         None,
         "Most tokens in one forward pass: rows are grouped by length up to this sum. It changes memory and "
-        "speed, never the gradient. Not set: 16384 on GPU, 2048 on CPU.",
+        "speed, never the gradient. Not set: 2048 on CPU; on GPU 16384, or what "
+        "--per_device_train_batch_size rows of --max_length have where both are given and that is less.",
         ge=1,
     )
     padding_free: bool | None = _length(

@@ -6,6 +6,7 @@ Where each group has its own GPUs, and on a CPU, nobody ever has to move and eve
 from __future__ import annotations
 
 from raytune_rl.config import RLHFConfig
+from raytune_rl.groups import specs
 from raytune_rl.groups.fleet import RolloutGroup
 from raytune_rl.groups.learners import Learners
 from raytune_rl.groups.sizes import Groups
@@ -23,7 +24,7 @@ class GPUSharing:
 
     def __init__(self, config: RLHFConfig, groups: Groups, learners: Learners, rollout: RolloutGroup) -> None:
         shared = groups.on_gpu and groups.colocated
-        self._sleeps = shared and config.sleep_level > 0
+        self._sleeps = shared and specs.sleep_level(config, groups) > 0
         self._weights = shared and config.offload_model
         self._optimizer = shared and config.offload_optimizer
         self._learners, self._rollout = learners, rollout

@@ -118,8 +118,21 @@ def _has_flash_attention() -> bool:
 
 
 def max_tokens(config: TrainConfig, on_gpu: bool) -> int:
-    """Token budget of a micro-batch."""
-    return config.max_tokens_per_micro_batch or (TOKENS_GPU if on_gpu else TOKENS_CPU)
+    """Token budget of a micro-batch: on a GPU no more than --per_device_train_batch_size rows of --max_length
+    can have, where the user gives both, since memory is what people choose them by.
+    """
+    if config.max_tokens_per_micro_batch:
+        return config.max_tokens_per_micro_batch
+    if not on_gpu:
+        return TOKENS_CPU
+    if config.max_length is None or not config.is_set("per_device_train_batch_size"):
+        return TOKENS_GPU
+    row = config.max_length
+    if isinstance(config, RLHFConfig):
+        row += config.max_completion_length
+    elif isinstance(config, PreferenceConfig):
+        row *= 2
+    return min(TOKENS_GPU, config.per_device_train_batch_size * row)
 
 
 def tuner(config: TrainConfig, dropout: float) -> TunerSettings:
@@ -301,7 +314,7 @@ def engine_spec(
         trust_remote_code=config.trust_remote_code,
         seed=config.seed + rank,
         use_hf=config.use_hf,
-        sleep_level=config.sleep_level if on_gpu and groups.colocated else 0,
+        sleep_level=sleep_level(config, groups),
         prompt_limits=media,
         media_limits=MediaLimits.of(config),
         more={**(UNTIED if lora_sync.unties(config, media is not None) else {}), **config.vllm_engine_kwargs},
@@ -319,6 +332,17 @@ def gpu_share(config: RLHFConfig, groups: Groups) -> float:
         return GPU_SHARE
     engines = -(-groups["rollout"].workers // groups["policy"].workers)
     return int(100 * SHARED_GPU_SHARE / engines) / 100
+
+
+def sleep_level(config: RLHFConfig, groups: Groups) -> int:
+    """What engines give up while others work: nothing where nobody shares their GPUs. Unless the user says,
+    1 where an adapter comes to weights that stay, 2 where the next version overwrites them all.
+    """
+    if not (groups.on_gpu and groups.colocated):
+        return 0
+    if config.sleep_level is not None:
+        return config.sleep_level
+    return 2 if config.train_type == "full" or config.vllm_enable_lora is False else 1
 
 
 def multi_turn(config: RLHFConfig) -> MultiTurnSpec | None:

@@ -15,6 +15,7 @@ def resolve_path(
     revision: str | None = None,
     token: str | None = None,
     what: str = "model",
+    config_only: bool = False,
 ) -> str:
     """A local directory for a path or hub id; a local directory never touches the network.
 
@@ -24,6 +25,7 @@ def resolve_path(
         revision: branch, tag or commit on the hub.
         token: hub token.
         what: "model" or "adapter", for the message.
+        config_only: fetch its small files only: what describes it, not its weights.
 
     Raises:
         ModelError: nothing is there; the message says what was tried.
@@ -38,14 +40,15 @@ def resolve_path(
             f"{what} directory '{model}' does not exist (and it is not a hub id of the form owner/name)"
         )
     hub = "Hugging Face" if use_hf else "ModelScope"
+    files = ["*.json", "*.py"] if config_only else None
     try:
         if use_hf:
             from huggingface_hub import snapshot_download
 
-            return str(snapshot_download(model, revision=revision, token=token))
+            return str(snapshot_download(model, revision=revision, token=token, allow_patterns=files))
         from modelscope import snapshot_download as modelscope_download
 
-        return str(modelscope_download(model, revision=revision, token=token))
+        return str(modelscope_download(model, revision=revision, token=token, allow_patterns=files))
     except Exception as error:  # the hubs raise dozens of unrelated types, all of which mean "not available"
         other = "" if use_hf else ", use --use_hf true for Hugging Face"
         raise ModelError(

@@ -29,7 +29,7 @@ from raytune_rl.groups.logprobs import score_rows
 from raytune_rl.groups.sizes import Groups, offline_groups
 from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.groups.world import TrainerWorld
-from raytune_rl.pipelines import offline_report, report
+from raytune_rl.pipelines import dry_run, memory, offline_report, report
 from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, find_resume_point, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.objective import Objective
@@ -42,6 +42,7 @@ from raytune_rl.protocol.media import Kind
 from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import TrainBatch
 from raytune_rl.rewards.plugins import PluginFile
+from raytune_rl.runtime import gpu_memory
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.workers.policy import PolicyWorker, policy_env
@@ -63,6 +64,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
     Raises:
         RaytuneError: By name, whatever went wrong.
     """
+    dry_run.refuse(config)
     config = made_absolute(config)
     with ExitStack() as stack:
         with stage("connecting to Ray"):
@@ -90,10 +92,13 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         plan = offline_report.plan_of(
             config, objective, groups, schedule, train, held_out, resume_point, cluster, told, packs
         )
+        plan, no_room = memory.added(plan, config, groups, gpu_memory.of(cluster))
         started = OfflineRun(
             config, objective, groups, schedule, train, held_out, resume_point, packs, stream
         )
         started.run.say(plan.render())
+        if no_room is not None:
+            raise no_room
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
         with stage("starting the actors"):
             started.start(slots, stack)

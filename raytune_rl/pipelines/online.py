@@ -26,7 +26,7 @@ from raytune_rl.groups.logprobs import ReferenceGroup
 from raytune_rl.groups.sizes import online_groups
 from raytune_rl.groups.start import OnlineGroups, OnlineSetup, start_groups
 from raytune_rl.multi_turn.scheduler import make_scheduler
-from raytune_rl.pipelines import report
+from raytune_rl.pipelines import dry_run, memory, report
 from raytune_rl.pipelines.collect import Collected, Collector
 from raytune_rl.pipelines.engine_guard import METRIC, EngineGuard
 from raytune_rl.pipelines.generation_log import GenerationLog
@@ -44,6 +44,7 @@ from raytune_rl.rewards.judge import plugin_class
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.rewards.preflight import preflight
 from raytune_rl.rewards.sandbox import memory_limit_bytes
+from raytune_rl.runtime import gpu_memory
 from raytune_rl.runtime.cluster import reserve, session
 
 
@@ -57,6 +58,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
     Raises:
         RaytuneError: By name, whatever went wrong.
     """
+    dry_run.refuse(config)
     config = made_absolute(config)
     algorithm = algorithm_of(config)
     with stage("loading the reward functions"):
@@ -98,12 +100,15 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         plan = report.online_plan(
             config, algorithm, groups, schedule, train, held_out, longest, resume_point, cluster, told
         )
+        plan, no_room = memory.added(plan, config, groups, gpu_memory.of(cluster), limit)
         shown = [s.account.media for s in (train, held_out) if s is not None]
         media = specs.prompt_limits(config, train.account.takes_media, shown)
         controlled = Run(
             config, resume_point, schedule.total_steps, best_by="eval_reward", greater_is_better=True
         )
         controlled.say(plan.render())
+        if no_room is not None:
+            raise no_room
         state = RunState.restored(resume_point.state)
 
         def lost(group: str, message: str) -> None:

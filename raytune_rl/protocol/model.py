@@ -47,6 +47,31 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class ModelSize:
+    """How large a model is.
+
+    Attributes:
+        parameters: All, without adapters.
+        linear: Those in linear layers but the head: what quantisation makes small.
+        trained: What a tuner trains, adapters included.
+        trained_16_bit: Of those, the ones in the base's dtype; adapters are float32.
+        layers, hidden, intermediate, vocabulary: Of the language model; `intermediate` counts the experts
+            that a token passes.
+        kv_width: Numbers that a token leaves in the key-value cache, a layer.
+    """
+
+    parameters: int
+    linear: int
+    trained: int
+    trained_16_bit: int
+    layers: int
+    hidden: int
+    intermediate: int
+    kv_width: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
 class Settled:
     """How the rows of a model's micro-batches are laid out (`workers.isolation`).
 

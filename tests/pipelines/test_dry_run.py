@@ -42,14 +42,15 @@ def test_the_smallest_gpu_counts(model: str) -> None:
 
 def test_what_does_not_fit_is_shown_and_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(PlacementError, match="--policy_workers"):
-        dry_run.run(config(model, cluster="2x80GiB", policy_workers=3))
+        dry_run.run(config(model, cluster="2x80GiB", policy_workers=3, per_device_train_batch_size=8))
     assert cli.main(
         ["rlhf", "--rlhf_type", "grpo", "--model", model, "--dataset", "none", "--reward_funcs", "accuracy",
          "--dry_run", "true", "--cluster", "1x1GiB", "--vllm_gpu_memory_utilization", "0.000001"]
     ) == 1  # fmt: skip
     told = capsys.readouterr()
     assert "GPU memory, estimated" in told.out
-    assert "an engine gets 0 GiB" in told.err and "--vllm_gpu_memory_utilization" in told.err
+    assert "an engine gets 0 GiB" in told.err
+    assert "--vllm_gpu_memory_utilization" in told.err
 
 
 @pytest.mark.parametrize("text", ["8", "8x", "0x80GiB", "8x80TB", "80GiBx8", "8x80GiB;8x80GiB"])

@@ -20,7 +20,7 @@ DIVERGENCES: tuple[Divergence, ...] = ("reverse_kl", "forward_kl", "js_divergenc
 MAX_EXPONENT = 40.0
 
 
-def divergence_reward(log_ratio: Tensor, kind: Divergence, alpha: float = 0.5) -> Tensor:
+def divergence_reward(log_ratio: Tensor, divergence: Divergence, alpha: float = 0.5) -> Tensor:
     """f'(e^u) for u = log(pi / pi_ref), up to a constant. Its slope at u = 0 is 1; 1 / 2 for js_divergence.
 
     * reverse_kl: u, plain DPO.
@@ -31,12 +31,12 @@ def divergence_reward(log_ratio: Tensor, kind: Divergence, alpha: float = 0.5) -
 
     Args:
         log_ratio: float64 [n], of whole completions.
-        kind: see above.
+        divergence: see above.
         alpha: of the alpha-divergence.
     """
-    if kind == "reverse_kl":
+    if divergence == "reverse_kl":
         return log_ratio
-    if kind == "js_divergence":
+    if divergence == "js_divergence":
         return log_ratio - torch.nn.functional.softplus(log_ratio) + torch.log(log_ratio.new_tensor(2.0))
-    power = -1.0 if kind == "forward_kl" else -alpha
+    power = -1.0 if divergence == "forward_kl" else -alpha
     return torch.expm1((power * log_ratio).clamp(max=MAX_EXPONENT)) / power

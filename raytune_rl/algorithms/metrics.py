@@ -15,7 +15,7 @@ from raytune_rl.algorithms.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["mean", "total", "max", "min", "ess"]
+Reduction = Literal["mean", "total", "max", "min", "ess"]
 
 
 @dataclass(frozen=True)
@@ -23,40 +23,40 @@ class Stat:
     """One mergeable number.
 
     Attributes:
-        kind: How it merges: "mean" adds `value` (a sum) and `count`; "total" adds `value`; "max" and "min"
-            compare; "ess" adds `value` (a sum of weights), `squares` and `count`.
+        reduction: How it merges: "mean" adds `value` (a sum) and `count`; "total" adds `value`; "max" and
+            "min" compare; "ess" adds `value` (a sum of weights), `squares` and `count`.
         value: The sum or extremum; a float, or a detached 0-dim tensor until `MetricSums.host()` fetches it.
         count: Number of terms in `value`; 0 means nothing was measured.
         squares: The sum of the weights' squares, for "ess" only.
     """
 
-    kind: Kind
+    reduction: Reduction
     value: float | Tensor
     count: int
     squares: float | Tensor = 0.0
 
     def merge(self, other: Stat) -> Stat:
-        if self.kind != other.kind:
-            raise ValueError(f"cannot merge a {self.kind} with a {other.kind}")
+        if self.reduction != other.reduction:
+            raise ValueError(f"cannot merge a {self.reduction} with a {other.reduction}")
         if self.count == 0 or other.count == 0:
             return other if self.count == 0 else self
         count = self.count + other.count
-        if self.kind in ("mean", "total", "ess"):
-            return Stat(self.kind, self.value + other.value, count, self.squares + other.squares)
+        if self.reduction in ("mean", "total", "ess"):
+            return Stat(self.reduction, self.value + other.value, count, self.squares + other.squares)
         mine, theirs = float(self.value), float(other.value)
-        pick = max if self.kind == "max" else min
+        pick = max if self.reduction == "max" else min
         # Python's max(1.0, nan) depends on the order of its arguments; a NaN must win, it is the news.
         value = float("nan") if mine != mine or theirs != theirs else pick(mine, theirs)
-        return Stat(self.kind, value, count)
+        return Stat(self.reduction, value, count)
 
     def result(self) -> float:
         """The plain number: a mean is divided here, and only here. NaN when nothing was measured."""
         if self.count == 0:
-            return 0.0 if self.kind == "total" else float("nan")
-        if self.kind == "ess":
+            return 0.0 if self.reduction == "total" else float("nan")
+        if self.reduction == "ess":
             squares = self.count * float(self.squares)
             return float(self.value) ** 2 / squares if squares else 0.0
-        return float(self.value) / self.count if self.kind == "mean" else float(self.value)
+        return float(self.value) / self.count if self.reduction == "mean" else float(self.value)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class MetricSums:
     def result(self) -> dict[str, float]:
         """Plain numbers by name; a metric that measured nothing is left out rather than logged as NaN."""
         host = self.host()
-        return {n: s.result() for n, s in host.stats.items() if s.count > 0 or s.kind == "total"}
+        return {n: s.result() for n, s in host.stats.items() if s.count > 0 or s.reduction == "total"}
 
 
 def merge_all(parts: Iterable[MetricSums]) -> MetricSums:

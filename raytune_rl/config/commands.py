@@ -105,10 +105,11 @@ class RLHFConfig(
             )
         if self.truncation_strategy == "right":
             raise ConfigError("--truncation_strategy right would cut off the question: use left or delete.")
-        limit, prompt, completion = self.vllm_max_model_len, self.max_length, self.max_completion_length
-        if limit is not None and prompt is not None and prompt + completion > limit:
+        prompt, completion = self.max_length, self.max_completion_length
+        max_model_len = self.vllm_max_model_len
+        if max_model_len is not None and prompt is not None and prompt + completion > max_model_len:
             raise ConfigError(
-                f"--vllm_max_model_len {limit} cannot hold a prompt of --max_length {prompt} and a "
+                f"--vllm_max_model_len {max_model_len} cannot hold a prompt of --max_length {prompt} and a "
                 "completion of "
                 f"--max_completion_length {completion}: it must be at least {prompt + completion}."
             )

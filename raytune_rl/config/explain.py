@@ -53,20 +53,20 @@ def explain(error: ValidationError, flags: Mapping[str, Flag]) -> str:
 
 
 def _line(name: str, found: dict[str, Any], flags: Mapping[str, Flag]) -> str:
-    kind = found["type"]
-    if kind == "extra_forbidden":
+    error_type = found["type"]
+    if error_type == "extra_forbidden":
         return f"Unknown setting {name!r}.{did_you_mean(name, flags)}"
-    if kind == "missing":
+    if error_type == "missing":
         return f"--{name} is required."
     flag = flags.get(name)
     value = "the value given" if flag is not None and flag.secret else repr(found.get("input"))
     item = next((f"value {part + 1}, " for part in found["loc"][1:] if isinstance(part, int)), "")
-    if kind == "literal_error" and flag is not None:
+    if error_type == "literal_error" and flag is not None:
         allowed = ", ".join(flag.choices)
         near = did_you_mean(str(found.get("input")), flag.choices)
         return f"--{name}: {item}{value} is not one of: {allowed}.{near}"
-    if kind in _BOUND:
-        words, key = _BOUND[kind]
+    if error_type in _BOUND:
+        words, key = _BOUND[error_type]
         return f"--{name}: {item}{value} {words} {found['ctx'][key]}."
-    reason = _NOT_A.get(kind, f"cannot be used: {found['msg']}")
+    reason = _NOT_A.get(error_type, f"cannot be used: {found['msg']}")
     return f"--{name}: {item}{value} {reason}."

@@ -124,10 +124,11 @@ class InferConfig(IdentityOptions, ClusterOptions, EngineOptions):
             raise ConfigError("--top_k 0 leaves no token to sample: use -1 for all tokens.")
         if self.result_path is not None and not self.val_dataset:
             raise ConfigError("--result_path is for the answers to a data set: give --val_dataset too.")
-        limit, answer = self.vllm_max_model_len, self.max_new_tokens
-        if limit is not None and answer is not None and limit <= answer:
+        max_model_len, answer = self.vllm_max_model_len, self.max_new_tokens
+        if max_model_len is not None and answer is not None and max_model_len <= answer:
             raise ConfigError(
-                f"--vllm_max_model_len {limit} must hold the conversation and an answer of --max_new_tokens "
+                f"--vllm_max_model_len {max_model_len} must hold the conversation and an answer of "
+                "--max_new_tokens "
                 f"{answer}: raise the first or lower the second."
             )
         return self

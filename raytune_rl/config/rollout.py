@@ -148,10 +148,10 @@ class RolloutOptions(EngineOptions):
             raise ConfigError(
                 f"--vllm_engine_kwargs may not set what has a flag or follows from it: {flags}."
             )
-        limit = self.vllm_max_model_len
-        if limit is not None and limit <= self.max_completion_length:
+        max_model_len = self.vllm_max_model_len
+        if max_model_len is not None and max_model_len <= self.max_completion_length:
             raise ConfigError(
-                f"--vllm_max_model_len {limit} must hold the prompt and the completion, but "
+                f"--vllm_max_model_len {max_model_len} must hold the prompt and the completion, but "
                 "--max_completion_length "
                 f"is {self.max_completion_length}: raise the first or lower the second."
             )

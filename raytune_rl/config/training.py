@@ -151,17 +151,17 @@ class TrainingOptions(Options):
         return self
 
     def _check_schedule(self) -> None:
-        kind, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
-        known = SCHEDULE_KWARGS.get(kind, ())
+        schedule, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        known = SCHEDULE_KWARGS.get(schedule, ())
         if unknown := sorted(given.keys() - set(known)):
             takes = f"takes {', '.join(known)}" if known else "takes none"
             raise ConfigError(
-                f"--lr_scheduler_kwargs {', '.join(unknown)}: --lr_scheduler_type {kind} {takes}."
+                f"--lr_scheduler_kwargs {', '.join(unknown)}: --lr_scheduler_type {schedule} {takes}."
             )
         if {"min_lr", "min_lr_rate"} <= given.keys():
             raise ConfigError("--lr_scheduler_kwargs: give min_lr or min_lr_rate, not both.")
         end = given.get("lr_end", 1e-7)
-        if kind == "polynomial" and self.learning_rate is not None and self.learning_rate <= end:
+        if schedule == "polynomial" and self.learning_rate is not None and self.learning_rate <= end:
             raise ConfigError(
                 f"--lr_scheduler_type polynomial ends at {end:g}, which is not below --learning_rate "
                 f"{self.learning_rate:g}: give --lr_scheduler_kwargs '{{\"lr_end\": 0}}'."

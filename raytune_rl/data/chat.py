@@ -13,10 +13,10 @@ from os.path import commonprefix
 from typing import Any
 
 from raytune_rl.data.example import Example, Message
-from raytune_rl.data.media_tags import kinds_of, split_tags
+from raytune_rl.data.media_tags import modalities_of, split_tags
 from raytune_rl.data.turn_end import TurnEnd, find_turn_end
 from raytune_rl.errors import DataError, ModelError
-from raytune_rl.protocol.media import Kind
+from raytune_rl.protocol.media import Modality
 
 #: For base models that know ChatML's tokens but bring no template: no default system prompt, nothing added.
 CHATML = (
@@ -81,7 +81,7 @@ class ChatTemplate:
         *,
         generation_prompt: bool,
         more: Mapping[str, Any] | None = None,
-        kinds: Sequence[Kind] | None = None,
+        modalities: Sequence[Modality] | None = None,
     ) -> str:
         """The conversation as text, special tokens written out.
 
@@ -90,7 +90,8 @@ class ChatTemplate:
             tools: JSON schemas of the tools that the assistant may call.
             generation_prompt: Whether to end with the beginning of an assistant's turn.
             more: Further arguments of the template.
-            kinds: The media whose tags stand for one; other tags are text. None: all that the model takes.
+            modalities: The media whose tags stand for one; other tags are text. None: all that the model
+                takes.
 
         Raises:
             DataError: The template refuses the conversation (roles out of order, for example).
@@ -99,7 +100,7 @@ class ChatTemplate:
         writer = self.tokenizer if self.processor is None else self.processor
         try:
             return writer.apply_chat_template(
-                [self._written(message, kinds) for message in messages],
+                [self._written(message, modalities) for message in messages],
                 tools=list(tools) or None,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
@@ -133,11 +134,14 @@ class ChatTemplate:
         text = source if isinstance(source, str) else " ".join((source or {}).values())
         return sorted(key for key in keys if not _names(text, key))
 
-    def _written(self, message: Message, kinds: Sequence[Kind] | None) -> dict[str, Any]:
+    def _written(self, message: Message, modalities: Sequence[Modality] | None) -> dict[str, Any]:
         plain = message.for_template()
         if self.processor is not None:
-            taken = kinds_of(self.processor)
-            parts = split_tags(message.content, [kind for kind in taken if kinds is None or kind in kinds])
+            taken = modalities_of(self.processor)
+            parts = split_tags(
+                message.content,
+                [modality for modality in taken if modalities is None or modality in modalities],
+            )
             if self.parts_always or any(part["type"] != "text" for part in parts):
                 plain["content"] = parts
         return plain

@@ -50,18 +50,18 @@ def opened(path: Path) -> BinaryIO:
     """
     raw = path.open("rb")
     head = raw.peek(max(map(len, MAGIC.values())))
-    kind = suffixes(path)[1]
-    if kind and not head.startswith(MAGIC[kind]):
+    compression = suffixes(path)[1]
+    if compression and not head.startswith(MAGIC[compression]):
         raw.close()
-        what = f"no {kind} file, whatever its name says" if head else "empty"
+        what = f"no {compression} file, whatever its name says" if head else "empty"
         raise CompressionError(f"it is {what}; get it again, or name it as what it is")
     # A text does not begin with bytes that are no text; "BZh" may begin a CSV file's header.
     telling = (one for one, magic in MAGIC.items() if not magic.isascii() and head.startswith(magic))
-    kind = kind or next(telling, "")
-    if not kind:
+    compression = compression or next(telling, "")
+    if not compression:
         return raw
     raw.close()
-    return BufferedReader(_OPENERS[kind](path))
+    return BufferedReader(_OPENERS[compression](path))
 
 
 def _zstd(path: Path) -> Any:

@@ -22,12 +22,12 @@ def without_tool_parts(
     said: list[Any] = []
     calls: list[dict[str, Any]] = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "tool_use":
+        part_type = part.get("type") if isinstance(part, dict) else None
+        if part_type == "tool_use":
             calls.append(
                 tool_call({"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")})
             )
-        elif kind == "tool_result":
+        elif part_type == "tool_result":
             result = part.get("content")
             text = flatten(result, conversation) if isinstance(result, list | tuple) else result or ""
             if not isinstance(text, str):
@@ -51,13 +51,13 @@ def flatten(parts: Sequence[Any], conversation: Conversation) -> str:
             pieces.append(part)
             continue
         given = present(part) if isinstance(part, dict) else {}
-        kind = str(given.get("type", ""))
-        medium = kind.removeprefix("input_").removesuffix("_url")
-        keys = (kind, medium, f"{medium}_url", *_VALUES)
+        part_type = str(given.get("type", ""))
+        medium = part_type.removeprefix("input_").removesuffix("_url")
+        keys = (part_type, medium, f"{medium}_url", *_VALUES)
         conversation.unused |= {
             f"parts of content lists have {key!r}" for key in given.keys() - _KNOWN - {*keys}
         }
-        if kind in ("text", "input_text", "output_text") and isinstance(given.get("text"), str):
+        if part_type in ("text", "input_text", "output_text") and isinstance(given.get("text"), str):
             pieces.append(given["text"])
         elif f"{medium}s" in TAGS:
             value = next((given[key] for key in keys if key in given), None)
@@ -65,7 +65,7 @@ def flatten(parts: Sequence[Any], conversation: Conversation) -> str:
             pieces.append(TAGS[f"{medium}s"])
         else:
             raise FormatError(
-                f"a content part of type {kind!r} is not known; known are text, image, video, audio"
+                f"a content part of type {part_type!r} is not known; known are text, image, video, audio"
             )
     return "".join(pieces)
 

@@ -29,7 +29,7 @@ class Hole:
 
 @dataclass
 class Conversation:
-    """A parsed conversation, and the media its content lists carried, by kind.
+    """A parsed conversation, and the media its content lists carried, by modality.
 
     Attributes:
         messages: The turns.
@@ -38,46 +38,51 @@ class Conversation:
     """
 
     messages: list[Message] = field(default_factory=list)
-    media: dict[str, list[MediaRef | Hole]] = field(default_factory=lambda: {kind: [] for kind in TAGS})
+    media: dict[str, list[MediaRef | Hole]] = field(
+        default_factory=lambda: {modality: [] for modality in TAGS}
+    )
     unused: set[str] = field(default_factory=set)
 
     def extend(self, other: Conversation) -> None:
         """Puts another conversation behind this one."""
         self.messages += other.messages
-        for kind, found in other.media.items():
-            self.media[kind] += found
+        for modality, found in other.media.items():
+            self.media[modality] += found
         self.unused |= other.unused
 
-    def filled(self, kind: str, refs: Sequence[MediaRef], column: str | None) -> tuple[MediaRef, ...]:
-        """The media of one kind: those of the content lists, those of a column, or the column's in the places
-        that the content lists have for them.
+    def filled(self, modality: str, refs: Sequence[MediaRef], column: str | None) -> tuple[MediaRef, ...]:
+        """The media of one modality: those of the content lists, those of a column, or the column's in the
+        places that the content lists have for them.
 
         Args:
-            kind: images, videos or audios.
+            modality: Its column: images, videos or audios.
             refs: The media of the column.
             column: Its name; None if there is none.
 
         Raises:
             FormatError: Media stand in both, or a column has more or fewer than there are places.
         """
-        inline = self.media[kind]
+        inline = self.media[modality]
         holes = [item for item in inline if isinstance(item, Hole)]
         if not holes:
             if refs and inline:
                 raise FormatError(
-                    f"{kind} stand both in the content and in column {column!r}; keep one of them"
+                    f"{modality} stand both in the content and in column {column!r}; keep one of them"
                 )
             return tuple(refs) or tuple(item for item in inline if not isinstance(item, Hole))
         if len(refs) != len(holes):
-            where = f"there is no {kind!r} column" if column is None else f"column {column!r} has {len(refs)}"
+            where = (
+                f"there is no {modality!r} column" if column is None else f"column {column!r} has {len(refs)}"
+            )
             raise FormatError(
-                f'{len(holes)} parts {{"type": "{kind[:-1]}"}} have no {kind[:-1]} of their own, and {where}'
+                f'{len(holes)} parts {{"type": "{modality[:-1]}"}} have no {modality[:-1]} of their own, '
+                f"and {where}"
             )
         numbers = [hole.index for hole in holes]
         known = [number for number in numbers if number is not None]
         order = known if sorted(known) == list(range(len(holes))) else range(len(holes))
         if known and order != known:
-            raise FormatError(f"parts name {kind} by index {known}; each of 0 to {len(holes) - 1} once")
+            raise FormatError(f"parts name {modality} by index {known}; each of 0 to {len(holes) - 1} once")
         waiting = iter([refs[number] for number in order])
         return tuple(next(waiting) if isinstance(item, Hole) else item for item in inline)
 

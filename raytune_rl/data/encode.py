@@ -58,8 +58,8 @@ class EncodedPrompts:
         dropped: The examples that are not among the rows.
         notices: Sentences for the user.
         media: Columns of the rows' media (see `data.media_table`); empty when there are none.
-        given: The prompts with each medium's placeholders as one, as vLLM takes them beside the media;
-            None when there are none.
+        engine_prompt_ids: The prompts with each medium's placeholders as one, as vLLM takes them beside the
+            media; None when there are none.
     """
 
     prompts: Ragged
@@ -68,7 +68,7 @@ class EncodedPrompts:
     dropped: tuple[Dropped, ...] = ()
     notices: tuple[str, ...] = ()
     media: Columns = field(default_factory=dict)
-    given: Ragged | None = None
+    engine_prompt_ids: Ragged | None = None
 
     @property
     def reasons(self) -> Counter[str]:
@@ -158,7 +158,9 @@ def encode_prompts(
             "use 'left' or 'delete'"
         )
     job = make_job(tokenizer, max_length, truncation_strategy, None, media, model)
-    prompts, given = (RaggedWriter(name, np.int32, None) for name in ("prompt", "given"))
+    prompts, engine_prompt_ids = (
+        RaggedWriter(name, np.int32, None) for name in ("prompt", "engine_prompt_ids")
+    )
     shown = MediaWriter()
     index: list[int] = []
     dropped: list[Dropped] = []
@@ -172,7 +174,7 @@ def encode_prompts(
         cut += row.cut
         unwritten.update(row.unwritten)
         prompts.append(row.tokens)
-        given.append(row.tokens if row.given is None else row.given)
+        engine_prompt_ids.append(row.tokens if row.engine_prompt_ids is None else row.engine_prompt_ids)
         shown.append(row.media)
     some_left(index, dropped, "rows")
     extra = [examples[i].extra for i in index]
@@ -189,7 +191,7 @@ def encode_prompts(
             *unwritten_notices(unwritten, "prompts"),
         ),
         media=columns,
-        given=given.close() if columns else None,
+        engine_prompt_ids=engine_prompt_ids.close() if columns else None,
     )
 
 

@@ -18,7 +18,7 @@ from raytune_rl.data.example import Example
 from raytune_rl.data.media import MediaError, fetch_medium, shown
 from raytune_rl.data.media_processor import MediaProcessor
 from raytune_rl.data.media_table import Medium
-from raytune_rl.data.media_tags import KINDS, in_order
+from raytune_rl.data.media_tags import MODALITIES, in_order
 from raytune_rl.data.model_tokens import ModelTokens
 from raytune_rl.data.turn_end import closed
 from raytune_rl.errors import DataError
@@ -65,7 +65,7 @@ class EncodedRow:
     tokens: NDArray[np.int32]
     mask: NDArray[np.bool_]
     media: tuple[Medium, ...] = ()
-    given: NDArray[np.int32] | None = None
+    engine_prompt_ids: NDArray[np.int32] | None = None
     cut: bool = False
     unwritten: tuple[str, ...] = ()
 
@@ -110,19 +110,19 @@ def _noted(job: Job, row: EncodedRow | Failure, example: Example) -> EncodedRow 
 def _render(job: Job, example: Example) -> tuple[str, list[tuple[int, int]]]:
     if example.has_media and job.media is None:
         raise DataError("the row has images, videos or audios, but the model takes texts only")
-    for column, kind in KINDS.items():
+    for column, modality in MODALITIES.items():
         if getattr(example, column) and job.media is not None:
-            problem = job.media.refusal(kind)
+            problem = job.media.refusal(modality)
             if problem is not None:
                 raise DataError(problem)
 
     def render(messages: Sequence[Any], *, generation_prompt: bool) -> str:
         more = example.template_kwargs
         return job.chat.render(
-            messages, example.tools, generation_prompt=generation_prompt, more=more, kinds=kinds
+            messages, example.tools, generation_prompt=generation_prompt, more=more, modalities=modalities
         )
 
-    kinds = [kind for column, kind in KINDS.items() if getattr(example, column)]
+    modalities = [modality for column, modality in MODALITIES.items() if getattr(example, column)]
 
     if example.plain:
         text, start = job.chat.plain(example.messages[-1].content)
@@ -156,14 +156,14 @@ def _with_media(job: Job, example: Example, text: str, ranges: list[tuple[int, i
     """A rendered row through the processor."""
     assert job.media is not None
     media, decoded, names = [], [], []
-    for kind, ref in in_order(example):
+    for modality, ref in in_order(example):
         as_frames = isinstance(ref, tuple)
         refs = ref if isinstance(ref, tuple) else (ref,)
-        found = [fetch_medium(one, job.media_root, kind) for one in refs]
+        found = [fetch_medium(one, job.media_root, modality) for one in refs]
         called = [file.path or one for file, one in zip(found, refs, strict=True)]
-        decoded.append(job.media.decode(kind, [f.data for f in found], called, as_frames=as_frames))
-        media.append(Medium.of(kind, found, inline=job.inline_media, as_frames=as_frames))
-        names.append(f"{kind} {shown(refs[0])}")
+        decoded.append(job.media.decode(modality, [f.data for f in found], called, as_frames=as_frames))
+        media.append(Medium.of(modality, found, inline=job.inline_media, as_frames=as_frames))
+        names.append(f"{modality} {shown(refs[0])}")
     try:
         expanded = job.media.expand(text, decoded)
     except DataError as error:
@@ -183,8 +183,8 @@ def _with_media(job: Job, example: Example, text: str, ranges: list[tuple[int, i
         return row
     # What truncation took from the left stands before the first medium, so it is the same in both.
     removed = len(expanded.tokens) - len(row.tokens)
-    given = expanded.given[removed:] if job.loss_scale is None else None
-    return replace(row, media=tuple(media), given=given)
+    engine_prompt_ids = expanded.engine_prompt_ids[removed:] if job.loss_scale is None else None
+    return replace(row, media=tuple(media), engine_prompt_ids=engine_prompt_ids)
 
 
 def _tokenize(job: Job, texts: list[str], spans: list[list[tuple[int, int]]]) -> list[EncodedRow | Failure]:

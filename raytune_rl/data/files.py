@@ -43,14 +43,14 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
 
 def is_data(path: Path) -> bool:
     """Whether a file of this name can be read. Tables are compressed inside, not as files."""
-    kind, compression = suffixes(path)
-    return kind in READERS and not (compression and READERS[kind] in _TABLES)
+    suffix, compression = suffixes(path)
+    return suffix in READERS and not (compression and READERS[suffix] in _TABLES)
 
 
 def known() -> str:
     """The suffixes that can be read, in words."""
-    texts = " ".join(kind for kind, reader in READERS.items() if reader not in _TABLES)
-    tables = " ".join(kind for kind, reader in READERS.items() if reader in _TABLES)
+    texts = " ".join(suffix for suffix, reader in READERS.items() if reader not in _TABLES)
+    tables = " ".join(suffix for suffix, reader in READERS.items() if reader in _TABLES)
     return f"{texts} (each also with {' '.join(MAGIC)}) {tables}"
 
 

@@ -68,9 +68,9 @@ class Converter:
         parts = Parts(fields, explicit, self._prompt_only, answer, may_be_plain=self._task == "sft")
         parsed = format_of(parts).parse(parts)
         structure = (*TAGS, "tools", "chat_template_kwargs")
-        used = {*parsed.used, *(name for kind in structure if (name := parts.column(kind)))}
+        used = {*parsed.used, *(name for modality in structure if (name := parts.column(modality)))}
         messages = self._for_task(self._with_system(parsed))
-        media = {kind: _media(parts, kind, parsed.conversation) for kind in TAGS}
+        media = {modality: _media(parts, modality, parsed.conversation) for modality in TAGS}
         if parsed.plain and any(media.values()):
             raise FormatError(
                 "a text with media must answer something: give the row a user turn, or a query column"
@@ -84,12 +84,14 @@ class Converter:
         _check_grounding(fields, messages)
         if any(mark in message.content for message in messages for mark in PLACEHOLDERS):
             self.notices[f"rows have {' or '.join(PLACEHOLDERS)} in their text, and keep it"] += 1
-        for kind, refs in media.items():
-            if not refs and any(TAGS[kind] in message.content for message in messages):
-                self.notices[f"rows have {TAGS[kind]} in their text but no {kind}: there it is text"] += 1
-            messages, added = place_tags(messages, kind, len(refs))
+        for modality, refs in media.items():
+            if not refs and any(TAGS[modality] in message.content for message in messages):
+                self.notices[
+                    f"rows have {TAGS[modality]} in their text but no {modality}: there it is text"
+                ] += 1
+            messages, added = place_tags(messages, modality, len(refs))
             if added:
-                self.notices[f"rows had {kind} but no {TAGS[kind]} tag; tags were put first"] += 1
+                self.notices[f"rows had {modality} but no {TAGS[modality]} tag; tags were put first"] += 1
         self.notices.update(parsed.notices)
         self.notices.update(f"rows whose {what}, which nothing uses" for what in parsed.conversation.unused)
         rejected: tuple[Message, ...] = ()
@@ -185,10 +187,10 @@ def _check_grounding(fields: Mapping[str, Any], messages: Sequence[Message]) -> 
                 )
 
 
-def _media(parts: Parts, kind: str, conversation: Conversation) -> tuple[MediaRef, ...]:
-    column = parts.column(kind)
-    refs = media_refs(parts.fields[column], kind) if column else ()
-    return conversation.filled(kind, refs, column)
+def _media(parts: Parts, modality: str, conversation: Conversation) -> tuple[MediaRef, ...]:
+    column = parts.column(modality)
+    refs = media_refs(parts.fields[column], modality) if column else ()
+    return conversation.filled(modality, refs, column)
 
 
 def _tools(parts: Parts) -> tuple[dict[str, Any], ...]:

@@ -95,8 +95,8 @@ def unread_notice(folder: Path, unread: Sequence[Path]) -> str | None:
     """One sentence on the files that were not read."""
     if not unread:
         return None
-    kinds = Counter("".join(suffixes(path)) or "without a suffix" for path in unread)
-    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    suffix_counts = Counter("".join(suffixes(path)) or "without a suffix" for path in unread)
+    counted = ", ".join(f"{count} {suffix}" for suffix, count in suffix_counts.most_common())
     names = ", ".join(str(path.relative_to(folder)) for path in unread[:5])
     more = f" and {len(unread) - 5} others" if len(unread) > 5 else ""
     return f"{folder}: {len(unread)} files are not read ({counted}): {names}{more}"

@@ -55,13 +55,13 @@ class MediaFile:
     digest: int
 
 
-def fetch_medium(ref: FileRef, root: str | None = None, kind: str = "image") -> MediaFile:
+def fetch_medium(ref: FileRef, root: str | None = None, modality: str = "image") -> MediaFile:
     """Reads the encoded bytes of a file.
 
     Args:
         ref: A path, a `file://`, `http://` or `https://` URL, a base64 data URI, or encoded bytes.
         root: Folder that relative paths start from; the current one unless given.
-        kind: What an error calls it: image, video or audio.
+        modality: What an error calls it: image, video or audio.
 
     Raises:
         MediaError: There is no such file, the text is none of these, or the URL does not answer, gives more
@@ -70,19 +70,19 @@ def fetch_medium(ref: FileRef, root: str | None = None, kind: str = "image") -> 
     if isinstance(ref, bytes):
         return MediaFile(ref, None, digest_of(ref))
     if ref.startswith("data:"):
-        data = _from_data_uri(ref, kind)
+        data = _from_data_uri(ref, modality)
         return MediaFile(data, None, digest_of(data))
     if ref.startswith(("http://", "https://")):
-        data = _download(ref, kind)
+        data = _download(ref, modality)
         return MediaFile(data, None, digest_of(data))
     path = Path(root or ".").absolute() / Path(ref.removeprefix("file://")).expanduser()
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         hint = "" if Path(ref).is_absolute() or "://" in ref else " (--root_image_dir is where they start)"
-        raise MediaError(f"{kind} {shown(ref)}: there is no file {shown(str(path))}{hint}") from None
+        raise MediaError(f"{modality} {shown(ref)}: there is no file {shown(str(path))}{hint}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise MediaError(f"{kind} {shown(ref)} cannot be read: {error}") from error
+        raise MediaError(f"{modality} {shown(ref)} cannot be read: {error}") from error
     return MediaFile(data, str(path), digest_of(data))
 
 
@@ -136,32 +136,32 @@ def shown(ref: FileRef) -> str:
     return repr(ref) if len(ref) <= 200 else f"{ref[:60]!r}..."
 
 
-def _from_data_uri(uri: str, kind: str) -> bytes:
+def _from_data_uri(uri: str, modality: str) -> bytes:
     head, comma, body = uri.partition(",")
     if not comma or not head.endswith(";base64"):
-        raise MediaError(f"{kind} {shown(uri)}: a data URI must read data:{kind}/...;base64,...")
+        raise MediaError(f"{modality} {shown(uri)}: a data URI must read data:{modality}/...;base64,...")
     try:
         # Line breaks inside are common, other foreign characters are damage.
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MediaError(f"{kind} {shown(uri)}: its base64 text is damaged: {error}") from error
+        raise MediaError(f"{modality} {shown(uri)}: its base64 text is damaged: {error}") from error
 
 
-def _download(url: str, kind: str) -> bytes:
+def _download(url: str, modality: str) -> bytes:
     request = urllib.request.Request(url, headers={"User-Agent": _AGENT})
     failure: Exception | None = None
     deadline = time.monotonic() + URL_DOWNLOAD_S
     for _ in range(URL_ATTEMPTS):
         try:
             with urllib.request.urlopen(request, timeout=URL_TIMEOUT_S) as answer:
-                return _within_limits(answer, f"{kind} {shown(url)}", deadline)
+                return _within_limits(answer, f"{modality} {shown(url)}", deadline)
         except urllib.error.HTTPError as error:
             failure = error
             if error.code < 500:
                 break
         except (OSError, HTTPException, ValueError) as error:
             failure = error
-    raise MediaError(f"{kind} {shown(url)} cannot be downloaded: {failure}") from failure
+    raise MediaError(f"{modality} {shown(url)} cannot be downloaded: {failure}") from failure
 
 
 def _within_limits(answer: HTTPResponse, name: str, deadline: float) -> bytes:

@@ -4,9 +4,9 @@ Pixels and samples are made here, in the worker that trains on them, because the
 than the files that travel. Those of the next rows are made ahead, those of the rows used last are kept.
 
 If the part of the model that media pass through trains, or its weights are sharded, then running it is a
-collective: every rank must do it in every micro-batch. Where no row has a medium of a kind, a short row with
-a small grey one is put behind the rows. It has no loss tokens, so its gradient is zero, and exactly so; but
-it is there.
+collective: every rank must do it in every micro-batch. Where no row has a medium of a modality, a short row
+with a small grey one is put behind the rows. It has no loss tokens, so its gradient is zero, and exactly
+so; but it is there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raytune_rl.data.collate import MicroBatch, collate
 from raytune_rl.data.media_processor import Decoded, MediaProcessor
 from raytune_rl.data.media_table import Medium
 from raytune_rl.data.pixels_ahead import Key, PixelsAhead, key_of
-from raytune_rl.protocol.media import Kind
+from raytune_rl.protocol.media import Modality
 
 CACHE_BYTES = 512 * 2**20
 Pixels = dict[str, torch.Tensor]
@@ -45,14 +45,14 @@ class MediaCollator:
         media: MediaProcessor,
         *,
         dtype: torch.dtype = torch.float32,
-        always: Sequence[Kind] = (),
+        always: Sequence[Modality] = (),
         cache_bytes: int = CACHE_BYTES,
         threads: int = 0,
     ) -> None:
         self.media = media
         self._dtype = dtype
         self._always = tuple(always)
-        self._samples: dict[tuple[Kind, ...], tuple[NDArray[np.int32], list[Decoded], Pixels]] = {}
+        self._samples: dict[tuple[Modality, ...], tuple[NDArray[np.int32], list[Decoded], Pixels]] = {}
         self._cache = _Cache(cache_bytes)
         self._ahead = PixelsAhead(self._make, threads)
 
@@ -78,8 +78,8 @@ class MediaCollator:
         """
         rows, masks = list(tokens), list(loss_masks)
         parts = [self._of_row(row) for row in media if row]
-        shown = {medium.kind for row in media for medium in row}
-        missing = [kind for kind in self._always if kind not in shown]
+        shown = {medium.modality for row in media for medium in row}
+        missing = [modality for modality in self._always if modality not in shown]
         decoded: list[list[Decoded]] = []
         if missing:
             sample, grey, made = self._sample(tuple(missing))
@@ -106,13 +106,13 @@ class MediaCollator:
         ends = micro.row_ends[: len(tokens)]
         return replace(micro, position_ids=None, n_rows=len(tokens), row_ends=ends, model_inputs=inputs)
 
-    def _sample(self, kinds: tuple[Kind, ...]) -> tuple[NDArray[np.int32], list[Decoded], Pixels]:
-        """The row that is put behind others for these kinds: tokens, media and what the model takes of them;
-        made once."""
-        if kinds not in self._samples:
-            tokens, grey = self.media.sample(kinds)
-            self._samples[kinds] = tokens, grey, self.media.pixels([grey])
-        return self._samples[kinds]
+    def _sample(self, modalities: tuple[Modality, ...]) -> tuple[NDArray[np.int32], list[Decoded], Pixels]:
+        """The row that is put behind others for these modalities: tokens, media and what the model takes of
+        them; made once."""
+        if modalities not in self._samples:
+            tokens, grey = self.media.sample(modalities)
+            self._samples[modalities] = tokens, grey, self.media.pixels([grey])
+        return self._samples[modalities]
 
     def _of_row(self, row: Sequence[Medium]) -> Pixels:
         key = key_of(row)

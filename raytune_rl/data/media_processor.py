@@ -19,11 +19,11 @@ from raytune_rl.data.chat import ChatTemplate
 from raytune_rl.data.example import FileRef, Message
 from raytune_rl.data.media import MediaError, decode_image, shown
 from raytune_rl.data.media_table import Medium
-from raytune_rl.data.media_tags import KINDS, TAGS, kinds_of
+from raytune_rl.data.media_tags import MODALITIES, TAGS, modalities_of
 from raytune_rl.data.sound import decode_audio
 from raytune_rl.data.video import Video, decode_video, video_of_frames
 from raytune_rl.errors import DataError, ModelError
-from raytune_rl.protocol.media import DEFAULT_FPS, NO_LIMITS, Kind, MediaLimits
+from raytune_rl.protocol.media import DEFAULT_FPS, NO_LIMITS, MediaLimits, Modality
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 _OF_TEXT = {"input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets"}
 # One number a token saying which are placeholders, under the names that families have for it.
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
-# The type of a kind's placeholders, as Transformers numbers them.
-_TYPE_OF = {kind: number for number, kind in enumerate(KINDS.values(), 1)}
-_TAG_OF = {kind: TAGS[column] for column, kind in KINDS.items()}
+# The type of a modality's placeholders, as Transformers numbers them.
+_TYPE_OF = {modality: number for number, modality in enumerate(MODALITIES.values(), 1)}
+_TAG_OF = {modality: TAGS[column] for column, modality in MODALITIES.items()}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Decoded:
     """A medium ready for the processor: an RGB picture, the frames of a video, or samples of sound (float32,
     one channel, at the processor's rate)."""
 
-    kind: Kind
+    modality: Modality
     content: Image.Image | Video | NDArray[np.float32]
 
 
@@ -52,14 +52,14 @@ class ExpandedText:
 
     Attributes:
         tokens: int32 `[n]`.
-        given: int32, the text's tokens before its placeholders were expanded.
+        engine_prompt_ids: int32, the text's tokens before its placeholders were expanded.
         places: int64 `[n, 2]`, where each token begins and ends in the expanded text.
         gains: For each medium, (end of its placeholder in the given text, characters that it grew by).
         inside: bool `[n]`, the tokens that were written for media.
     """
 
     tokens: NDArray[np.int32]
-    given: NDArray[np.int32]
+    engine_prompt_ids: NDArray[np.int32]
     places: NDArray[np.int64]
     gains: tuple[tuple[int, int], ...]
     inside: NDArray[np.bool_]
@@ -83,7 +83,7 @@ class MediaProcessor:
 
     @classmethod
     def of(cls, processor: Any, limits: MediaLimits = NO_LIMITS) -> MediaProcessor:
-        """Tries the processor on a small medium of its first kind.
+        """Tries the processor on a small medium of its first modality.
 
         Args:
             processor: As loaded; `max_pixels` and `fps` are set in it if it knows such limits (Qwen's do).
@@ -94,56 +94,56 @@ class MediaProcessor:
                 inputs that are not carried here; or a limit is not one that it can keep.
         """
         made = cls(processor, _set_limits(processor, limits))
-        if (problem := made._problem(made.kinds[0])) is not None:
+        if (problem := made._problem(made.modalities[0])) is not None:
             raise ModelError(problem)
         return made
 
     @cached_property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of media that it has a part for."""
-        return kinds_of(self.processor)
+    def modalities(self) -> tuple[Modality, ...]:
+        """The modalities that it has a part for."""
+        return modalities_of(self.processor)
 
     @cached_property
     def chat(self) -> ChatTemplate:
         """How it writes conversations."""
         return ChatTemplate.of(self.processor.tokenizer, self.processor)
 
-    def refusal(self, kind: Kind) -> str | None:
-        """Why rows with media of a kind cannot be used with this model; None if they can."""
-        if kind not in self._refusals:
-            taken = " and ".join(f"{one}s" for one in self.kinds)
-            self._refusals[kind] = (
-                self._problem(kind)
-                if kind in self.kinds
-                else f"the row has {kind}s, but the model takes {taken} only"
+    def refusal(self, modality: Modality) -> str | None:
+        """Why rows with media of a modality cannot be used with this model; None if they can."""
+        if modality not in self._refusals:
+            taken = " and ".join(f"{one}s" for one in self.modalities)
+            self._refusals[modality] = (
+                self._problem(modality)
+                if modality in self.modalities
+                else f"the row has {modality}s, but the model takes {taken} only"
             )
-        return self._refusals[kind]
+        return self._refusals[modality]
 
     @cached_property
-    def _refusals(self) -> dict[Kind, str | None]:
+    def _refusals(self) -> dict[Modality, str | None]:
         return {}
 
-    def sample(self, kinds: Sequence[Kind]) -> tuple[NDArray[np.int32], list[Decoded]]:
-        """A short prompt with one small medium of each of the kinds: its tokens, and the media."""
-        text, media = self._probe(kinds)
+    def sample(self, modalities: Sequence[Modality]) -> tuple[NDArray[np.int32], list[Decoded]]:
+        """A short prompt with one small medium of each of the modalities: its tokens, and the media."""
+        text, media = self._probe(modalities)
         return self.expand(text, media).tokens, media
 
-    def placeholder(self, kind: Kind) -> str | None:
-        """What stands for a medium of a kind in a text before it is expanded."""
-        return getattr(self.processor, f"{kind}_token", None)
+    def placeholder(self, modality: Modality) -> str | None:
+        """What stands for a medium of a modality in a text before it is expanded."""
+        return getattr(self.processor, f"{modality}_token", None)
 
     def read(self, medium: Medium) -> Decoded:
         """A medium of the table, read and decoded; errors as of `StoredFile.read` and `decode`."""
         names = [file.name for file in medium.files]
-        return self.decode(medium.kind, medium.read(), names, as_frames=medium.as_frames)
+        return self.decode(medium.modality, medium.read(), names, as_frames=medium.as_frames)
 
     def decode(
-        self, kind: Kind, files: Sequence[bytes], names: Sequence[FileRef], *, as_frames: bool = False
+        self, modality: Modality, files: Sequence[bytes], names: Sequence[FileRef], *, as_frames: bool = False
     ) -> Decoded:
         """A medium ready for the processor.
 
         Args:
-            kind: What it is.
+            modality: What it is.
             files: The bytes of its file, or of its frames' files.
             names: What errors call these.
             as_frames: Whether it is a video given as its frames.
@@ -151,9 +151,9 @@ class MediaProcessor:
         Raises:
             MediaError: The bytes cannot be decoded.
         """
-        if kind == "image":
-            return Decoded(kind, decode_image(files[0], names[0], self.limits.max_pixels))
-        if kind == "audio":
+        if modality == "image":
+            return Decoded(modality, decode_image(files[0], names[0], self.limits.max_pixels))
+        if modality == "audio":
             samples = decode_audio(files[0], names[0], self._sampling_rate)
             if self._most_samples is not None and len(samples) > self._most_samples:
                 most, length = (count / self._sampling_rate for count in (self._most_samples, len(samples)))
@@ -161,12 +161,12 @@ class MediaProcessor:
                     f"audio {shown(names[0])} lasts {length:.1f} s, and the model hears {most:g} s: the rest "
                     "would be cut off; cut it yourself, or split the row"
                 )
-            return Decoded(kind, samples)
+            return Decoded(modality, samples)
         pixels = self.limits.video_max_pixels
         if as_frames:
             frames = [decode_image(data, name) for data, name in zip(files, names, strict=True)]
-            return Decoded(kind, video_of_frames(frames, self.limits.fps or DEFAULT_FPS, pixels))
-        return Decoded(kind, decode_video(files[0], names[0], self._choose_frames, pixels))
+            return Decoded(modality, video_of_frames(frames, self.limits.fps or DEFAULT_FPS, pixels))
+        return Decoded(modality, decode_video(files[0], names[0], self._choose_frames, pixels))
 
     def expand(self, text: str, media: Sequence[Decoded]) -> ExpandedText:
         """Expands the placeholders of a rendered conversation, one for each medium, and tokenizes it.
@@ -175,13 +175,13 @@ class MediaProcessor:
             DataError: The text has another number of placeholders, the processor refuses a medium, or the
                 placeholder tokens are not as many as the features.
         """
-        for kind in self.kinds:
-            token, count = self.placeholder(kind), sum(one.kind == kind for one in media)
+        for modality in self.modalities:
+            token, count = self.placeholder(modality), sum(one.modality == modality for one in media)
             found = 0 if token is None else text.count(token)
             if found != count:
                 raise DataError(
-                    f"the text has {found} times the model's own {kind} token {token!r} for "
-                    f"{count} {kind}s: the token itself must not stand in a row's text"
+                    f"the text has {found} times the model's own {modality} token {token!r} for "
+                    f"{count} {modality}s: the token itself must not stand in a row's text"
                 )
         output = self._call(text, media)
         tokens = np.asarray(output["input_ids"][0], dtype=np.int32)
@@ -196,16 +196,16 @@ class MediaProcessor:
             (one["span"][1], (one["new_span"][1] - one["new_span"][0]) - (one["span"][1] - one["span"][0]))
             for one in replaced
         )
-        given = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ExpandedText(tokens, np.asarray(given, dtype=np.int32), places, gains, inside)
+        engine_prompt_ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ExpandedText(tokens, np.asarray(engine_prompt_ids, dtype=np.int32), places, gains, inside)
 
     def pixels(self, rows: Sequence[Sequence[Decoded]]) -> dict[str, torch.Tensor]:
         """The model's inputs for the media of some rows, each with at least one: pixel_values, input_features
         and what goes with them."""
         options: dict[str, Any] = {}
-        if any(one.kind != "image" for row in rows for one in row):
+        if any(one.modality != "image" for row in rows for one in row):
             # Some ask for the text beside anything but images: to know their order.
-            texts = ["".join(str(self.placeholder(one.kind)) for one in row) for row in rows]
+            texts = ["".join(str(self.placeholder(one.modality)) for one in row) for row in rows]
             options = {"text": texts, "text_kwargs": {"padding": True}}
         output = self.processor(**self._arguments(rows), **options, return_tensors="pt")
         return {name: value for name, value in output.items() if name not in {*_OF_TEXT, *_TOKEN_TYPES}}
@@ -213,27 +213,27 @@ class MediaProcessor:
     def token_types(self, tokens: NDArray) -> NDArray[np.int64]:
         """1 for image placeholders, 2 for video, 3 for audio, 0 for text; int64 in the shape of `tokens`."""
         types = np.zeros(tokens.shape, dtype=np.int64)
-        for kind, number in _TYPE_OF.items():
-            types[np.isin(tokens, self._ids(kind))] = number
+        for modality, number in _TYPE_OF.items():
+            types[np.isin(tokens, self._ids(modality))] = number
         return types
 
     @cached_property
     def placeholder_ids(self) -> tuple[int, ...]:
         """All tokens that stand for features of images, videos or audio. A completion must have none: there
         would be nothing to put in its place."""
-        return tuple(sorted({token for kind in _TYPE_OF for token in self._ids(kind)}))
+        return tuple(sorted({token for modality in _TYPE_OF for token in self._ids(modality)}))
 
     @cached_property
     def placeholders(self) -> tuple[str, ...]:
         """Those tokens as texts, and each `placeholder`: none may stand in a row's own text."""
         tokens = self.processor.tokenizer.convert_ids_to_tokens(list(self.placeholder_ids))
-        own = [token for kind in self.kinds if (token := self.placeholder(kind))]
+        own = [token for modality in self.modalities if (token := self.placeholder(modality))]
         return tuple(dict.fromkeys([*tokens, *own]))
 
     @cached_property
     def type_name(self) -> str | None:
         """The name under which the model takes `token_types`, if it does."""
-        output = self._call(*self._probe(self.kinds[:1]))
+        output = self._call(*self._probe(self.modalities[:1]))
         for name in _TOKEN_TYPES:
             if name in output:
                 tokens = np.asarray(output["input_ids"][0])
@@ -252,16 +252,17 @@ class MediaProcessor:
         Raises:
             DataError: The model would make another number of features than there are placeholders.
         """
-        for kind in ("image", "video"):
-            grid = output.get(f"{kind}_grid_thw")
-            merge = getattr(getattr(self.processor, f"{kind}_processor", None), "merge_size", None)
+        for modality in ("image", "video"):
+            grid = output.get(f"{modality}_grid_thw")
+            merge = getattr(getattr(self.processor, f"{modality}_processor", None), "merge_size", None)
             if merge is None or (grid is None and output):
                 continue
             features = 0 if grid is None else int(np.asarray(grid).prod(-1).sum()) // merge**2
-            written = int((types == _TYPE_OF[kind]).sum())
+            written = int((types == _TYPE_OF[modality]).sum())
             if features != written:
                 raise DataError(
-                    f"{written} {kind} tokens for {features} features of {whose} {kind}s; was the data "
+                    f"{written} {modality} tokens for {features} features of {whose} {modality}s; was the "
+                    "data "
                     "tokenized with another processor or other limits (--max_pixels)?"
                 )
 
@@ -297,9 +298,9 @@ class MediaProcessor:
         # A video with fewer frames than the rule asks for is shown whole.
         return [int(number) for number in chosen] or list(range(metadata["total_num_frames"]))
 
-    def _ids(self, kind: Kind) -> list[int]:
+    def _ids(self, modality: Modality) -> list[int]:
         """The tokens that stand for features of a kind."""
-        listed = getattr(self.processor, f"{kind}_token_ids", None) or ()
+        listed = getattr(self.processor, f"{modality}_token_ids", None) or ()
         return [token for token in listed if token is not None]
 
     def _call(self, text: str, media: Sequence[Decoded]) -> Mapping[str, Any]:
@@ -316,9 +317,9 @@ class MediaProcessor:
 
     def _arguments(self, rows: Sequence[Sequence[Decoded]]) -> dict[str, Any]:
         """The media as a processor takes them: images a row, videos and sounds one after the other."""
-        images = [[one.content for one in row if one.kind == "image"] for row in rows]
+        images = [[one.content for one in row if one.modality == "image"] for row in rows]
         videos = [one.content for row in rows for one in row if isinstance(one.content, Video)]
-        sounds = [one.content for row in rows for one in row if one.kind == "audio"]
+        sounds = [one.content for row in rows for one in row if one.modality == "audio"]
         arguments: dict[str, Any] = {"images": images} if any(images) else {}
         if videos:
             arguments["videos"] = [video.frames for video in videos]
@@ -328,36 +329,37 @@ class MediaProcessor:
             arguments |= {"audio": sounds, "sampling_rate": self._sampling_rate}
         return arguments
 
-    def _probe(self, kinds: Sequence[Kind]) -> tuple[str, list[Decoded]]:
-        tags = "".join(_TAG_OF[kind] for kind in kinds)
+    def _probe(self, modalities: Sequence[Modality]) -> tuple[str, list[Decoded]]:
+        tags = "".join(_TAG_OF[modality] for modality in modalities)
         text = self.chat.render([Message("user", f"{tags}.")], generation_prompt=False)
         grey = Image.new("RGB", (56, 56), (127, 127, 127))
-        contents: dict[Kind, Any] = {"image": grey}
-        if "video" in kinds:
+        contents: dict[Modality, Any] = {"image": grey}
+        if "video" in modalities:
             contents["video"] = video_of_frames([grey] * 4, DEFAULT_FPS)
-        if "audio" in kinds:
+        if "audio" in modalities:
             contents["audio"] = np.zeros(self._sampling_rate // 4, dtype=np.float32)
-        return text, [Decoded(kind, contents[kind]) for kind in kinds]
+        return text, [Decoded(modality, contents[modality]) for modality in modalities]
 
-    def _problem(self, kind: Kind) -> str | None:
-        """Why the processor cannot be used for media of a kind, found by trying it."""
+    def _problem(self, modality: Modality) -> str | None:
+        """Why the processor cannot be used for media of a modality, found by trying it."""
         name = type(self.processor).__name__
-        text, media = self._probe([kind])
+        text, media = self._probe([modality])
         try:
             output = self._call(text, media)
         except DataError as error:
-            return f"{name} cannot be used for training with {kind}s: {error}"
+            return f"{name} cannot be used for training with {modality}s: {error}"
         untold = {"offset_mapping", "text_replacement_offsets"} - output.keys()
         if untold:
             return (
                 f"{name} does not return {' and '.join(sorted(untold))}, so that what is trained on cannot "
-                f"be told from what stands for {kind}s. It needs a fast tokenizer and a processor as "
+                f"be told from what stands for {modality}s. It needs a fast tokenizer and a processor as "
                 "Transformers 5 has them"
             )
         carried = self.pixels([media]).keys() | _OF_TEXT | set(_TOKEN_TYPES)
         if other := sorted(output.keys() - carried):
             return (
-                f"{name} makes {', '.join(other)} out of text and {kind}s together, which raytune_rl does "
+                f"{name} makes {', '.join(other)} out of text and {modality}s together, which raytune_rl "
+                "does "
                 "not carry to the model yet"
             )
         return None
@@ -376,7 +378,7 @@ class _Facts(dict[str, Any]):
 def _set_limits(processor: Any, limits: MediaLimits) -> MediaLimits:
     """Sets the limits that the processor's parts know themselves, and returns the others."""
     rest = dict(vars(limits))
-    images, videos = (getattr(processor, f"{kind}_processor", None) for kind in ("image", "video"))
+    images, videos = (getattr(processor, f"{modality}_processor", None) for modality in ("image", "video"))
     if limits.max_pixels is not None and images is not None and "max_pixels" in _known(images):
         _check_least("--max_pixels", limits.max_pixels, images)
         processor.image_processor = type(images).from_dict(images.to_dict(), max_pixels=limits.max_pixels)

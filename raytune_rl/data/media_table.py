@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 
 from raytune_rl.data.mapped import ArrayWriter, RaggedWriter
 from raytune_rl.data.media import MediaError, MediaFile, fetch_medium, shown
-from raytune_rl.data.media_tags import KINDS
+from raytune_rl.data.media_tags import MODALITIES
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.data import MediaCounts
-from raytune_rl.protocol.media import Kind
+from raytune_rl.protocol.media import Modality
 
 #: Columns of the object that has the rows: the files and what they are, per row. The others are the table.
 ROW_COLUMN, _ROLE = "media", "media_role"
 _DATA, _IS_PATH, _DIGEST = "media_data", "media_is_path", "media_digest"
 
-_KINDS = tuple(KINDS.values())
-# What a file is to its row: a medium of a kind, the first frame of a video, or a further one.
-_FRAME, _NEXT_FRAME = len(_KINDS), len(_KINDS) + 1
+_MODALITIES = tuple(MODALITIES.values())
+# What a file is to its row: a medium of a modality, the first frame of a video, or a further one.
+_FRAME, _NEXT_FRAME = len(_MODALITIES), len(_MODALITIES) + 1
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class StoredFile:
         """What an error calls it."""
         return self.path or f"of {len(self.data or b'')} bytes"
 
-    def read(self, kind: Kind) -> bytes:
+    def read(self, modality: Modality) -> bytes:
         """The encoded bytes.
 
         Raises:
@@ -61,10 +61,10 @@ class StoredFile:
         if self.data is not None:
             return bytes(self.data)
         assert self.path is not None
-        found = fetch_medium(self.path, kind=kind)
+        found = fetch_medium(self.path, modality=modality)
         if found.digest != self.digest:
             raise MediaError(
-                f"{kind} {shown(self.path)} has changed since the data was tokenized; start the run anew"
+                f"{modality} {shown(self.path)} has changed since the data was tokenized; start the run anew"
             )
         return found.data
 
@@ -74,19 +74,21 @@ class Medium:
     """A picture, video or sound of a row.
 
     Attributes:
-        kind: Which of these it is.
+        modality: Which of these it is.
         files: One file, or the frames of a video in their order.
         as_frames: Whether it is a video given as its frames.
     """
 
-    kind: Kind
+    modality: Modality
     files: tuple[StoredFile, ...]
     as_frames: bool = False
 
     @classmethod
-    def of(cls, kind: Kind, files: Sequence[MediaFile], *, inline: bool, as_frames: bool = False) -> Medium:
+    def of(
+        cls, modality: Modality, files: Sequence[MediaFile], *, inline: bool, as_frames: bool = False
+    ) -> Medium:
         """A medium that was read; `inline` as of `StoredFile.of`."""
-        return cls(kind, tuple(StoredFile.of(file, inline=inline) for file in files), as_frames)
+        return cls(modality, tuple(StoredFile.of(file, inline=inline) for file in files), as_frames)
 
     @property
     def key(self) -> str:
@@ -101,7 +103,7 @@ class Medium:
 
     def read(self) -> list[bytes]:
         """The encoded bytes of its files; errors as of `StoredFile.read`."""
-        return [file.read(self.kind) for file in self.files]
+        return [file.read(self.modality) for file in self.files]
 
 
 class MediaWriter:
@@ -121,7 +123,7 @@ class MediaWriter:
                 self._rows_before += 1
                 return
             names = ((ROW_COLUMN, np.int32), (_ROLE, np.uint8), (_DATA, np.uint8))
-            rows, roles, data = (RaggedWriter(name, kind, self._folder) for name, kind in names)
+            rows, roles, data = (RaggedWriter(name, dtype, self._folder) for name, dtype in names)
             self._columns = rows, roles, data
             for _ in range(self._rows_before):
                 rows.append(np.empty(0, dtype=np.int32))
@@ -182,7 +184,7 @@ def media_of(columns: Columns, row: int) -> list[Medium]:
         if role == _NEXT_FRAME:
             media[-1] = Medium("video", (*media[-1].files, file), as_frames=True)
         else:
-            media.append(Medium(_kind(role), (file,), as_frames=role == _FRAME))
+            media.append(Medium(_modality(role), (file,), as_frames=role == _FRAME))
     return media
 
 
@@ -195,13 +197,13 @@ def count_media(columns: Columns) -> MediaCounts:
     shown: dict[str, int] = {}
     distinct: dict[str, int] = {}
     most: Counter[str] = Counter()
-    kinds = np.where(roles.values == _FRAME, _KINDS.index("video"), roles.values)
-    for code, kind in enumerate(_KINDS):
-        mine = kinds == code
+    modalities = np.where(roles.values == _FRAME, _MODALITIES.index("video"), roles.values)
+    for code, modality in enumerate(_MODALITIES):
+        mine = modalities == code
         if mine.any():
-            shown[kind] = int(mine.sum())
-            distinct[kind] = len(np.unique(numbers.values[mine]))
-            most[kind] = int(np.bincount(row_of[mine]).max())
+            shown[modality] = int(mine.sum())
+            distinct[modality] = len(np.unique(numbers.values[mine]))
+            most[modality] = int(np.bincount(row_of[mine]).max())
     held = data.lengths[~np.asarray(columns[_IS_PATH])]
     return MediaCounts(shown, distinct, int(held.sum()), dict(most))
 
@@ -209,11 +211,11 @@ def count_media(columns: Columns) -> MediaCounts:
 def _roles(medium: Medium) -> list[int]:
     if medium.as_frames:
         return [_FRAME, *[_NEXT_FRAME] * (len(medium.files) - 1)]
-    return [_KINDS.index(medium.kind)]
+    return [_MODALITIES.index(medium.modality)]
 
 
-def _kind(role: int) -> Kind:
-    return "video" if role == _FRAME else _KINDS[role]
+def _modality(role: int) -> Modality:
+    return "video" if role == _FRAME else _MODALITIES[role]
 
 
 def _flat(file: StoredFile) -> NDArray[np.uint8]:

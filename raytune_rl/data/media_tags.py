@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from raytune_rl.data.example import Example, FileRef, MediaRef, Message
-from raytune_rl.protocol.media import Kind
+from raytune_rl.protocol.media import Modality
 
 #: Column to the tag that stands for one medium of it.
 TAGS: dict[str, str] = {"images": "<image>", "videos": "<video>", "audios": "<audio>"}
 
-KINDS: dict[str, Kind] = {"images": "image", "videos": "video", "audios": "audio"}
+MODALITIES: dict[str, Modality] = {"images": "image", "videos": "video", "audios": "audio"}
 _TAG = re.compile("|".join(TAGS.values()))
 _LEGACY = re.compile(r"<img>\s*(\S.*?)\s*</img>", re.DOTALL)
 
@@ -59,7 +59,7 @@ def media_refs(value: Any, column: str = "images") -> tuple[MediaRef, ...]:
     return (media_ref(value),)
 
 
-def kinds_of(processor: Any) -> tuple[Kind, ...]:
+def modalities_of(processor: Any) -> tuple[Modality, ...]:
     """The media that a Transformers processor has a part for."""
     parts = {
         "image": ("image_processor",),
@@ -67,16 +67,18 @@ def kinds_of(processor: Any) -> tuple[Kind, ...]:
         "audio": ("audio_processor", "feature_extractor"),
     }
     return tuple(
-        kind
-        for kind in KINDS.values()
-        if any(getattr(processor, part, None) is not None for part in parts[kind])
-        and (kind == "image" or getattr(processor, f"{kind}_token", None) is not None)
+        modality
+        for modality in MODALITIES.values()
+        if any(getattr(processor, part, None) is not None for part in parts[modality])
+        and (modality == "image" or getattr(processor, f"{modality}_token", None) is not None)
     )
 
 
-def split_tags(content: str, kinds: Sequence[Kind]) -> list[dict[str, str]]:
-    """A text with tags as the list of parts that processors' templates take; tags of other kinds are text."""
-    of_tag = {TAGS[column]: kind for column, kind in KINDS.items() if kind in kinds}
+def split_tags(content: str, modalities: Sequence[Modality]) -> list[dict[str, str]]:
+    """A text with tags as the list of parts that processors' templates take; tags of other modalities are
+    text.
+    """
+    of_tag = {TAGS[column]: modality for column, modality in MODALITIES.items() if modality in modalities}
     parts: list[dict[str, str]] = []
     for piece in re.split(f"({'|'.join(of_tag)})", content) if of_tag else [content]:
         if piece in of_tag:
@@ -86,15 +88,15 @@ def split_tags(content: str, kinds: Sequence[Kind]) -> list[dict[str, str]]:
     return parts or [{"type": "text", "text": ""}]
 
 
-def in_order(example: Example) -> list[tuple[Kind, MediaRef]]:
+def in_order(example: Example) -> list[tuple[Modality, MediaRef]]:
     """The media of a row in the order of their tags."""
-    columns = {TAGS[name]: (kind, list(getattr(example, name))) for name, kind in KINDS.items()}
+    columns = {TAGS[name]: (modality, list(getattr(example, name))) for name, modality in MODALITIES.items()}
     found = []
     for message in example.messages:
         for tag in _TAG.findall(message.content):
-            kind, refs = columns[tag]
+            modality, refs = columns[tag]
             if refs:
-                found.append((kind, refs.pop(0)))
+                found.append((modality, refs.pop(0)))
     return found
 
 

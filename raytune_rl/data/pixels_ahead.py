@@ -21,7 +21,7 @@ ROWS_AHEAD = 8
 
 def key_of(row: Sequence[Medium]) -> Key:
     """What the pixels of a row's media are known by."""
-    return tuple(f"{medium.kind}:{medium.key}" for medium in row)
+    return tuple(f"{medium.modality}:{medium.key}" for medium in row)
 
 
 class PixelsAhead(Generic[T]):

@@ -63,10 +63,10 @@ def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
-def _children(kind: Any, feature: Any) -> list[tuple[str, Any, Any]]:
+def _children(arrow_type: Any, feature: Any) -> list[tuple[str, Any, Any]]:
     """Name, type and feature of each field of a struct."""
     named = feature if isinstance(feature, dict) and not isinstance(feature.get("_type"), str) else {}
-    return [(field.name, field.type, named.get(field.name)) for field in kind]
+    return [(field.name, field.type, named.get(field.name)) for field in arrow_type]
 
 
 def _item(feature: Any) -> Any:
@@ -75,27 +75,27 @@ def _item(feature: Any) -> Any:
     return feature.get("feature") if isinstance(feature, dict) else None
 
 
-def _is_json(kind: Any, feature: Any) -> bool:
-    return getattr(kind, "extension_name", None) == "arrow.json" or (
+def _is_json(arrow_type: Any, feature: Any) -> bool:
+    return getattr(arrow_type, "extension_name", None) == "arrow.json" or (
         isinstance(feature, dict) and feature.get("_type") == "Json"
     )
 
 
-def _is_list(kind: Any) -> bool:
+def _is_list(arrow_type: Any) -> bool:
     import pyarrow.types as types
 
-    kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
-    return any(is_kind(kind) for is_kind in kinds) or types.is_large_list_view(kind)
+    list_types = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
+    return any(is_type(arrow_type) for is_type in list_types) or types.is_large_list_view(arrow_type)
 
 
-def _decoder(kind: Any, feature: Any, name: str) -> Change | None:
+def _decoder(arrow_type: Any, feature: Any, name: str) -> Change | None:
     """What makes a value of a type out of what `to_pylist` gives; None where they are the same."""
     import pyarrow.types as types
 
-    if _is_json(kind, feature):
+    if _is_json(arrow_type, feature):
         return _text_or_json if name.lower() in _TEXTS else _json
-    if types.is_struct(kind):
-        inner = _by_name({key: _decoder(of, what, key) for key, of, what in _children(kind, feature)})
+    if types.is_struct(arrow_type):
+        inner = _by_name({key: _decoder(of, what, key) for key, of, what in _children(arrow_type, feature)})
 
         def struct(value: dict[str, Any]) -> dict[str, Any]:
             for key, change in inner.items():
@@ -104,26 +104,26 @@ def _decoder(kind: Any, feature: Any, name: str) -> Change | None:
             return value
 
         return struct if inner else None
-    if types.is_map(kind):
-        of_item = _decoder(kind.item_type, None, "") or (lambda value: value)
+    if types.is_map(arrow_type):
+        of_item = _decoder(arrow_type.item_type, None, "") or (lambda value: value)
         return lambda pairs: {key: None if item is None else of_item(item) for key, item in pairs}
-    if _is_list(kind):
-        each = _decoder(kind.value_type, _item(feature), name)
+    if _is_list(arrow_type):
+        each = _decoder(arrow_type.value_type, _item(feature), name)
         return each and (lambda items: [None if item is None else each(item) for item in items])
     return None
 
 
-def _presence(kind: Any, feature: Any) -> Change | None:
+def _presence(arrow_type: Any, feature: Any) -> Change | None:
     """What leaves out of a decoded value the keys that structs have no value for; None if it has no structs.
 
     A null inside of what was JSON text was written, and stays.
     """
     import pyarrow.types as types
 
-    if _is_json(kind, feature):
+    if _is_json(arrow_type, feature):
         return None
-    if types.is_struct(kind):
-        inner = _by_name({key: _presence(of, what) for key, of, what in _children(kind, feature)})
+    if types.is_struct(arrow_type):
+        inner = _by_name({key: _presence(of, what) for key, of, what in _children(arrow_type, feature)})
 
         def struct(value: Any) -> Any:
             if not isinstance(value, dict):
@@ -131,8 +131,8 @@ def _presence(kind: Any, feature: Any) -> Change | None:
             return {key: inner[key](item) if key in inner else item for key, item in present(value).items()}
 
         return struct
-    if types.is_map(kind):
-        of_item = _presence(kind.item_type, None)
+    if types.is_map(arrow_type):
+        of_item = _presence(arrow_type.item_type, None)
         return of_item and (
             lambda value: (
                 {key: None if item is None else of_item(item) for key, item in value.items()}
@@ -140,8 +140,8 @@ def _presence(kind: Any, feature: Any) -> Change | None:
                 else value
             )
         )
-    if _is_list(kind):
-        each = _presence(kind.value_type, _item(feature))
+    if _is_list(arrow_type):
+        each = _presence(arrow_type.value_type, _item(feature))
         return each and (
             lambda items: (
                 [None if item is None else each(item) for item in items] if isinstance(items, list) else items

@@ -10,12 +10,12 @@ from typing import Any
 from raytune_rl.algorithms.losses.ppo import ValueSettings
 from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
 from raytune_rl.config.commands import TrainConfig
-from raytune_rl.data.media_tags import KINDS
+from raytune_rl.data.media_tags import MODALITIES
 from raytune_rl.errors import ConfigError
 from raytune_rl.groups import lora_sync
 from raytune_rl.groups.sizes import Groups
 from raytune_rl.protocol.data import MediaCounts
-from raytune_rl.protocol.media import Kind, MediaLimits
+from raytune_rl.protocol.media import MediaLimits, Modality
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
 from raytune_rl.protocol.rewards import RewardModelSpec
 from raytune_rl.protocol.rollout import GPU_SHARE, EngineSpec, MultiTurnSpec, Sampling
@@ -32,9 +32,9 @@ TOKENS_GPU, TOKENS_CPU = 16384, 2048
 
 
 def model_spec(
-    config: TrainConfig, on_gpu: bool, takes_media: bool = False, kinds: Sequence[Kind] = ()
+    config: TrainConfig, on_gpu: bool, takes_media: bool = False, modalities: Sequence[Modality] = ()
 ) -> ModelSpec:
-    """What policy and reference load: whether it takes media, and the kinds of them in the data."""
+    """What policy and reference load: whether it takes media, and their modalities in the data."""
     assert config.model is not None
     return ModelSpec(
         path=config.model,
@@ -47,7 +47,7 @@ def model_spec(
         quant_bits=config.quant_bits,
         use_hf=config.use_hf,
         media_limits=MediaLimits.of(config),
-        media_kinds=tuple(kinds),
+        modalities=tuple(modalities),
         media_threads=1 if config.dataloader_num_workers is None else config.dataloader_num_workers,
         packing_flag=packing_flag(config),
         own_dropout=isinstance(config, SFTConfig),
@@ -181,14 +181,14 @@ def policy_spec(
     dropout: float,
     publish_mode: str | None = None,
     takes_media: bool = False,
-    kinds: Sequence[Kind] = (),
+    modalities: Sequence[Modality] = (),
     disallowed_token_ids: tuple[int, ...] = (),
 ) -> PolicySpec:
-    """The settings of one policy rank: whether the model takes media and the kinds of them in the data;
+    """The settings of one policy rank: whether the model takes media and their modalities in the data;
     `disallowed_token_ids` are the tokens that sampling never gives.
     """
     return PolicySpec(
-        model=model_spec(config, groups.on_gpu, takes_media, kinds),
+        model=model_spec(config, groups.on_gpu, takes_media, modalities),
         tuner=tuner(config, dropout),
         optimizer=optimizer(config, total_steps),
         loss=loss,
@@ -207,7 +207,7 @@ def critic_spec(
     groups: Groups,
     total_steps: int,
     takes_media: bool = False,
-    kinds: Sequence[Kind] = (),
+    modalities: Sequence[Modality] = (),
 ) -> PolicySpec:
     """What a critic rank is told. It starts from the first reward model that is a classifier, which knows
     already what is good, else from the policy's base with a new head.
@@ -221,7 +221,7 @@ def critic_spec(
         temperature=1.0,
         dropout=config.lora_dropout,
         takes_media=takes_media,
-        kinds=kinds,
+        modalities=modalities,
     )
     start = replace(policy.model, adapters=())
     if (judge := resolved.critic_start(config)) is not None:
@@ -237,7 +237,7 @@ def check_readable(config: RLHFConfig, media: MediaCounts) -> None:
         ConfigError: There are reward models, and prompts with media.
     """
     if config.reward_model and media.shown:
-        shown = " and ".join(f"{count:,} {kind}s" for kind, count in media.shown.items())
+        shown = " and ".join(f"{count:,} {modality}s" for modality, count in media.shown.items())
         raise ConfigError(
             f"--reward_model reads texts only, but the prompts have {shown}: use reward functions."
         )
@@ -262,24 +262,26 @@ def reward_model_spec(config: RLHFConfig, groups: Groups) -> RewardModelSpec:
 def prompt_limits(
     config: RLHFConfig, takes_media: bool, sets: Sequence[MediaCounts]
 ) -> dict[str, int] | None:
-    """Most items of each kind in one prompt of a model that takes media: what the user says, else what the
-    data sets have.
+    """Most items of each modality in one prompt of a model that takes media: what the user says, else what
+    the data sets have.
 
     Raises:
-        ConfigError: The data has a prompt with more of a kind than the user allows.
+        ConfigError: The data has a prompt with more of a modality than the user allows.
     """
     if not takes_media:
         return None
     most: dict[str, int] = {
-        kind: max((one.most.get(kind, 0) for one in sets), default=0) for kind in KINDS.values()
+        modality: max((one.most.get(modality, 0) for one in sets), default=0)
+        for modality in MODALITIES.values()
     }
     # An engine that may have none at all would not be one for media.
     least = most if any(most.values()) else {**most, "image": 1}
     limits = {**least, **config.vllm_limit_mm_per_prompt}
-    for kind, count in most.items():
-        if limits[kind] < count:
+    for modality, count in most.items():
+        if limits[modality] < count:
             raise ConfigError(
-                f"--vllm_limit_mm_per_prompt allows {limits[kind]} {kind}s, but a prompt has {count}. "
+                f"--vllm_limit_mm_per_prompt allows {limits[modality]} {modality}s, but a prompt has "
+                f"{count}. "
                 "Raise it, or leave it out."
             )
     return limits

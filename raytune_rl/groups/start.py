@@ -132,7 +132,7 @@ class OnlineSetup:
             dropout=config.lora_dropout,
             publish_mode=lora_sync.publish_mode(config, account.takes_media),
             takes_media=account.takes_media,
-            kinds=account.media.kinds,
+            modalities=account.media.modalities,
             disallowed_token_ids=account.placeholder_ids,
         )
         return replace(
@@ -226,7 +226,7 @@ class Starter:
         # Only a config with a critic's settings gives a credit that needs one.
         config = cast(PPOConfig, setup.config)
         spec = specs.critic_spec(
-            config, setup.sizes, setup.total_steps, account.takes_media, account.media.kinds
+            config, setup.sizes, setup.total_steps, account.takes_media, account.media.modalities
         )
         return self.world("critic", spec)
 

@@ -88,17 +88,17 @@ class Trial:
         self.rows = self._rows() if config.val_dataset else None
         self.shape = Shape.of(model.get_text_config())
         longest = None if self.rows is None else int(self.rows[1].lengths.max())
-        self.limit = context_length(config, self.shape, longest)
+        self.max_model_len = context_length(config, self.shape, longest)
         generation = generation_settings(source.model)
         if source.adapter is not None:  # it may end an answer where its base does not
             ends = (*as_ids(generation.get("eos_token_id")), *read_eos(source.adapter))
             generation = {**generation, "eos_token_id": list(ends)}
-        self.sampling = sampling_of(config, generation, self.limit)
+        self.sampling = sampling_of(config, generation, self.max_model_len)
 
     def start(self, stack: ExitStack) -> None:
         """Starts the engines and waits for them."""
         config, groups = self.config, self.groups
-        self.console.print(_told(self.sampling, self.limit, groups))
+        self.console.print(_told(self.sampling, self.max_model_len, groups))
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
         self.group = WorkerGroup(
             groups["rollout"],
@@ -178,12 +178,12 @@ class Trial:
         return EngineSpec(
             model=str(Path(self.source.model).absolute()),
             dtype=dtype,
-            max_model_len=self.limit,
+            max_model_len=self.max_model_len,
             store=None,
             pull_timeout_s=config.step_timeout,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
             gpu_memory_utilization=config.vllm_gpu_memory_utilization or EngineSpec.gpu_memory_utilization,
-            kv_cache_bytes=None if on_gpu else self.shape.cache_bytes(self.limit, width),
+            kv_cache_bytes=None if on_gpu else self.shape.cache_bytes(self.max_model_len, width),
             max_num_seqs=config.vllm_max_num_seqs,
             enforce_eager=eager,
             enable_prefix_caching=config.vllm_enable_prefix_caching,
@@ -226,10 +226,10 @@ def _result_path(config: InferConfig, source: Source) -> Path:
     return path
 
 
-def _told(sampling: Sampling, limit: int, groups: Groups) -> str:
+def _told(sampling: Sampling, max_model_len: int, groups: Groups) -> str:
     engines = groups["rollout"].workers
     drawn = "the likeliest token" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"
     for name, nothing in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0), ("repetition_penalty", 1.0)):
         value = getattr(sampling, name)
         drawn += f", {name} {value:g}" if value != nothing else ""
-    return f"{engines} engine(s), conversations of up to {limit:,} tokens, drawn by {drawn}"
+    return f"{engines} engine(s), conversations of up to {max_model_len:,} tokens, drawn by {drawn}"

@@ -80,7 +80,7 @@ def encode_rows_task(config: InferConfig, model: str, home: str, system: str | N
     notices = [*loaded.report.notices, *found.notices]
     notices += [f"{left_out} rows cannot be used and are left out (--strict false)"] if left_out else []
     columns = {"prompt": found.prompts, **found.media}
-    columns |= {} if found.given is None else {"given": found.given}
+    columns |= {} if found.engine_prompt_ids is None else {"engine_prompt_ids": found.engine_prompt_ids}
     return columns, Asked(
         found.prompts.lengths,
         [[message.for_template() for message in example.messages] for example in kept],

@@ -67,15 +67,15 @@ def context_length(config: InferConfig, shape: Shape, longest_prompt: int | None
     wanted = CONTEXT if longest_prompt is None or answer is None else longest_prompt + answer
     if longest_prompt is None and answer is not None:
         wanted = max(CONTEXT, 2 * answer)
-    limit = config.vllm_max_model_len or min(wanted, most or wanted)
+    max_model_len = config.vllm_max_model_len or min(wanted, most or wanted)
     needed = (longest_prompt or 0) + (answer or 1)
-    if longest_prompt is not None and needed > limit:
+    if longest_prompt is not None and needed > max_model_len:
         raise ConfigError(
             f"the longest row has {longest_prompt} tokens; with an answer of {answer or 'at least 1'} it "
-            f"does not fit the {limit} that the engine takes: lower --max_new_tokens, raise "
+            f"does not fit the {max_model_len} that the engine takes: lower --max_new_tokens, raise "
             f"--vllm_max_model_len (the model takes {most or 'any number of'} tokens), or shorten the row."
         )
-    return limit
+    return max_model_len
 
 
 def generation_settings(model: str) -> Mapping[str, Any]:
@@ -90,7 +90,7 @@ def generation_settings(model: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def sampling_of(config: InferConfig, generation: Mapping[str, Any], limit: int) -> Sampling:
+def sampling_of(config: InferConfig, generation: Mapping[str, Any], max_model_len: int) -> Sampling:
     """The user's settings over the model's. A model that does not sample is answered greedily."""
     own: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
     own["repetition_penalty"] = 1.0
@@ -103,7 +103,7 @@ def sampling_of(config: InferConfig, generation: Mapping[str, Any], limit: int) 
         own[name] = own[name] if given is None else given
     own["top_k"] = int(own["top_k"]) or -1
     return Sampling(
-        max_tokens=config.max_new_tokens or limit,
+        max_tokens=config.max_new_tokens or max_model_len,
         stop_words=config.stop_words,
         stop_token_ids=as_ids(generation.get("eos_token_id")),
         **own,

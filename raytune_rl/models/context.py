@@ -24,8 +24,8 @@ def longest_context(text_config: Any) -> int | None:
         return None
     factor = 1.0
     for rope in _ropes(text_config):
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in _SCALED_ALREADY and "gemma3" not in str(getattr(text_config, "model_type", "")):
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in _SCALED_ALREADY and "gemma3" not in str(getattr(text_config, "model_type", "")):
             factor = rope.get("factor") or factor
     return int(min(limits) * factor)
 

@@ -156,15 +156,15 @@ def scalar_class(config: Any) -> Any:
     Raises:
         ModelError: there is none, and none can be made.
     """
-    kind, remote = config.model_type, getattr(config, "auto_map", None) or {}
-    known = kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    model_type, remote = config.model_type, getattr(config, "auto_map", None) or {}
+    known = model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if known or "AutoModelForSequenceClassification" in remote:
         return AutoModelForSequenceClassification
     speakers = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
     speaker = next((found[type(config)] for found in speakers if type(config) in found), None)
     backbone = MODEL_MAPPING.get(type(config), None)
     if speaker is None or not isinstance(backbone, type):
-        raise ModelError(f"Transformers knows no sequence classification for model type '{kind}'")
+        raise ModelError(f"Transformers knows no sequence classification for model type '{model_type}'")
     name = backbone.__name__.removesuffix("Model")
     parent = next(
         base

@@ -36,9 +36,9 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
         found = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
-    if (kind := found.get("peft_type", "LORA")) != "LORA":
+    if (peft_type := found.get("peft_type", "LORA")) != "LORA":
         raise ModelError(
-            f"{file}: its peft_type is {kind}, but only LoRA adapters (DoRA and rsLoRA too) are known"
+            f"{file}: its peft_type is {peft_type}, but only LoRA adapters (DoRA and rsLoRA too) are known"
         )
     return found
 

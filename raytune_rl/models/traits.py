@@ -29,8 +29,12 @@ def expert_counts(config: Any) -> set[int]:
 def recurrent(config: Any) -> bool:
     """Whether some of its layers keep a state or a window of inputs instead of keys and values."""
     text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ())
-    other = {kind for kind in kinds if kind == "linear_attention" or not kind.endswith("attention")}
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    other = {
+        layer_type
+        for layer_type in layer_types
+        if layer_type == "linear_attention" or not layer_type.endswith("attention")
+    }
     return bool(other) or any(getattr(text, name, None) for name in _STATE)
 
 

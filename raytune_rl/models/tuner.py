@@ -162,7 +162,9 @@ def _targets(model: PreTrainedModel, settings: TunerSettings) -> list[str]:
 
 
 def _all_of(
-    model: PreTrainedModel, kind: type[nn.Module] | tuple[type[nn.Module], ...], settings: TunerSettings
+    model: PreTrainedModel,
+    module_class: type[nn.Module] | tuple[type[nn.Module], ...],
+    settings: TunerSettings,
 ) -> list[str]:
     heads = (scalar_head(model), model.get_output_embeddings())
     part_of = _parts(model)
@@ -170,7 +172,7 @@ def _all_of(
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, kind) and module not in heads and part_of(name) not in frozen
+        if isinstance(module, module_class) and module not in heads and part_of(name) not in frozen
     ]
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from raytune_rl.config import PreferenceConfig, SFTConfig, resolved
 from raytune_rl.config.batching import SFTSchedule, sft_schedule_of
 from raytune_rl.data.example import Task
-from raytune_rl.data.media_tags import KINDS
+from raytune_rl.data.media_tags import MODALITIES
 from raytune_rl.data.packing import PackBatches, Packs
 from raytune_rl.data.sampler import BatchPlan
 from raytune_rl.errors import ConfigError
@@ -38,7 +38,7 @@ from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
 from raytune_rl.prepare.sets import token_sets
 from raytune_rl.prepare.stream import Stream, held_out_of
 from raytune_rl.protocol.data import TokenSet
-from raytune_rl.protocol.media import Kind
+from raytune_rl.protocol.media import Modality
 from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import TrainBatch
 from raytune_rl.rewards.plugins import PluginFile
@@ -169,10 +169,12 @@ class OfflineRun:
         self.schedule = schedule
         self.rows = ScoredSet.without_reference(train)
         self.held_out = None if held_out is None else ScoredSet.without_reference(held_out)
-        shown = [rows.account.media.kinds for rows in (train, held_out) if rows is not None]
-        self.kinds: tuple[Kind, ...] = tuple(dict.fromkeys(kind for kinds in shown for kind in kinds))
+        shown = [rows.account.media.modalities for rows in (train, held_out) if rows is not None]
+        self.modalities: tuple[Modality, ...] = tuple(
+            dict.fromkeys(modality for modalities in shown for modality in modalities)
+        )
         if stream is not None:  # what a later window shows is not known
-            self.kinds = tuple(KINDS.values())
+            self.modalities = tuple(MODALITIES.values())
         self.resume_point = resume_point
         self.run = Run(
             config, resume_point, schedule.total_steps, best_by="eval_loss", greater_is_better=False
@@ -205,7 +207,7 @@ class OfflineRun:
             temperature=1.0,
             dropout=config.lora_dropout,
             takes_media=self.rows.rows.account.takes_media,
-            kinds=self.kinds,
+            modalities=self.modalities,
         )
         files = tuple(PluginFile.read(file) for file in objective.plugin_files)
         spec = replace(spec, plugin_files=files)

@@ -81,7 +81,9 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
             train, held_out = prompt_sets(
                 config, resume_point.run_dir.quarantine_jsonl, one_machine=cluster.started_here, tell=tell
             )
-        needs.check([*train.account.columns, *(f"{kind}s" for kind in train.account.media.kinds)])
+        needs.check(
+            [*train.account.columns, *(f"{modality}s" for modality in train.account.media.modalities)]
+        )
         specs.check_readable(config, train.account.media)
         schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)

@@ -159,8 +159,8 @@ def data_section(
     lines = [(s.name, f"{s.rows:,} rows, {s.bad:,} bad, {s.taken:,} taken") for s in train.sources]
     lines.append(("train on", f"{rows:,} {unit}"))
     lines += [(reason, f"{count:,} {unit} left out") for reason, count in train.dropped.items()]
-    for kind, shown in train.media.shown.items():
-        lines.append((f"{kind}s", f"{shown:,}, {train.media.distinct[kind]:,} distinct"))
+    for modality, shown in train.media.shown.items():
+        lines.append((f"{modality}s", f"{shown:,}, {train.media.distinct[modality]:,} distinct"))
     if train.media.shown:
         stored = train.media.stored_bytes
         where = f"{stored / 2**20:,.1f} MiB in the object store" if stored else "read where they lie"

@@ -58,13 +58,13 @@ def run(config: RewardCheckConfig, console: Console | None = None) -> tuple[Trie
         RaytuneError: The data cannot be read.
     """
     console = console or Console()
-    limit = memory_limit_bytes(config.reward_memory_limit)
+    byte_limit = memory_limit_bytes(config.reward_memory_limit)
     sandbox = Sandbox(
         config.reward_funcs,
         config.external_plugins,
         config.args(),
         config.reward_timeout,
-        memory_limit_bytes=limit,
+        memory_limit_bytes=byte_limit,
     )
     try:
         loaded = load_examples(

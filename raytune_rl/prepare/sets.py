@@ -100,7 +100,9 @@ def _facts_and_refs(
             yield item, following
 
 
-def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_positions: int | None) -> int:
+def check_lengths(
+    longest_prompt: int, completion: int, max_model_len: int | None, max_positions: int | None
+) -> int:
     """The engine's sequence limit: what the user set, else what the run needs.
 
     Raises:
@@ -110,18 +112,19 @@ def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_p
     needed = longest_prompt + completion
     if os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").lower() in ("1", "true"):
         max_positions = None
-    if limit is not None and max_positions is not None and limit > max_positions:
+    if max_model_len is not None and max_positions is not None and max_model_len > max_positions:
         raise ConfigError(
-            f"--vllm_max_model_len {limit} is more than the {max_positions} tokens that the model takes: "
+            f"--vllm_max_model_len {max_model_len} is more than the {max_positions} tokens that the model "
+            "takes: "
             f"give at most {max_positions}, or leave it out (this run needs {needed}). Who knows that the "
             "model takes more sets VLLM_ALLOW_LONG_MAX_MODEL_LEN=1."
         )
-    if limit is not None and needed > limit:
+    if max_model_len is not None and needed > max_model_len:
         raise ConfigError(
             f"the longest prompt has {longest_prompt} tokens and --max_completion_length is {completion}, "
             f"together {needed}, "
-            f"but --vllm_max_model_len is {limit}. Raise it, or cut prompts with --max_length "
-            f"{limit - completion}."
+            f"but --vllm_max_model_len is {max_model_len}. Raise it, or cut prompts with --max_length "
+            f"{max_model_len - completion}."
         )
     if max_positions is not None and needed > max_positions:
         raise ConfigError(
@@ -130,7 +133,7 @@ def check_lengths(longest_prompt: int, completion: int, limit: int | None, max_p
             f"but the model takes {max_positions}. Lower --max_completion_length, or cut prompts with "
             "--max_length."
         )
-    return limit or needed
+    return max_model_len or needed
 
 
 def on_this_node(function: Callable[..., Any], returns: int | Literal["streaming"], *arguments: Any) -> Any:

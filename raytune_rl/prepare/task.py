@@ -96,9 +96,11 @@ def _encoded_prompts(
         )
         left_out = quarantine_dropped(found.dropped, path) or report.quarantine_path
         columns = {"prompt": found.prompts, **found.media}
-        if found.given is not None:
-            columns["given"] = found.given
-        shown = found.prompts if found.given is None else found.given  # one placeholder a medium is readable
+        if found.engine_prompt_ids is not None:
+            columns["engine_prompt_ids"] = found.engine_prompt_ids
+        shown = (
+            found.prompts if found.engine_prompt_ids is None else found.engine_prompt_ids
+        )  # one placeholder a medium is readable
         texts = tokenizer.batch_decode([shown[i].tolist() for i in range(len(shown))])
         extra = {**found.extra, **conversations([examples[i] for i in found.index])}
         account = replace(_account(report, found, facts, left_out), columns=tuple(extra))

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.protocol.media import Kind
+from raytune_rl.protocol.media import Modality
 from raytune_rl.protocol.model import Traits
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
 
@@ -19,10 +19,10 @@ class MediaCounts:
     """The media of a data set in numbers.
 
     Attributes:
-        shown: By kind, how many the rows show; kinds that none shows are not among them.
-        distinct: By kind, how many of these are distinct.
+        shown: By modality, how many the rows show; modalities that none shows are not among them.
+        distinct: By modality, how many of these are distinct.
         stored_bytes: Of those files whose content, not path, is in the object store.
-        most: By kind, the most that one row shows.
+        most: By modality, the most that one row shows.
     """
 
     shown: dict[str, int] = field(default_factory=dict)
@@ -31,9 +31,9 @@ class MediaCounts:
     most: dict[str, int] = field(default_factory=dict)
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds that the rows show."""
-        return tuple(kind for kind in get_args(Kind) if kind in self.shown)
+    def modalities(self) -> tuple[Modality, ...]:
+        """The modalities that the rows show."""
+        return tuple(modality for modality in get_args(Modality) if modality in self.shown)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class PromptSet:
     """Prompts in the object store.
 
     Attributes:
-        columns: Reference to {"prompt": Ragged int32}; where rows have media also "given", the prompts as
-            the engine takes them beside those, and the columns of `data.media_table`.
+        columns: Reference to {"prompt": Ragged int32}; where rows have media also "engine_prompt_ids", the
+            prompts as the engine takes them beside those, and the columns of `data.media_table`.
         extra: Reference to the data set's other columns, one entry a prompt, for the rewards.
         texts: Reference to the prompts as text, for the completion log.
         lengths: Tokens of each prompt, int64 `[n]`.

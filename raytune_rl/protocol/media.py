@@ -1,4 +1,4 @@
-"""The kinds of media, and how much of a picture or video the model is shown."""
+"""The modalities, and how much of a picture or video the model is shown."""
 
 from __future__ import annotations
 
@@ -37,4 +37,4 @@ NO_LIMITS = MediaLimits()
 """What the model's processor does by itself."""
 
 
-Kind = Literal["image", "video", "audio"]
+Modality = Literal["image", "video", "audio"]

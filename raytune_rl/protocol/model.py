@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from raytune_rl.protocol.media import NO_LIMITS, Kind, MediaLimits
+from raytune_rl.protocol.media import NO_LIMITS, MediaLimits, Modality
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ModelSpec:
         quant_bits: 4 for a base quantised to NF4, or None.
         use_hf: A hub id is one of Hugging Face instead of ModelScope.
         media_limits: Models that take media: how much of one is shown.
-        media_kinds: The kinds of media in the data.
+        modalities: The modalities in the data.
         media_threads: Threads that make the pixels of coming micro-batches.
         liger: Use liger-kernel's layers on a GPU.
         packing_flag: By which the user asked for the packed layout; empty: it is a default, and padded rows
@@ -39,7 +39,7 @@ class ModelSpec:
     quant_bits: int | None = None
     use_hf: bool = False
     media_limits: MediaLimits = NO_LIMITS
-    media_kinds: tuple[Kind, ...] = ()
+    modalities: tuple[Modality, ...] = ()
     media_threads: int = 1
     liger: bool = False
     packing_flag: str = ""

@@ -124,11 +124,11 @@ def _write(directory: Path, recipe: dict[str, Any]) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def drawn(kind: Any, config: Any, *, seed: Any, eos: int, pad: int) -> Any:
+def drawn(model_class: Any, config: Any, *, seed: Any, eos: int, pad: int) -> Any:
     """A model of a Transformers class with random float32 weights, which samples when it generates."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = kind(config).to(torch.float32)
+        model = model_class(config).to(torch.float32)
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True)
     return model
 

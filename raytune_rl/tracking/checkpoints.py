@@ -55,7 +55,10 @@ class CheckpointWriter:
         return self._temporary
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if error is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)

@@ -16,12 +16,13 @@ class EnginePrompt:
 
     Attributes:
         tokens: int32, as the policy trains on it.
-        given: int32, as vLLM takes it: with one placeholder for each medium. The same without media.
+        engine_prompt_ids: int32, as vLLM takes it: with one placeholder for each medium. The same without
+            media.
         media: In their order.
     """
 
     tokens: NDArray[np.int32]
-    given: NDArray[np.int32]
+    engine_prompt_ids: NDArray[np.int32]
     media: tuple[Medium, ...] = ()
 
     def followed_by(self, tokens: NDArray[np.int32]) -> EnginePrompt:
@@ -31,5 +32,5 @@ class EnginePrompt:
         return replace(
             self,
             tokens=np.concatenate([self.tokens, tokens]),
-            given=np.concatenate([self.given, tokens]),
+            engine_prompt_ids=np.concatenate([self.engine_prompt_ids, tokens]),
         )

@@ -45,7 +45,7 @@ def settle(scorer: TokenScorer | ScalarScorer, layout: str, flag: str = "") -> S
         ModelError: rows see each other as the user wants them, or are changed by padding.
     """
     inner: Any = hf_model(scorer)
-    kind, limit = inner.config.model_type, tolerance(scorer)
+    model_type, limit = inner.config.model_type, tolerance(scorer)
     notices: tuple[str, ...] = ()
     if layout == "packed":
         packed = _least_gap(scorer)
@@ -53,18 +53,21 @@ def settle(scorer: TokenScorer | ScalarScorer, layout: str, flag: str = "") -> S
             return Settled("packed")
         if flag:
             raise ModelError(
-                f"{flag}: packed rows of model type '{kind}' see each other here: log-probs differ by up to "
+                f"{flag}: packed rows of model type '{model_type}' see each other here: log-probs differ by "
+                "up to "
                 f"{packed:.2g} from those of each row alone (up to {limit:g} is rounding). Leave the flag "
                 "out: padded rows give the right loss"
             )
         notices = (
-            f"rows are padded, not packed: packed rows of model type '{kind}' see each other here (log-probs "
+            f"rows are padded, not packed: packed rows of model type '{model_type}' see each other here "
+            "(log-probs "
             f"differ by up to {packed:.2g} from those of each row alone)",
         )
     padded = gap(scorer, "padded")
     if not padded <= limit:
         raise ModelError(
-            f"model type '{kind}' gives a row beside a longer one other log-probs than alone (they differ by "
+            f"model type '{model_type}' gives a row beside a longer one other log-probs than alone (they "
+            "differ by "
             f"up to {padded:.2g}, and {limit:g} is rounding): it does not leave padding out, and cannot be "
             "trained in micro-batches"
         )

@@ -80,9 +80,9 @@ class Judge:
 
     def __init__(self, name: str, model: Any, tokenizer: Any, max_tokens: int) -> None:
         self._name = name
-        kind = plugin_class(name)
+        plugin_type = plugin_class(name)
         try:
-            self._plugin = kind(
+            self._plugin = plugin_type(
                 model=model, template=JudgeTemplate(tokenizer, max_tokens, _listed_ends(model))
             )
         except RewardError:

@@ -81,16 +81,16 @@ class PolicyWorker:
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
         }
-        limit = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=timeout_s)
         if self._rank != 0:
-            self._meeting = distributed.TCPStore(host, port, is_master=False, timeout=limit)
+            self._meeting = distributed.TCPStore(host, port, is_master=False, timeout=timeout)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         distributed.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
             store=self._meeting,
             rank=self._rank,
             world_size=self._world_size,
-            timeout=limit,
+            timeout=timeout,
         )
         return self._build()
 

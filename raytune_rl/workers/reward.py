@@ -115,9 +115,9 @@ class RewardWorker:
         if media_ref is not None:
             columns_of_media: Columns = _fetch(media_ref, "media")
             of_prompt = {row: media_of(columns_of_media, row) for row in set(column_rows)}
-            for kind in count_media(columns_of_media).kinds:
-                selected[f"{kind}s"] = [
-                    [_as_reward_sees(medium) for medium in of_prompt[row] if medium.kind == kind]
+            for modality in count_media(columns_of_media).modalities:
+                selected[f"{modality}s"] = [
+                    [_as_reward_sees(medium) for medium in of_prompt[row] if medium.modality == modality]
                     for row in column_rows
                 ]
         batch = RewardBatch(chosen, {**selected, **extra})

@@ -105,8 +105,8 @@ class RolloutWorker:
         """Completes prompts.
 
         Args:
-            prompts: Columns with "prompt", Ragged int32 token ids; for prompts with media also "given" and
-                the columns of `data.media_table`.
+            prompts: Columns with "prompt", Ragged int32 token ids; for prompts with media also
+                "engine_prompt_ids" and the columns of `data.media_table`.
             requests: Which prompts, and the seeds of their completions.
             sampling: How to draw.
             version: The weight version to sample with.
@@ -228,5 +228,5 @@ class Asked:
 
 def read_prompt(prompts: Columns, row: int) -> EnginePrompt:
     """One prompt of the columns that `RolloutWorker.generate` takes."""
-    tokens, given = prompts["prompt"], prompts.get("given", prompts["prompt"])
-    return EnginePrompt(tokens[row], given[row], tuple(media_of(prompts, row)))
+    tokens, engine_prompt_ids = prompts["prompt"], prompts.get("engine_prompt_ids", prompts["prompt"])
+    return EnginePrompt(tokens[row], engine_prompt_ids[row], tuple(media_of(prompts, row)))

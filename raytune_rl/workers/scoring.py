@@ -127,9 +127,11 @@ def media_collator(spec: ModelSpec, loaded: LoadedModel, *, always: bool) -> Med
     if processor is None:
         return None
     media = MediaProcessor.of(processor, spec.media_limits)
-    kinds = [kind for kind in spec.media_kinds if media.refusal(kind) is None] or media.kinds[:1]
+    modalities = [
+        modality for modality in spec.modalities if media.refusal(modality) is None
+    ] or media.modalities[:1]
     return MediaCollator(
-        media, dtype=loaded.model.dtype, always=kinds if always else (), threads=spec.media_threads
+        media, dtype=loaded.model.dtype, always=modalities if always else (), threads=spec.media_threads
     )
 
 

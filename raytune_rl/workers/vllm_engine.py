@@ -196,7 +196,7 @@ class VllmEngine:
         for index, (prompt, seed, limit) in enumerate(zip(prompts, seeds, limits, strict=True)):
             name = str(next(self._numbers))
             position[name] = index
-            request: Any = {"prompt_token_ids": prompt.given.tolist()}
+            request: Any = {"prompt_token_ids": prompt.engine_prompt_ids.tolist()}
             if prompt.media:
                 assert self._media is not None
                 request = self._media.request(prompt, decoded)

@@ -54,7 +54,7 @@ class EngineMedia:
 
         Args:
             prompt: With at least one medium.
-            decoded: Media by kind and key, kept between the prompts of one call.
+            decoded: Media by modality and key, kept between the prompts of one call.
 
         Raises:
             MediaError: A medium's file is gone or is not the one that was tokenized.
@@ -62,14 +62,14 @@ class EngineMedia:
         data: dict[str, list[Any]] = {}
         names: dict[str, list[str]] = {}
         for medium in prompt.media:
-            key = f"{medium.kind}:{medium.key}"
+            key = f"{medium.modality}:{medium.key}"
             if key not in decoded:
                 decoded[key] = self.media.read(medium)
-            data.setdefault(medium.kind, []).append(_as_engine_takes(decoded[key]))
+            data.setdefault(medium.modality, []).append(_as_engine_takes(decoded[key]))
             # The digests name a medium in vLLM's caches, so that it need not hash pixels.
-            names.setdefault(medium.kind, []).append(medium.key)
+            names.setdefault(medium.modality, []).append(medium.key)
         return {
-            "prompt_token_ids": prompt.given.tolist(),
+            "prompt_token_ids": prompt.engine_prompt_ids.tolist(),
             "multi_modal_data": data,
             "multi_modal_uuids": names,
         }
@@ -89,8 +89,9 @@ def check_prompt(prompt: EnginePrompt, read: Any) -> None:
         DataError: They are not the same tokens.
     """
     if prompt.media and not np.array_equal(prompt.tokens, np.asarray(read)):
-        kinds = " and ".join(sorted({f"{medium.kind}s" for medium in prompt.media}))
+        modalities = " and ".join(sorted({f"{medium.modality}s" for medium in prompt.media}))
         raise DataError(
-            f"vLLM reads a prompt with {kinds} as {len(read)} tokens, the policy as {len(prompt.tokens)}: "
+            f"vLLM reads a prompt with {modalities} as {len(read)} tokens, the policy as "
+            f"{len(prompt.tokens)}: "
             "their processors differ, so what is sampled could not be trained on"
         )

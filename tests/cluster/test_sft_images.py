@@ -101,7 +101,7 @@ class World:
     def __init__(self, name: str, rows: Rows, size: int, tuner: TunerSettings, slots: Any) -> None:
         optimizer = OptimizerSpec(5e-3, "constant", 0, 99, (0.9, 0.95), 1e-8, 0.0, 1.0, deepspeed.load(None))
         spec = PolicySpec(
-            model=ModelSpec(str(rows.model), "float32", None, "padded", media_kinds=("image", "video")),
+            model=ModelSpec(str(rows.model), "float32", None, "padded", modalities=("image", "video")),
             tuner=tuner,
             optimizer=optimizer,
             loss="sft",
@@ -169,8 +169,8 @@ def plain_logprobs(model: Any, rows: Rows, row: int) -> np.ndarray:
 def without_film(rows: Rows) -> list[int]:
     """Rows whose positions are those of Transformers; the others are compared in tests/vision."""
     shown = [media_of(rows.encoded.media, row) for row in range(len(rows.lengths))]
-    assert any(medium.kind == "video" for media in shown for medium in media)
-    return [row for row, media in enumerate(shown) if all(m.kind == "image" for m in media)]
+    assert any(medium.modality == "video" for media in shown for medium in media)
+    return [row for row, media in enumerate(shown) if all(m.modality == "image" for m in media)]
 
 
 def test_mixed_rows_give_one_gradient_however_they_are_cut(worlds: dict[str, World], rows: Rows) -> None:

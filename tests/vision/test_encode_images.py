@@ -223,14 +223,16 @@ def test_a_prompt_is_also_kept_with_one_placeholder_a_picture(
         return encode_prompts(examples, tokenizer, limit, "left", media=settings)
 
     whole = encode_all()
-    assert whole.given.lengths[0] == whole.prompts.lengths[0] - (whole.prompts[0] == pad).sum() + 2
-    assert (whole.given[0] == pad).sum() == 2
-    assert whole.given[1].tolist() == whole.prompts[1].tolist()
+    assert (
+        whole.engine_prompt_ids.lengths[0] == whole.prompts.lengths[0] - (whole.prompts[0] == pad).sum() + 2
+    )
+    assert (whole.engine_prompt_ids[0] == pad).sum() == 2
+    assert whole.engine_prompt_ids[1].tolist() == whole.prompts[1].tolist()
     cut = encode_all(int(whole.prompts.lengths[0]) - 3)
-    assert cut.given[0].tolist() == whole.given[0][3:].tolist()
+    assert cut.engine_prompt_ids[0].tolist() == whole.engine_prompt_ids[0][3:].tolist()
     assert cut.prompts[0].tolist() == whole.prompts[0][3:].tolist()
     texts = encode_prompts(examples[1:], tokenizer, media=MediaSettings(vision))
-    assert texts.given is None
+    assert texts.engine_prompt_ids is None
     assert vision.placeholder_ids == (pad, tokenizer.convert_tokens_to_ids("<|video_pad|>"))
 
 

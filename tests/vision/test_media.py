@@ -99,13 +99,13 @@ def test_a_url_gives_neither_too_much_nor_for_too_long(site: str, monkeypatch: p
         fetch_medium(f"{site}/large.png")
     monkeypatch.setattr(media, "URL_DOWNLOAD_S", 0.3)
     with pytest.raises(MediaError, match=r"endless\.png' took longer than 0 s .* give its path"):
-        fetch_medium(f"{site}/endless.png", kind="video")
+        fetch_medium(f"{site}/endless.png", modality="video")
     monkeypatch.setattr(media, "URL_MAX_BYTES", 1000)
     with pytest.raises(MediaError, match=r"large\.png' is larger than 1,000 bytes"):
         fetch_medium(f"{site}/large.png")
     monkeypatch.setattr(media, "URL_MAX_BYTES", 10)
     with pytest.raises(MediaError, match=r"video '.*\?token=\*\*\*' is larger than 10 bytes"):
-        fetch_medium(f"{site}/a.png?token=abc", kind="video")
+        fetch_medium(f"{site}/a.png?token=abc", modality="video")
     assert Server.asked.count("/endless.png") == 1, "what is too long is not tried again"
 
 

@@ -155,8 +155,8 @@ def test_mixed_rows_score_as_in_transformers(
 
     asked = [Example(example.messages[:1], images=example.images) for example in examples]
     prompts = encode_prompts(asked, processor.tokenizer, media=MediaSettings(vision))
-    assert prompts.given is not None
-    one_each = [prompts.given[row].tolist().count(placeholder_id(vision)) for row in range(3)]
+    assert prompts.engine_prompt_ids is not None
+    one_each = [prompts.engine_prompt_ids[row].tolist().count(placeholder_id(vision)) for row in range(3)]
     assert one_each == [1, 0, 2]
     assert trains_vision(apply_tuner(model, TunerSettings("lora", freeze_vit=False)).model)
 

@@ -215,9 +215,9 @@ def test_prompts_keep_one_placeholder_for_the_engine(media: MediaProcessor, fold
     asked = [Example((Message("user", "<video>What?"),), videos=("long.mp4",))]
     settings = MediaSettings(media, root=str(folder))
     found = encode_prompts(asked, media.processor.tokenizer, media=settings)
-    assert found.given is not None
+    assert found.engine_prompt_ids is not None
     pad = media.processor.video_token_id
-    assert (found.given[0] == pad).sum() == 1
+    assert (found.engine_prompt_ids[0] == pad).sum() == 1
     assert (found.prompts[0] == pad).sum() > 1
 
 

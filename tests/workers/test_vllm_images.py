@@ -31,14 +31,14 @@ def columns() -> dict:
     """One prompt with two pictures, one without."""
     return {
         "prompt": Ragged.from_rows([[1, 9, 9, 2, 9], [3, 4]], np.int32),
-        "given": Ragged.from_rows([[1, 9, 2, 9], [3, 4]], np.int32),
+        "engine_prompt_ids": Ragged.from_rows([[1, 9, 2, 9], [3, 4]], np.int32),
         **media_columns([[picture(56), picture(28)], []]),
     }
 
 
 def test_what_vllm_expands_must_be_what_the_policy_has() -> None:
     shown, text = read_prompt(columns(), 0), read_prompt(columns(), 1)
-    assert shown.given.tolist() == [1, 9, 2, 9]
+    assert shown.engine_prompt_ids.tolist() == [1, 9, 2, 9]
     assert text.media == ()
     check_prompt(shown, [1, 9, 9, 2, 9])
     with pytest.raises(DataError, match="a prompt with images as 4 tokens, the policy as 5"):

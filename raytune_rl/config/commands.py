@@ -26,6 +26,26 @@ from raytune_rl.errors import ConfigError
 
 
 class _TrainConfig(PolicyGroupOptions, TrainingOptions, DataOptions, TunerOptions, ModelOptions):
+    SUPERVISED: ClassVar[bool] = False
+    """Whether it learns to imitate the rows' own answers."""
+    ONLINE: ClassVar[bool] = False
+    """Whether the policy is trained on what it samples itself."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether the user asks for packs of rows."""
+        return False
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows are read while training goes on."""
+        return False
+
+    @property
+    def own_reference(self) -> bool:
+        """Whether a reference model is loaded beside the one that is trained."""
+        return False
+
     @model_validator(mode="after")
     def _check_given(self) -> Self:
         if not self.model:
@@ -44,6 +64,17 @@ class SFTConfig(SupervisedOptions, _TrainConfig):
     """`raytune-rl sft`: supervised fine-tuning."""
 
     COMMAND: ClassVar[str] = "sft"
+    SUPERVISED: ClassVar[bool] = True
+
+    @property
+    def packs(self) -> bool:
+        """`packing`."""
+        return self.packing
+
+    @property
+    def streams(self) -> bool:
+        """`streaming`."""
+        return self.streaming
 
 
 class PreferenceConfig(PreferenceOptions, _TrainConfig):
@@ -58,6 +89,7 @@ class RLHFConfig(
     """`raytune-rl rlhf`: reinforcement learning."""
 
     COMMAND: ClassVar[str] = "rlhf"
+    ONLINE: ClassVar[bool] = True
 
     @property
     def mini_batches(self) -> int:

@@ -49,10 +49,10 @@ def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str
         yield from _idle(config, lora, "--train_type full trains every weight, without LoRA")
     elif config.target_regex is not None:
         yield from _idle(config, ("target_modules",), "--target_regex goes first")
-    if isinstance(config, RLHFConfig) or getattr(config, "streaming", False):
+    if config.ONLINE or config.streams:
         stored = ("load_from_cache_file", "dataset_cache_dir")
         yield from _idle(config, stored, "neither prompts nor streams are kept on disk")
-    if isinstance(config, SFTConfig) and not config.streaming:
+    if config.SUPERVISED and not config.streams:
         yield from _idle(config, ("shuffle_buffer_size",), "it is for --streaming true")
     if config.max_steps > 0:
         yield from _idle(config, ("num_train_epochs",), "--max_steps goes first")

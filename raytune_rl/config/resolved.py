@@ -25,7 +25,7 @@ def gradient_accumulation_steps(config: TrainConfig, world_size: int) -> int:
     """1 in GRPO, as many as make 16 rows (or pairs) a step otherwise, unless given."""
     if config.gradient_accumulation_steps is not None:
         return config.gradient_accumulation_steps
-    if isinstance(config, RLHFConfig):
+    if config.ONLINE:
         return 1
     return sft_accumulation(config.per_device_train_batch_size, world_size)
 
@@ -69,7 +69,7 @@ def truncation_strategy(config: TrainConfig) -> str:
     """`left` in online RL and `delete` otherwise, unless given."""
     if config.truncation_strategy is not None:
         return config.truncation_strategy
-    return "left" if isinstance(config, RLHFConfig) else "delete"
+    return "left" if config.ONLINE else "delete"
 
 
 def attention(config: TrainConfig) -> str | None:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from raytune_rl.algorithms.losses.ppo import ValueSettings
-from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
+from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, deepspeed, resolved
 from raytune_rl.config.commands import TrainConfig
 from raytune_rl.data.media_tags import MODALITIES
 from raytune_rl.errors import ConfigError
@@ -50,7 +50,7 @@ def model_spec(
         modalities=tuple(modalities),
         media_threads=1 if config.dataloader_num_workers is None else config.dataloader_num_workers,
         packing_flag=packing_flag(config),
-        own_dropout=isinstance(config, SFTConfig),
+        own_dropout=config.SUPERVISED,
     )
 
 
@@ -95,7 +95,7 @@ def layout(config: TrainConfig, on_gpu: bool, takes_media: bool = False) -> str:
     """
     if takes_media:
         return "padded"
-    if isinstance(config, SFTConfig) and config.packing:
+    if config.packs:
         return "packed"
     packed = (
         on_gpu and resolved.attention(config) == "flash_attention_2" and _has_flash_attention()
@@ -107,7 +107,7 @@ def layout(config: TrainConfig, on_gpu: bool, takes_media: bool = False) -> str:
 
 def packing_flag(config: TrainConfig) -> str:
     """The flag by which the user asks for packed rows; empty if there is none."""
-    if isinstance(config, SFTConfig) and config.packing:
+    if config.packs:
         return "--packing true"
     return "--padding_free true" if config.padding_free else ""
 
@@ -389,7 +389,7 @@ def media_notices(config: TrainConfig, on_gpu: bool, takes_media: bool) -> list[
         "freeze_llm", "freeze_vit", "freeze_aligner", "max_pixels", "video_max_pixels", "fps",
         "fps_max_frames", "root_image_dir", "inline_media",
     )  # fmt: skip
-    online = ("vllm_limit_mm_per_prompt",) if isinstance(config, RLHFConfig) else ()
+    online = ("vllm_limit_mm_per_prompt",) if config.ONLINE else ()
     given = [f"--{name}" for name in (*names, *online) if config.is_set(name)]
     does = "do" if len(given) > 1 else "does"
     notices = [f"{', '.join(given)} {does} nothing: the model takes texts only"] if given else []

@@ -137,7 +137,7 @@ def packs_of(config: OfflineConfig, rows: TokenSet) -> Packs | None:
     Raises:
         ConfigError: Neither the user nor the model says how long a row may be.
     """
-    if not (isinstance(config, SFTConfig) and config.packing):
+    if not config.packs:
         return None
     capacity = config.max_length or rows.account.max_positions
     if capacity is None:

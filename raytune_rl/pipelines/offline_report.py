@@ -50,7 +50,7 @@ def plan_of(
     mine = shape.rows_of(np.arange(len(train) // shape.rows), shape.trained)
     tokens, trained = int(train.lengths[mine].sum()), int(train.loss_lengths[mine].sum())
     unit = shape.unit if packs is None else f"packs of up to {packs.capacity:,} tokens"
-    span = "a window" if isinstance(config, SFTConfig) and config.streaming else "an epoch"
+    span = "a window" if config.streams else "an epoch"
     rows = [
         ("each step", f"{schedule.rows_per_step} {unit}"),
         ("optimizer steps", f"{schedule.total_steps:,} ({schedule.steps_per_epoch:,} {span})"),

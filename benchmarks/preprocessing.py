@@ -57,8 +57,8 @@ def encode(model: str, data: str, processes: int) -> dict[str, float]:
         again, _ = _task(config, cache)
         size = sum(path.stat().st_size for path in Path(cache).rglob("*.npy"))
     return {
-        "rows": len(facts[0]),
-        "tokens": int(facts[0].sum()),
+        "rows": len(facts.lengths),
+        "tokens": int(facts.lengths.sum()),
         "seconds": seconds,
         "again": again,
         "peak": _peak(resource.RUSAGE_SELF) - before,

@@ -186,8 +186,8 @@ def install_trl() -> str | None:
             text=True,
         )
     except (OSError, subprocess.CalledProcessError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return told[-1] if told else str(error)
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        return lines[-1] if lines else str(error)
     return None
 
 

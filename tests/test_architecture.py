@@ -231,9 +231,9 @@ def test_locks_pin_every_package_by_hash_and_name_no_index(extra: str) -> None:
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu"])
 def test_locks_agree_with_pyproject(extra: str) -> None:
-    told, packages = project(), locked(extra)
-    optional = told["optional-dependencies"]
-    for text in [*told["dependencies"], *optional[extra], *optional["dev"]]:
+    metadata, packages = project(), locked(extra)
+    optional = metadata["optional-dependencies"]
+    for text in [*metadata["dependencies"], *optional[extra], *optional["dev"]]:
         wanted = Requirement(text)
         entries = packages.get(canonicalize_name(wanted.name), [])
         assert entries, (

@@ -96,22 +96,3 @@ def threshold_rank(total: int, quantile: float) -> int:
         raise ValueError("no tokens, so no threshold")
     # Rounded as TRL's (1 - q) * (n - 1) would be without the error of binary fractions: 1 - 0.8 is not 0.2.
     return math.ceil(round((1 - quantile) * (total - 1), 9))
-
-
-def step_threshold(parts: Iterable[ArrayLike], quantile: float) -> float:
-    """The threshold of values that lie on several ranks; keep a token if its entropy is not below it.
-
-    Args:
-        parts: float32 entropies of each rank.
-        quantile: share of tokens to keep.
-
-    Returns:
-        One of the values; minus infinity where there are none.
-    """
-    arrays = [np.asarray(part, dtype=np.float32) for part in parts]
-    total = sum(a.size for a in arrays)
-    if total == 0:
-        return -math.inf
-    bucket = find(merge(count_high(a) for a in arrays), threshold_rank(total, quantile))
-    low = merge(count_low(a, bucket.index) for a in arrays)
-    return value(bucket.index, find(low, bucket.rest).index)

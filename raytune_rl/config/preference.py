@@ -150,18 +150,18 @@ class PreferenceOptions(Options):
 
 def loss_settings(config: PreferenceOptions) -> dict[str, Any]:
     """What the loss of `rlhf_type` is told, by the names of its settings; unset values are left out."""
-    told: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name in READS[config.rlhf_type]:
         value = getattr(config, name)
         if value is not None and value != ():
-            told[name] = value
+            settings[name] = value
     if "beta" in READS[config.rlhf_type]:
-        told.setdefault("beta", BETA.get(config.rlhf_type, 0.1))
+        settings.setdefault("beta", BETA.get(config.rlhf_type, 0.1))
     if config.rlhf_type == "simpo":
-        told["loss_type"] = "simpo"
-    elif "loss_type" in told and config.rlhf_type != "dpo":
-        (told["loss_type"],) = told["loss_type"]
-    return told
+        settings["loss_type"] = "simpo"
+    elif "loss_type" in settings and config.rlhf_type != "dpo":
+        (settings["loss_type"],) = settings["loss_type"]
+    return settings
 
 
 def unread(rlhf_type: str) -> tuple[str, ...]:

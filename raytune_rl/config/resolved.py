@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from raytune_rl.config import algorithms
-from raytune_rl.config.batching import sft_accumulation
 from raytune_rl.config.commands import PPOConfig, RLHFConfig, TrainConfig
 
 
@@ -19,15 +18,6 @@ def learning_rate(config: TrainConfig) -> float:
     if config.learning_rate is not None:
         return config.learning_rate
     return 1e-5 if config.train_type == "full" else 1e-4
-
-
-def gradient_accumulation_steps(config: TrainConfig, world_size: int) -> int:
-    """1 in GRPO, as many as make 16 rows (or pairs) a step otherwise, unless given."""
-    if config.gradient_accumulation_steps is not None:
-        return config.gradient_accumulation_steps
-    if config.ONLINE:
-        return 1
-    return sft_accumulation(config.per_device_train_batch_size, world_size)
 
 
 def dataset_cache_dir(config: TrainConfig) -> str:

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from raytune_rl.data.microbatch import Layout
-from raytune_rl.protocol.columns import Ragged
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,6 @@ class MicroBatch:
             return {name: moved(one) for name, one in value.items()} if isinstance(value, Mapping) else value
 
         return MicroBatch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
-
-
-def collate_rows(
-    tokens: Ragged, loss_mask: Ragged, rows: Sequence[int], *, layout: Layout, pad_token_id: int
-) -> MicroBatch:
-    """`collate` for the given rows of two columns with the same offsets."""
-    return collate(
-        [tokens[row] for row in rows],
-        [loss_mask[row] for row in rows],
-        layout=layout,
-        pad_token_id=pad_token_id,
-    )
 
 
 def collate(

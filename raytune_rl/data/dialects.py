@@ -151,10 +151,10 @@ def _loss(rest: dict[str, Any]) -> bool | None:
             what = "0 or 1, and as 'loss' says if both are there" if as_number else "true or false"
             raise FormatError(f"{key!r}{of_what} is {value!r}; it is {what}")
         says[key] = bool(value) if key in _LOSS_KEYS[:2] or not value else None
-    told = {value for value in says.values() if value is not None}
-    if len(told) > 1:
+    loss_values = {value for value in says.values() if value is not None}
+    if len(loss_values) > 1:
         raise FormatError(f"{' and '.join(map(repr, says))} of a turn say different things")
-    return told.pop() if told else None
+    return loss_values.pop() if loss_values else None
 
 
 def _add_call(conversation: Conversation, content: Any, loss: bool | None) -> None:

@@ -371,10 +371,10 @@ def _spoken(job: Job, row: EncodedRow) -> NDArray[np.int32]:
 
 def notices_of(job: Job) -> tuple[str, ...]:
     """What the user is told of the chat template."""
-    told = [job.chat.notice]
+    notices = [job.chat.notice]
     if job.loss_scale is not None or not job.chat.turn_end.stops:
-        told.append(job.chat.turn_end.notice)
-    return tuple(sentence for sentence in told if sentence is not None)
+        notices.append(job.chat.turn_end.notice)
+    return tuple(sentence for sentence in notices if sentence is not None)
 
 
 def cut_notice(count: int, max_length: int | None, how: Truncation, units: str) -> tuple[str, ...]:

@@ -76,8 +76,8 @@ def layout_of(folder: Path) -> Layout:
     if card:
         for name, splits in card.items():
             parts += [Part(path, name, split) for split in splits for path in splits[split]]
-        told = {part.path for part in parts}
-        unread += [path for path in files if path not in told]
+        on_card = {part.path for part in parts}
+        unread += [path for path in files if path not in on_card]
     else:
         parts = [_by_name(folder, path) for path in files]
     return Layout(tuple(parts), default, tuple(unread))

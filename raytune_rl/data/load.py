@@ -163,9 +163,9 @@ def account_of(
 ) -> LoadReport:
     """The report on part of a stream."""
     quarantine.flush()
-    told = [*notices, *(f"{count} {sentence}" for sentence, count in convert.notices.items())]
+    all_notices = [*notices, *(f"{count} {sentence}" for sentence, count in convert.notices.items())]
     source = SourceCounts(name, rows, bad, rows - bad)
-    return LoadReport((source,), dict(quarantine.reasons), tuple(told), quarantine.written_to)
+    return LoadReport((source,), dict(quarantine.reasons), tuple(all_notices), quarantine.written_to)
 
 
 def split_examples(

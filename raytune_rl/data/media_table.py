@@ -8,7 +8,7 @@ as its frames is one medium of several files.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,14 +155,6 @@ class MediaWriter:
             _IS_PATH: is_path.close(),
             _DIGEST: digest.close(),
         }
-
-
-def media_columns(rows: Iterable[Sequence[Medium]]) -> Columns:
-    """The columns for the media of rows, in memory."""
-    writer = MediaWriter()
-    for row in rows:
-        writer.append(row)
-    return writer.close()
 
 
 def media_paths(columns: Columns) -> list[str]:

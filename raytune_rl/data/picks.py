@@ -70,19 +70,21 @@ def picks_of(
     if entry is None:
         return [Pick(name, spec.splits) for name in spec.subsets] or [Pick(None, spec.splits)]
     picks = []
-    told: dict[str, None] = {}
+    notices: dict[str, None] = {}
     for subset in _chosen(spec, entry, None if there is None else set(there)):
         rule = subset.rule or entry.rule
         if rule is not None and (named := _by_hand(rule, preparing.columns)):
-            told[f"{spec.text}: --columns names {named!r}, so rows are read as they are"] = None
+            notices[f"{spec.text}: --columns names {named!r}, so rows are read as they are"] = None
             rule = None
         splits = spec.splits or subset.splits or entry.splits
         picks.append(Pick(subset.on_hub, splits, if_there=not spec.splits, rule=rule))
         if rule is not None:
-            told[f"{spec.text} is a registered data set: {rule.says}"] = None
+            notices[f"{spec.text} is a registered data set: {rule.says}"] = None
         if splits not in ((), ("train",)) and not spec.splits:
-            told[f"{spec.text}: the splits {', '.join(splits)} are read, where there, as in ms-swift"] = None
-    for sentence in told:
+            notices[f"{spec.text}: the splits {', '.join(splits)} are read, where there, as in ms-swift"] = (
+                None
+            )
+    for sentence in notices:
         announce(sentence)
     return picks
 

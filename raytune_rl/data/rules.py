@@ -72,10 +72,10 @@ def renamed(columns: Mapping[str, str]) -> Rule:
         new = {lowered[n.lower()]: v for n, v in fields.items() if lowered.get(n.lower())}
         return {**kept, **new}
 
-    told = ", ".join(
+    description = ", ".join(
         f"{old!r} is the {new}" if new else f"{old!r} is not read" for old, new in columns.items()
     )
-    return Rule(told, tuple(source for source, target in columns.items() if target), make)
+    return Rule(description, tuple(source for source, target in columns.items() if target), make)
 
 
 def asked(question: str, answer: str | None = None, images: str | None = None) -> Rule:

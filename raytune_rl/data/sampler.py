@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.errors import CheckpointError, ConfigError
+from raytune_rl.errors import ConfigError
 
 
 def order(n: int, epoch: int, seed: int, shuffle: bool) -> NDArray[np.int64]:
@@ -66,9 +64,6 @@ class BatchPlan:
         """Batches in `epochs` epochs; a fraction of an epoch counts up to whole batches."""
         return math.ceil(self.batches_per_epoch * epochs)
 
-    def epoch_of(self, batch: int) -> int:
-        return batch // self.batches_per_epoch
-
     def batch(self, number: int) -> NDArray[np.int64]:
         """Indices of batch `number`, counted from 0 over all epochs, int64 `[batch_size]`."""
         epoch, within = divmod(number, self.batches_per_epoch)
@@ -79,57 +74,3 @@ class BatchPlan:
         """Indices that the epoch leaves out."""
         indices = order(self.n, epoch, self.seed, self.shuffle)
         return indices[self.batches_per_epoch * self.batch_size :]
-
-
-class PromptStream:
-    """A cursor over a `BatchPlan`; its whole state is how many batches it has given out."""
-
-    def __init__(self, plan: BatchPlan, *, total_batches: int | None = None, position: int = 0) -> None:
-        """`total_batches` ends the stream; None lets it run over epochs for ever."""
-        self.plan = plan
-        self.total_batches = total_batches
-        self.position = position
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
-
-    @property
-    def epoch(self) -> float:
-        """Epochs given out so far, with the fraction of the present one."""
-        return self.position / self.plan.batches_per_epoch
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        return self
-
-    def __next__(self) -> NDArray[np.int64]:
-        if self.total_batches is not None and self.position >= self.total_batches:
-            raise StopIteration
-        epoch, within = divmod(self.position, self.plan.batches_per_epoch)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = order(self.plan.n, epoch, self.plan.seed, self.plan.shuffle)
-        self.position += 1
-        return self._order[within * self.plan.batch_size : (within + 1) * self.plan.batch_size]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and the plan it belongs to."""
-        return {"position": self.position, "plan": asdict(self.plan)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was taken.
-
-        Raises:
-            CheckpointError: The data or the batch arithmetic differ, so the position would mean other
-                prompts.
-        """
-        saved, mine = dict(state["plan"]), asdict(self.plan)
-        differing = [
-            f"{name} was {saved.get(name)!r}, now {mine[name]!r}"
-            for name in mine
-            if saved.get(name) != mine[name]
-        ]
-        if differing:
-            raise CheckpointError(
-                f"the checkpoint's data position belongs to another order: {'; '.join(differing)}. "
-                "Resume with the same data and settings, or start anew"
-            )
-        self.position = int(state["position"])

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.data.example import BadRow, Row, RowError
+from raytune_rl.data.example import BadRow, Row
 from raytune_rl.data.files import read_file
 from raytune_rl.data.folders import data_files, twins
 from raytune_rl.data.layout import layout_of
@@ -25,7 +25,6 @@ __all__ = [
     "Preparing",
     "Row",
     "drawn",
-    "load_rows",
     "parse_spec",
     "read_rows",
     "sample",
@@ -95,14 +94,14 @@ def _local(
                 )
         return [(pick, [path]) for pick in picks_of(spec, preparing, announce, there=())]
     layout = layout_of(path)
-    found, told = [], []
+    pick_files, all_notices = [], []
     for pick in picks_of(spec, preparing, announce, there=layout.subsets):
         files, notices = data_files(path, layout, pick)
-        found.append((pick, files))
-        told += [*notices, *twins(path, files)]
-    for notice in dict.fromkeys(told):
+        pick_files.append((pick, files))
+        all_notices += [*notices, *twins(path, files)]
+    for notice in dict.fromkeys(all_notices):
         announce(notice)
-    return found
+    return pick_files
 
 
 def drawn(length: int, count: int | None, *, shuffle: bool, seed: int | Sequence[int]) -> NDArray[np.int64]:
@@ -122,19 +121,3 @@ def drawn(length: int, count: int | None, *, shuffle: bool, seed: int | Sequence
 def sample(items: Sequence[T], count: int | None, *, shuffle: bool, seed: int | Sequence[int]) -> list[T]:
     """The items that `drawn` chooses."""
     return [items[i] for i in drawn(len(items), count, shuffle=shuffle, seed=seed)]
-
-
-def load_rows(text: str, *, use_hf: bool = False, shuffle: bool = True, seed: int = 42) -> list[Row]:
-    """All rows of one `--dataset` value, `#N` applied.
-
-    Raises:
-        RowError: A row cannot be read; it names the file, the line and the reason.
-        DataError: The source as a whole cannot be read.
-    """
-    spec = parse_spec(text, use_hf=use_hf)
-    rows: list[Row] = []
-    for row in read_rows(spec):
-        if isinstance(row, BadRow):
-            raise RowError(row.source, row.line, row.reason)
-        rows.append(row)
-    return sample(rows, spec.sample, shuffle=shuffle, seed=seed)

@@ -70,15 +70,15 @@ def find_turn_end(tail: str, render: Render, tokenizer: Any, listed: Sequence[in
         if following in stops or not opening.startswith(text):
             added = between[: between.index(text) + len(text)]
             ends = tuple(dict.fromkeys(tokenizer.convert_ids_to_tokens([*stops, following])))
-            told = f"the chat template writes no end behind the last answer: {text!r} is trained as its end"
-            return result(following, added=added, marks=ends, notice=told)
+            notice = f"the chat template writes no end behind the last answer: {text!r} is trained as its end"
+            return result(following, added=added, marks=ends, notice=notice)
     if eos:
         text = tokenizer.eos_token
-        told = (
+        notice = (
             "the chat template ends answers with no token that stops generation: the tokenizer's eos, "
             f"{text!r}, is trained as the end of a row's last answer"
         )
-        return result(eos[0], added=text, notice=told)
+        return result(eos[0], added=text, notice=notice)
     return result(
         None,
         notice=None

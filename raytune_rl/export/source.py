@@ -102,8 +102,8 @@ def find_base(config: ExportConfig | InferConfig, adapters: Sequence[Path]) -> B
         notices += [f"not used: {failure}" for failure in failures]
         ours = config.model is None and len(adapters) == 1
         return Base(name, path, origin, earlier if ours else (), tuple(notices))
-    told = "; ".join(failures) or f"neither args.json nor {ADAPTER_CONFIG} of {adapters[0]} names it"
-    raise ModelError(f"The base model cannot be found ({told}). Name it with --model.")
+    reasons = "; ".join(failures) or f"neither args.json nor {ADAPTER_CONFIG} of {adapters[0]} names it"
+    raise ModelError(f"The base model cannot be found ({reasons}). Name it with --model.")
 
 
 def _merged_before(args: dict[str, Any]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from raytune_rl.errors import DataError, ModelError
 from raytune_rl.export.errors import ExportError
 from raytune_rl.models.adapters import untie
 from raytune_rl.models.load import load_media_processor, load_tokenizer, takes_media
-from raytune_rl.models.weights import TensorSpec
+from raytune_rl.protocol.weights import TensorEntry
 
 MAX_SHARD_BYTES = 5 * 10**9
 # Copied byte for byte: loading and saving them again could change what they say.
@@ -44,7 +44,7 @@ _OF_THE_BASE = ("*.py", "LICENSE*", "NOTICE*")
 
 
 def write_weights(
-    index: Sequence[TensorSpec],
+    index: Sequence[TensorEntry],
     tensors: Iterable[tuple[str, Tensor]],
     directory: Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -63,7 +63,7 @@ def write_weights(
     Raises:
         ExportError: the file system refused.
     """
-    shards: list[list[TensorSpec]] = [[]]
+    shards: list[list[TensorEntry]] = [[]]
     for spec in index:
         filled = sum(other.nbytes for other in shards[-1])
         if shards[-1] and filled + spec.nbytes > max_shard_bytes:

@@ -42,8 +42,8 @@ def row_seeds(seed: int, batch: int, rows: Sequence[int], completions: int) -> l
     return seeds
 
 
-def _seed(*told: int) -> int:
-    return int(np.random.SeedSequence(told).generate_state(1)[0] & 0x7FFFFFFF)
+def _seed(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0] & 0x7FFFFFFF)
 
 
 class RolloutGroup:

@@ -98,7 +98,7 @@ class Trial:
     def start(self, stack: ExitStack) -> None:
         """Starts the engines and waits for them."""
         config, groups = self.config, self.groups
-        self.console.print(_told(self.sampling, self.max_model_len, groups))
+        self.console.print(_engine_sentence(self.sampling, self.max_model_len, groups))
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
         self.group = WorkerGroup(
             groups["rollout"],
@@ -226,7 +226,7 @@ def _result_path(config: InferConfig, source: Source) -> Path:
     return path
 
 
-def _told(sampling: Sampling, max_model_len: int, groups: Groups) -> str:
+def _engine_sentence(sampling: Sampling, max_model_len: int, groups: Groups) -> str:
     engines = groups["rollout"].workers
     drawn = "the likeliest token" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}"
     for name, nothing in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0), ("repetition_penalty", 1.0)):

@@ -109,7 +109,7 @@ def _fit_rows(model: PreTrainedModel, path: str, shapes: Mapping[str, tuple[int,
     if not other:
         return
     count = next(iter(other.values()))
-    told = (
+    mismatch = (
         f"adapter '{path}' was trained with {count} tokens in its {' and '.join(other)}, its base has "
         f"{rows}: tokens were {'added' if count > rows else 'taken away'}"
     )
@@ -117,18 +117,18 @@ def _fit_rows(model: PreTrainedModel, path: str, shapes: Mapping[str, tuple[int,
     fits = all(shape is None or shape == (count, width) for shape in whole.values())
     if not fits:
         raise ModelError(
-            f"{told}, and the embeddings that it saved do not fit: "
+            f"{mismatch}, and the embeddings that it saved do not fit: "
             + ", ".join(f"{part} {list(shape)}" for part, shape in whole.items() if shape is not None)
             + f", the base's {[rows, width]}. Was it trained on another base? Name the right one with --model"
         )
     if not complete and count > rows:
         raise ModelError(
-            f"{told}, but it does not bring all of their embeddings, so nobody knows them. Save the adapter "
-            "again with save_embedding_layers=True (PEFT), or name a base that has them with --model"
+            f"{mismatch}, but it does not bring all of their embeddings, so nobody knows them. Save the "
+            "adapter again with save_embedding_layers=True (PEFT), or name a base that has them with --model"
         )
     if not resize or is_sharded(model):
         raise ModelError(
-            f"{told}. Training goes on from a whole model: merge it first (raytune-rl export --adapters "
+            f"{mismatch}. Training goes on from a whole model: merge it first (raytune-rl export --adapters "
             f"{path} --merge_lora true --output_dir MERGED), which resizes the base, then use --model MERGED"
         )
     model.resize_token_embeddings(count, mean_resizing=False)

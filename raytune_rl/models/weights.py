@@ -23,6 +23,7 @@ from raytune_rl.models.checkpoint_names import checkpoint_form, renames_twice
 from raytune_rl.models.merge import Source, merged_sources, plain_sources
 from raytune_rl.models.sharding import own_tensors
 from raytune_rl.models.unwrap import hf_model, peft_model, tuned_model
+from raytune_rl.protocol.weights import TensorEntry
 from raytune_rl.tracking.files import follow_umask
 
 Mode = Literal["full", "merged", "adapter"]
@@ -33,20 +34,6 @@ Gather = Callable[[Sequence[Tensor]], AbstractContextManager[None]]
 def whole(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
     """The `Gather` of an engine that keeps every parameter whole."""
     return nullcontext()
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, shape and dtype of one published tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class WeightExporter:
@@ -86,9 +73,7 @@ class WeightExporter:
         self._groups: list[_Group] = []
         self.unties = False
         if mode == "adapter":
-            self.index = tuple(
-                TensorSpec(n, tuple(t.shape), t.dtype) for n, t in self._adapter_state().items()
-            )
+            self.index = tuple(TensorEntry.of(n, t) for n, t in self._adapter_state().items())
         else:
             self._groups = _plan(self._hf, self._sources())
             self.index = tuple(spec for group in self._groups for spec in group.specs)
@@ -221,7 +206,7 @@ def _gathered_state(inner: Any, gather: Gather, keep: bool) -> dict[str, Tensor]
 class _Group:
     """Sources that turn into checkpoint tensors together; `converts` is False where they already are them."""
 
-    specs: tuple[TensorSpec, ...]
+    specs: tuple[TensorEntry, ...]
     sources: tuple[Source, ...]
     converts: bool
 
@@ -249,6 +234,6 @@ def _plan(hf: Any, sources: list[Source]) -> list[_Group]:
 def _group(hf: Any, sources: list[Source]) -> _Group:
     empty = {s.name: torch.empty(s.shape, dtype=s.dtype, device="meta") for s in sources}
     converted = checkpoint_form(hf, dict(empty))
-    specs = tuple(TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in converted.items())
+    specs = tuple(TensorEntry.of(name, tensor) for name, tensor in converted.items())
     same = converted.keys() == empty.keys() and all(converted[name] is empty[name] for name in empty)
     return _Group(specs, tuple(sources), converts=not same)

@@ -305,12 +305,6 @@ class Run:
         write_plots(self.dir, only=("loss", "reward", "kl"))
         return writer.final
 
-    @property
-    def saved_step(self) -> int:
-        """Step of the last checkpoint, 0 if there is none."""
-        last = self._record.last_model_checkpoint
-        return step_of(Path(last)) if last else 0
-
     def finish(self, facts: Mapping[str, Any] | None = None) -> RunResult:
         """Closes the log with its last line, `facts` among it, and gives the result."""
         status = "interrupted" if self.step < self.total_steps else "finished"

@@ -82,7 +82,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         packs = packs_of(config, train)
         units = len(train) // objective.shape.rows if packs is None else len(packs)
         schedule = sft_schedule_of(config, groups["policy"].workers, units)
-        told = [
+        all_notices = [
             *notices,
             *resume_point.notices,
             *train.account.notices,
@@ -90,7 +90,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
             *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
         ]
         plan = offline_report.plan_of(
-            config, objective, groups, schedule, train, held_out, resume_point, cluster, told, packs
+            config, objective, groups, schedule, train, held_out, resume_point, cluster, all_notices, packs
         )
         plan, no_room = memory.added(plan, config, groups, gpu_memory.of(cluster))
         started = OfflineRun(
@@ -340,15 +340,15 @@ class OfflineRun:
     def scalars(self, data: ScoredSet, units: Units) -> dict[str, NDArray[np.float64]]:
         """What the loss is told of each row of a batch: weights, and what it must know of the whole."""
         objective, rows = self.objective, self.trained(units)
-        told = dict(objective.shape.weights(data.rows.loss_lengths[rows]))
-        told |= {name: values[rows] for name, values in data.rows.values.items()}
-        told |= {name: FROM_ORDER[name](len(rows)) for name in objective.row_values if name in FROM_ORDER}
+        scalars = dict(objective.shape.weights(data.rows.loss_lengths[rows]))
+        scalars |= {name: values[rows] for name, values in data.rows.values.items()}
+        scalars |= {name: FROM_ORDER[name](len(rows)) for name in objective.row_values if name in FROM_ORDER}
         if self.asks_policy:
             sums = self.sums(data, units)
-            told |= {
+            scalars |= {
                 name: FROM_POLICY[name](sums, objective.settings, len(rows)) for name in self.asks_policy
             }
-        return told
+        return scalars
 
     def sums(self, data: ScoredSet, units: Units) -> Sums:
         """Where policy and reference stand on a batch."""

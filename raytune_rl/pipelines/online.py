@@ -69,8 +69,8 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
             make_scheduler(config.multi_turn_scheduler, config.max_turns)
         for name in config.reward_model_plugin:
             plugin_class(name)
-        limit = memory_limit_bytes(config.reward_memory_limit)
-        needs = preflight(config.reward_funcs, config.external_plugins, config.args(), limit)
+        byte_limit = memory_limit_bytes(config.reward_memory_limit)
+        needs = preflight(config.reward_funcs, config.external_plugins, config.args(), byte_limit)
     with ExitStack() as stack:
         with stage("connecting to Ray"):
             cluster = stack.enter_context(session(config.ray_address, note))
@@ -87,10 +87,10 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         specs.check_readable(config, train.account.media)
         schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)
-        limit = check_lengths(
+        max_model_len = check_lengths(
             longest, config.max_completion_length, config.vllm_max_model_len, train.account.max_positions
         )
-        told = [
+        all_notices = [
             *notices,
             *resume_point.notices,
             *train.account.notices,
@@ -98,11 +98,11 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
             *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
         ]
         config, fitted = fit(config, train.account.traits, groups.on_gpu)
-        told += fitted
+        all_notices += fitted
         plan = report.online_plan(
-            config, algorithm, groups, schedule, train, held_out, longest, resume_point, cluster, told
+            config, algorithm, groups, schedule, train, held_out, longest, resume_point, cluster, all_notices
         )
-        plan, no_room = memory.added(plan, config, groups, gpu_memory.of(cluster), limit)
+        plan, no_room = memory.added(plan, config, groups, gpu_memory.of(cluster), byte_limit)
         shown = [s.account.media for s in (train, held_out) if s is not None]
         media = specs.prompt_limits(config, train.account.takes_media, shown)
         controlled = Run(
@@ -128,7 +128,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
                 prompts=train,
                 total_steps=schedule.total_steps,
                 run_name=resume_point.run_dir.path.name,
-                max_model_len=limit,
+                max_model_len=max_model_len,
                 media=media,
             )
             actors = start_groups(setup, slots, stack, controlled.say, lost)

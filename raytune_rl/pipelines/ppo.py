@@ -11,7 +11,7 @@ from raytune_rl.pipelines.lifecycle import RunResult
 
 def run(config: PPOConfig, notices: Sequence[str] = ()) -> RunResult:
     """Trains a policy and its critic by PPO on a Ray cluster, joined or started here; see `online.run`."""
-    told = list(notices)
+    all_notices = list(notices)
     if config.adapters and resolved.critic_start(config) is None:
-        told.append("the critic starts from --model without --adapters, which are the policy's")
-    return online.run(config, told)
+        all_notices.append("the critic starts from --model without --adapters, which are the policy's")
+    return online.run(config, all_notices)

@@ -19,7 +19,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,22 @@ from raytune_rl.protocol.data import Account, MediaCounts, SourceCounts
 from raytune_rl.protocol.model import Traits
 from raytune_rl.tracking.files import plain
 
-Facts = tuple[NDArray[np.int64], NDArray[np.int64], Account, dict[str, NDArray[np.float64]]]
-"""Lengths, trained lengths, what became of the rows, and what the data say of each."""
+
+class RowFacts(NamedTuple):
+    """The facts of a set of encoded rows, without their tokens.
+
+    Attributes:
+        lengths: Tokens of each row, int64 `[n]`.
+        loss_lengths: Of those, the ones trained on, int64 `[n]`.
+        account: What became of the rows.
+        values: By name, one number of each row from the data, float64 `[n]`, such as "label".
+    """
+
+    lengths: NDArray[np.int64]
+    loss_lengths: NDArray[np.int64]
+    account: Account
+    values: dict[str, NDArray[np.float64]]
+
 
 SETS = ("train", "held_out")
 _ENTRY, _TRAINED = "entry.json", "loss_lengths"
@@ -49,7 +63,7 @@ class EncodedSet:
     """Rows to train on, or held out: their columns and facts."""
 
     columns: Columns
-    facts: Facts
+    facts: RowFacts
 
 
 def write_facts(folder: Path, name: str, trained: NDArray[np.int64], values: dict[str, NDArray[Any]]) -> None:
@@ -89,7 +103,7 @@ def read_entry(folder: Path, quarantines: dict[str, Path]) -> list[EncodedSet] |
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / place.name, place)
     return [
-        EncodedSet(s.columns, (*s.facts[:2], _here(s.facts[2], quarantines[name]), s.facts[3]))
+        EncodedSet(s.columns, s.facts._replace(account=_here(s.facts.account, quarantines[name])))
         for name, s in zip(SETS, found, strict=False)
     ]
 
@@ -133,7 +147,7 @@ def _read_set(folder: Path, name: str, account: dict[str, Any]) -> EncodedSet:
     facts = folder / f"{name}.facts"
     values = {path.stem: np.load(path, allow_pickle=False) for path in facts.glob("*.npy")}
     trained = values.pop(_TRAINED)
-    return EncodedSet(columns, (tokens.lengths, trained, _account(account), values))
+    return EncodedSet(columns, RowFacts(tokens.lengths, trained, _account(account), values))
 
 
 def _account(said: dict[str, Any]) -> Account:

@@ -162,5 +162,4 @@ def _wait(ref: Any, config: TrainConfig) -> Any:
 def token_set(refs: Sequence[Any], config: TrainConfig) -> TokenSet:
     """The rows of two references, to the columns and to the facts, once they are there."""
     columns, facts = refs
-    lengths, loss_lengths, account, values = _wait(facts, config)
-    return TokenSet(columns, lengths, loss_lengths, account, values)
+    return TokenSet(columns, *_wait(facts, config))

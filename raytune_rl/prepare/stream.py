@@ -72,8 +72,8 @@ class Stream:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": 0}
         self._config = config
-        told = (str(Path.cwd()), config, task, str(quarantine), MediaPlaces.of(config, one_machine))
-        self._worker = ray.remote(StreamWorker).options(**options).remote(*told)
+        arguments = (str(Path.cwd()), config, task, str(quarantine), MediaPlaces.of(config, one_machine))
+        self._worker = ray.remote(StreamWorker).options(**options).remote(*arguments)
         stack.callback(ray.kill, self._worker)
         self.number = first - 1
         self.account: Account | None = None

@@ -17,7 +17,7 @@ from raytune_rl.errors import ConfigError, DataError
 from raytune_rl.prepare.cache import (
     SETS,
     EncodedSet,
-    Facts,
+    RowFacts,
     prune,
     read_entry,
     write_entry,
@@ -51,7 +51,7 @@ class ModelFacts:
     tokens: ModelTokens | None = None
 
 
-RowsEncoder = Callable[..., tuple[Columns, Facts]]
+RowsEncoder = Callable[..., tuple[Columns, RowFacts]]
 
 
 def encode_prompts_task(config: RLHFConfig, quarantine: str, places: MediaPlaces) -> Iterator[Any]:
@@ -146,28 +146,27 @@ def _encoded_sets(
     found = read_entry(entry, bad_rows) if config.load_from_cache_file else None
     if found is not None:
         notice = f"data as encoded before, from {entry} (--load_from_cache_file false encodes it anew)"
-        told = [notice, prune(cache, entry)]
-        return [replace(one, facts=_with_notices(one.facts, told)) for one in found]
+        notices = [notice, prune(cache, entry)]
+        return [replace(one, facts=_with_notices(one.facts, notices)) for one in found]
     try:
         with written_whole(entry) as folder:
             made = dict(_encode(config, task, bad_rows, places, folder, tell))
-            write_entry(folder, {name: one.facts[2] for name, one in made.items()}, bad_rows)
+            write_entry(folder, {name: one.facts.account for name, one in made.items()}, bad_rows)
     except OSError as error:
         raise DataError(
             f"encoded rows cannot be written to {cache}: {error}. Make room, or name another folder with "
             "--dataset_cache_dir (and with TMPDIR, where rows wait before they are encoded)"
         ) from error
-    told = [prune(cache, entry)]
+    notices = [prune(cache, entry)]
     return [
-        replace(one, columns=open_columns(str(entry / name)), facts=_with_notices(one.facts, told))
+        replace(one, columns=open_columns(str(entry / name)), facts=_with_notices(one.facts, notices))
         for name, one in made.items()
     ]
 
 
-def _with_notices(facts: Facts, told: Sequence[str | None]) -> Facts:
-    lengths, trained, account, values = facts
-    notices = tuple(sentence for sentence in told if sentence is not None)
-    return lengths, trained, replace(account, notices=(*notices, *account.notices)), values
+def _with_notices(facts: RowFacts, notices: Sequence[str | None]) -> RowFacts:
+    known = tuple(notice for notice in notices if notice is not None)
+    return facts._replace(account=replace(facts.account, notices=(*known, *facts.account.notices)))
 
 
 def _key(config: SFTConfig | PreferenceConfig, task: Task, places: MediaPlaces, tell: Tell) -> str | None:
@@ -215,7 +214,7 @@ def _encode(
         progress = RowProgress("tokenized", tell, len(examples))
         columns, facts = encode(examples, report, bad_rows[name], progress, inside)
         if folder is not None:
-            write_facts(folder, name, facts[1], facts[3])
+            write_facts(folder, name, facts.loss_lengths, facts.values)
         yield name, EncodedSet(columns, facts)
 
 
@@ -235,7 +234,7 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Media
         progress: Callable[[int], None] | None = None,
         folder: Path | None = None,
         held: set[tuple[str, int]] | None = None,
-    ) -> tuple[Columns, Facts]:
+    ) -> tuple[Columns, RowFacts]:
         found = encoders[task](
             examples,
             facts.tokenizer,
@@ -252,7 +251,7 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Media
         path = quarantine_dropped(found.dropped, bad_rows, held) or report.quarantine_path
         columns = {"tokens": found.tokens, "loss_mask": found.loss_mask, **found.media}
         account = _account(report, found, facts, path)
-        return columns, (found.tokens.lengths, found.loss_lengths, account, found.values)
+        return columns, RowFacts(found.tokens.lengths, found.loss_lengths, account, found.values)
 
     return encode
 

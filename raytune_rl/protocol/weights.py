@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,11 @@ class TensorEntry:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> TensorEntry:
+        """The entry that describes a tensor."""
+        return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
     @property
     def nbytes(self) -> int:

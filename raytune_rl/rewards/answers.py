@@ -143,8 +143,8 @@ def spelled(text: str) -> str:
 
 def prose_answer(text: str) -> str | None:
     """The one piece of mathematics in a sentence, or what follows "the answer is"; None if in doubt."""
-    if (told := _PREAMBLE.sub("", text)) != text:
-        return told.strip().rstrip(".")
+    if (answer := _PREAMBLE.sub("", text)) != text:
+        return answer.strip().rstrip(".")
     maths = [next(filter(None, found.groups())) for found in _MATH.finditer(text)]
     if maths:
         return maths[0] if len(maths) == 1 else None

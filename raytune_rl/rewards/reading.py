@@ -63,14 +63,14 @@ def read(answer: str) -> Reading | None:
     if words := _words(text):
         return Reading(flat, words=words)
     if _WORDS.fullmatch(plain) and re.search(r"[A-Za-z]{3}", plain):
-        told = prose_answer(plain)  # letter by letter a sentence would be a product
-        return read(told) if told is not None and told != plain else None
+        prose = prose_answer(plain)  # letter by letter a sentence would be a product
+        return read(prose) if prose is not None and prose != plain else None
     if (_DATE_OR_TIME.fullmatch(plain) and not re.fullmatch(r"\d+:\d", plain)) or _BASE.fullmatch(plain):
         return Reading(re.sub(r"[{}]", "", flat).lower(), words="")
     body, unit = split_unit(text)
     if is_prose(body):
-        told = prose_answer(body)
-        return read(told) if told is not None and told != body else None
+        prose = prose_answer(body)
+        return read(prose) if prose is not None and prose != body else None
     value = _parsed(body)
     return None if value is None else Reading(flat, value=value, unit=unit)
 

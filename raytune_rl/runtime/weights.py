@@ -105,11 +105,6 @@ def from_bytes(data: NDArray[np.uint8], entry: TensorEntry) -> torch.Tensor:
     return flat.view(dtype).reshape(entry.shape)
 
 
-def entry_of(name: str, tensor: torch.Tensor) -> TensorEntry:
-    """Describes a tensor."""
-    return TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-
-
 def read(manifest: Manifest, timeout_s: float) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields `(name, tensor)` of a version, bucket after bucket; tensors are read-only maps of shared
     memory.

@@ -183,11 +183,11 @@ class Conversations:
         sampled = spoken.tokens.tolist()  # schedulers extend the list that they are shown
 
         def decide() -> Continuation | None:
-            told = _result(scheduler.on_turn_end(request, choice, turn)) or {}
-            request.rollout_infos.update(told.get("rollout_infos") or {})
+            turn_result = _result(scheduler.on_turn_end(request, choice, turn)) or {}
+            request.rollout_infos.update(turn_result.get("rollout_infos") or {})
             finished = bool(_result(scheduler.check_finished(request, choice, turn)))
             most = scheduler.max_turns
-            if told.get("done", finished) or (most is not None and turn >= most):
+            if turn_result.get("done", finished) or (most is not None and turn >= most):
                 return None
             before, said = len(request.messages), request.messages[-1]["content"]
             answer = _answer(_result(scheduler.step(request, choice, turn)))

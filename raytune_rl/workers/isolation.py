@@ -87,9 +87,9 @@ def _least_gap(scorer: TokenScorer | ScalarScorer) -> float:
     if without <= tolerance(scorer) or not scorer.can_tell_borders():
         return without
     scorer.tells_borders = True
-    told = gap(scorer, "packed")
-    scorer.tells_borders = told < without
-    return min(told, without)
+    with_borders = gap(scorer, "packed")
+    scorer.tells_borders = with_borders < without
+    return min(with_borders, without)
 
 
 @torch.no_grad()

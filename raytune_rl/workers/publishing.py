@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from raytune_rl.protocol.weights import TensorEntry
-from raytune_rl.runtime.weights import entry_of, plan_buckets, to_arrays
+from raytune_rl.runtime.weights import plan_buckets, to_arrays
 
 if TYPE_CHECKING:
     from raytune_rl.models.weights import Gather, WeightExporter
@@ -37,9 +37,7 @@ class Publisher:
 
     def index(self) -> tuple[tuple[TensorEntry, ...], ...]:
         """The buckets this rank publishes: each a tuple of entries. Ranks share the work bucket by bucket."""
-        entries = [
-            TensorEntry(s.name, str(s.dtype).removeprefix("torch."), s.shape) for s in self._exporter.index
-        ]
+        entries = list(self._exporter.index)
         # As `parameter_groups` has them, and so DeepSpeed in its flat buffers: neighbours travel together.
         entries.sort(key=lambda entry: len(entry.shape) < 2)
         buckets = plan_buckets(entries)
@@ -56,7 +54,7 @@ class Publisher:
             name: tensor.detach().cpu().contiguous()
             for name, tensor in self._exporter.tensors(mine, self._gather)
         }
-        wrong = [e for bucket in self._share for e in bucket if entry_of(e.name, held[e.name]) != e]
+        wrong = [e for bucket in self._share for e in bucket if TensorEntry.of(e.name, held[e.name]) != e]
         if wrong:
             raise RuntimeError(f"weight {wrong[0].name} changed its shape or type since the index was made")
         return len(self._share), *(to_arrays(held[entry.name] for entry in bucket) for bucket in self._share)

@@ -77,13 +77,13 @@ class RewardModelWorker:
             cannot read the conversation.
         """
         refs = [texts[0], columns[0], *(dialogues or ())]
-        completions, prompts, *held = ray.get(refs, timeout=self._spec.timeout_s)
+        completions, prompts, *dialogue_rows = ray.get(refs, timeout=self._spec.timeout_s)
         conversations: list[dict[str, Any]] = []
         for row, prompt in zip(rows, column_rows, strict=True):
-            told = {name: column[prompt] for name, column in prompts.items()}
+            row_columns = {name: column[prompt] for name, column in prompts.items()}
             answer = {"role": "assistant", "content": completions[row]}
-            turns = held[0][row]["messages"] if held else [*told["messages"], answer]
-            conversations.append({**told, "messages": turns})
+            turns = dialogue_rows[0][row]["messages"] if dialogue_rows else [*row_columns["messages"], answer]
+            conversations.append({**row_columns, "messages": turns})
         return self.judge(conversations, state)
 
     def judge(self, conversations: Sequence[Mapping[str, Any]], state: TrainerState | None = None) -> Scores:

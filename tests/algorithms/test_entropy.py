@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.algorithms import entropy
 from raytune_rl.errors import ConfigError
+from tests.algorithms.thresholds import step_threshold
 
 RNG = np.random.default_rng(3)
 VALUES = np.concatenate([RNG.gamma(0.3, 1.5, 4000), np.zeros(500), RNG.uniform(0, 1e-30, 20)]).astype(
@@ -24,7 +25,7 @@ def cut(values: NDArray[np.float32], ranks: int) -> list[NDArray[np.float32]]:
 @pytest.mark.parametrize("quantile", [1.0, 0.9, 0.5, 0.2, 0.05, 0.001])
 @pytest.mark.parametrize("ranks", [1, 2, 7])
 def test_threshold_keeps_the_top_share(quantile: float, ranks: int) -> None:
-    found = entropy.step_threshold(cut(VALUES, ranks), quantile)
+    found = step_threshold(cut(VALUES, ranks), quantile)
     # the definition: tokens not below the (1 - q) quantile, in exact order statistics
     want = np.quantile(VALUES, 1 - quantile, method="higher")
     assert np.float32(found) == want
@@ -38,7 +39,7 @@ def test_interpolation_makes_no_difference() -> None:
     """torch's and numpy's linear quantile, as TRL takes it, picks the same tokens."""
     for quantile in (0.2, 0.31, 0.77):
         linear = np.quantile(VALUES.astype(np.float64), 1 - quantile)
-        exact = entropy.step_threshold([VALUES], quantile)
+        exact = step_threshold([VALUES], quantile)
         np.testing.assert_array_equal(linear <= VALUES, np.float32(exact) <= VALUES)
 
 
@@ -55,14 +56,14 @@ def test_keys_keep_the_order() -> None:
 
 
 def test_edges() -> None:
-    assert entropy.step_threshold([[2.5]], 0.1) == 2.5
-    assert entropy.step_threshold([[], [2.5, 1.0]], 1.0) == 1.0
-    assert entropy.step_threshold([[], []], 0.5) == -math.inf
-    assert entropy.step_threshold([[1.0] * 9], 0.2) == 1.0
+    assert step_threshold([[2.5]], 0.1) == 2.5
+    assert step_threshold([[], [2.5, 1.0]], 1.0) == 1.0
+    assert step_threshold([[], []], 0.5) == -math.inf
+    assert step_threshold([[1.0] * 9], 0.2) == 1.0
     # 1 - 0.8 is a little less than 0.2 in binary; of six tokens the top five begin at number 1, not 2
     assert entropy.threshold_rank(6, 0.8) == 1
     with pytest.raises(ValueError, match="NaN"):
-        entropy.step_threshold([[1.0, math.nan]], 0.5)
+        step_threshold([[1.0, math.nan]], 0.5)
     for bad in (0.0, -0.1, 1.1):
         with pytest.raises(ConfigError, match="top_entropy_quantile"):
             entropy.threshold_rank(5, bad)

@@ -190,7 +190,7 @@ MIXTURES: dict[str, DPOSettings] = {
 }
 
 
-def told(given: LossInputs) -> LossInputs:
+def with_row_values(given: LossInputs) -> LossInputs:
     """With what the driver works out for the whole step."""
     sums = [
         torch.zeros(given.n_rows, dtype=F64).index_add(0, given.row_of, column.detach().double()).numpy()
@@ -207,7 +207,7 @@ def told(given: LossInputs) -> LossInputs:
 
 
 def pair_step(settings: DPOSettings, lengths: Any = PAIR_LENGTHS) -> LossInputs:
-    return told(make_pairs(lengths, settings, seed=14))
+    return with_row_values(make_pairs(lengths, settings, seed=14))
 
 
 def run(given: LossInputs, cut: Any = None) -> tuple[float, torch.Tensor, dict[str, float]]:
@@ -238,7 +238,7 @@ def test_extreme_and_empty_pairs_stay_finite(mixture: str) -> None:
         logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
         given = replace(make_pairs((1, 1), settings), logprobs=logprobs)
         columns = {"ref_logprobs": logprobs.detach() - gap * torch.tensor(signs)}
-        given = told(replace(given, columns=columns))
+        given = with_row_values(replace(given, columns=columns))
         loss_of = get_loss("dpo")(given).total(torch.ones(2, dtype=F64), torch.ones(2, dtype=F64))
         (slope,) = torch.autograd.grad(loss_of, logprobs)
         assert torch.isfinite(loss_of)
@@ -250,7 +250,7 @@ def test_aot_at_the_reference_and_of_a_single_pair(kind: str) -> None:
     """At the reference it pushes the sides apart; the order of one pair is no order, and that is DPO."""
     chosen = DPOSettings(loss_type=(kind,), beta=0.3)
     at = make_pairs((3, 3), chosen)
-    loss, grad, _ = run(told(replace(at, columns={"ref_logprobs": at.logprobs.detach()})))
+    loss, grad, _ = run(with_row_values(replace(at, columns={"ref_logprobs": at.logprobs.detach()})))
     assert loss == pytest.approx(math.log(2))
     assert grad[:3].max() < 0 < grad[3:].min()
     one = pair_step(chosen, (4, 2))

@@ -66,10 +66,10 @@ def rows_of(config: SFTConfig, directory: Path) -> Rows:
     """The rows of `config.dataset`, as the data task makes them."""
     bad_rows = str(directory / "quarantine.jsonl")
     places = MediaPlaces(".", inline=False, one_machine=False)
-    told = encode_rows_task(config, "sft", bad_rows, places, str(directory / "cache"))
-    facts, columns, *_ = (item for item in told if not isinstance(item, str))
+    items = encode_rows_task(config, "sft", bad_rows, places, str(directory / "cache"))
+    facts, columns, *_ = (item for item in items if not isinstance(item, str))
     ref = ray.put(columns)
-    lengths, loss_lengths, *_ = facts
+    lengths, loss_lengths = facts.lengths, facts.loss_lengths
     pointers = [RowPointer(ref, row) for row in range(len(lengths))]
     return Rows(pointers, lengths.tolist(), row_weights(loss_lengths, "sft"))
 

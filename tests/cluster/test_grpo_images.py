@@ -88,12 +88,12 @@ def test_mixed_prompts_are_sampled_and_trained_on_alike(cluster: None, tmp_path:
     twice. A prompt that vLLM read otherwise than the policy would end the run; another picture, features kept
     from older weights or a sampled placeholder would show in the gap."""
     result = online.run(config(tmp_path))
-    told = steps(result)
-    print({step: (line[GAP], line["grad_norm"]) for step, line in told.items()})
-    assert len(told) == 6
-    assert max(line[GAP] for line in told.values()) < 1e-4
-    assert max(line["grad_norm"] for line in told.values()) > 0
-    assert told[6]["kl"] > 0
+    logged = steps(result)
+    print({step: (line[GAP], line["grad_norm"]) for step, line in logged.items()})
+    assert len(logged) == 6
+    assert max(line[GAP] for line in logged.values()) < 1e-4
+    assert max(line["grad_norm"] for line in logged.values()) > 0
+    assert logged[6]["kl"] > 0
     rows = [json.loads(line) for line in (result.run_dir / "completions.jsonl").read_text().splitlines()]
     assert [len(row["media"]) for row in rows] == [row["rewards"]["Sees"] for row in rows]
     assert {len(row["media"]) for row in rows} == {0, 1, 2}
@@ -118,17 +118,17 @@ def test_ppo_on_pictures(cluster: None, tmp_path: Path) -> None:
     result = ppo.run(
         PPOConfig(**{**given, "num_ppo_epochs": 2, "critic_learning_rate": 1e-4, "lora_dropout": 0.0})
     )
-    told = steps(result)
-    print({step: (line["loss/value_avg"], line["critic/grad_norm"]) for step, line in told.items()})
-    assert sorted(told) == [1, 2, 3, 4]
-    assert max(line[GAP] for line in told.values()) < 1e-4
-    assert told[1]["kl"] == pytest.approx(0, abs=1e-6)
-    assert told[3]["objective/kl"] != 0
+    logged = steps(result)
+    print({step: (line["loss/value_avg"], line["critic/grad_norm"]) for step, line in logged.items()})
+    assert sorted(logged) == [1, 2, 3, 4]
+    assert max(line[GAP] for line in logged.values()) < 1e-4
+    assert logged[1]["kl"] == pytest.approx(0, abs=1e-6)
+    assert logged[3]["objective/kl"] != 0
     for first in (1, 3):
-        assert told[first]["critic/grad_norm"] > 0
-        assert told[first]["reward_std"] > 0
+        assert logged[first]["critic/grad_norm"] > 0
+        assert logged[first]["reward_std"] > 0
     # Only the first time: later the momentum of steps on other rows has its say.
-    assert told[2]["loss/value_avg"] < told[1]["loss/value_avg"], "the critic learns from the same rows"
+    assert logged[2]["loss/value_avg"] < logged[1]["loss/value_avg"], "the critic learns from the same rows"
     assert (result.last_checkpoint / "critic" / "adapter_model.safetensors").is_file()  # type: ignore[operator]
 
 

@@ -64,9 +64,9 @@ def test_what_the_engine_hears_is_what_the_policy_learns_from(cluster: None, tmp
         output_dir=str(tmp_path / "out"),
     )
     result = online.run(config)
-    told = steps(result)
-    assert sorted(told) == [1, 2]
-    assert max(line[GAP] for line in told.values()) < 1e-4
+    logged = steps(result)
+    assert sorted(logged) == [1, 2]
+    assert max(line[GAP] for line in logged.values()) < 1e-4
     said = [json.loads(line) for line in (result.run_dir / "completions.jsonl").read_text().splitlines()]
     assert {(len(row["media"]), row["rewards"]["Hears"]) for row in said} == {(0, 0.0), (1, 1.0), (2, 2.0)}
     before = load_file(model / "model.safetensors")

@@ -208,9 +208,9 @@ def test_stateless_workers_may_die_and_nothing_changes(
     chosen, result, _ = uninterrupted
     monkeypatch.setattr(online, "OnlineRun", Disturbed)
     again = online.run(RLHFConfig(**{**chosen.args(), "output_dir": str(tmp_path)}))
-    told = capsys.readouterr().out
-    assert re.search(r"rollout\[1\] died during 'sampling 1 x 4 completions'", told)
-    assert re.search(r"workers lost and replaced +4 \(2 reward, 1 reference, 1 rollout\)", told)
+    output = capsys.readouterr().out
+    assert re.search(r"rollout\[1\] died during 'sampling 1 x 4 completions'", output)
+    assert re.search(r"workers lost and replaced +4 \(2 reward, 1 reference, 1 rollout\)", output)
     whole, disturbed = steps(result), steps(again)
     assert [line.get("lost_workers") for line in disturbed.values()] == [None, 4, 4, 4]
     for step, line in whole.items():

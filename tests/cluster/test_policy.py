@@ -15,9 +15,8 @@ import ray
 
 from raytune_rl.algorithms.aggregation import pair_weights, row_weights, single_weights
 from raytune_rl.algorithms.correction import RolloutCorrection
-from raytune_rl.algorithms.entropy import step_threshold
 from raytune_rl.algorithms.losses.cispo import CISPOSettings
-from raytune_rl.algorithms.losses.cpo import CPOSettings, simpo_settings
+from raytune_rl.algorithms.losses.cpo import CPOSettings
 from raytune_rl.algorithms.losses.dpo import DPOSettings
 from raytune_rl.algorithms.losses.fipo import FIPOSettings
 from raytune_rl.algorithms.losses.grpo import GRPOSettings
@@ -42,6 +41,7 @@ from raytune_rl.runtime.placement import GroupSpec
 from raytune_rl.runtime.wait import fetch
 from raytune_rl.workers.policy import PolicyWorker, policy_env
 from raytune_rl.workers.reference import ReferenceWorker
+from tests.algorithms.thresholds import step_threshold
 from tests.cluster.conftest import Tiny
 
 pytestmark = pytest.mark.cluster
@@ -144,7 +144,7 @@ CASES = {
     "kto": Case("kto", KTOSettings(), of_labels),
     "orpo": Case("orpo", ORPOSettings(), of_pairs),
     "cpo": Case("cpo", CPOSettings(), of_pairs),
-    "simpo": Case("cpo", simpo_settings(), of_pairs),
+    "simpo": Case("cpo", CPOSettings(loss_type="simpo", beta=2.0), of_pairs),
 }
 
 

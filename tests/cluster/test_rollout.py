@@ -14,8 +14,8 @@ from raytune_rl.errors import StaleWeightsError
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.rollout import EngineSpec, Sampling
 from raytune_rl.protocol.trajectory import EpisodeRequest
-from raytune_rl.protocol.weights import Manifest
-from raytune_rl.runtime.weights import entry_of, plan_buckets, start_store, to_bytes
+from raytune_rl.protocol.weights import Manifest, TensorEntry
+from raytune_rl.runtime.weights import plan_buckets, start_store, to_bytes
 from raytune_rl.workers.rollout import RolloutWorker, rollout_env
 from tests.cluster.conftest import Tiny
 
@@ -38,7 +38,7 @@ class Publisher:
 
     def publish(self, version: int, bucket_bytes: int = 40_000) -> None:
         named = list(self.model.named_parameters())
-        entries = [entry_of(n, p) for n, p in named]
+        entries = [TensorEntry.of(n, p) for n, p in named]
         buckets = plan_buckets(entries, bucket_bytes)
         assert len(buckets) > 3
         refs = tuple(ray.put([to_bytes(named[i][1]) for i in bucket]) for bucket in buckets)

@@ -16,7 +16,6 @@ from raytune_rl.algorithms.losses.ppo import ValueSettings, clipped_value_loss
 from raytune_rl.algorithms.losses.rm import RMSettings
 from raytune_rl.algorithms.pairs import PAIR, pair_numbers
 from raytune_rl.config import deepspeed
-from raytune_rl.data.collate import collate_rows
 from raytune_rl.data.microbatch import plan_micro_batches
 from raytune_rl.groups.world import TrainerWorld, rank_share
 from raytune_rl.models.load import load_model, load_tokenizer
@@ -32,6 +31,7 @@ from raytune_rl.runtime.placement import GroupSpec
 from raytune_rl.workers.policy import PolicyWorker, policy_env
 from raytune_rl.workers.scoring import forward_inputs
 from tests.cluster.conftest import Tiny
+from tests.columns import collate_rows
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 ROWS = 10

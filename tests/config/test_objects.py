@@ -151,9 +151,6 @@ def test_defaults_that_depend_on_others() -> None:
     assert resolved.learning_rate(sft()) == 1e-4
     assert resolved.learning_rate(sft(train_type="full")) == 1e-5
     assert resolved.learning_rate(sft(train_type="full", learning_rate=3.0)) == 3.0
-    assert resolved.gradient_accumulation_steps(sft(per_device_train_batch_size=3), world_size=2) == 3
-    assert resolved.gradient_accumulation_steps(rlhf(), world_size=2) == 1
-    assert resolved.gradient_accumulation_steps(rlhf(gradient_accumulation_steps=5), world_size=2) == 5
     assert resolved.num_generations_eval(rlhf(num_generations=4)) == 4
     assert resolved.eval_steps(sft(save_steps=7)) == 7
     for settings, save, evaluate in (

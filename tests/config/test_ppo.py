@@ -17,8 +17,14 @@ GIVEN: dict[str, Any] = {"model": "m", "dataset": "d", "reward_funcs": ["accurac
 def test_defaults_are_trls() -> None:
     config = PPOConfig(**GIVEN)
     assert config.rlhf_type == "ppo"
-    told = (config.num_ppo_epochs, config.num_mini_batches, config.kl_coef, config.cliprange, config.vf_coef)
-    assert told == (4, 1, 0.05, 0.2, 0.1)
+    settings = (
+        config.num_ppo_epochs,
+        config.num_mini_batches,
+        config.kl_coef,
+        config.cliprange,
+        config.vf_coef,
+    )
+    assert settings == (4, 1, 0.05, 0.2, 0.1)
     assert (config.cliprange_value, config.gamma, config.lam) == (0.2, 1.0, 0.95)
     assert (config.whiten_rewards, config.missing_eos_penalty) == (False, None)
     assert config.num_generations == 1

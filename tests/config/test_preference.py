@@ -14,7 +14,7 @@ from raytune_rl.errors import ConfigError
 GIVEN: dict[str, Any] = {"model": "m", "dataset": ["d"]}
 
 
-def told(**more: Any) -> dict[str, Any]:
+def settings_of(**more: Any) -> dict[str, Any]:
     return loss_settings(PreferenceConfig(**GIVEN, **more))
 
 
@@ -31,22 +31,24 @@ def test_every_flag_is_explained_and_grouped() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in READS if kind != "rm"])
 def test_beta_depends_on_the_algorithm(kind: str) -> None:
     beta = 2.0 if kind == "simpo" else 0.1
-    assert told(rlhf_type=kind)["beta"] == beta
-    assert told(rlhf_type=kind, beta=0.5)["beta"] == 0.5
+    assert settings_of(rlhf_type=kind)["beta"] == beta
+    assert settings_of(rlhf_type=kind, beta=0.5)["beta"] == 0.5
 
 
 def test_a_reward_model_has_no_beta() -> None:
-    assert told(rlhf_type="rm") == {}
-    assert told(rlhf_type="rm", center_rewards_coefficient=0.01) == {"center_rewards_coefficient": 0.01}
+    assert settings_of(rlhf_type="rm") == {}
+    assert settings_of(rlhf_type="rm", center_rewards_coefficient=0.01) == {
+        "center_rewards_coefficient": 0.01
+    }
 
 
 def test_simpo_is_a_loss_type_of_cpo() -> None:
-    assert told(rlhf_type="simpo", cpo_alpha=0)["loss_type"] == "simpo"
-    assert told(rlhf_type="cpo", loss_type="hinge")["loss_type"] == "hinge"
+    assert settings_of(rlhf_type="simpo", cpo_alpha=0)["loss_type"] == "simpo"
+    assert settings_of(rlhf_type="cpo", loss_type="hinge")["loss_type"] == "hinge"
 
 
 def test_only_dpo_adds_losses_up() -> None:
-    mixed = told(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1])
+    mixed = settings_of(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1])
     assert mixed["loss_type"] == ("sigmoid", "bco_pair", "sft")
     assert mixed["loss_weights"] == (0.8, 0.2, 1.0)
     with pytest.raises(ConfigError, match="cpo takes one"):

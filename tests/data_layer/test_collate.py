@@ -3,8 +3,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from raytune_rl.data.collate import MicroBatch, collate, collate_rows
+from raytune_rl.data.collate import MicroBatch, collate
 from raytune_rl.protocol.columns import Ragged
+from tests.columns import collate_rows
 
 ROWS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17]]
 MASKS = [[0, 0, 1, 1], [0, 1, 0], [0, 0, 0, 1, 0, 1]]

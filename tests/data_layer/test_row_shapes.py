@@ -16,7 +16,7 @@ def convert(fields, task="sft", **kwargs):
     return Converter(task, **kwargs)(Row(fields, "d.jsonl", 3))
 
 
-def told(fields, task="sft", **kwargs):
+def read(fields, task="sft", **kwargs):
     """The example, and what the user is told of it."""
     converter = Converter(task, **kwargs)
     return converter(Row(fields, "d.jsonl", 3)), list(converter.notices)
@@ -78,7 +78,7 @@ def test_verls_truth_is_the_solution_unless_there_is_one():
         "reward_model": {"ground_truth": "4", "style": "rule"},
         "extra_info": {"index": 0},
     }
-    example, notices = told(fields, "grpo")
+    example, notices = read(fields, "grpo")
     assert turns(example) == [("user", "Why?")]
     assert example.extra == {**{k: v for k, v in fields.items() if k != "prompt"}, "solution": "4"}
     assert notices == ["rows have reward_model.ground_truth; it is the 'solution' of rewards"]
@@ -90,11 +90,11 @@ def test_verls_truth_is_the_solution_unless_there_is_one():
 
 def test_a_column_with_a_name_of_the_runs_own_is_left_out_of_rewards():
     fields = {"prompt": "Why?", "prompt_id": "f0e3", "solution": "x"}
-    example, notices = told(fields, "grpo")
+    example, notices = read(fields, "grpo")
     assert example.extra == {"solution": "x"}
     (notice,) = notices
     assert notice.startswith("rows have a column 'prompt_id'; rewards receive the run's own value")
-    renamed, notices = told(fields, "grpo", columns={"prompt_id": "number"})
+    renamed, notices = read(fields, "grpo", columns={"prompt_id": "number"})
     assert (renamed.extra, notices) == ({"number": "f0e3", "solution": "x"}, [])
 
 
@@ -143,12 +143,12 @@ def test_llama_factorys_pairs_keep_input_history_and_system():
         "instruction": "Translate:", "input": "hello", "chosen": "good", "rejected": "bad", "system": "s",
         "history": [["a", "b"]],
     }  # fmt: skip
-    example, notices = told(fields, "pairs")
+    example, notices = read(fields, "pairs")
     prompt = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "Translate:\nhello")]
     assert turns(example) == [*prompt, ("assistant", "good")]
     assert [(m.role, m.content) for m in example.rejected] == [*prompt, ("assistant", "bad")]
     assert (example.extra, notices) == ({}, [])
-    mapped, notices = told(fields, "pairs", columns={"instruction": "query"})
+    mapped, notices = read(fields, "pairs", columns={"instruction": "query"})
     assert turns(mapped)[-2] == ("user", "Translate:")
     assert mapped.extra == {"input": "hello"}
     assert notices == [
@@ -237,9 +237,9 @@ def test_sound_as_openai_has_it():
 
 def test_keys_of_parts_and_turns_that_nothing_uses_are_told():
     part = {"type": "video", "video": "v.mp4", "fps": 2.0}
-    _, notices = told({"messages": [asks(part, TEXT), A]})
+    _, notices = read({"messages": [asks(part, TEXT), A]})
     assert notices == ["rows whose parts of content lists have 'fps', which nothing uses"]
-    example, notices = told({"images": ["a"], "texts": [{"user": "q", "assistant": "a", "source": "s"}]})
+    example, notices = read({"images": ["a"], "texts": [{"user": "q", "assistant": "a", "source": "s"}]})
     assert turns(example) == [("user", "<image>q"), ("assistant", "a")]
     assert "rows whose turns have 'source', which nothing uses" in notices
 
@@ -292,7 +292,7 @@ def test_toolbench_turns():
 )
 def test_turns_that_are_not_to_be_learned(key, no, yes, chatml):
     fields = {"messages": [Q, {**BAD, key: no}, {"role": "user", "content": "Sure?"}, {**A, key: yes}]}
-    example, notices = told(fields)
+    example, notices = read(fields)
     assert trained([example], chatml) == ["So.<|im_end|>"]
     assert notices == []
     with pytest.raises(RowError, match=f"'{key}'"):
@@ -314,7 +314,7 @@ def test_openais_weight_of_one_is_what_a_turn_without_it_is(chatml):
     "fields", [{"text": "The sky."}, {"messages": [{"role": "assistant", "content": "The sky."}]}]
 )
 def test_plain_texts(fields, chatml, llama3):
-    example, notices = told(fields, system="Be calm.")
+    example, notices = read(fields, system="Be calm.")
     assert notices == [
         "rows are plain text: learned whole and with an end, without the chat template and --system"
     ]

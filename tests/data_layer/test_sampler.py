@@ -1,11 +1,10 @@
 from collections import Counter
-from itertools import islice
 
 import numpy as np
 import pytest
 
-from raytune_rl.data.sampler import BatchPlan, PromptStream, order
-from raytune_rl.errors import CheckpointError, ConfigError
+from raytune_rl.data.sampler import BatchPlan, order
+from raytune_rl.errors import ConfigError
 
 
 def test_order_is_a_permutation_that_changes_with_epoch_and_seed():
@@ -32,32 +31,6 @@ def test_without_drop_last_the_rest_is_a_shorter_batch():
     plan = BatchPlan(n=7, batch_size=3, seed=1, shuffle=False, drop_last=False)
     assert [plan.batch(k).tolist() for k in range(4)] == [[0, 1, 2], [3, 4, 5], [6], [0, 1, 2]]
     assert plan.dropped(0).tolist() == []
-
-
-def test_stream_gives_what_the_plan_says_and_ends():
-    plan = BatchPlan(n=10, batch_size=4, seed=3)
-    stream = PromptStream(plan, total_batches=plan.total_batches(2.5))
-    batches = [batch.tolist() for batch in stream]
-    assert batches == [plan.batch(k).tolist() for k in range(5)]
-    assert stream.epoch == 2.5
-
-
-@pytest.mark.parametrize("at", [0, 1, 3, 4, 7])
-def test_a_resumed_stream_continues_exactly(at):
-    plan = BatchPlan(n=10, batch_size=3, seed=3)
-    whole = [batch.tolist() for batch in islice(PromptStream(plan), 9)]
-    first = PromptStream(plan)
-    for _ in range(at):
-        next(first)
-    second = PromptStream(plan)
-    second.load_state_dict(first.state_dict())
-    assert [batch.tolist() for batch in islice(second, 9 - at)] == whole[at:]
-
-
-def test_a_state_of_other_data_is_refused():
-    state = PromptStream(BatchPlan(n=10, batch_size=3, seed=3)).state_dict()
-    with pytest.raises(CheckpointError, match="n was 10, now 11"):
-        PromptStream(BatchPlan(n=11, batch_size=3, seed=3)).load_state_dict(state)
 
 
 def test_too_few_prompts_say_what_to_do():

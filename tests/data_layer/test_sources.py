@@ -6,8 +6,8 @@ import pyarrow.feather as feather
 import pyarrow.parquet as parquet
 import pytest
 
-from raytune_rl.data.example import BadRow, Row, RowError
-from raytune_rl.data.sources import load_rows, parse_spec, read_rows, sample
+from raytune_rl.data.example import BadRow, Row
+from raytune_rl.data.sources import parse_spec, read_rows, sample
 from raytune_rl.errors import DataError
 
 ROWS = [{"query": f"q{i}", "n": i} for i in range(5)]
@@ -46,8 +46,6 @@ def test_broken_jsonl_lines_are_named_and_the_rest_is_read(tmp_path):
     assert not_object == BadRow(str(path), 3, "a row must be a JSON object, this is a list", "[1]")
     assert not_utf8.line == 4
     assert "not UTF-8" in not_utf8.reason
-    with pytest.raises(RowError, match=r"a\.jsonl:2: broken JSON"):
-        load_rows(str(path))
 
 
 @pytest.mark.parametrize("value", ["[" * 10**5 + "]" * 10**5, "9" * 5000])
@@ -255,8 +253,8 @@ def test_a_local_path_imports_no_hub(tmp_path):
 
     path = write_jsonl(tmp_path / "a.jsonl")
     code = (
-        "import sys; from raytune_rl.data.sources import load_rows; "
-        f"assert len(load_rows({str(path)!r})) == 5; "
+        "import sys; from raytune_rl.data.sources import parse_spec, read_rows; "
+        f"assert len(list(read_rows(parse_spec({str(path)!r})))) == 5; "
         "heavy = {'datasets', 'modelscope', 'torch', 'ray', 'huggingface_hub'} & set(sys.modules); "
         "assert not heavy, heavy"
     )

@@ -91,18 +91,18 @@ def test_required_fields_and_a_fixed_number_of_workers(kind: str) -> None:
 @both
 def test_ray_is_told_what_the_container_has(kind: str) -> None:
     for name, group, container in groups(kind):
-        told, has = group["rayStartParams"], container["resources"]
+        start_params, has = group["rayStartParams"], container["resources"]
         assert has["requests"] == has["limits"], f"{name}: guaranteed quality of service needs them equal"
         gpus = int(has["limits"].get("nvidia.com/gpu", 0))
         if name == "head":
-            assert told["num-cpus"] == "0", "workers would be placed on the head"
+            assert start_params["num-cpus"] == "0", "workers would be placed on the head"
             assert gpus == 0
             continue
-        assert "num-cpus" not in told, "KubeRay tells Ray the container's own limit"
-        assert int(told["num-gpus"]) == gpus > 0
+        assert "num-cpus" not in start_params, "KubeRay tells Ray the container's own limit"
+        assert int(start_params["num-gpus"]) == gpus > 0
         # As KubeRay reads it: outer quotes off, then JSON. The shell leaves the same.
-        assert json.loads(told["resources"].strip("'\"` ")) == {name: gpus}
-        assert json.loads(shlex.split(told["resources"])[0]) == {name: gpus}
+        assert json.loads(start_params["resources"].strip("'\"` ")) == {name: gpus}
+        assert json.loads(shlex.split(start_params["resources"])[0]) == {name: gpus}
 
 
 @both
@@ -188,12 +188,12 @@ def nodes() -> dict[str, dict[str, float]]:
     """What Ray will say the nodes have, as KubeRay and `rayStartParams` make it."""
     have: dict[str, dict[str, float]] = {}
     for name, group, container in groups("RayJob"):
-        told, limits = group["rayStartParams"], container["resources"]["limits"]
-        custom = json.loads(told.get("resources", "{}").strip("'"))
+        start_params, limits = group["rayStartParams"], container["resources"]["limits"]
+        custom = json.loads(start_params.get("resources", "{}").strip("'"))
         for index in range(group.get("replicas", 1)):
             have[f"{name}-{index}"] = {
-                "CPU": float(told.get("num-cpus", limits["cpu"])),
-                "GPU": float(told.get("num-gpus", 0)),
+                "CPU": float(start_params.get("num-cpus", limits["cpu"])),
+                "GPU": float(start_params.get("num-gpus", 0)),
                 **custom,
             }
     return have

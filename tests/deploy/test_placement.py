@@ -62,9 +62,9 @@ def test_ray_places_each_role_on_its_own_nodes() -> None:
         cwd=ROOT,
         env=environ | {"RAY_USAGE_STATS_ENABLED": "0"},
     )
-    told = [line for line in run.stdout.splitlines() if line.startswith("PLACED ")]
-    assert told, run.stderr[-3000:]
-    where = {role: Counter(names) for role, names in json.loads(told[0].removeprefix("PLACED ")).items()}
+    placed = [line for line in run.stdout.splitlines() if line.startswith("PLACED ")]
+    assert placed, run.stderr[-3000:]
+    where = {role: Counter(names) for role, names in json.loads(placed[0].removeprefix("PLACED ")).items()}
     assert where["policy"] == {"policy-0": 8}
     assert where["rollout"] == {"rollout-0": 7}
     assert where["reference"] == {"rollout-0": 1}

@@ -218,8 +218,8 @@ def test_the_token_shows_nowhere(
     assert error.__context__ is None, "the client's error holds the request, and so the token"
     output = capfd.readouterr()
     written = b"".join(p.read_bytes() for p in quiet_environment.rglob("*") if p.is_file())
-    told = ["".join(traceback.format_exception(error)), caplog.text, output.out, output.err, *lines]
-    assert TOKEN not in "\n".join(told)
+    texts = ["".join(traceback.format_exception(error)), caplog.text, output.out, output.err, *lines]
+    assert TOKEN not in "\n".join(texts)
     assert TOKEN.encode() not in written
     if isinstance(hub, FakeModelScope):
         assert "***" in caplog.text, "the client logged it, so that scrubbing was put to the test"

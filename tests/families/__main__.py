@@ -53,14 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for mode in ([one] if one else asked.modes)
         for head in heads(family, asked.heads or HEADS[mode])
     ]
-    told, telling = FORK.Pipe(duplex=False)
-    cluster = FORK.Process(target=_cluster, args=(telling,))
+    receiver, sender = FORK.Pipe(duplex=False)
+    cluster = FORK.Process(target=_cluster, args=(sender,))
     cluster.start()
     lost = 0
     try:
-        if not told.poll(LIMIT_S):
+        if not receiver.poll(LIMIT_S):
             sys.exit("Ray did not start")
-        address = told.recv()
+        address = receiver.recv()
         with tempfile.TemporaryDirectory() as folder:
             for job in jobs:
                 found = _in_a_process(job, Path(folder), address)
@@ -90,12 +90,12 @@ def _sentence(job: Job, found: dict[str, Any]) -> str:
     return f"{job.name:32} {found['mode']:8} {found['dtype']:9} {gaps}"
 
 
-def _cluster(telling: Any) -> None:
+def _cluster(sender: Any) -> None:
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, object_store_memory=400 * 2**20,
         log_to_driver=False, logging_level="ERROR",
     )  # fmt: skip
-    telling.send(ray.get_runtime_context().gcs_address)
+    sender.send(ray.get_runtime_context().gcs_address)
     multiprocessing.Event().wait()
 
 

@@ -63,8 +63,8 @@ def test_the_loaders_processes_are_threads_that_make_pixels() -> None:
     assert specs.model_spec(config(), on_gpu=False, takes_media=True).media_threads == 1
     given = config(dataloader_num_workers=4)
     assert specs.model_spec(given, on_gpu=False, takes_media=True).media_threads == 4
-    (told,) = specs.media_notices(given, on_gpu=False, takes_media=False)
-    assert told.startswith(
+    (notice,) = specs.media_notices(given, on_gpu=False, takes_media=False)
+    assert notice.startswith(
         "--dataloader_num_workers does nothing: rows of texts are prepared before training"
     )
 

@@ -77,7 +77,7 @@ def reinforce_with_critic(
         )
     ]
     reference = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
-    told = []
+    history = []
     for generation in range(generations):
         asked = [problems[(generation * prompts + k) % len(problems)] for k in range(prompts)]
         made = policy.sample(asked, config.num_generations, config.max_completion_length)
@@ -125,5 +125,5 @@ def reinforce_with_critic(
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
             errors = facts.errors.std**2 / facts.returns.std**2
-            told.append({"reward": scores.mean(), "unexplained": errors, **theirs.metrics.result()})
-    return told
+            history.append({"reward": scores.mean(), "unexplained": errors, **theirs.metrics.result()})
+    return history

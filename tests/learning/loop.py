@@ -152,7 +152,7 @@ def reinforce(
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), config.learning_rate or 1e-4, betas=(0.9, 0.95), weight_decay=0.0
     )
-    told = []
+    history = []
     for generation in range(generations):
         asked = [problems[(generation * prompts + k) % len(problems)] for k in range(prompts)]
         made = policy.sample(asked, config.num_generations, config.max_completion_length)
@@ -182,5 +182,5 @@ def reinforce(
             output.total(weights[row_of], None).backward()
             torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
             optimizer.step()
-            told.append({"reward": float(np.mean(rewards)), **output.metrics.result()})
-    return told
+            history.append({"reward": float(np.mean(rewards)), **output.metrics.result()})
+    return history

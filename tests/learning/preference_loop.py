@@ -20,7 +20,7 @@ from torch import Tensor
 
 from raytune_rl.algorithms.registry import LossInputs
 from raytune_rl.config import PreferenceConfig
-from raytune_rl.data.collate import MicroBatch, collate_rows
+from raytune_rl.data.collate import MicroBatch
 from raytune_rl.data.encode import EncodedSFT
 from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 from raytune_rl.data.load import load_examples
@@ -32,6 +32,7 @@ from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
 from raytune_rl.protocol.columns import Ragged
 from raytune_rl.tiny.preferences import PreferenceFiles
 from raytune_rl.workers.scoring import forward_inputs
+from tests.columns import collate_rows
 
 
 @dataclass(frozen=True)

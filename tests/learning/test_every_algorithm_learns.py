@@ -66,8 +66,8 @@ class Task:
             }
         )
         before = self.policy.rightness(self.held_out)
-        told = reinforce(self.policy, config, self.seen, GENERATIONS, PROMPTS, spoiled)
-        assert len(told) == 2 * GENERATIONS
+        history = reinforce(self.policy, config, self.seen, GENERATIONS, PROMPTS, spoiled)
+        assert len(history) == 2 * GENERATIONS
         return self.policy.rightness(self.held_out) - before
 
 

@@ -47,13 +47,13 @@ def test_it_learns_and_what_is_broken_does_not(tmp_path: Path) -> None:
         )
         torch.manual_seed(1)
         critic = Critic(policy, tmp_path / "start")
-        told = reinforce_with_critic(policy, critic, config, seen, 5, 128, spoiled)
-        return policy.rightness(held_out) - before, told
+        history = reinforce_with_critic(policy, critic, config, seen, 5, 128, spoiled)
+        return policy.rightness(held_out) - before, history
 
-    learned, told = gain()
+    learned, history = gain()
     assert learned > 0.15
-    assert told[0]["value"] == 0, "a new critic foresees nothing"
-    assert told[-1]["val/error"] < 0.7 * told[0]["val/error"]
+    assert history[0]["value"] == 0, "a new critic foresees nothing"
+    assert history[-1]["val/error"] < 0.7 * history[0]["val/error"]
     assert gain(whiten_rewards=True, kl_coef=0.0)[0] > 0.15
     assert gain(Spoiled(advantages=lambda a: -a))[0] < -0.1
     assert gain(Spoiled(advantages=lambda a: np.roll(a, 20)))[0] < 0.1

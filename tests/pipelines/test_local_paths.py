@@ -51,16 +51,16 @@ def test_what_exists_here_is_made_absolute(tmp_path: Path, monkeypatch: pytest.M
         reward_funcs=["long"],
         external_plugins=["reward.py", "nowhere.py"],
     )
-    told = made_absolute(asked)
-    assert told.model == str(tmp_path / "policy")
-    assert told.adapters == (str(tmp_path / "adapter"), "owner/adapter")
-    assert told.reward_model == ("owner/judge",)
-    assert told.dataset == ("rows.jsonl#10",), "read on this machine, in this folder"
-    assert told.external_plugins == (str(tmp_path / "reward.py"), str(tmp_path / "nowhere.py"))
-    assert told.is_set("model")
-    assert not told.is_set("ref_model"), "what is not given stays so"
+    absolute = made_absolute(asked)
+    assert absolute.model == str(tmp_path / "policy")
+    assert absolute.adapters == (str(tmp_path / "adapter"), "owner/adapter")
+    assert absolute.reward_model == ("owner/judge",)
+    assert absolute.dataset == ("rows.jsonl#10",), "read on this machine, in this folder"
+    assert absolute.external_plugins == (str(tmp_path / "reward.py"), str(tmp_path / "nowhere.py"))
+    assert absolute.is_set("model")
+    assert not absolute.is_set("ref_model"), "what is not given stays so"
     assert asked.model == "policy"
-    assert told.args()["external_plugins"][0] == str(tmp_path / "reward.py")
+    assert absolute.args()["external_plugins"][0] == str(tmp_path / "reward.py")
     hub = SFTConfig(model="owner/policy", dataset="rows.jsonl")
     assert made_absolute(hub) == hub
 

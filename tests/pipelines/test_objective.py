@@ -83,12 +83,12 @@ def test_rows_of_a_unit() -> None:
 def test_baselines_of_a_step() -> None:
     settings = preference(config(beta=0.5)).settings
     sums = Sums(np.array([-1.0, -4.0, -2.0, -3.0]), np.array([-2.0, -2.0, -2.0, -5.0]))
-    told = {name: value(sums, settings, 4) for name, value in FROM_POLICY.items()}
+    row_values = {name: value(sums, settings, 4) for name, value in FROM_POLICY.items()}
     # log ratios 1, -2, 0, 2; margins 3 and 1 of the policy, 0 and 3 of the reference
-    assert told["aot_reference"].tolist() == [3, 3, 0, 0]
-    assert told["aot_partner"].tolist() == [2, 0, -2, 1]
-    assert told["bco_shift"].tolist() == [0.125] * 4
-    assert told["reference_point"].tolist() == [0.25] * 4
+    assert row_values["aot_reference"].tolist() == [3, 3, 0, 0]
+    assert row_values["aot_partner"].tolist() == [2, 0, -2, 1]
+    assert row_values["bco_shift"].tolist() == [0.125] * 4
+    assert row_values["reference_point"].tolist() == [0.25] * 4
     assert FROM_ORDER["pair"](4).tolist() == [1, -1, 2, -2]
 
 

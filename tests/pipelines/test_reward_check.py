@@ -52,16 +52,16 @@ def data(tmp_path: Path) -> Path:
 
 
 def check(data: Path, *names: str, **settings: object) -> tuple[dict[str, reward_check.Tried], str]:
-    told = io.StringIO()
+    output = io.StringIO()
     config = RewardCheckConfig(
         dataset=str(data), reward_funcs=names, external_plugins=str(data.parent / "plugin.py"), **settings
     )
-    tried = reward_check.run(config, Console(file=told, width=160))
-    return {found.kind: found for found in tried}, told.getvalue()
+    tried = reward_check.run(config, Console(file=output, width=160))
+    return {found.kind: found for found in tried}, output.getvalue()
 
 
 def test_solutions_as_they_stand_in_tags_and_nothing(data: Path) -> None:
-    found, told = check(data, "accuracy", "format", "picky", "soft_overlong", soft_cache_length=500)
+    found, output = check(data, "accuracy", "format", "picky", "soft_overlong", soft_cache_length=500)
     rows = np.asarray([len(t.values) for t in found.values()])
     assert list(found) == ["its own `solution`", "`solution` in <answer>", "empty"]
     assert set(rows) == {4}
@@ -74,11 +74,11 @@ def test_solutions_as_they_stand_in_tags_and_nothing(data: Path) -> None:
     assert sorted(own[:, 2][np.isfinite(own[:, 2])]) == [0.25, 0.25]
     assert {f.kind for f in found["empty"].failures if f.function == "picky"} == {"exception"}
     assert (own[:, 3].max(), tagged[:, 3].max()) == (-0.0, 0.0), "short ones cost nothing"
-    assert "4 of 4 rows" in told
-    assert "without --model a token is taken for four bytes" in told
-    assert "picky, empty: 1 x exception; first" in told
-    assert "rows.jsonl:4: ValueError: no level 3 here (plugin.py:7)" in told
-    assert "in all" in told
+    assert "4 of 4 rows" in output
+    assert "without --model a token is taken for four bytes" in output
+    assert "picky, empty: 1 x exception; first" in output
+    assert "rows.jsonl:4: ValueError: no level 3 here (plugin.py:7)" in output
+    assert "in all" in output
 
 
 def test_rewards_see_the_pictures(data: Path) -> None:
@@ -96,9 +96,9 @@ def test_a_function_that_never_works_is_an_error(data: Path) -> None:
 
 
 def test_memory_is_limited_and_the_limit_can_be_lifted(data: Path) -> None:
-    found, told = check(data, "greedy", reward_memory_limit=2)
+    found, output = check(data, "greedy", reward_memory_limit=2)
     assert len(found["empty"].failures) == 1, "one sample costs itself only"
-    assert "MemoryError" in told
+    assert "MemoryError" in output
     assert memory_limit_bytes(0) is None
 
 

@@ -176,12 +176,12 @@ def test_a_run_that_stops_leaves_nothing(task: Task) -> None:
 def test_a_stream_sets_a_row_that_is_too_long_aside_once(task: Task, data: Path) -> None:
     changed = {"streaming": True, "max_steps": 4, "shuffle_buffer_size": 20, "split_dataset_ratio": 0}
     config = SFTConfig(**{**task.settings, **changed})
-    told = (str(data.parent), config, "sft", str(task.quarantine), MediaPlaces.of(config, True))
+    arguments = (str(data.parent), config, "sft", str(task.quarantine), MediaPlaces.of(config, True))
     with contextlib.chdir(data.parent):  # the worker stays in its folder, this process does not
-        worker = StreamWorker(*told)
+        worker = StreamWorker(*arguments)
         windows = [worker.window(number) for number in range(3)]
-        StreamWorker(*told).window(0)
-    assert [facts[2].dropped for _, facts in windows] == [{"longer than max_length 60": 1}] * 3
+        StreamWorker(*arguments).window(0)
+    assert [facts.account.dropped for _, facts in windows] == [{"longer than max_length 60": 1}] * 3
     assert sorted(json.loads(line)["line"] for line in task.quarantine.read_text().splitlines()) == [4, 7]
 
 
@@ -194,9 +194,9 @@ def test_what_no_run_has_used_for_long_goes_and_nothing_else(tmp_path: Path) -> 
     long_ago = time.time() - (UNUSED_DAYS + 1) * 24 * 3600
     for folder in (old, kept, foreign):
         os.utime(folder / "entry.json", (long_ago, long_ago))
-    told = prune(tmp_path, kept)
-    assert told is not None
-    assert "1 sets of encoded rows, unused for 30 days" in told
+    notice = prune(tmp_path, kept)
+    assert notice is not None
+    assert "1 sets of encoded rows, unused for 30 days" in notice
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([kept.name, recent.name, "notes"])
     assert prune(tmp_path, recent) is None, "the entry in use was marked as used"
     assert kept.exists()

@@ -36,9 +36,9 @@ def run(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     done = run("-m", "tests.runtime.several_nodes")
-    told = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert told, done.stderr[-3000:]
-    return json.loads(told[0].removeprefix("FOUND "))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("FOUND "))
 
 
 def runs(places: list[Any]) -> list[int]:

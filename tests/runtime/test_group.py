@@ -51,11 +51,11 @@ class Started:
     """A group of two, and what it told."""
 
     def __init__(self, slots: Any, factor: int | None = 7) -> None:
-        self.told: list[tuple[str, str]] = []
+        self.losses: list[tuple[str, str]] = []
         spec = GroupSpec("rollout", 2, cpus=0.1)
         self.group = WorkerGroup(spec, slots, Worker, lambda rank: {"rank": rank}, {}, 60.0)
         self.group.call("load", 7)
-        self.group.replace_lost(60.0, lambda *told: self.told.append(told), {"load": (factor,)})
+        self.group.replace_lost(60.0, lambda *losses: self.losses.append(losses), {"load": (factor,)})
 
     def lose(self, rank: int) -> None:
         pid = fetch_all([self.group.submit(rank, "pid")])[0]
@@ -88,8 +88,8 @@ def test_every_call_of_a_lost_worker_is_answered_by_one_new_one(started: Started
     import ray
 
     assert ray.get(products, timeout=30) == [{"product": 7 * n} for n in (2, 2, 3, 3)]
-    assert len(started.told) == 1
-    name, sentence = started.told[0]
+    assert len(started.losses) == 1
+    name, sentence = started.losses[0]
     assert name == "rollout"
     assert sentence.startswith("rollout[1] died during 'times': ")
     assert "\n" not in sentence
@@ -98,7 +98,7 @@ def test_every_call_of_a_lost_worker_is_answered_by_one_new_one(started: Started
 
 def test_a_loss_in_the_middle_of_the_work(started: Started, tmp_path: Path) -> None:
     assert started.group.map("die", [__file__, str(tmp_path / "once")]) == ["lives", "lives"]
-    assert len(started.told) == 1
+    assert len(started.losses) == 1
 
 
 def test_work_that_always_loses_its_worker_ends(started: Started) -> None:
@@ -106,7 +106,7 @@ def test_work_that_always_loses_its_worker_ends(started: Started) -> None:
     lost = rf"rollout\[0\] died during '(die|load)'[\s\S]*{ATTEMPTS} times"
     with pytest.raises(WorkerDiedError, match=lost):
         started.group.map("die", ["", __file__])
-    assert len(started.told) == ATTEMPTS - 1
+    assert len(started.losses) == ATTEMPTS - 1
 
 
 def test_why_a_new_worker_cannot_be_set_up_is_said(slots: Any) -> None:

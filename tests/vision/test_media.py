@@ -18,8 +18,9 @@ from PIL import Image
 
 from raytune_rl.data import media
 from raytune_rl.data.media import MediaError, decode_image, fetch_medium
-from raytune_rl.data.media_table import Medium, count_media, media_columns, media_of
+from raytune_rl.data.media_table import Medium, count_media, media_of
 from raytune_rl.protocol.data import MediaCounts
+from tests.columns import media_columns
 
 
 def png(colour: tuple[int, ...] = (200, 10, 10), size: tuple[int, int] = (8, 6), mode: str = "RGB") -> bytes:

@@ -71,11 +71,13 @@ def test_vllm_reads_the_picture_as_transformers_does(tiny_vl: Path, shapes: Shap
     inputs = processor(text=[prompt], images=[[Image.open(picture)]], return_tensors="pt")
     assert answer["prompt"] == inputs["input_ids"][0].tolist(), "the same placeholders"
     model = AutoModelForImageTextToText.from_pretrained(tiny_vl).eval()
-    told = torch.tensor([answer["tokens"]])
+    answer_ids = torch.tensor([answer["tokens"]])
     with torch.no_grad():
-        ids = torch.cat([inputs.pop("input_ids"), told], 1)
+        ids = torch.cat([inputs.pop("input_ids"), answer_ids], 1)
         inputs.pop("attention_mask")
-        types = torch.nn.functional.pad(inputs.pop("mm_token_type_ids"), (0, told.shape[1]))
-        logits = model(input_ids=ids, mm_token_type_ids=types, **inputs).logits[0, -told.shape[1] - 1 : -1]
-    mine = logits.log_softmax(-1).gather(-1, told[0, :, None]).squeeze(-1)
+        types = torch.nn.functional.pad(inputs.pop("mm_token_type_ids"), (0, answer_ids.shape[1]))
+        logits = model(input_ids=ids, mm_token_type_ids=types, **inputs).logits[
+            0, -answer_ids.shape[1] - 1 : -1
+        ]
+    mine = logits.log_softmax(-1).gather(-1, answer_ids[0, :, None]).squeeze(-1)
     torch.testing.assert_close(torch.tensor(answer["logprobs"]), mine, atol=2e-3, rtol=0)

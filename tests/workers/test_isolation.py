@@ -126,11 +126,11 @@ def test_rounding_is_no_leak(dtype: torch.dtype, layout: str) -> None:
 
 
 def test_the_borders_that_kernels_are_told() -> None:
-    told = borders_of(torch.tensor([[0, 1, 2, 0, 0, 1]]))
-    assert told["cu_seq_lens_q"].tolist() == [0, 3, 4, 6] == told["cu_seq_lens_k"].tolist()
-    assert told["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2]]
-    assert told["max_length_q"] == 3
-    assert told["cu_seq_lens_q"].dtype == told["seq_idx"].dtype == torch.int32
+    borders = borders_of(torch.tensor([[0, 1, 2, 0, 0, 1]]))
+    assert borders["cu_seq_lens_q"].tolist() == [0, 3, 4, 6] == borders["cu_seq_lens_k"].tolist()
+    assert borders["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2]]
+    assert borders["max_length_q"] == 3
+    assert borders["cu_seq_lens_q"].dtype == borders["seq_idx"].dtype == torch.int32
 
 
 class Kernel(torch.nn.Module):

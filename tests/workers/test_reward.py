@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from raytune_rl.data.media_table import Medium, StoredFile, media_columns
+from raytune_rl.data.media_table import Medium, StoredFile
 from raytune_rl.errors import RewardError
 from raytune_rl.groups.fleet import reward_columns
 from raytune_rl.protocol.columns import Ragged
@@ -9,6 +9,7 @@ from raytune_rl.protocol.rewards import RUN_COLUMNS, TrainerState
 from raytune_rl.protocol.rows import RowPointer
 from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.workers.reward import RewardWorker
+from tests.columns import media_columns
 
 PLUGIN = """
 import sys

@@ -11,7 +11,7 @@ from PIL import Image
 
 from raytune_rl.data.media import MediaFile, digest_of
 from raytune_rl.data.media_processor import Decoded
-from raytune_rl.data.media_table import Medium, media_columns
+from raytune_rl.data.media_table import Medium
 from raytune_rl.errors import DataError
 from raytune_rl.protocol.columns import Ragged
 from raytune_rl.protocol.media import MediaLimits
@@ -19,6 +19,7 @@ from raytune_rl.protocol.rollout import EngineSpec
 from raytune_rl.tiny.vision import make_tiny_vision_model
 from raytune_rl.workers.rollout import read_prompt
 from raytune_rl.workers.vllm_media import EngineMedia, check_prompt
+from tests.columns import media_columns
 
 
 def picture(side: int) -> Medium:

@@ -58,11 +58,6 @@ class CPOSettings:
             )
 
 
-def simpo_settings(beta: float = 2.0, gamma: float = 1.0, cpo_alpha: float = 1.0) -> CPOSettings:
-    """What rlhf_type simpo stands for, with ms-swift's defaults; the paper's SimPO has cpo_alpha 0."""
-    return CPOSettings(loss_type="simpo", beta=beta, simpo_gamma=gamma, cpo_alpha=cpo_alpha)
-
-
 def cpo_pair_loss(margin: Tensor, settings: CPOSettings) -> Tensor:
     """Loss of a pair from the difference of its log-probs (summed or mean, as the type has it), [n_pairs]."""
     if settings.loss_type == "ipo":

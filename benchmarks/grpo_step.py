@@ -139,14 +139,18 @@ class MeasuredRun(online.OnlineRun):
         ]
         call = self.engine.submit(0, "alone", self.prompts.columns, requests, self.actors.rollout._sampling)
         seconds, tokens = ray.get(call.ref)
-        assert tokens == sum(t.completion_tokens for t in self.last[0]), "vLLM alone did other work than we"
+        assert tokens == sum(t.episode.completion_tokens for t in self.last[0]), (
+            "vLLM alone did other work than we"
+        )
         return (seconds,)
 
     def bare_torch(self, found: Measured) -> None:
         """c, on the tokens of the step just measured."""
         batch, advantages = self.last
         weights = row_weights(
-            [t.completion_tokens for t in batch], self.config.loss_type, self.config.max_completion_length
+            [t.episode.completion_tokens for t in batch],
+            self.config.loss_type,
+            self.config.max_completion_length,
         )
         budget = specs.max_tokens(self.config, self.actors.sizes.on_gpu)
         schedule = plan_micro_batches(

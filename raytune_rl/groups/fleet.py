@@ -19,7 +19,7 @@ from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.rewards import Failure, RewardTable, Scores, TrainerState
 from raytune_rl.protocol.rollout import Sampling
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
-from raytune_rl.protocol.trajectory import CompletionMeta, EpisodeRequest, Trajectory
+from raytune_rl.protocol.trajectory import EpisodeFacts, EpisodeRequest, Trajectory
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, fetch_all, settle
 
@@ -139,21 +139,21 @@ class RolloutGroup:
             for rank, share in enumerate(shares)
             if share
         ]
-        found: dict[tuple[int, int], Trajectory] = {}
-        for answer, metas in zip(*settle(pending), strict=True):
-            for meta in metas:
-                prompt = int(rows[meta.prompt_id])
-                made = _trajectory(meta, answer, prompt, prompts.media(prompt), self._multi_turn)
-                found[meta.prompt_id, meta.sample] = made
+        trajectories: dict[tuple[int, int], Trajectory] = {}
+        for answer, episodes in zip(*settle(pending), strict=True):
+            for episode in episodes:
+                prompt = int(rows[episode.prompt_id])
+                trajectory = _trajectory(episode, answer, prompt, prompts.media(prompt), self._multi_turn)
+                trajectories[episode.prompt_id, episode.sample] = trajectory
         wanted = [(g, s) for g in range(len(rows)) for s in range(completions)]
-        lost = [key for key in wanted if key not in found]
-        if lost or len(found) != len(wanted):
+        lost = [key for key in wanted if key not in trajectories]
+        if lost or len(trajectories) != len(wanted):
             raise RaytuneError(
-                f"{len(wanted)} completions were asked for and {len(found)} came back (first missing: "
+                f"{len(wanted)} completions were asked for and {len(trajectories)} came back (first missing: "
                 f"{lost[:1]}); "
                 "this is a defect of raytune_rl"
             )
-        return [found[key] for key in wanted]
+        return [trajectories[key] for key in wanted]
 
     def forget_prompts(self) -> None:
         """Drops what the engines keep of the prompts so far."""
@@ -169,23 +169,16 @@ class RolloutGroup:
 
 
 def _trajectory(
-    meta: CompletionMeta, answer: Pending, prompt: int, media: RowPointer | None, multi_turn: bool
+    episode: EpisodeFacts, answer: Pending, prompt: int, media: RowPointer | None, multi_turn: bool
 ) -> Trajectory:
     return Trajectory(
         prompt=prompt,
-        group=meta.prompt_id,
-        sample=meta.sample,
-        data=RowPointer(answer.ref[1], meta.row),
-        text=RowPointer(answer.ref[2], meta.row),
-        prompt_tokens=meta.prompt_tokens,
-        completion_tokens=meta.completion_tokens,
-        finish_reason=meta.finish_reason,
-        version=meta.version,
+        group=episode.prompt_id,
+        data=RowPointer(answer.ref[1], episode.row),
+        text=RowPointer(answer.ref[2], episode.row),
+        episode=episode,
         media=media,
-        dialogue=RowPointer(answer.ref[3], meta.row) if multi_turn else None,
-        other_tokens=meta.other_tokens,
-        turns=meta.turns,
-        failure=meta.failure,
+        dialogue=RowPointer(answer.ref[3], episode.row) if multi_turn else None,
     )
 
 
@@ -248,11 +241,11 @@ def reward_columns(trajectories: Sequence[Trajectory], state: TrainerState) -> d
     """What reward functions receive beside the data set's columns, under ms-swift's names."""
     return {
         "prompt_id": [str(t.prompt) for t in trajectories],
-        "request_id": [f"{t.prompt}-{t.sample}" for t in trajectories],
-        "finish_reason": [t.finish_reason for t in trajectories],
-        "is_truncated": [t.finish_reason == "length" for t in trajectories],
-        "completion_tokens": [t.completion_tokens for t in trajectories],
-        "num_turns": [t.turns for t in trajectories],
+        "request_id": [f"{t.prompt}-{t.episode.sample}" for t in trajectories],
+        "finish_reason": [t.episode.finish_reason for t in trajectories],
+        "is_truncated": [t.episode.finish_reason == "length" for t in trajectories],
+        "completion_tokens": [t.episode.completion_tokens for t in trajectories],
+        "num_turns": [t.episode.turns for t in trajectories],
         "trainer_state": state,
     }
 

@@ -202,8 +202,8 @@ def _line(asked: Asked, answer: Trajectory, text: str) -> dict[str, object]:
         **asked.others[answer.prompt],
         "response": text,
         "labels": asked.labels[answer.prompt],
-        "finish_reason": answer.finish_reason,
-        "completion_tokens": answer.completion_tokens,
+        "finish_reason": answer.episode.finish_reason,
+        "completion_tokens": answer.episode.completion_tokens,
         "messages": [*asked.conversations[answer.prompt], {"role": "assistant", "content": text}],
     }
 

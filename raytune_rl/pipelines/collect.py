@@ -88,9 +88,9 @@ class Collector:
             with timer.phase("reward"):
                 found = self.score(batch, self._prompts, state)
             for one in batch:
-                if one.failure:
+                if one.episode.failure:
                     self._state.reward_failures[
-                        f"--multi_turn_scheduler: {one.failure.partition(':')[0]}"
+                        f"--multi_turn_scheduler: {one.episode.failure.partition(':')[0]}"
                     ] += 1
             for failure in found.scored.failures:
                 self._state.reward_failures[f"{failure.function}: {failure.kind}"] += 1

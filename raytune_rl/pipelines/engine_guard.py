@@ -182,7 +182,7 @@ class EngineGuard:
         own = groups.policy.logprobs(probed).columns
         both = probed.with_columns(old_logprobs=own, ref_logprobs=probed.rows)
         squares = groups.policy.row_kl(both, "k2")
-        return root_mean_square(squares, [t.completion_tokens for t in batch])
+        return root_mean_square(squares, [t.episode.completion_tokens for t in batch])
 
     def _sentence(self, gap: float) -> str:
         return (

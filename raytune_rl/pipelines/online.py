@@ -250,8 +250,8 @@ class OnlineRun:
         """One optimizer step on a part of the batch; `metrics` are those of its generation."""
         run, config = self.run, self.config
         tokens = lengths_in_loss(
-            [t.completion_tokens for t in trajectories],
-            [t.finish_reason == "length" for t in trajectories],
+            [t.episode.completion_tokens for t in trajectories],
+            [t.episode.finish_reason == "length" for t in trajectories],
             config.overlong_filter,
         )
         batch = credited.batch.part(part).with_scalars(

@@ -227,7 +227,7 @@ def batch_metrics(experience: Experience) -> dict[str, float]:
         **_rewards(experience),
         **_lengths(batch),
         "reward_failures": float(len(experience.scored.failures)),
-        "weight_version": float(max(t.version for t in batch)),
+        "weight_version": float(max(t.episode.version for t in batch)),
         **_turns(batch),
     }
 
@@ -284,8 +284,8 @@ def _turns(batch: Sequence[Trajectory]) -> dict[str, float]:
     if all(t.dialogue is None for t in batch):
         return {}
     return {
-        "num_turns": float(np.mean([t.turns for t in batch])),
-        "scheduler_failures": float(sum(bool(t.failure) for t in batch)),
+        "num_turns": float(np.mean([t.episode.turns for t in batch])),
+        "scheduler_failures": float(sum(bool(t.episode.failure) for t in batch)),
     }
 
 
@@ -300,12 +300,12 @@ def _rewards(experience: Experience) -> dict[str, float]:
 
 
 def _lengths(batch: Sequence[Trajectory]) -> dict[str, float]:
-    lengths = [t.completion_tokens for t in batch]
+    lengths = [t.episode.completion_tokens for t in batch]
     return {
         "completions/mean_length": float(np.mean(lengths)),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": float(np.mean([t.finish_reason == "length" for t in batch])),
+        "completions/clipped_ratio": float(np.mean([t.episode.finish_reason == "length" for t in batch])),
     }
 
 
@@ -326,14 +326,14 @@ def completion_rows(
             step=step,
             prompt=prompts[t.prompt],
             completion=text,
-            tokens=t.completion_tokens,
+            tokens=t.episode.completion_tokens,
             rewards={name: _or_none(scored.values[i, c]) for c, name in enumerate(scored.labels)},
             reward=_or_none(rewards[i]),
             advantage=None if advantages is None else float(advantages[i]),
-            weight_version=t.version,
-            finish_reason=t.finish_reason,
+            weight_version=t.episode.version,
+            finish_reason=t.episode.finish_reason,
             extra={
-                **({"num_turns": t.turns, **dialogues[i]} if dialogues else {}),
+                **({"num_turns": t.episode.turns, **dialogues[i]} if dialogues else {}),
                 **({"media": list(media[i])} if media else {}),
             },
         )

@@ -24,8 +24,8 @@ class EpisodeRequest:
 
 
 @dataclass(frozen=True)
-class CompletionMeta:
-    """What the controller learns of one completion: no tokens, only sizes and facts.
+class EpisodeFacts:
+    """One completion in numbers, as the rollout worker reports it: no tokens.
 
     Attributes:
         prompt_id: From the request.
@@ -54,40 +54,27 @@ class CompletionMeta:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One completion as the driver knows it: where it lies, how long it is, what it was worth.
+    """One completion as the driver knows it: where it lies and how long it is.
 
     Attributes:
         prompt: Row in the prompt set.
         group: Number of the prompt within the batch; completions of one group are compared with each other.
-        sample: Number among the group's completions.
         data: Where tokens, loss mask, log-probs and versions lie.
         text: Where the text lies.
-        prompt_tokens, completion_tokens: Lengths.
-        finish_reason: "stop" or "length".
-        version: Weight version that sampled it.
+        episode: The worker's report on it.
         media: Where its prompt's media lie; None if no prompt of the run has any.
         dialogue: Where the messages of its turns lie; None if the model has one turn only.
-        other_tokens: Tokens behind the prompt that the model did not sample.
-        turns: Of the model.
-        failure: Why a scheduler's hook ended it early; empty if none did.
     """
 
     prompt: int
     group: int
-    sample: int
     data: RowPointer
     text: RowPointer
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: str
-    version: int
+    episode: EpisodeFacts
     media: RowPointer | None = None
     dialogue: RowPointer | None = None
-    other_tokens: int = 0
-    turns: int = 1
-    failure: str = ""
 
     @property
     def length(self) -> int:
         """Tokens of prompt and completion, and of others between the model's turns."""
-        return self.prompt_tokens + self.completion_tokens + self.other_tokens
+        return self.episode.prompt_tokens + self.episode.completion_tokens + self.episode.other_tokens

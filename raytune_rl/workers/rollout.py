@@ -20,7 +20,7 @@ from raytune_rl.errors import DataError, StaleWeightsError
 from raytune_rl.multi_turn.scheduler import Request
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.rollout import EngineSpec, MultiTurnSpec, Sampling, StreamChunk
-from raytune_rl.protocol.trajectory import CompletionMeta, EpisodeRequest
+from raytune_rl.protocol.trajectory import EpisodeFacts, EpisodeRequest
 from raytune_rl.workers.conversation import Conversation, Conversations
 from raytune_rl.workers.engine_prompt import EnginePrompt
 
@@ -101,7 +101,7 @@ class RolloutWorker:
         sampling: Sampling,
         version: int,
         extra: Mapping[str, Sequence[Any]] | None = None,
-    ) -> tuple[list[CompletionMeta], Columns, list[str], list[dict[str, Any]]]:
+    ) -> tuple[list[EpisodeFacts], Columns, list[str], list[dict[str, Any]]]:
         """Completes prompts.
 
         Args:
@@ -129,8 +129,8 @@ class RolloutWorker:
         inputs = {r.row: read_prompt(prompts, r.row) for r in requests}
         prompts_of = [inputs[a.request.row] for a in asked]
         held = self._run_episodes(asked, prompts_of, sampling, extra)
-        metas = [
-            CompletionMeta(
+        episodes = [
+            EpisodeFacts(
                 prompt_id=a.request.prompt_id,
                 sample=a.sample,
                 row=row,
@@ -160,7 +160,7 @@ class RolloutWorker:
             {"messages": one.request.messages, "rollout_infos": one.request.rollout_infos}
             for one in (held if self._conversations and extra is not None else ())
         ]
-        return metas, columns, [one.last_text for one in held], dialogues
+        return episodes, columns, [one.last_text for one in held], dialogues
 
     def _run_episodes(
         self,

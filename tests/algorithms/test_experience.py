@@ -13,7 +13,7 @@ from raytune_rl.data.sampler import order, stretch
 from raytune_rl.pipelines import report
 from raytune_rl.protocol.rewards import Failure, RewardTable
 from raytune_rl.protocol.rows import RowPointer
-from raytune_rl.protocol.trajectory import Trajectory
+from raytune_rl.protocol.trajectory import EpisodeFacts, Trajectory
 
 NAN = float("nan")
 
@@ -22,7 +22,13 @@ def experience(*groups: list[float], first_prompt: int = 0) -> Experience:
     """Groups of completions with these rewards; a NaN is a failure of the reward function."""
     rewards = [reward for group in groups for reward in group]
     batch = [
-        Trajectory(first_prompt + g, g, s, RowPointer("data", s), RowPointer("text", s), 3, 5, "stop", 0)
+        Trajectory(
+            first_prompt + g,
+            g,
+            RowPointer("data", s),
+            RowPointer("text", s),
+            EpisodeFacts(g, s, s, 3, 5, "stop", 0),
+        )
         for g, group in enumerate(groups)
         for s in range(len(group))
     ]

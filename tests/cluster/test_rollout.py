@@ -117,9 +117,9 @@ def test_tied_head_follows_every_version(late_engine: tuple[Publisher, Any]) -> 
         publisher.perturb()
         publisher.publish(version)
         assert ray.get(worker.load_weights.remote(version), timeout=60)[0] == version
-        metas, columns, texts = generate(worker, version)
+        episodes, columns, texts = generate(worker, version)
         assert publisher.gap(columns) < 1e-4
-        assert {m.version for m in metas} == {version}
+        assert {m.version for m in episodes} == {version}
         assert set(columns["versions"].values.tolist()) == {version}  # type: ignore[union-attr]
         assert len(texts) == 6
 
@@ -137,17 +137,17 @@ def test_an_engine_never_answers_for_another_version(late_engine: tuple[Publishe
 
 def test_trajectories_are_what_was_sampled(late_engine: tuple[Publisher, Any]) -> None:
     _, worker = late_engine
-    metas, columns, texts = generate(worker, 4)
+    episodes, columns, texts = generate(worker, 4)
     again = generate(worker, 4)
-    for row, meta in enumerate(metas):
+    for row, episode in enumerate(episodes):
         tokens, mask = columns["tokens"][row], columns["loss_mask"][row]  # type: ignore[index]
-        prompt = PROMPTS["prompt"][REQUESTS[meta.prompt_id].row]
-        np.testing.assert_array_equal(tokens[: meta.prompt_tokens], prompt)
-        assert mask.sum() == meta.completion_tokens == len(columns["logprobs"][row])  # type: ignore[index]
-        assert not mask[: meta.prompt_tokens].any()
-        assert meta.finish_reason in ("stop", "length")
-        assert (meta.finish_reason == "length") == (
-            meta.completion_tokens == SAMPLING.max_tokens and tokens[-1] != 2
+        prompt = PROMPTS["prompt"][REQUESTS[episode.prompt_id].row]
+        np.testing.assert_array_equal(tokens[: episode.prompt_tokens], prompt)
+        assert mask.sum() == episode.completion_tokens == len(columns["logprobs"][row])  # type: ignore[index]
+        assert not mask[: episode.prompt_tokens].any()
+        assert episode.finish_reason in ("stop", "length")
+        assert (episode.finish_reason == "length") == (
+            episode.completion_tokens == SAMPLING.max_tokens and tokens[-1] != 2
         )
         np.testing.assert_array_equal(tokens, again[1]["tokens"][row])  # type: ignore[index]
     assert len({columns["tokens"][i].tobytes() for i in range(3)}) == 3, "seeds give different completions"  # type: ignore[index]
@@ -159,6 +159,6 @@ def test_more_prompts_than_one_prefill_holds(late_engine: tuple[Publisher, Any])
     publisher, worker = late_engine
     many = [EpisodeRequest(0, 1, tuple(range(100)))]
     refs = worker.generate.options(num_returns=4).remote(PROMPTS, many, Sampling(0.9, 2), 4)
-    metas, columns, _, _ = ray.get(refs, timeout=120)
-    assert len(metas) == 100
+    episodes, columns, _, _ = ray.get(refs, timeout=120)
+    assert len(episodes) == 100
     assert publisher.gap(columns) < 1e-4

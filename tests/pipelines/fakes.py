@@ -21,7 +21,7 @@ from raytune_rl.protocol.data import Account, PromptSet, SourceCounts
 from raytune_rl.protocol.rewards import Failure, RewardTable, TrainerState
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import Estimates, EstimateSettings, RowLogprobs, StepReport
-from raytune_rl.protocol.trajectory import Trajectory
+from raytune_rl.protocol.trajectory import EpisodeFacts, Trajectory
 from raytune_rl.protocol.weights import Manifest
 
 Reward = Callable[[Trajectory], float]
@@ -114,13 +114,17 @@ class FakeRollout:
             Trajectory(
                 prompt=int(row),
                 group=group,
-                sample=sample,
                 data=RowPointer(f"tokens {batch}", int(row) * 10 + sample),
                 text=RowPointer(f"texts {batch}", int(row) * 10 + sample),
-                prompt_tokens=int(prompts.lengths[row]),
-                completion_tokens=2 + sample,
-                finish_reason="length" if row % 5 == 4 else "stop",
-                version=version,
+                episode=EpisodeFacts(
+                    prompt_id=group,
+                    sample=sample,
+                    row=int(row) * 10 + sample,
+                    prompt_tokens=int(prompts.lengths[row]),
+                    completion_tokens=2 + sample,
+                    finish_reason="length" if row % 5 == 4 else "stop",
+                    version=version,
+                ),
             )
             for group, row in enumerate(rows)
             for sample in range(completions)

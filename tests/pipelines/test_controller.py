@@ -63,7 +63,7 @@ def log_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def first_is_right(trajectory: Trajectory) -> float:
     """1 for the first completion of each prompt."""
-    return float(trajectory.sample == 0)
+    return float(trajectory.episode.sample == 0)
 
 
 def play(
@@ -211,7 +211,7 @@ def test_ppo_asks_the_critic_once_and_trains_both_side_by_side(tmp_path: Path) -
 
 def every_third_is_dull(trajectory: Trajectory) -> float:
     """Of prompts 0, 3, 6, ... all completions are right."""
-    return float(trajectory.sample == 0 or trajectory.prompt % 3 == 0)
+    return float(trajectory.episode.sample == 0 or trajectory.prompt % 3 == 0)
 
 
 def test_dapo_refills_and_counts(tmp_path: Path) -> None:
@@ -250,7 +250,9 @@ def test_dapo_trains_on_what_it_has_when_no_prompt_teaches(tmp_path: Path) -> No
 
 def test_completions_without_a_reward_are_counted_and_the_run_goes_on(tmp_path: Path) -> None:
     played = play(
-        config(tmp_path, beta=0), held_out=0, reward=lambda t: NAN if t.prompt < 2 else float(t.sample)
+        config(tmp_path, beta=0),
+        held_out=0,
+        reward=lambda t: NAN if t.prompt < 2 else float(t.episode.sample),
     )
     assert played.state.account().failed == {"no completion has a reward": 2}
     assert played.state.account().finished == 2

@@ -16,7 +16,6 @@ from raytune_rl.runtime.weights import (
     PLAIN_BYTES,
     WeightStore,
     collect_index,
-    entry_of,
     find_manifest,
     from_bytes,
     plan_buckets,
@@ -84,7 +83,7 @@ DTYPES = [
 @pytest.mark.parametrize("shape", [(3, 5), (7,), (), (0,), (4, 0, 2)], ids=str)
 def test_bytes_there_and_back(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
-    entry = entry_of("layer.weight", tensor)
+    entry = TensorEntry.of("layer.weight", tensor)
     data = to_bytes(tensor)
     assert (data.dtype, data.ndim, data.nbytes) == (np.uint8, 1, entry.nbytes)
     data.setflags(write=False)  # as the object store gives it
@@ -95,13 +94,13 @@ def test_bytes_there_and_back(dtype: torch.dtype, shape: tuple[int, ...]) -> Non
 
 def test_bits_survive_that_numbers_would_not() -> None:
     odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-40], dtype=torch.bfloat16)
-    again = from_bytes(to_bytes(odd), entry_of("w", odd))
+    again = from_bytes(to_bytes(odd), TensorEntry.of("w", odd))
     assert torch.equal(again.view(torch.int16), odd.view(torch.int16))
 
 
 def test_a_strided_tensor_is_written_in_its_own_order() -> None:
     tensor = torch.arange(12).reshape(3, 4).T
-    assert torch.equal(from_bytes(to_bytes(tensor), entry_of("w", tensor)), tensor)
+    assert torch.equal(from_bytes(to_bytes(tensor), TensorEntry.of("w", tensor)), tensor)
 
 
 def test_a_contiguous_tensor_is_not_copied() -> None:
@@ -109,7 +108,7 @@ def test_a_contiguous_tensor_is_not_copied() -> None:
     data = to_bytes(tensor)
     tensor[0] = 1.0
     assert data.any()
-    assert from_bytes(data, entry_of("w", tensor)).data_ptr() == tensor.data_ptr()
+    assert from_bytes(data, TensorEntry.of("w", tensor)).data_ptr() == tensor.data_ptr()
 
 
 def test_a_parameter_needs_no_detaching() -> None:
@@ -136,7 +135,7 @@ def test_neighbours_in_memory_share_an_array() -> None:
     assert [a.nbytes for a in arrays] == [40, 8, 24, 4, 6, 6]
     assert all(a.dtype == np.uint8 and a.ndim == 1 for a in arrays)
     assert arrays[0].ctypes.data == flat.data_ptr(), "a view, not a copy"
-    got = dict(split(arrays, [entry_of(name, tensor) for name, tensor in tensors.items()]))
+    got = dict(split(arrays, [TensorEntry.of(name, tensor) for name, tensor in tensors.items()]))
     assert list(got) == list(tensors)
     for name, tensor in tensors.items():
         assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape)
@@ -215,7 +214,7 @@ def test_weights_outlive_the_worker_that_made_them() -> None:
     assert ray.get(done, timeout=60) == "done"
     ray.kill(actor)
 
-    index = (tuple(entry_of(name, tensor) for name, tensor in tensors.items()),)
+    index = (tuple(TensorEntry.of(name, tensor) for name, tensor in tensors.items()),)
     store = start_store("tests-weights")
     try:
         ray.get(store.publish.remote(Manifest(3, "full", (bucket,), index)), timeout=60)

@@ -7,7 +7,7 @@ from raytune_rl.groups.fleet import reward_columns
 from raytune_rl.protocol.columns import Ragged
 from raytune_rl.protocol.rewards import RUN_COLUMNS, TrainerState
 from raytune_rl.protocol.rows import RowPointer
-from raytune_rl.protocol.trajectory import Trajectory
+from raytune_rl.protocol.trajectory import EpisodeFacts, Trajectory
 from raytune_rl.workers.reward import RewardWorker
 from tests.columns import media_columns
 
@@ -91,7 +91,7 @@ def test_sampled_tokens_and_pictures(plugin):
 def test_all_that_ms_swift_hands_to_a_reward_arrives(plugin):
     def ended(prompt, reason):
         place = RowPointer(None, 0)
-        return Trajectory(prompt, 0, 0, place, place, 3, 2, reason, 0)
+        return Trajectory(prompt, 0, place, place, EpisodeFacts(0, 0, 0, 3, 2, reason, 0))
 
     worker = RewardWorker(["contract"], [plugin], {}, 20.0)
     turns = [[{"role": "user", "content": "?"}]] * 2

@@ -35,7 +35,7 @@ class CriticAdvantages(Credit):
         """One advantage a token, as the column "advantages"; beside it what the critic is to learn."""
         from raytune_rl.protocol.train import EstimateSettings  # with numpy, which --help does without
 
-        finished = np.array([t.finish_reason != "length" for t in experience.batch])
+        finished = np.array([t.episode.finish_reason != "length" for t in experience.batch])
         found = models.estimate(
             batch,
             missing_eos(experience.rewards, finished, self.missing_eos_penalty),

@@ -48,7 +48,7 @@ class GroupRelative(Credit):
         rewards, metrics = experience.rewards, {}
         if self.beta > 0:
             kl = models.row_kl(batch, self.kl_estimator)
-            tokens = sum(t.completion_tokens for t in experience.batch)
+            tokens = sum(t.episode.completion_tokens for t in experience.batch)
             metrics["kl"] = float(kl.sum()) / max(tokens, 1)
             rewards = penalised_rewards(rewards, kl, self.beta)
             batch = batch.drop("ref_logprobs")

@@ -37,19 +37,19 @@ from raytune_rl.config import deepspeed
 from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
-from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
+from raytune_rl.protocol.train import OptimizerSpec, TrainerSpec
 from raytune_rl.runtime.cluster import NAMESPACE, reserve
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
 from raytune_rl.runtime.weights import find_manifest, read, start_store
 from raytune_rl.tiny.model import make_tiny_model
-from raytune_rl.workers.policy import PolicyWorker, policy_env
+from raytune_rl.workers.trainer import TrainerWorker, trainer_env
 
 PAUSE_S = 1.5
 DEADLINE_S = 300.0
 
 
-class MeasuredPolicy(PolicyWorker):
+class MeasuredPolicy(TrainerWorker):
     """A rank that also knows how long the same bytes take without the object store."""
 
     def _sources(self) -> list[Any]:
@@ -115,9 +115,9 @@ def model_of(megabytes: int, directory: Path) -> Path:
     return make_tiny_model(directory / f"model-{megabytes}", hidden=hidden)
 
 
-def policy_spec(model: Path) -> PolicySpec:
+def policy_spec(model: Path) -> TrainerSpec:
     """A policy as GRPO trains it."""
-    return PolicySpec(
+    return TrainerSpec(
         model=ModelSpec(str(model), "float32", None, "padded"),
         tuner=TunerSettings(tuner_type="full"),
         optimizer=OptimizerSpec(1e-6, "constant", 0, 10, (0.9, 0.95), 1e-8, 0.1, 1.0, deepspeed.load(None)),
@@ -144,7 +144,7 @@ def measure(megabytes: int, rounds: int, scratch: Path) -> tuple[int, list[Round
             slots["policy"],
             MeasuredPolicy,
             lambda rank: {"spec": spec, "rank": rank, "world_size": 1},
-            policy_env(threads, on_gpu=False),
+            trainer_env(threads, on_gpu=False),
             DEADLINE_S,
         )
         policy = PolicyGroup(TrainerWorld(group, spec, 4096, DEADLINE_S))

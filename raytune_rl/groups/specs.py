@@ -19,7 +19,7 @@ from raytune_rl.protocol.media import MediaLimits, Modality
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
 from raytune_rl.protocol.rewards import RewardModelSpec
 from raytune_rl.protocol.rollout import GPU_SHARE, EngineSpec, MultiTurnSpec, Sampling
-from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
+from raytune_rl.protocol.train import OptimizerSpec, TrainerSpec
 from raytune_rl.workers.reward_model import with_base
 
 UNTIED = {"hf_overrides": {"tie_word_embeddings": False}, "load_format": "dummy"}
@@ -183,11 +183,11 @@ def policy_spec(
     takes_media: bool = False,
     modalities: Sequence[Modality] = (),
     disallowed_token_ids: tuple[int, ...] = (),
-) -> PolicySpec:
+) -> TrainerSpec:
     """The settings of one policy rank: whether the model takes media and their modalities in the data;
     `disallowed_token_ids` are the tokens that sampling never gives.
     """
-    return PolicySpec(
+    return TrainerSpec(
         model=model_spec(config, groups.on_gpu, takes_media, modalities),
         tuner=tuner(config, dropout),
         optimizer=optimizer(config, total_steps),
@@ -208,7 +208,7 @@ def critic_spec(
     total_steps: int,
     takes_media: bool = False,
     modalities: Sequence[Modality] = (),
-) -> PolicySpec:
+) -> TrainerSpec:
     """What a critic rank is told. It starts from the first reward model that is a classifier, which knows
     already what is good, else from the policy's base with a new head.
     """

@@ -23,15 +23,15 @@ from raytune_rl.groups.weight_store import WeightStore
 from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.model import Settled
-from raytune_rl.protocol.train import LossSpec, PolicySpec
+from raytune_rl.protocol.train import LossSpec, TrainerSpec
 from raytune_rl.rewards.sandbox import memory_limit_bytes
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.weights import start_store
-from raytune_rl.workers.policy import PolicyWorker, policy_env
 from raytune_rl.workers.reference import ReferenceWorker
 from raytune_rl.workers.reward import RewardWorker
 from raytune_rl.workers.reward_model import RewardModelWorker
 from raytune_rl.workers.rollout import RolloutWorker, rollout_env
+from raytune_rl.workers.trainer import TrainerWorker, trainer_env
 
 CRITIC = "critic"
 """Folder of the critic in a checkpoint; Transformers loads it as a sequence classifier of one label."""
@@ -119,7 +119,7 @@ class OnlineSetup:
         return f"weights-{ray.get_runtime_context().get_job_id()}-{self.run_name}"
 
     @property
-    def policy(self) -> PolicySpec:
+    def policy(self) -> TrainerSpec:
         """What a policy rank is told."""
         config, account = self.config, self.prompts.account
         spec = specs.policy_spec(
@@ -164,14 +164,14 @@ class Starter:
 
     def _models(self, name: str, worker: type, make: Any) -> WorkerGroup:
         sizes = self._setup.sizes
-        return self.group(name, worker, make, policy_env(sizes.threads[name], sizes.on_gpu))
+        return self.group(name, worker, make, trainer_env(sizes.threads[name], sizes.on_gpu))
 
-    def world(self, name: str, spec: PolicySpec) -> TrainerWorld:
+    def world(self, name: str, spec: TrainerSpec) -> TrainerWorld:
         """Ranks that train."""
         config, sizes = self._setup.config, self._setup.sizes
         ranks = sizes[name].workers
         workers = self._models(
-            name, PolicyWorker, lambda rank: {"spec": spec, "rank": rank, "world_size": ranks}
+            name, TrainerWorker, lambda rank: {"spec": spec, "rank": rank, "world_size": ranks}
         )
         budget = specs.max_tokens(config, sizes.on_gpu)
         return TrainerWorld(workers, spec, budget, config.start_timeout)
@@ -214,7 +214,7 @@ class Starter:
         spec = specs.reward_model_spec(setup.config, setup.sizes)
         return self._models("reward_model", RewardModelWorker, lambda _: {"spec": spec})
 
-    def reference(self, policy: PolicySpec) -> WorkerGroup:
+    def reference(self, policy: TrainerSpec) -> WorkerGroup:
         """Copies of the model that the KL refers to."""
         spec = specs.online_reference(self._setup.config, policy.model)
         return self._models("reference", ReferenceWorker, lambda _: {"spec": spec, "settings": policy.score})

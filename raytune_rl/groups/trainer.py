@@ -14,7 +14,7 @@ from raytune_rl.algorithms import entropy
 from raytune_rl.groups.logprobs import score_rows
 from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
-from raytune_rl.protocol.train import PolicyFacts, RowLogprobs
+from raytune_rl.protocol.train import RowLogprobs, TrainerFacts
 from raytune_rl.protocol.weights import Manifest, TensorEntry
 from raytune_rl.runtime.wait import acknowledge, fetch
 from raytune_rl.runtime.weights import collect_index
@@ -32,7 +32,7 @@ class PolicyGroup:
         self._index: list[tuple[tuple[TensorEntry, ...], ...]] = []
         self._adapter_config: str | None = None
 
-    def ready(self) -> PolicyFacts:
+    def ready(self) -> TrainerFacts:
         """Waits until every rank has loaded; returns what rank 0 tells."""
         facts = self.world.ready()
         if self.world.spec.publish_mode is not None:

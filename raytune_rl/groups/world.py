@@ -18,7 +18,7 @@ from raytune_rl.algorithms.metrics import MetricSums, merge_all
 from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.data.microbatch import Schedule, plan_micro_batches
 from raytune_rl.protocol.rows import RowBatch, RowPointer, TrainBatch
-from raytune_rl.protocol.train import PolicyFacts, PolicySpec, StepReport, TrainResult
+from raytune_rl.protocol.train import StepReport, TrainerFacts, TrainerSpec, TrainResult
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, acknowledge, fetch, fetch_all
 
@@ -89,7 +89,9 @@ class TrainerWorld:
         start_timeout_s: Deadline for joining and loading.
     """
 
-    def __init__(self, group: WorkerGroup, spec: PolicySpec, max_tokens: int, start_timeout_s: float) -> None:
+    def __init__(
+        self, group: WorkerGroup, spec: TrainerSpec, max_tokens: int, start_timeout_s: float
+    ) -> None:
         self.group, self.spec, self.max_tokens = group, spec, max_tokens
         self.layout = spec.model.layout
         self._together = 2 if get_loss(spec.loss).rows == "pairs" else 1
@@ -107,9 +109,9 @@ class TrainerWorld:
             for rank in range(len(group))
         ]
 
-    def ready(self) -> PolicyFacts:
+    def ready(self) -> TrainerFacts:
         """Waits until every rank has loaded; returns what rank 0 tells."""
-        facts: PolicyFacts = fetch_all(self._joining)[0]
+        facts: TrainerFacts = fetch_all(self._joining)[0]
         self.layout = facts.layout
         return facts
 

@@ -45,8 +45,8 @@ from raytune_rl.rewards.plugins import PluginFile
 from raytune_rl.runtime import gpu_memory
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.group import WorkerGroup
-from raytune_rl.workers.policy import PolicyWorker, policy_env
 from raytune_rl.workers.reference import ReferenceWorker
+from raytune_rl.workers.trainer import TrainerWorker, trainer_env
 
 OfflineConfig = SFTConfig | PreferenceConfig
 
@@ -215,9 +215,9 @@ class OfflineRun:
         workers = WorkerGroup(
             groups["policy"],
             slots["policy"],
-            PolicyWorker,
+            TrainerWorker,
             lambda rank: {"spec": spec, "rank": rank, "world_size": ranks},
-            policy_env(groups.threads["policy"], groups.on_gpu),
+            trainer_env(groups.threads["policy"], groups.on_gpu),
             config.step_timeout,
         )
         stack.callback(workers.shutdown)
@@ -245,7 +245,7 @@ class OfflineRun:
             slots["reference"],
             ReferenceWorker,
             lambda _: {"spec": spec, "settings": settings},
-            policy_env(groups.threads["reference"], groups.on_gpu),
+            trainer_env(groups.threads["reference"], groups.on_gpu),
             config.step_timeout,
         )
         budget = specs.max_tokens(config, groups.on_gpu)

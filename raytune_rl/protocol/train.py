@@ -40,7 +40,7 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True)
-class PolicySpec:
+class TrainerSpec:
     """Everything a rank needs.
 
     Attributes:
@@ -74,7 +74,7 @@ class PolicySpec:
 
 
 @dataclass(frozen=True)
-class PolicyFacts:
+class TrainerFacts:
     """What rank 0 tells after loading.
 
     Attributes:

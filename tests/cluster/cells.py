@@ -19,16 +19,16 @@ from raytune_rl.prepare.places import MediaPlaces
 from raytune_rl.prepare.task import encode_rows_task
 from raytune_rl.protocol.model import ScoreSettings
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
-from raytune_rl.protocol.train import PolicySpec
+from raytune_rl.protocol.train import TrainerSpec
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
-from raytune_rl.workers.policy import PolicyWorker, policy_env
+from raytune_rl.workers.trainer import TrainerWorker, trainer_env
 
 
-class Chameleon(PolicyWorker):
+class Chameleon(TrainerWorker):
     """A policy worker that can start over with another model, tuner and engine."""
 
-    def become(self, spec: PolicySpec) -> tuple[str, ...]:
+    def become(self, spec: TrainerSpec) -> tuple[str, ...]:
         """Builds what `spec` says in the world that is joined already; returns the notices."""
         self._spec = spec
         return self._build().notices
@@ -74,9 +74,9 @@ def rows_of(config: SFTConfig, directory: Path) -> Rows:
     return Rows(pointers, lengths.tolist(), row_weights(loss_lengths, "sft"))
 
 
-def spec_of(config: SFTConfig, *, vision: bool = False, publish_mode: str | None = None) -> PolicySpec:
+def spec_of(config: SFTConfig, *, vision: bool = False, publish_mode: str | None = None) -> TrainerSpec:
     """What `specs.policy_spec` tells the ranks on a machine without a GPU."""
-    return PolicySpec(
+    return TrainerSpec(
         model=specs.model_spec(config, on_gpu=False, takes_media=vision),
         tuner=specs.tuner(config, config.lora_dropout),
         optimizer=specs.optimizer(config, total_steps=10),
@@ -92,18 +92,18 @@ def spec_of(config: SFTConfig, *, vision: bool = False, publish_mode: str | None
 class World:
     """Ranks that are one run after another."""
 
-    def __init__(self, size: int, slots: Any, first: PolicySpec) -> None:
+    def __init__(self, size: int, slots: Any, first: TrainerSpec) -> None:
         self.group = WorkerGroup(
             GroupSpec("policy", size, cpus=0.5),
             slots,
             Chameleon,
             lambda rank: {"spec": first, "rank": rank, "world_size": size},
-            policy_env(1, on_gpu=False),
+            trainer_env(1, on_gpu=False),
             120.0,
         )
         self.policy = PolicyGroup(TrainerWorld(self.group, first, 512, 240.0))
 
-    def become(self, spec: PolicySpec) -> tuple[str, ...]:
+    def become(self, spec: TrainerSpec) -> tuple[str, ...]:
         """Every rank starts over; returns rank 0's notices."""
         notices = self.group.call("become", spec)[0]
         self.policy.world.spec = spec

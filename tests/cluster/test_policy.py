@@ -34,13 +34,13 @@ from raytune_rl.groups.world import TrainerWorld, rank_share
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
-from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
+from raytune_rl.protocol.train import OptimizerSpec, TrainerSpec
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
 from raytune_rl.runtime.wait import fetch
-from raytune_rl.workers.policy import PolicyWorker, policy_env
 from raytune_rl.workers.reference import ReferenceWorker
+from raytune_rl.workers.trainer import TrainerWorker, trainer_env
 from tests.algorithms.thresholds import step_threshold
 from tests.cluster.conftest import Tiny
 
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.cluster
 ROWS = 12
 
 
-class InspectedPolicy(PolicyWorker):
+class InspectedPolicy(TrainerWorker):
     """A policy worker that shows what a test wants to see."""
 
     def gradient(
@@ -90,8 +90,8 @@ def rows() -> tuple[Columns, list[int], np.ndarray]:
     return columns, [int(c) for c in completions], rng.normal(size=ROWS)
 
 
-def spec(tiny: Tiny) -> PolicySpec:
-    return PolicySpec(
+def spec(tiny: Tiny) -> TrainerSpec:
+    return TrainerSpec(
         model=ModelSpec(str(tiny.tied), "float32", None, "padded"),
         tuner=TunerSettings(tuner_type="full"),
         optimizer=OptimizerSpec(1e-2, "constant", 0, 10, (0.9, 0.95), 1e-8, 0.1, 1.0, deepspeed.load(None)),
@@ -159,7 +159,7 @@ class World:
             slots,
             InspectedPolicy,
             lambda rank: {"spec": self.spec, "rank": rank, "world_size": size},
-            policy_env(1, on_gpu=False),
+            trainer_env(1, on_gpu=False),
             120.0,
         )
         self.policy = PolicyGroup(TrainerWorld(self.group, self.spec, 256, 240.0))

@@ -24,12 +24,12 @@ from raytune_rl.models.weights import save_model
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
-from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
+from raytune_rl.protocol.train import OptimizerSpec, TrainerSpec
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
-from raytune_rl.workers.policy import PolicyWorker, policy_env
 from raytune_rl.workers.scoring import forward_inputs
+from raytune_rl.workers.trainer import TrainerWorker, trainer_env
 from tests.cluster.conftest import Tiny
 from tests.columns import collate_rows
 
@@ -37,8 +37,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 ROWS = 10
 
 
-def spec(model: Path, loss: str, settings: Any, tuner: Any) -> PolicySpec:
-    return PolicySpec(
+def spec(model: Path, loss: str, settings: Any, tuner: Any) -> TrainerSpec:
+    return TrainerSpec(
         model=ModelSpec(str(model), "float32", None, "padded"),
         tuner=TunerSettings(tuner_type=tuner, lora_dropout=0.0),
         optimizer=OptimizerSpec(1e-2, "constant", 0, 10, (0.9, 0.95), 1e-8, 0.0, 1.0, deepspeed.load(None)),
@@ -53,13 +53,13 @@ def spec(model: Path, loss: str, settings: Any, tuner: Any) -> PolicySpec:
 class World:
     """A started group with a scalar head."""
 
-    def __init__(self, given: PolicySpec, size: int, max_tokens: int, slots: Any) -> None:
+    def __init__(self, given: TrainerSpec, size: int, max_tokens: int, slots: Any) -> None:
         self.group = WorkerGroup(
             GroupSpec("critic", size, cpus=0.5),
             slots,
-            PolicyWorker,
+            TrainerWorker,
             lambda rank: {"spec": given, "rank": rank, "world_size": size},
-            policy_env(1, on_gpu=False),
+            trainer_env(1, on_gpu=False),
             120.0,
         )
         self.policy = TrainerWorld(self.group, given, max_tokens, 240.0)

@@ -28,13 +28,13 @@ from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.groups.world import TrainerWorld, rank_share
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
-from raytune_rl.protocol.train import OptimizerSpec, PolicySpec
+from raytune_rl.protocol.train import OptimizerSpec, TrainerSpec
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.placement import GroupSpec
 from raytune_rl.tiny.shapes import write_shapes
 from raytune_rl.tiny.vision import make_tiny_vision_model
-from raytune_rl.workers.policy import policy_env
+from raytune_rl.workers.trainer import trainer_env
 from tests.cluster.test_policy import InspectedPolicy, assert_same
 from tests.vision.films import film
 
@@ -100,7 +100,7 @@ class World:
 
     def __init__(self, name: str, rows: Rows, size: int, tuner: TunerSettings, slots: Any) -> None:
         optimizer = OptimizerSpec(5e-3, "constant", 0, 99, (0.9, 0.95), 1e-8, 0.0, 1.0, deepspeed.load(None))
-        spec = PolicySpec(
+        spec = TrainerSpec(
             model=ModelSpec(str(rows.model), "float32", None, "padded", modalities=("image", "video")),
             tuner=tuner,
             optimizer=optimizer,
@@ -116,7 +116,7 @@ class World:
             slots[name],
             InspectedPolicy,
             lambda rank: {"spec": spec, "rank": rank, "world_size": size},
-            policy_env(1, on_gpu=False),
+            trainer_env(1, on_gpu=False),
             120.0,
         )
         self.policy = PolicyGroup(TrainerWorld(self.group, spec, 256, 240.0))

@@ -24,7 +24,7 @@ from raytune_rl.data.read_rows import ReadRows
 from raytune_rl.errors import ModelError
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rows import RowBatch
-from raytune_rl.protocol.train import EstimateFacts, EstimateSettings, PolicyFacts, PolicySpec, TrainResult
+from raytune_rl.protocol.train import EstimateFacts, EstimateSettings, TrainerFacts, TrainerSpec, TrainResult
 from raytune_rl.protocol.weights import TensorEntry
 from raytune_rl.workers import estimates, publishing, row_stats, scoring
 from raytune_rl.workers.publishing import Publisher
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
     from raytune_rl.data.collate import MicroBatch
 
 
-def policy_env(threads: int, on_gpu: bool) -> dict[str, str]:
+def trainer_env(threads: int, on_gpu: bool) -> dict[str, str]:
     """Environment that must be set before torch and DeepSpeed are imported in the worker's process."""
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     return env if on_gpu else {**env, "DS_ACCELERATOR": "cpu"}
 
 
-class PolicyWorker:
+class TrainerWorker:
     """One rank. Constructed cheaply; `join` loads the model inside the torch.distributed world."""
 
-    def __init__(self, spec: PolicySpec, rank: int, world_size: int) -> None:
+    def __init__(self, spec: TrainerSpec, rank: int, world_size: int) -> None:
         self._spec = spec
         self._rank = rank
         self._world_size = world_size
@@ -69,7 +69,7 @@ class PolicyWorker:
         )
         return host, self._meeting.port
 
-    def join(self, host: str, port: int, timeout_s: float) -> PolicyFacts:
+    def join(self, host: str, port: int, timeout_s: float) -> TrainerFacts:
         """Joins the world, loads the model and hands it to DeepSpeed."""
         import torch
         from torch import distributed
@@ -94,7 +94,7 @@ class PolicyWorker:
         )
         return self._build()
 
-    def _build(self) -> PolicyFacts:
+    def _build(self) -> TrainerFacts:
         import torch
 
         from raytune_rl.algorithms.registry import get_loss
@@ -153,7 +153,7 @@ class PolicyWorker:
         if loaded.new_head and not spec.model.adapters:
             start = "starts at 0" if self._loss.forward == "values" else "has random weights"
             notices += (f"the head that gives {self._loss.forward} is new and {start}",)
-        return PolicyFacts(tuned.trainable, tuned.total, dtype, settled.layout, notices)
+        return TrainerFacts(tuned.trainable, tuned.total, dtype, settled.layout, notices)
 
     # -- training
     # ---------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ class CriticGroup:
 
     def values(self, batch: TrainBatch) -> list[RowPointer]:
         """The value of every token under the present weights: where each row's {"values"} lies."""
-        asked = TrainBatch(batch.rows, batch.lengths, batch.keep({ROW_COLUMN}).columns)
-        return self.world.columns("values", self.world.shares(asked))[0]
+        rows_batch = TrainBatch(batch.rows, batch.lengths, batch.keep({ROW_COLUMN}).columns)
+        return self.world.columns("values", self.world.shares(rows_batch))[0]
 
     def estimate(
         self, batch: TrainBatch, scores: ArrayLike, settings: EstimateSettings, *, whiten_rewards: bool

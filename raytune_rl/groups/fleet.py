@@ -216,20 +216,22 @@ class RewardGroup:
             for share in np.array_split(np.asarray(numbers), len(self.workers)):
                 if not len(share):
                     continue
-                mine = [trajectories[i] for i in share]
+                share_trajectories = [trajectories[i] for i in share]
                 call = self.workers.submit(
                     turn % len(self.workers),
                     "score",
                     [ref],
-                    [t.text.row for t in mine],
+                    [t.text.row for t in share_trajectories],
                     [prompts.extra],
-                    [t.prompt for t in mine],
-                    reward_columns(mine, state),
-                    [mine[0].dialogue.ref] if mine[0].dialogue is not None else None,
-                    [mine[0].data.ref],
-                    [mine[0].media.ref] if mine[0].media is not None else None,
+                    [t.prompt for t in share_trajectories],
+                    reward_columns(share_trajectories, state),
+                    [share_trajectories[0].dialogue.ref]
+                    if share_trajectories[0].dialogue is not None
+                    else None,
+                    [share_trajectories[0].data.ref],
+                    [share_trajectories[0].media.ref] if share_trajectories[0].media is not None else None,
                     limit_s,
-                    what=f"scoring {len(mine)} completions",
+                    what=f"scoring {len(share_trajectories)} completions",
                 )
                 pending.append(call)
                 members.append(share)
@@ -287,5 +289,5 @@ def read_media_names(trajectories: Sequence[Trajectory], timeout_s: float) -> li
 def _read(places: Sequence[RowPointer], timeout_s: float) -> list[Any]:
     refs = list({place.ref: None for place in places})
     pending = [Pending(ref, "the object store", "reading completions", timeout_s) for ref in refs]
-    found: Mapping[ray.ObjectRef, list[Any]] = dict(zip(refs, (fetch(p) for p in pending), strict=True))
-    return [found[place.ref][place.row] for place in places]
+    values: Mapping[ray.ObjectRef, list[Any]] = dict(zip(refs, (fetch(p) for p in pending), strict=True))
+    return [values[place.ref][place.row] for place in places]

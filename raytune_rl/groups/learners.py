@@ -36,8 +36,10 @@ class Learner:
         """What it gets of a step; `taken` are all columns that one learner alone gets."""
         columns = step.columns.keys() - taken if self.takes is None else self.takes | {ROW_COLUMN}
         scalars = {n: v for n, v in step.scalars.items() if self.scalars is None or n in self.scalars}
-        mine = TrainBatch(step.rows, step.lengths, step.keep(columns).columns, scalars)
-        return mine if self.weight == 1 else mine.with_scalars(weight=scalars["weight"] * self.weight)
+        own_batch = TrainBatch(step.rows, step.lengths, step.keep(columns).columns, scalars)
+        return (
+            own_batch if self.weight == 1 else own_batch.with_scalars(weight=scalars["weight"] * self.weight)
+        )
 
     def report(self, step: StepReport) -> StepReport:
         """Its step under the log's names, its loss without its weight."""

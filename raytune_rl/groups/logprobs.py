@@ -38,7 +38,7 @@ def score_rows(
         collective: Every worker must take part even without rows (a sharded model).
         method: What the workers call it.
     """
-    asked = TrainBatch(batch.rows, batch.lengths, batch.keep({ROW_COLUMN}).columns)
+    rows_batch = TrainBatch(batch.rows, batch.lengths, batch.keep({ROW_COLUMN}).columns)
     schedule = plan_micro_batches(
         batch.lengths.tolist(),
         world_size=len(group),
@@ -48,18 +48,18 @@ def score_rows(
     pending: list[Pending] = []
     shares: list[list[int]] = []
     for rank in range(len(group)):
-        share = rank_share(schedule, rank, asked)
+        share = rank_share(schedule, rank, rows_batch)
         if not share.rows and not collective:
             continue
         what = f"log-probs of {len(share.rows)} rows"
         pending.append(group.submit(rank, method, share.batch, what=what, returns=2))
         shares.append(share.rows)
-    found: dict[int, RowPointer] = {}
+    columns: dict[int, RowPointer] = {}
     sums = np.empty(len(batch))
-    for mine, done, answered in zip(shares, *settle(pending), strict=True):
-        sums[mine] = answered
-        found |= {row: RowPointer(done.ref[1], number) for number, row in enumerate(mine)}
-    return RowLogprobs([found[row] for row in range(len(batch))], sums)
+    for own_rows, done, answered in zip(shares, *settle(pending), strict=True):
+        sums[own_rows] = answered
+        columns |= {row: RowPointer(done.ref[1], number) for number, row in enumerate(own_rows)}
+    return RowLogprobs([columns[row] for row in range(len(batch))], sums)
 
 
 class Reference(Protocol):

@@ -58,8 +58,8 @@ def why_merged(config: RLHFConfig, takes_media: bool = False) -> str | None:
             "of several --adapters the first are merged into the base model, which the engine does not have"
         )
     names = adapter_tensors(_path(config, config.adapters[-1])) if config.adapters else ()
-    if held := held_back(_adapter_settings(config), names):
-        return f"the adapter has {', '.join(held)}, which vLLM does not serve"
+    if withheld := held_back(_adapter_settings(config), names):
+        return f"the adapter has {', '.join(withheld)}, which vLLM does not serve"
     return None
 
 
@@ -71,10 +71,10 @@ def unties(config: RLHFConfig, takes_media: bool = False) -> bool:
         ModelError: An adapter, or the model's config, cannot be read.
     """
     folders = [_path(config, adapter) for adapter in config.adapters]
-    asked = any(unties_head(read_adapter_config(f), adapter_tensors(f)) for f in folders)
+    from_adapters = any(unties_head(read_adapter_config(f), adapter_tensors(f)) for f in folders)
     if config.train_type == "lora" and not folders:
-        asked = head_is_targeted(config.target_regex or config.target_modules, config.modules_to_save)
-    if takes_media or not asked:
+        from_adapters = head_is_targeted(config.target_regex or config.target_modules, config.modules_to_save)
+    if takes_media or not from_adapters:
         return False
     from raytune_rl.models.load import load_config
 
@@ -90,13 +90,13 @@ def engine_rank(config: RLHFConfig) -> int:
     Raises:
         ConfigError: The user's is less than the adapter's, or more than vLLM can.
     """
-    own, asked = int(_adapter_settings(config)["r"]), config.vllm_max_lora_rank
-    if asked is not None and not own <= asked <= LORA_RANKS[-1]:
+    own, max_rank = int(_adapter_settings(config)["r"]), config.vllm_max_lora_rank
+    if max_rank is not None and not own <= max_rank <= LORA_RANKS[-1]:
         raise ConfigError(
-            f"--vllm_max_lora_rank {asked} must be at least the adapter's rank, {own}, and at most "
+            f"--vllm_max_lora_rank {max_rank} must be at least the adapter's rank, {own}, and at most "
             f"{LORA_RANKS[-1]}, which is vLLM's limit."
         )
-    return asked or own
+    return max_rank or own
 
 
 def _path(config: RLHFConfig, adapter: str) -> str:

@@ -167,13 +167,13 @@ def check_memory(
 
 
 def _short(plan: DevicePlan, phase: str, needs: int, device_bytes: int) -> str:
-    held = {group: sum(parts.values()) for group, parts in plan.held(phase).items()}
+    group_bytes = {group: sum(parts.values()) for group, parts in plan.held(phase).items()}
     works = next(process.group for process in plan.processes if process.phase == phase)
     beside = " and ".join(
-        f"{size / GIB:.0f} GiB of {group}" for group, size in held.items() if group != works and size
+        f"{size / GIB:.0f} GiB of {group}" for group, size in group_bytes.items() if group != works and size
     )
     return (
-        f"{phase} needs about {held[works] / GIB:.0f} GiB of a GPU"
+        f"{phase} needs about {group_bytes[works] / GIB:.0f} GiB of a GPU"
         f"{f' beside {beside}' if beside else ''}, {needs / GIB:.0f} together: {device_bytes / GIB:.0f} "
         "are there. "
     )
@@ -189,37 +189,37 @@ def remedies(config: TrainConfig, groups: Groups, phase: str) -> list[str]:
     zero = deepspeed.stage(config.deepspeed)
     ranks = groups["policy"].workers
     tokens = specs.max_tokens(config, groups.on_gpu)
-    found = []
+    flags = []
     if isinstance(config, RLHFConfig) and groups.colocated:
         level = specs.sleep_level(config, groups)
         if phase != SAMPLING and level == 0:
-            found.append("--sleep_level 2" if config.train_type == "full" else "--sleep_level 1")
+            flags.append("--sleep_level 2" if config.train_type == "full" else "--sleep_level 1")
         if phase == SAMPLING:
             if not config.offload_model and zero:
-                found.append("--offload_model true")
+                flags.append("--offload_model true")
             if not config.offload_optimizer and zero in (1, 2):
-                found.append("--offload_optimizer true")
+                flags.append("--offload_optimizer true")
             share = specs.gpu_share(config, groups)
             if share > 0.25:
-                found.append(f"--vllm_gpu_memory_utilization {max(share - 0.15, 0.2):.2f}")
+                flags.append(f"--vllm_gpu_memory_utilization {max(share - 0.15, 0.2):.2f}")
     if phase != SAMPLING:
         if config.gradient_checkpointing is False:
-            found.append("--gradient_checkpointing true")
+            flags.append("--gradient_checkpointing true")
         if tokens > 2048:
-            found.append(f"--max_tokens_per_micro_batch {max(tokens // 4, 2048)}")
+            flags.append(f"--max_tokens_per_micro_batch {max(tokens // 4, 2048)}")
         if ranks > 1 and zero < 3 and config.train_type == "full":
-            found.append("--deepspeed zero3")
+            flags.append("--deepspeed zero3")
         if "offload" not in str(config.deepspeed):
-            found.append(
+            flags.append(
                 "--deepspeed zero3_offload" if ranks > 1 and zero == 3 else "--deepspeed zero2_offload"
             )
         if config.train_type == "full":
-            found.append("--train_type lora")
+            flags.append("--train_type lora")
         elif config.quant_bits is None and zero < 3:
-            found.append("--quant_method bnb --quant_bits 4")
+            flags.append("--quant_method bnb --quant_bits 4")
     if isinstance(config, RLHFConfig) and groups.colocated:
-        found.append("--colocate false")
-    return found
+        flags.append("--colocate false")
+    return flags
 
 
 def _check_engine(

@@ -39,9 +39,9 @@ class RewardModelGroup:
         by_length = np.argsort([-t.length for t in trajectories], kind="stable")
         pending, members = [], []
         for rank in range(len(self.workers)):
-            mine = by_length[rank :: len(self.workers)]
-            for ref in {trajectories[i].text.ref: None for i in mine}:
-                share = np.array([i for i in mine if trajectories[i].text.ref == ref])
+            own_rows = by_length[rank :: len(self.workers)]
+            for ref in {trajectories[i].text.ref: None for i in own_rows}:
+                share = np.array([i for i in own_rows if trajectories[i].text.ref == ref])
                 call = self.workers.submit(
                     rank,
                     "score",
@@ -49,7 +49,7 @@ class RewardModelGroup:
                     [trajectories[i].text.row for i in share],
                     [prompts.extra],
                     [trajectories[i].prompt for i in share],
-                    None if (held := trajectories[share[0]].dialogue) is None else [held.ref],
+                    None if (dialogue := trajectories[share[0]].dialogue) is None else [dialogue.ref],
                     state,
                     what=f"scoring {len(share)} completions",
                 )

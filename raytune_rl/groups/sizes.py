@@ -142,7 +142,7 @@ def _beside(config: RLHFConfig, needs: Collection[str]) -> list[str]:
         "critic": "values" in needs,
         "reward_model": bool(config.reward_model),
     }
-    return [name for name, there in wanted.items() if there]
+    return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 def _asked(config: RLHFConfig, name: str) -> tuple[int | None, float | None]:
@@ -182,10 +182,11 @@ def _spread(config: Options, cluster: ClusterInfo, gpus: Mapping[str, float]) ->
 
 def _on_cpu(config: RLHFConfig, cluster: ClusterInfo, beside: Sequence[str]) -> Counted:
     """One worker of each role: they take turns on the cores."""
-    asked = {name: _asked(config, name) for name in ("policy", "rollout", *beside)}
-    spread = _spread(config, cluster, {name: _or(gpus, 0.0) for name, (_, gpus) in asked.items()})
+    requested = {name: _asked(config, name) for name in ("policy", "rollout", *beside)}
+    spread = _spread(config, cluster, {name: _or(gpus, 0.0) for name, (_, gpus) in requested.items()})
     return {
-        name: (_or(workers, spread.get(name, 1)), _or(gpus, 0.0)) for name, (workers, gpus) in asked.items()
+        name: (_or(workers, spread.get(name, 1)), _or(gpus, 0.0))
+        for name, (workers, gpus) in requested.items()
     }
 
 
@@ -203,8 +204,8 @@ def _sharing(config: RLHFConfig, cluster: ClusterInfo, beside: Sequence[str]) ->
     served_with = min(SERVED_WITH, SERVED_TOGETHER / len(names))
     counted, left = {}, 1.0
     for name in names:
-        asked, gpus = _asked(config, name)
-        workers = _or(engines if name == "rollout" else asked, policy)
+        workers_wanted, gpus = _asked(config, name)
+        workers = _or(engines if name == "rollout" else workers_wanted, policy)
         on_one = -(-workers // policy)
         share = _or(gpus, int(served_with / on_one * 100) / 100)
         counted[name] = (workers, share)
@@ -253,14 +254,14 @@ def _apart(config: RLHFConfig, cluster: ClusterInfo, beside: Sequence[str]) -> C
     scorers: Counted = {}
     paired: dict[str, float] = {}
     for name in beside:
-        asked, gpus = _asked(config, name)
-        if name == "critic" and asked is None:
+        workers_wanted, gpus = _asked(config, name)
+        if name == "critic" and workers_wanted is None:
             paired[name] = _or(gpus, 1.0)
         else:
-            scorers[name] = (_or(asked, max(1, int(cluster.gpus / 8))), _or(gpus, 1.0))
+            scorers[name] = (_or(workers_wanted, max(1, int(cluster.gpus / 8))), _or(gpus, 1.0))
     pair = own + sum(paired.values())
-    held = sum(workers * gpus for workers, gpus in scorers.values())
-    rest = cluster.gpus - held
+    scorer_gpus = sum(workers * gpus for workers, gpus in scorers.values())
+    rest = cluster.gpus - scorer_gpus
     if rest < pair + engine:
         named = [f"{workers} {name} worker(s) of {gpus:g}" for name, (workers, gpus) in scorers.items()]
         named += [f"a {name} worker of {gpus:g}" for name, gpus in paired.items()]
@@ -274,7 +275,7 @@ def _apart(config: RLHFConfig, cluster: ClusterInfo, beside: Sequence[str]) -> C
     samplers = _or(config.rollout_workers, spread.get("rollout"))
     if _roles_apart(cluster):
         policy = _or(ranks, _room(cluster, pair, "policy"))
-        engines = _or(samplers, _room(cluster, engine, "rollout", beside=held))
+        engines = _or(samplers, _room(cluster, engine, "rollout", beside=scorer_gpus))
     else:
         kept = (ranks or 0) * pair or rest / 2
         engines = _or(samplers, max(1, int((rest - kept) / max(engine, 0.01))))
@@ -309,8 +310,8 @@ def _room(cluster: ClusterInfo, gpus: float, role: str | None = None, beside: fl
     """
     nodes = [have for have in cluster.nodes.values() if role is None or role in have]
     free = [have.get("GPU", 0.0) for have in nodes]
-    held = sum(int(have / max(gpus, 0.01) + 1e-9) for have in free)
-    return max(1, held - int(-(-beside // max(gpus, 0.01))))
+    places = sum(int(have / max(gpus, 0.01) + 1e-9) for have in free)
+    return max(1, places - int(-(-beside // max(gpus, 0.01))))
 
 
 # -- where, and with what ------------------------------------------------------------------------------------

@@ -158,9 +158,11 @@ class Starter:
     def group(self, name: str, worker: type, make: Any, env: Mapping[str, str]) -> WorkerGroup:
         """The workers of one role; `make` gives the arguments of the worker of a rank."""
         setup = self._setup
-        made = WorkerGroup(setup.sizes[name], self._slots[name], worker, make, env, setup.config.step_timeout)
-        self._stack.callback(made.shutdown)
-        return made
+        started = WorkerGroup(
+            setup.sizes[name], self._slots[name], worker, make, env, setup.config.step_timeout
+        )
+        self._stack.callback(started.shutdown)
+        return started
 
     def _models(self, name: str, worker: type, make: Any) -> WorkerGroup:
         sizes = self._setup.sizes

@@ -73,8 +73,8 @@ class PolicyGroup:
         def counted(bucket: int | None) -> NDArray[np.int64]:
             return entropy.merge(self.world.ask("count_entropies", shares, bucket, what="counting entropies"))
 
-        found = entropy.find(counted(None), entropy.threshold_rank(sum(tokens), share))
-        return entropy.value(found.index, entropy.find(counted(found.index), found.rest).index)
+        high = entropy.find(counted(None), entropy.threshold_rank(sum(tokens), share))
+        return entropy.value(high.index, entropy.find(counted(high.index), high.rest).index)
 
     def row_kl(self, batch: TrainBatch, estimator: str) -> NDArray[np.float64]:
         """The KL to the reference of each row, summed over its tokens, float64 `[n]`, nats.
@@ -86,8 +86,8 @@ class PolicyGroup:
         shares = self.world.shares(batch.keep({"old_logprobs", "ref_logprobs"}))
         answers = self.world.ask("row_kl", shares, estimator, what="the KL of each completion")
         sums = np.zeros(len(batch))
-        for share, found in zip(shares, answers, strict=True):
-            sums[share.rows] = found
+        for share, share_kl in zip(shares, answers, strict=True):
+            sums[share.rows] = share_kl
         return sums
 
     def publish(self, version: int) -> Manifest:

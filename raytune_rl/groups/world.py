@@ -175,10 +175,10 @@ class TrainerWorld:
         """
         pending = [self.group.submit(r, method, s.batch, *args, returns=2) for r, s in enumerate(shares)]
         answers = acknowledge(pending)
-        found: dict[int, RowPointer] = {}
+        pointers: dict[int, RowPointer] = {}
         for call, share in zip(pending, shares, strict=True):
-            found |= {row: RowPointer(call.ref[1], number) for number, row in enumerate(share.rows)}
-        return [found[row] for row in range(len(found))], answers
+            pointers |= {row: RowPointer(call.ref[1], number) for number, row in enumerate(share.rows)}
+        return [pointers[row] for row in range(len(pointers))], answers
 
     def offload(self, weights: bool, optimizer: bool) -> None:
         """Moves the ranks' weights and optimizer state to the CPU."""
@@ -201,7 +201,7 @@ class TrainerWorld:
 
 def rank_share(schedule: Schedule, rank: int, batch: TrainBatch) -> Share:
     """The rows of one rank."""
-    mine = [row for micro in schedule.ranks[rank] for row in micro]
-    local = {row: number for number, row in enumerate(mine)}
+    own_rows = [row for micro in schedule.ranks[rank] for row in micro]
+    local = {row: number for number, row in enumerate(own_rows)}
     micro_batches = [tuple(local[row] for row in micro) for micro in schedule.ranks[rank]]
-    return Share(batch.part(mine).message(micro_batches), mine)
+    return Share(batch.part(own_rows).message(micro_batches), own_rows)

@@ -86,15 +86,15 @@ class Collector:
             with timer.phase("generate"):
                 batch = self.sample(self._prompts, prompts, self._config.num_generations, version, seeds)
             with timer.phase("reward"):
-                found = self.score(batch, self._prompts, state)
+                experience = self.score(batch, self._prompts, state)
             for one in batch:
                 if one.episode.failure:
                     self._state.reward_failures[
                         f"--multi_turn_scheduler: {one.episode.failure.partition(':')[0]}"
                     ] += 1
-            for failure in found.scored.failures:
+            for failure in experience.scored.failures:
                 self._state.reward_failures[f"{failure.function}: {failure.kind}"] += 1
-            return found
+            return experience
 
         if self._config.dynamic_sample:
             collected = self._with_signal(generation, round_of)

@@ -136,37 +136,37 @@ def find_resume_point(config: TrainConfig) -> ResumePoint:
         ConfigError: The directory cannot be made, or what --report_to names is not installed.
     """
     check_sinks(config.report_to)
-    asked = config.resume_from_checkpoint
-    found: Path | None = None
+    wanted = config.resume_from_checkpoint
+    checkpoint: Path | None = None
     notices: list[str] = []
-    if asked == "auto":
-        found = latest(config.output_dir)
-        if found is None:
+    if wanted == "auto":
+        checkpoint = latest(config.output_dir)
+        if checkpoint is None:
             notices.append(
                 f"--resume_from_checkpoint auto: no checkpoint under {config.output_dir}, so this run starts "
                 "anew"
             )
-    elif asked is not None:
-        found = Path(asked).expanduser().absolute()
-        if not (found / "trainer_state.json").is_file() and (nested := latest(found)) is not None:
-            found = nested
-    if found is None:
+    elif wanted is not None:
+        checkpoint = Path(wanted).expanduser().absolute()
+        if not (checkpoint / "trainer_state.json").is_file() and (nested := latest(checkpoint)) is not None:
+            checkpoint = nested
+    if checkpoint is None:
         run_dir = RunDir.create(config.output_dir, config.add_version)
         run_dir.write_args(config.args())
         return ResumePoint(run_dir, None, {}, tuple(notices))
-    state = read_state(found)
-    if not (found / "optimizer").is_dir():
+    state = read_state(checkpoint)
+    if not (checkpoint / "optimizer").is_dir():
         raise CheckpointError(
-            f"{found} was saved with --save_only_model true: it has no optimizer state to resume from"
+            f"{checkpoint} was saved with --save_only_model true: it has no optimizer state to resume from"
         )
-    run_dir = RunDir.open(found)
+    run_dir = RunDir.open(checkpoint)
     clean_leftovers(run_dir)
-    later = supersede_after(run_dir, step_of(found))
+    later = supersede_after(run_dir, step_of(checkpoint))
     if later:
         notices.append(f"{len(later)} later checkpoint(s) of this run were set aside as {later[0].name} ...")
-    notices.append(f"resuming from {found}")
+    notices.append(f"resuming from {checkpoint}")
     notices += _changed_settings(config, run_dir)
-    return ResumePoint(run_dir, found, state, tuple(notices))
+    return ResumePoint(run_dir, checkpoint, state, tuple(notices))
 
 
 def _changed_settings(config: TrainConfig, run_dir: RunDir) -> list[str]:

@@ -19,8 +19,8 @@ def made_absolute(config: Config) -> Config:
     """The same settings with absolute paths in place of relative ones that exist here, and with plugin files
     that carry their text. Hub ids, and what does not exist here, stay as they are.
     """
-    found = {name: getattr(config, name, None) for name in _MODELS}
-    changed: dict[str, Any] = {name: _absolute(value) for name, value in found.items() if value}
+    settings = {name: getattr(config, name, None) for name in _MODELS}
+    changed: dict[str, Any] = {name: _absolute(value) for name, value in settings.items() if value}
     plugins = getattr(config, "external_plugins", ())
     changed["external_plugins"] = tuple(PluginFile.read(file) for file in plugins)
     kept = {name: value for name, value in changed.items() if value and config.is_set(name)}

@@ -147,19 +147,19 @@ def _own(config: PreferenceConfig, like: Loss, shape: Shape) -> Objective:
             f"loss '{loss.name}' is made for {loss.rows} rows and {loss.forward}, but --rlhf_type "
             f"{config.rlhf_type} gives {like.rows} rows and {like.forward}."
         )
-    said = {name: value for name, value in loss_settings(config).items() if name != "loss_type"}
-    _, settings = settings_of(loss, said, config.loss_args)
+    given_settings = {name: value for name, value in loss_settings(config).items() if name != "loss_type"}
+    _, settings = settings_of(loss, given_settings, config.loss_args)
     columns = set(loss.required_columns(settings))
     wanted = columns | set(loss.required_rows(settings))
     wanted |= {"advantages"} if loss.needs_advantages else set()
-    there = {*FROM_ORDER} if shape is PAIRS else {LABEL}
+    known_columns = {*FROM_ORDER} if shape is PAIRS else {LABEL}
     if config.rlhf_type in WITH_REFERENCE:
-        there.add("ref_logprobs")
+        known_columns.add("ref_logprobs")
         if "ref_logprobs" in columns:  # what depends on where the policy is compares it with the reference
-            there |= FROM_POLICY.keys() - {REFERENCE_POINT} if shape is PAIRS else {REFERENCE_POINT}
-    if missing := sorted(wanted - there):
+            known_columns |= FROM_POLICY.keys() - {REFERENCE_POINT} if shape is PAIRS else {REFERENCE_POINT}
+    if missing := sorted(wanted - known_columns):
         raise ConfigError(
             f"loss '{loss.name}' needs {', '.join(missing)}, which --rlhf_type {config.rlhf_type} does not "
-            f"have; it has {', '.join(sorted(there))}."
+            f"have; it has {', '.join(sorted(known_columns))}."
         )
     return Objective(loss.name, loss, settings, shape, config.external_plugins)

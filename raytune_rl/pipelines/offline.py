@@ -353,8 +353,8 @@ class OfflineRun:
     def sums(self, data: ScoredSet, units: Units) -> Sums:
         """Where policy and reference stand on a batch."""
         rows = self.objective.shape.rows_of(units, self.objective.shape.scored).tolist()
-        asked = self.policy.logprobs(data.rows.batch(rows))
-        return Sums(asked.sums, data.sums[rows])
+        logprobs = self.policy.logprobs(data.rows.batch(rows))
+        return Sums(logprobs.sums, data.sums[rows])
 
     @property
     def asks_policy(self) -> list[str]:

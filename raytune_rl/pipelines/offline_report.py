@@ -47,8 +47,8 @@ def plan_of(
 ) -> RunPlan:
     """The plan of a run over rows that are there beforehand."""
     shape = objective.shape
-    mine = shape.rows_of(np.arange(len(train) // shape.rows), shape.trained)
-    tokens, trained = int(train.lengths[mine].sum()), int(train.loss_lengths[mine].sum())
+    trained_rows = shape.rows_of(np.arange(len(train) // shape.rows), shape.trained)
+    tokens, trained = int(train.lengths[trained_rows].sum()), int(train.loss_lengths[trained_rows].sum())
     unit = shape.unit if packs is None else f"packs of up to {packs.capacity:,} tokens"
     span = "a window" if config.streams else "an epoch"
     rows = [
@@ -57,7 +57,7 @@ def plan_of(
         *([] if packs is None else [("packing", f"{len(train):,} rows in {len(packs):,} packs")]),
         (f"tokens {span}", f"{tokens:,}, of which {trained:,} are trained on"),
     ]
-    labels = train.values["label"][mine] if "label" in train.values else None
+    labels = train.values["label"][trained_rows] if "label" in train.values else None
     if labels is not None:
         desirable = int(labels.sum())
         rows.append(("labels", f"{desirable:,} desirable, {len(labels) - desirable:,} undesirable"))

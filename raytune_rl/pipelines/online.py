@@ -321,8 +321,8 @@ class OnlineRun:
         """Rewards of completions of the held-out prompts."""
         if self.held_out is None:
             return
-        found = self.collector.held_out(self.held_out, self.version, self.progress())
-        self.run.record_evaluation(report.evaluation_metrics(found))
+        experience = self.collector.held_out(self.held_out, self.version, self.progress())
+        self.run.record_evaluation(report.evaluation_metrics(experience))
 
     def progress(self) -> TrainerState:
         """How far the run has come, as reward functions are told."""

@@ -82,13 +82,13 @@ def credit_of(config: RLHFConfig) -> Credit:
 
 
 def _check_columns(config: RLHFConfig, loss: Loss, needed: set[str]) -> None:
-    there = {"old_logprobs", "rollout_logprobs"}
-    there |= {"ref_logprobs"} if config.beta > 0 else set()
-    there |= {"entropy", "entropy_threshold"} if config.top_entropy_quantile < 1 else set()
-    if missing := needed - there:
+    known_columns = {"old_logprobs", "rollout_logprobs"}
+    known_columns |= {"ref_logprobs"} if config.beta > 0 else set()
+    known_columns |= {"entropy", "entropy_threshold"} if config.top_entropy_quantile < 1 else set()
+    if missing := needed - known_columns:
         raise ConfigError(
             f"loss '{loss.name}' needs {', '.join(sorted(missing))}, which this run does not have; it has "
-            f"{', '.join(sorted(there))}."
+            f"{', '.join(sorted(known_columns))}."
         )
 
 

@@ -199,19 +199,19 @@ def output_section(
 
 def _epochs_asked(config: TrainConfig) -> list[str]:
     """The flags that ask for something at the end of each epoch, where it can be."""
-    asked = ["--save_strategy epoch"] if config.save_strategy == "epoch" else []
+    flags = ["--save_strategy epoch"] if config.save_strategy == "epoch" else []
     if resolved.has_validation(config) and resolved.eval_strategy(config) == "epoch":
-        asked.append("--eval_strategy epoch")
-    return asked
+        flags.append("--eval_strategy epoch")
+    return flags
 
 
 def epochs_not_reached(config: TrainConfig, schedule: GRPOSchedule | SFTSchedule) -> list[str]:
     """A notice if the run ends before its first epoch does, although something should happen then."""
-    asked = _epochs_asked(config)
-    if not asked or schedule.total_steps >= schedule.steps_per_epoch:
+    flags = _epochs_asked(config)
+    if not flags or schedule.total_steps >= schedule.steps_per_epoch:
         return []
     return [
-        f"{' and '.join(asked)}: the run ends after {schedule.total_steps:,} of the "
+        f"{' and '.join(flags)}: the run ends after {schedule.total_steps:,} of the "
         f"{schedule.steps_per_epoch:,} steps of its first epoch, so this happens at its end alone"
     ]
 
@@ -242,7 +242,7 @@ def evaluation_metrics(experience: Experience) -> dict[str, float]:
     and the powers of two below. Completions without a reward are neither right nor wrong: a prompt counts for
     k if k of its completions have one.
     """
-    found = {
+    metrics = {
         **_rewards(experience),
         **_lengths(experience.batch),
         "reward_failures": float(len(experience.scored.failures)),
@@ -258,8 +258,8 @@ def evaluation_metrics(experience: Experience) -> dict[str, float]:
             for k in (*(2**i for i in range(1, each.bit_length()) if 2**i < each), each):
                 of_prompts = [pass_at(k, n, c) for n, c in zip(known, right, strict=True) if n >= k]
                 if of_prompts:
-                    found[f"rewards/{label}/pass@{k}"] = float(np.mean(of_prompts))
-    return {f"eval_{name}": value for name, value in found.items()}
+                    metrics[f"rewards/{label}/pass@{k}"] = float(np.mean(of_prompts))
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def pass_at(k: int, n: int, right: int) -> float:
@@ -426,12 +426,12 @@ def next_commands(config: TrainConfig, result: RunResult) -> dict[str, str]:
         commands["resume"] = f"add to the same command: --resume_from_checkpoint {result.last_checkpoint}"
     if result.last_checkpoint is None:
         return commands
-    made = _show(result.best_checkpoint or result.last_checkpoint)
+    checkpoint = _show(result.best_checkpoint or result.last_checkpoint)
     adapter = config.train_type == "lora"
     if not (isinstance(config, PreferenceConfig) and config.rlhf_type == "rm"):
-        commands["try it"] = f"raytune-rl infer {'--adapters' if adapter else '--model'} {made}"
+        commands["try it"] = f"raytune-rl infer {'--adapters' if adapter else '--model'} {checkpoint}"
     if adapter:
-        commands["merge the adapter"] = f"raytune-rl export --adapters {made} --merge_lora true"
+        commands["merge the adapter"] = f"raytune-rl export --adapters {checkpoint} --merge_lora true"
     return commands
 
 

@@ -175,21 +175,23 @@ def _show(
     sandbox: Sandbox,
     tried: Sequence[Tried],
     examples: Sequence[Example],
-    there: int,
+    sample_rows: int,
     bad: int,
 ) -> None:
     bad_rows = f", {number(bad)} bad rows left out" if bad else ""
-    console.print(f"{number(len(examples))} of {number(there)} rows of {' '.join(config.dataset)}{bad_rows}")
+    console.print(
+        f"{number(len(examples))} of {number(sample_rows)} rows of {' '.join(config.dataset)}{bad_rows}"
+    )
     wanted = {one for required in sandbox.required for column in required for one in column.split(" or ")}
     if config.model is None and wanted & {"completion_tokens", "response_token_ids"}:
         console.print(Text("Note: without --model a token is taken for four bytes", style="yellow"))
     weights = config.reward_weights or (1.0,) * len(sandbox.names)
-    for found in tried:
+    for trial in tried:
         table = Table(
             box=box.SIMPLE_HEAD,
             collapse_padding=True,
             pad_edge=False,
-            title=f"Completion: {found.kind}",
+            title=f"Completion: {trial.kind}",
             title_justify="left",
         )
         for heading in ("reward", "mean", "low", "high", "values", "none", "failed", "ms"):
@@ -197,12 +199,12 @@ def _show(
             justify: Literal["left", "right"] = "left" if text else "right"
             table.add_column(heading, justify=justify, no_wrap=narrow, min_width=None if narrow else 16)
         for column, name in enumerate(sandbox.names):
-            failed = sum(f.function == name for f in found.failures)
-            spent = 1000 * found.seconds[column] / max(len(examples), 1)
-            table.add_row(*_cells(name, found.values[:, column], failed), f"{spent:.2f}")
+            failed = sum(f.function == name for f in trial.failures)
+            spent = 1000 * trial.seconds[column] / max(len(examples), 1)
+            table.add_row(*_cells(name, trial.values[:, column], failed), f"{spent:.2f}")
         table.add_section()
-        failed_in = failed_entries(found.failures, len(found.values), sandbox.names, sandbox.labels)
-        known = known_rewards(found.values, weights, failed_in)
+        failed_in = failed_entries(trial.failures, len(trial.values), sandbox.names, sandbox.labels)
+        known = known_rewards(trial.values, weights, failed_in)
         unknown = np.isnan(known).all(axis=1) & failed_in.any(axis=1)
         table.add_row(*_cells("in all", combine_rewards(known, weights), int(unknown.sum())), "")
         console.print(table)
@@ -223,9 +225,9 @@ def _reasons(tried: Sequence[Tried], examples: Sequence[Example]) -> list[str]:
     """Each distinct way to fail, with how often and where first."""
     first: dict[tuple[str, str, str], tuple[int, str]] = {}
     counts: Counter[tuple[str, str, str]] = Counter()
-    for found in tried:
-        for failure in found.failures:
-            key = (failure.function, failure.kind, found.kind)
+    for trial in tried:
+        for failure in trial.failures:
+            key = (failure.function, failure.kind, trial.kind)
             counts[key] += 1
             first.setdefault(key, (failure.row, failure.message))
     lines = []
@@ -237,8 +239,8 @@ def _reasons(tried: Sequence[Tried], examples: Sequence[Example]) -> list[str]:
 
 
 def _refuse_useless(sandbox: Sandbox, tried: Sequence[Tried]) -> None:
-    values = np.concatenate([found.values for found in tried])
+    values = np.concatenate([trial.values for trial in tried])
     for column, name in enumerate(sandbox.names):
-        failed = [f for found in tried for f in found.failures if f.function == name]
+        failed = [f for trial in tried for f in trial.failures if f.function == name]
         if failed and not np.isfinite(values[:, column]).any():
             raise RewardError(f"Reward `{name}` scored nothing at all: {failed[0].message}")

@@ -80,11 +80,11 @@ def write_entry(folder: Path, accounts: dict[str, Account], quarantines: dict[st
     for path in quarantines.values():
         if path.exists():
             shutil.copyfile(path, folder / path.name)
-    said = {
+    document = {
         "accounts": {name: asdict(account) for name, account in accounts.items()},
         "media": {path: _state(path) for path in sorted(files)},
     }
-    (folder / _ENTRY).write_text(json.dumps(plain(said)), encoding="utf-8")
+    (folder / _ENTRY).write_text(json.dumps(plain(document)), encoding="utf-8")
 
 
 def read_entry(folder: Path, quarantines: dict[str, Path]) -> list[EncodedSet] | None:
@@ -92,10 +92,14 @@ def read_entry(folder: Path, quarantines: dict[str, Path]) -> list[EncodedSet] |
     or shows media that have changed."""
     _mark(folder)  # first: no other run shall remove it from under this one
     try:
-        said = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))
-        if any(_state(path) != state for path, state in said["media"].items()):
+        document = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))
+        if any(_state(path) != state for path, state in document["media"].items()):
             return None
-        found = [_read_set(folder, name, said["accounts"][name]) for name in SETS if name in said["accounts"]]
+        sets = [
+            _read_set(folder, name, document["accounts"][name])
+            for name in SETS
+            if name in document["accounts"]
+        ]
     except (OSError, ValueError, KeyError, TypeError, EOFError, DataError):
         return None
     for place in quarantines.values():
@@ -104,7 +108,7 @@ def read_entry(folder: Path, quarantines: dict[str, Path]) -> list[EncodedSet] |
             shutil.copyfile(folder / place.name, place)
     return [
         EncodedSet(s.columns, s.facts._replace(account=_here(s.facts.account, quarantines[name])))
-        for name, s in zip(SETS, found, strict=False)
+        for name, s in zip(SETS, sets, strict=False)
     ]
 
 
@@ -150,15 +154,15 @@ def _read_set(folder: Path, name: str, account: dict[str, Any]) -> EncodedSet:
     return EncodedSet(columns, RowFacts(tokens.lengths, trained, _account(account), values))
 
 
-def _account(said: dict[str, Any]) -> Account:
+def _account(document: dict[str, Any]) -> Account:
     tuples = ("notices", "stop_token_ids", "placeholder_ids", "columns")
     return Account(
         **{
-            **said,
-            **{name: tuple(said[name]) for name in tuples},
-            "sources": tuple(SourceCounts(**source) for source in said["sources"]),
-            "media": MediaCounts(**said["media"]),
-            "traits": Traits(**said.get("traits", {})),
+            **document,
+            **{name: tuple(document[name]) for name in tuples},
+            "sources": tuple(SourceCounts(**source) for source in document["sources"]),
+            "media": MediaCounts(**document["media"]),
+            "traits": Traits(**document.get("traits", {})),
         }
     )
 
@@ -171,7 +175,7 @@ def _here(account: Account, quarantine: Path) -> Account:
 def _state(path: str) -> list[int] | None:
     """What shows that a file was written again; None if it is gone."""
     try:
-        found = os.stat(path)  # noqa: PTH116 (thousands of them)
+        status = os.stat(path)  # noqa: PTH116 (thousands of them)
     except OSError:
         return None
-    return [found.st_size, found.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns]

@@ -36,20 +36,20 @@ def stream_progress(work: Callable[[Tell], Iterable[Any]]) -> Iterator[Any]:
     Raises:
         Exception: Whatever `work` raised.
     """
-    said: SimpleQueue[str | None] = SimpleQueue()
+    sentences: SimpleQueue[str | None] = SimpleQueue()
     results: list[Any] = []
     failures: list[BaseException] = []
 
     def run() -> None:
         try:
-            results.extend(work(said.put))
+            results.extend(work(sentences.put))
         except BaseException as error:  # noqa: BLE001 (raised again in the caller's thread)
             failures.append(error)
-        said.put(None)
+        sentences.put(None)
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    while (sentence := said.get()) is not None:
+    while (sentence := sentences.get()) is not None:
         yield sentence
     thread.join()
     if failures:

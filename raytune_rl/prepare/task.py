@@ -83,7 +83,7 @@ def _encoded_prompts(
         if part is None:
             continue
         examples, report = part
-        found = encode_prompts(
+        encoded = encode_prompts(
             examples,
             tokenizer,
             config.max_length,
@@ -94,17 +94,17 @@ def _encoded_prompts(
             media=media,
             model=facts.tokens,
         )
-        left_out = quarantine_dropped(found.dropped, path) or report.quarantine_path
-        columns = {"prompt": found.prompts, **found.media}
-        if found.engine_prompt_ids is not None:
-            columns["engine_prompt_ids"] = found.engine_prompt_ids
+        left_out = quarantine_dropped(encoded.dropped, path) or report.quarantine_path
+        columns = {"prompt": encoded.prompts, **encoded.media}
+        if encoded.engine_prompt_ids is not None:
+            columns["engine_prompt_ids"] = encoded.engine_prompt_ids
         shown = (
-            found.prompts if found.engine_prompt_ids is None else found.engine_prompt_ids
+            encoded.prompts if encoded.engine_prompt_ids is None else encoded.engine_prompt_ids
         )  # one placeholder a medium is readable
         texts = tokenizer.batch_decode([shown[i].tolist() for i in range(len(shown))])
-        extra = {**found.extra, **conversations([examples[i] for i in found.index])}
-        account = replace(_account(report, found, facts, left_out), columns=tuple(extra))
-        yield (found.prompts.lengths, account), columns, extra, texts
+        extra = {**encoded.extra, **conversations([examples[i] for i in encoded.index])}
+        account = replace(_account(report, encoded, facts, left_out), columns=tuple(extra))
+        yield (encoded.prompts.lengths, account), columns, extra, texts
 
 
 def encode_rows_task(
@@ -141,17 +141,17 @@ def _encoded_sets(
         check_vocabulary(model_facts(config).tokenizer, config.ref_model, config)
     key = _key(config, task, places, tell)
     if key is None:
-        return [made for _, made in _encode(config, task, bad_rows, places, None, tell)]
+        return [encoded for _, encoded in _encode(config, task, bad_rows, places, None, tell)]
     entry = cache / key
-    found = read_entry(entry, bad_rows) if config.load_from_cache_file else None
-    if found is not None:
+    cached = read_entry(entry, bad_rows) if config.load_from_cache_file else None
+    if cached is not None:
         notice = f"data as encoded before, from {entry} (--load_from_cache_file false encodes it anew)"
         notices = [notice, prune(cache, entry)]
-        return [replace(one, facts=_with_notices(one.facts, notices)) for one in found]
+        return [replace(one, facts=_with_notices(one.facts, notices)) for one in cached]
     try:
         with written_whole(entry) as folder:
-            made = dict(_encode(config, task, bad_rows, places, folder, tell))
-            write_entry(folder, {name: one.facts.account for name, one in made.items()}, bad_rows)
+            encoded = dict(_encode(config, task, bad_rows, places, folder, tell))
+            write_entry(folder, {name: one.facts.account for name, one in encoded.items()}, bad_rows)
     except OSError as error:
         raise DataError(
             f"encoded rows cannot be written to {cache}: {error}. Make room, or name another folder with "
@@ -160,7 +160,7 @@ def _encoded_sets(
     notices = [prune(cache, entry)]
     return [
         replace(one, columns=open_columns(str(entry / name)), facts=_with_notices(one.facts, notices))
-        for name, one in made.items()
+        for name, one in encoded.items()
     ]
 
 
@@ -235,7 +235,7 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Media
         folder: Path | None = None,
         held: set[tuple[str, int]] | None = None,
     ) -> tuple[Columns, RowFacts]:
-        found = encoders[task](
+        encoded = encoders[task](
             examples,
             facts.tokenizer,
             config.max_length,
@@ -248,10 +248,10 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Media
             folder=folder,
             model=facts.tokens,
         )
-        path = quarantine_dropped(found.dropped, bad_rows, held) or report.quarantine_path
-        columns = {"tokens": found.tokens, "loss_mask": found.loss_mask, **found.media}
-        account = _account(report, found, facts, path)
-        return columns, RowFacts(found.tokens.lengths, found.loss_lengths, account, found.values)
+        path = quarantine_dropped(encoded.dropped, bad_rows, held) or report.quarantine_path
+        columns = {"tokens": encoded.tokens, "loss_mask": encoded.loss_mask, **encoded.media}
+        account = _account(report, encoded, facts, path)
+        return columns, RowFacts(encoded.tokens.lengths, encoded.loss_lengths, account, encoded.values)
 
     return encode
 

@@ -97,7 +97,9 @@ class TrainBatch:
 
     def keep(self, columns: Collection[str]) -> TrainBatch:
         """The same without the columns that are not named; a name that it does not have is no mistake."""
-        return replace(self, columns={name: held for name, held in self.columns.items() if name in columns})
+        return replace(
+            self, columns={name: column for name, column in self.columns.items() if name in columns}
+        )
 
     def drop(self, *columns: str) -> TrainBatch:
         """The same without these columns."""

@@ -37,12 +37,12 @@ def of(cluster: ClusterInfo) -> int | None:
 def smallest(node_ids: Sequence[str]) -> int | None:
     """Bytes of the smallest GPU of some nodes; None where nobody can tell, so that nothing is compared."""
     ask = ray.remote(num_cpus=0, max_retries=0)(here)
-    asked = [
+    refs = [
         ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
         for node in node_ids
     ]
     try:
-        found = [size for sizes in ray.get(asked, timeout=2 * TIMEOUT_S) for size in sizes]
+        free_bytes = [size for sizes in ray.get(refs, timeout=2 * TIMEOUT_S) for size in sizes]
     except RayError:
         return None
-    return min(found, default=None)
+    return min(free_bytes, default=None)

@@ -123,7 +123,7 @@ class WorkerGroup:
         return self._make(rank, Call(method, args, what or method, returns, timeout_s or self.timeout_s))
 
     def _make(self, rank: int, call: Call, attempt: int = 1) -> Pending:
-        asked, replacement = self._actors[rank], self._replacement
+        actor, replacement = self._actors[rank], self._replacement
         pending = self._ask(rank, call)
         if replacement is None or call.returns == "streaming":
             return pending
@@ -132,7 +132,7 @@ class WorkerGroup:
         def redo(loss: WorkerDiedError) -> Pending:
             if attempt == ATTEMPTS:
                 raise WorkerDiedError(f"{loss}\nIt was lost at this work {ATTEMPTS} times.") from loss
-            if self._actors[rank] is asked:  # else another call was lost with it, and saw to that
+            if self._actors[rank] is actor:  # else another call was lost with it, and saw to that
                 self._replace(rank, loss, replacement)
             return self._make(rank, call, attempt + 1)
 

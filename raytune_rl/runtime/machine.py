@@ -29,11 +29,11 @@ def ray_folder(environ: Mapping[str, str]) -> Path | None:
     Raises:
         ConfigError: RAY_TMPDIR is too long, which is the user's own word on it.
     """
-    asked = environ.get("RAY_TMPDIR")
-    if asked:
-        if len(os.fsencode(asked)) > LONGEST_TMPDIR:
+    named = environ.get("RAY_TMPDIR")
+    if named:
+        if len(os.fsencode(named)) > LONGEST_TMPDIR:
             raise ConfigError(
-                f"RAY_TMPDIR={asked} is too long: Ray opens sockets below it, whose paths a system limits, "
+                f"RAY_TMPDIR={named} is too long: Ray opens sockets below it, whose paths a system limits, "
                 f"so it may have {LONGEST_TMPDIR} bytes. Name a shorter one, or unset it."
             )
         return None
@@ -51,8 +51,8 @@ def private_folder(name: str) -> Path:
     folder = SHORT / f"{name}-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
             # Somebody else was there first.
             return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=SHORT))
     except OSError as error:
@@ -70,7 +70,7 @@ def missing_identity(environ: Mapping[str, str]) -> dict[str, str]:
     Returns:
         USER, and HOME where there is none that can be written to; nothing for an ordinary user.
     """
-    found: dict[str, str] = {}
+    variables: dict[str, str] = {}
     try:
         home = pwd.getpwuid(os.getuid()).pw_dir
         named = True
@@ -78,10 +78,10 @@ def missing_identity(environ: Mapping[str, str]) -> dict[str, str]:
         home, named = "", False
     home = environ.get("HOME") or home
     if not named and not any(environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
-        found["USER"] = f"user{os.getuid()}"
+        variables["USER"] = f"user{os.getuid()}"
     if not home or not os.access(home, os.W_OK | os.X_OK):
-        found["HOME"] = str(private_folder("raytune_rl"))
-    return found
+        variables["HOME"] = str(private_folder("raytune_rl"))
+    return variables
 
 
 def make_token(environ: Mapping[str, str]) -> dict[str, str]:

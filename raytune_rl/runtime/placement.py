@@ -103,11 +103,11 @@ def make_layout(groups: Sequence[GroupSpec]) -> Layout:
         if group.colocate_with is None:
             first = len(bundles)
             bundles.extend(dict(group.demand()) for _ in range(group.workers))
-            mine = tuple(range(first, first + group.workers))
-            bundle_of[group.name] = mine
+            own_hosts = tuple(range(first, first + group.workers))
+            bundle_of[group.name] = own_hosts
             if group.per_node is not None:
                 starts = range(0, group.workers, group.per_node)
-                blocks.append(tuple(mine[start : start + group.per_node] for start in starts))
+                blocks.append(tuple(own_hosts[start : start + group.per_node] for start in starts))
             continue
         if group.colocate_with not in bundle_of:
             raise PlacementError(
@@ -116,9 +116,9 @@ def make_layout(groups: Sequence[GroupSpec]) -> Layout:
             )
         hosts = bundle_of[group.colocate_with]
         shared |= set(hosts)
-        mine = tuple(hosts[i % len(hosts)] for i in range(group.workers))
-        bundle_of[group.name] = mine
-        for index in mine:
+        own_hosts = tuple(hosts[i % len(hosts)] for i in range(group.workers))
+        bundle_of[group.name] = own_hosts
+        for index in own_hosts:
             for name, amount in group.demand().items():
                 bundles[index][name] = round(bundles[index].get(name, 0.0) + amount, 6)
     for index in shared:

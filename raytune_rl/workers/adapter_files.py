@@ -39,6 +39,6 @@ def adapter_files(tensors: Mapping[str, torch.Tensor], config: str | None) -> It
 def _remove_left_ones() -> None:
     for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another worker removes it too
-            found = left.lstat()
-            if found.st_uid == os.getuid() and time.time() - found.st_mtime > LEFT_S:
+            status = left.lstat()
+            if status.st_uid == os.getuid() and time.time() - status.st_mtime > LEFT_S:
                 shutil.rmtree(left, ignore_errors=True)

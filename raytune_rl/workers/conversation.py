@@ -104,8 +104,8 @@ class Conversation:
     @property
     def last_text(self) -> str:
         """What the model said last."""
-        said = [m["content"] for m in self.request.messages if m.get("role") == "assistant"]
-        return said[-1] if said else ""
+        texts = [m["content"] for m in self.request.messages if m.get("role") == "assistant"]
+        return texts[-1] if texts else ""
 
 
 class Conversations:
@@ -158,22 +158,24 @@ class Conversations:
             requests: The conversations, each ending with the prompt's last message.
             max_tokens: Most tokens behind a prompt, the environment's included.
         """
-        held = [Conversation(request) for request in requests]
-        alive, turn = list(range(len(held))), 1
+        conversations = [Conversation(request) for request in requests]
+        alive, turn = list(range(len(conversations))), 1
         while alive:
-            said = [held[i].tokens for i in alive]
-            limits = [max_tokens - len(held[i].tokens) for i in alive]
-            spoken = dict(zip(alive, generate_turn(alive, said, limits, turn), strict=True))
-            for number, one in spoken.items():
-                held[number].add(one)
-            decided = self._ask([(held[i], self._decision(held[i], spoken[i], turn)) for i in alive])
+            continuations = [conversations[i].tokens for i in alive]
+            limits = [max_tokens - len(conversations[i].tokens) for i in alive]
+            turns = dict(zip(alive, generate_turn(alive, continuations, limits, turn), strict=True))
+            for number, one in turns.items():
+                conversations[number].add(one)
+            decided = self._ask(
+                [(conversations[i], self._decision(conversations[i], turns[i], turn)) for i in alive]
+            )
             alive = [
                 number
                 for number, decision in zip(alive, decided, strict=True)
-                if decision is not None and _go_on(held[number], spoken[number], decision, max_tokens)
+                if decision is not None and _go_on(conversations[number], turns[number], decision, max_tokens)
             ]
             turn += 1
-        return held
+        return conversations
 
     def _decision(self, one: Conversation, spoken: Turn, turn: int) -> Callable[[], Continuation | None]:
         """What a thread does for one conversation: asks the hooks, and tells how it goes on, or None."""
@@ -189,7 +191,7 @@ class Conversations:
             most = scheduler.max_turns
             if turn_result.get("done", finished) or (most is not None and turn >= most):
                 return None
-            before, said = len(request.messages), request.messages[-1]["content"]
+            before, written = len(request.messages), request.messages[-1]["content"]
             answer = _answer(_result(scheduler.step(request, choice, turn)))
             changed = answer.get("infer_request", request)
             request.messages = list(changed.messages)
@@ -200,13 +202,13 @@ class Conversations:
                 raise ValueError("step() returned response_loss_mask without response_token_ids")
             if ids:
                 return as_returned(self._chat, sampled, ids, mask or None, new, self._stops)
-            if new and content != said:
+            if new and content != written:
                 raise ValueError("step() both changed the model's answer and added messages to it")
             if new:
                 return follow_up(self._chat, sampled, new)
-            if content == said:
+            if content == written:
                 raise ValueError("step() neither added a message nor changed the model's answer")
-            earlier = said[: len(said) - len(spoken.text)]  # of a turn that already went on once
+            earlier = written[: len(written) - len(spoken.text)]  # of a turn that already went on once
             if not content.startswith(earlier):
                 raise ValueError("step() changed what was said before the model's last words")
             own = content[len(earlier) :]

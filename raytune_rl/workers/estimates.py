@@ -59,7 +59,7 @@ def estimate(
     share = _Share(rows, scores, settings)
     values, scored = share.column("values"), share.scored
     given = share.rewards if rewards is None else whiten(share.rewards, rewards, shift_mean=False)
-    found = gae(given, values, share.row_of, share.n, gamma=settings.gamma, lam=settings.lam)
+    estimates = gae(given, values, share.row_of, share.n, gamma=settings.gamma, lam=settings.lam)
     whole = share.row_scored
     kl = row_sums(share.log_ratio, share.row_of, share.n)[whole]
     surprise = row_sums(-share.old, share.row_of, share.n)[whole]
@@ -75,14 +75,14 @@ def estimate(
         }
     )
     facts = EstimateFacts(
-        Moments.of(found.advantages[scored]),
-        Moments.of(found.returns[scored]),
-        Moments.of((found.returns - values)[scored]),
+        Moments.of(estimates.advantages[scored]),
+        Moments.of(estimates.returns[scored]),
+        Moments.of((estimates.returns - values)[scored]),
         metrics.host(),
     )
     return facts, {
-        "advantages": share.ragged(found.advantages.where(scored, 0.0)),
-        "returns": share.ragged(found.returns.where(scored, values)),
+        "advantages": share.ragged(estimates.advantages.where(scored, 0.0)),
+        "returns": share.ragged(estimates.returns.where(scored, values)),
     }
 
 
@@ -138,8 +138,8 @@ class _Share:
     def column(self, name: str) -> Tensor:
         import torch
 
-        held = [self._rows.extra(name, row) for row in range(self.n)]
-        return torch.from_numpy(np.concatenate([*held, np.empty(0, np.float32)]).astype(np.float64))
+        rows = [self._rows.extra(name, row) for row in range(self.n)]
+        return torch.from_numpy(np.concatenate([*rows, np.empty(0, np.float32)]).astype(np.float64))
 
     def ragged(self, flat: Tensor) -> Ragged:
         values = flat.numpy().astype(np.float32)

@@ -101,8 +101,8 @@ def gap(scorer: TokenScorer | ScalarScorer, layout: str) -> float:
     together = _read(scorer, rows, cast("Layout", layout))
     alone = torch.cat([_read(scorer, [row], "padded") for row in rows])
     scorer.train(was_training)
-    found = (together - alone).abs().max().item()
-    return found if found == found else float("inf")
+    difference = (together - alone).abs().max().item()
+    return difference if difference == difference else float("inf")
 
 
 def _read(scorer: TokenScorer | ScalarScorer, rows: Sequence[NDArray], layout: Layout) -> Tensor:

@@ -101,17 +101,17 @@ class Judge:
         """
         values = np.full(len(inputs), np.nan)
         try:
-            found = self._plugin(inputs=inputs, trainer_state=trainer_state)
-            found = found.tolist() if hasattr(found, "tolist") else list(found)
-            if len(found) != len(inputs):
-                raise RewardError(f"returned {len(found)} values for {len(inputs)} completions")
-            if odd := [v for v in found if not isinstance(v, (numbers.Real, Unscored, type(None)))]:
+            returned = self._plugin(inputs=inputs, trainer_state=trainer_state)
+            returned = returned.tolist() if hasattr(returned, "tolist") else list(returned)
+            if len(returned) != len(inputs):
+                raise RewardError(f"returned {len(returned)} values for {len(inputs)} completions")
+            if odd := [v for v in returned if not isinstance(v, (numbers.Real, Unscored, type(None)))]:
                 raise RewardError(f"returned a {type(odd[0]).__name__} in place of a number")
         except Exception as error:  # noqa: BLE001, a plugin is the user's: it may raise anything
             why = f"--reward_model_plugin {self._name}: {describe_error(error)}"
             return values, dict.fromkeys(range(len(inputs)), why)
         reasons = {}
-        for row, value in enumerate(found):
+        for row, value in enumerate(returned):
             if isinstance(value, Unscored):
                 reasons[row] = value.message
             elif value is not None:

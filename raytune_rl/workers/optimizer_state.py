@@ -114,8 +114,8 @@ def _loss_scaler(engine: Any) -> Any | None:
     """What adapts the loss scale of float16; None in other types."""
     if not engine.fp16_enabled():
         return None
-    held = engine.optimizer
-    return getattr(held, "loss_scaler", None) or getattr(held, "loss_scale_config", None)
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
 def _loss_scale(engine: Any) -> dict[str, float]:

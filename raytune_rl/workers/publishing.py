@@ -48,16 +48,18 @@ class Publisher:
         """The present weights: how many buckets, then each bucket of `index` as a list of flat uint8
         arrays.
         """
-        mine = {entry.name for bucket in self._share for entry in bucket}
+        own_names = {entry.name for bucket in self._share for entry in bucket}
         # At once, because a sharded tensor is whole only here, and merged ones would fill a GPU.
-        held = {
+        tensors = {
             name: tensor.detach().cpu().contiguous()
-            for name, tensor in self._exporter.tensors(mine, self._gather)
+            for name, tensor in self._exporter.tensors(own_names, self._gather)
         }
-        wrong = [e for bucket in self._share for e in bucket if TensorEntry.of(e.name, held[e.name]) != e]
+        wrong = [e for bucket in self._share for e in bucket if TensorEntry.of(e.name, tensors[e.name]) != e]
         if wrong:
             raise RuntimeError(f"weight {wrong[0].name} changed its shape or type since the index was made")
-        return len(self._share), *(to_arrays(held[entry.name] for entry in bucket) for bucket in self._share)
+        return len(self._share), *(
+            to_arrays(tensors[entry.name] for entry in bucket) for bucket in self._share
+        )
 
 
 def adapter_config(model: Any) -> str:

@@ -62,12 +62,12 @@ class ReferenceWorker:
         in_place = {p.data_ptr() for p in self._scorer.parameters()}
         with torch.no_grad():
             for name, published in read(manifest, self._settings.timeout_s):
-                mine = own.pop(name, None)
-                if mine is None or mine.data_ptr() not in in_place:
+                own_tensor = own.pop(name, None)
+                if own_tensor is None or own_tensor.data_ptr() not in in_place:
                     raise ModelError(
                         f"--sync_ref_model: {name} has another form in memory; it cannot be mixed"
                     )
-                mine.lerp_(published.to(mine), share)
+                own_tensor.lerp_(published.to(own_tensor), share)
         if own:
             raise ModelError(f"--sync_ref_model: the policy does not publish {sorted(own)[0]}")
 

@@ -109,8 +109,8 @@ class RewardWorker:
         if dialogues_ref is None:
             selected["rollout_infos"] = [{} for _ in rows]
         if tokens_ref is not None:
-            made: Columns = _fetch(tokens_ref, "tokens")
-            ids, sampled = made["tokens"], made["loss_mask"]
+            token_columns: Columns = _fetch(tokens_ref, "tokens")
+            ids, sampled = token_columns["tokens"], token_columns["loss_mask"]
             selected["response_token_ids"] = [ids[row][sampled[row]].tolist() for row in rows]
         if media_ref is not None:
             columns_of_media: Columns = _fetch(media_ref, "media")

@@ -91,8 +91,8 @@ class RewardModelWorker:
         values, failures, seconds = [], [], []
         for name, label, model in zip(self._names(), self._spec.labels, self._models, strict=True):
             started = time.perf_counter()
-            found, reasons = model.score(conversations, state)
-            values.append(found)
+            model_values, reasons = model.score(conversations, state)
+            values.append(model_values)
             failures += [Failure(row, label, "invalid", f"{name}: {why}") for row, why in reasons.items()]
             seconds.append(time.perf_counter() - started)
         return Scores(
@@ -167,16 +167,18 @@ class _Classifier:
                 reasons[number] = f"{len(row.tokens)} tokens, and the model takes {self._longest}"
             else:
                 tokens[number] = row.tokens
-        there = list(tokens)
-        lengths = [len(tokens[number]) for number in there]
+        readable = list(tokens)
+        lengths = [len(tokens[number]) for number in readable]
         plan = plan_micro_batches(lengths, world_size=1, max_tokens=self._max_tokens, layout="padded")
         for members in plan.ranks[0]:
-            held = [tokens[there[member]] for member in members]
-            masks = [np.zeros(len(row), dtype=np.bool_) for row in held]
-            micro = collate(held, masks, layout="padded", pad_token_id=scoring.PAD).to(scoring.device())
+            micro_tokens = [tokens[readable[member]] for member in members]
+            masks = [np.zeros(len(row), dtype=np.bool_) for row in micro_tokens]
+            micro = collate(micro_tokens, masks, layout="padded", pad_token_id=scoring.PAD).to(
+                scoring.device()
+            )
             with torch.no_grad():
-                found = self._scorer(**scoring.forward_inputs(micro, "scores")).cpu().numpy()
-            values[[there[member] for member in members]] = found
+                scores = self._scorer(**scoring.forward_inputs(micro, "scores")).cpu().numpy()
+            values[[readable[member] for member in members]] = scores
         return values, reasons
 
 

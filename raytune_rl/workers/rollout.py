@@ -125,10 +125,12 @@ class RolloutWorker:
             raise StaleWeightsError(
                 f"asked to sample with weight version {version}, but version {self._engine.version} is loaded"
             )
-        asked = [Asked(r, sample, seed) for r in requests for sample, seed in enumerate(r.seeds)]
+        requested = [
+            CompletionRequest(r, sample, seed) for r in requests for sample, seed in enumerate(r.seeds)
+        ]
         inputs = {r.row: read_prompt(prompts, r.row) for r in requests}
-        prompts_of = [inputs[a.request.row] for a in asked]
-        held = self._run_episodes(asked, prompts_of, sampling, extra)
+        prompts_of = [inputs[a.request.row] for a in requested]
+        conversations = self._run_episodes(requested, prompts_of, sampling, extra)
         episodes = [
             EpisodeFacts(
                 prompt_id=a.request.prompt_id,
@@ -142,29 +144,32 @@ class RolloutWorker:
                 turns=one.turns,
                 failure=one.failure,
             )
-            for row, (a, one) in enumerate(zip(asked, held, strict=True))
+            for row, (a, one) in enumerate(zip(requested, conversations, strict=True))
         ]
         ids = [prompt.tokens for prompt in prompts_of]
         columns: Columns = {
             "tokens": Ragged.from_rows(
-                [np.concatenate([p, one.tokens]) for p, one in zip(ids, held, strict=True)], np.int32
+                [np.concatenate([p, one.tokens]) for p, one in zip(ids, conversations, strict=True)], np.int32
             ),
             "loss_mask": Ragged.from_rows(
-                [np.concatenate([np.zeros(len(p)), one.trained]) for p, one in zip(ids, held, strict=True)],
+                [
+                    np.concatenate([np.zeros(len(p)), one.trained])
+                    for p, one in zip(ids, conversations, strict=True)
+                ],
                 np.bool_,
             ),
-            "logprobs": Ragged.from_rows([one.logprobs for one in held], np.float32),
-            "versions": Ragged.from_rows([np.full(one.sampled, version) for one in held], np.int32),
+            "logprobs": Ragged.from_rows([one.logprobs for one in conversations], np.float32),
+            "versions": Ragged.from_rows([np.full(one.sampled, version) for one in conversations], np.int32),
         }
         dialogues = [
             {"messages": one.request.messages, "rollout_infos": one.request.rollout_infos}
-            for one in (held if self._conversations and extra is not None else ())
+            for one in (conversations if self._conversations and extra is not None else ())
         ]
-        return episodes, columns, [one.last_text for one in held], dialogues
+        return episodes, columns, [one.last_text for one in conversations], dialogues
 
     def _run_episodes(
         self,
-        asked: Sequence[Asked],
+        requested: Sequence[CompletionRequest],
         prompts: list[EnginePrompt],
         sampling: Sampling,
         extra: Mapping[str, Sequence[Any]] | None,
@@ -174,24 +179,26 @@ class RolloutWorker:
         """
 
         def generate_turn(
-            which: Sequence[int], said: Sequence[NDArray[np.int32]], limits: Sequence[int], turn: int
+            which: Sequence[int], continuations: Sequence[NDArray[np.int32]], limits: Sequence[int], turn: int
         ) -> list[Any]:
-            longer = [prompts[i].followed_by(more) for i, more in zip(which, said, strict=True)]
-            return self._engine.sample(longer, [asked[i].seed_of(turn) for i in which], sampling, limits)
+            longer = [prompts[i].followed_by(more) for i, more in zip(which, continuations, strict=True)]
+            return self._engine.sample(longer, [requested[i].seed_of(turn) for i in which], sampling, limits)
 
         if self._conversations is not None and extra is not None:
-            requests = [a.conversation(extra) for a in asked]
+            requests = [a.conversation(extra) for a in requested]
             for number, changed in enumerate(self._conversations.begin(requests)):
                 if changed is not None:
                     prompts[number] = self._fitting(prompts[number], changed, sampling.max_tokens)
             return self._conversations.run_episodes(generate_turn, requests, sampling.max_tokens)
-        held = [Conversation(Request([])) for _ in asked]
-        everything = range(len(asked))
+        conversations = [Conversation(Request([])) for _ in requested]
+        everything = range(len(requested))
         none = np.zeros(0, dtype=np.int32)
-        turns = generate_turn(everything, [none for _ in asked], [sampling.max_tokens for _ in asked], 1)
-        for one, spoken in zip(held, turns, strict=True):
-            one.add(spoken)
-        return held
+        turns = generate_turn(
+            everything, [none for _ in requested], [sampling.max_tokens for _ in requested], 1
+        )
+        for one, sampled_turn in zip(conversations, turns, strict=True):
+            one.add(sampled_turn)
+        return conversations
 
     def _fitting(self, prompt: EnginePrompt, changed: NDArray[np.int32], more: int) -> EnginePrompt:
         longest = self._engine.max_model_len
@@ -206,7 +213,7 @@ class RolloutWorker:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CompletionRequest:
     """One completion to be made."""
 
     request: EpisodeRequest

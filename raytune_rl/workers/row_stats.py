@@ -44,6 +44,6 @@ def count_entropies(batch: RowBatch, bucket: int | None, timeout_s: float) -> ND
     from raytune_rl.algorithms.entropy import count_high, count_low
 
     rows = read_rows(batch, timeout_s)
-    held = [rows.column("entropy", row, extra="entropy") for row in range(len(batch))]
-    values = np.concatenate([*held, np.empty(0, np.float32)])
+    entropies = [rows.column("entropy", row, extra="entropy") for row in range(len(batch))]
+    values = np.concatenate([*entropies, np.empty(0, np.float32)])
     return count_high(values) if bucket is None else count_low(values, bucket)

@@ -240,7 +240,7 @@ def score(
     rows = read_rows(batch, settings.timeout_s)
     expect_media(rows, batch, media)
     names = ("logprobs", "entropy") if with_entropy else ("logprobs",)
-    found: dict[str, dict[int, np.ndarray]] = {name: {} for name in names}
+    by_name: dict[str, dict[int, np.ndarray]] = {name: {} for name in names}
     with torch.no_grad():
         for members in batch.micro_batches:
             micro = micro_batch(rows, members, spec.layout, media)
@@ -254,8 +254,8 @@ def score(
             for name in names:
                 flat = getattr(scored, name).cpu().numpy()
                 pieces = np.split(flat, np.cumsum(counts)[:-1]) if members else []
-                found[name].update(zip(members, pieces, strict=True))
-    ordered = {name: [pieces[row] for row in range(len(batch))] for name, pieces in found.items()}
+                by_name[name].update(zip(members, pieces, strict=True))
+    ordered = {name: [pieces[row] for row in range(len(batch))] for name, pieces in by_name.items()}
     sums = np.array([row.sum(dtype=np.float64) for row in ordered["logprobs"]], dtype=np.float64)
     return sums, {name: Ragged.from_rows(rows, np.float32) for name, rows in ordered.items()}
 
@@ -275,12 +275,12 @@ def values(
     import torch
 
     rows = read_rows(batch, settings.timeout_s)
-    found: dict[int, np.ndarray] = {}
+    by_row: dict[int, np.ndarray] = {}
     with torch.no_grad():
         for members in batch.micro_batches:
             micro = micro_batch(rows, members, spec.layout, media)
             flat = scorer(**forward_inputs(micro, "values")).cpu().numpy()
             counts = np.bincount(micro.row_of.cpu().numpy(), minlength=len(members))
             pieces = np.split(flat, np.cumsum(counts)[:-1]) if members else []
-            found.update(zip(members, pieces, strict=True))
-    return len(batch), {"values": Ragged.from_rows([found[row] for row in range(len(batch))], np.float32)}
+            by_row.update(zip(members, pieces, strict=True))
+    return len(batch), {"values": Ragged.from_rows([by_row[row] for row in range(len(batch))], np.float32)}

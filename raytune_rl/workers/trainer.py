@@ -135,8 +135,8 @@ class TrainerWorker:
         alone = exporter is None or exporter.mode == "adapter"
         if exporter is not None and not alone and exporter.unties != (spec.untied or own_head):
             raise ModelError(publishing.UNTIED)
-        asked = spec.model.dtype
-        computes_in = loaded.model.dtype if asked is None else DTYPES[asked]
+        wanted_dtype = spec.model.dtype
+        computes_in = loaded.model.dtype if wanted_dtype is None else DTYPES[wanted_dtype]
         self._engine, self._rate = start_engine(scorer, spec.optimizer, computes_in)
         if cut:
             scorer.verify()

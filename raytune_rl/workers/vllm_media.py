@@ -43,11 +43,11 @@ class EngineMedia:
     @property
     def processor_settings(self) -> Mapping[str, Any] | None:
         """What vLLM is to set in its own copy of the processor; None if pictures come scaled already."""
-        asked = self.limits.max_pixels
-        if not asked or self.media.limits.max_pixels is not None:
+        max_pixels = self.limits.max_pixels
+        if not max_pixels or self.media.limits.max_pixels is not None:
             return None
         # Alone, the name would be taken as the limit of videos too.
-        return {"images_kwargs": {"max_pixels": asked}} if self.videos else {"max_pixels": asked}
+        return {"images_kwargs": {"max_pixels": max_pixels}} if self.videos else {"max_pixels": max_pixels}
 
     def request(self, prompt: EnginePrompt, decoded: dict[str, Decoded]) -> dict[str, Any]:
         """vLLM's form of a prompt.

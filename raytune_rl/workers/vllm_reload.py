@@ -65,10 +65,10 @@ class Reload:
     def load(self, weights: Weights, load: Callable[..., Any] | None = None) -> None:
         """Loads all weights; once more if layers are found that the model writes to itself."""
         load = self._model.load_weights if load is None else load
-        found = bypassed(self._model, load(weights()))
-        if found - self._written_directly:
+        missing = bypassed(self._model, load(weights()))
+        if missing - self._written_directly:
             self.finish()
-            self._written_directly |= found
+            self._written_directly |= missing
             self.start()
             load(weights())
 
@@ -100,8 +100,8 @@ def floats(layer: nn.Module) -> list[nn.Parameter]:
 
 def bypassed(model: nn.Module, loaded: Iterable[str] | None) -> set[str]:
     """Names of modules with a parameter that the model says it has loaded and that its loader never saw."""
-    said = set(loaded or ())
-    found = set()
+    loaded_names = set(loaded or ())
+    unnamed = set()
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
         if info.load_numel_total is None:
@@ -109,9 +109,9 @@ def bypassed(model: nn.Module, loaded: Iterable[str] | None) -> set[str]:
         seen = {parameter for parameter, _ in info.loaded_weights}
         for parameter, tensor in layer.named_parameters(recurse=False):
             full = f"{name}.{parameter}" if name else parameter
-            if tensor.is_meta and parameter not in seen and full in said:
-                found.add(name)
-    return found
+            if tensor.is_meta and parameter not in seen and full in loaded_names:
+                unnamed.add(name)
+    return unnamed
 
 
 def give_up_kernels(model: nn.Module) -> list[tuple[Any, Any]]:
@@ -120,13 +120,13 @@ def give_up_kernels(model: nn.Module) -> list[tuple[Any, Any]]:
     Returns:
         The quantisation method of each, and its kernel.
     """
-    held: list[tuple[Any, Any]] = []
+    kernels: list[tuple[Any, Any]] = []
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
-            held.append((method, method.moe_kernel))
+            kernels.append((method, method.moe_kernel))
             method.moe_kernel = None
-    return held
+    return kernels
 
 
 def forget_freed(model: nn.Module) -> None:
@@ -136,8 +136,11 @@ def forget_freed(model: nn.Module) -> None:
         info = get_layerwise_info(layer)
         if info.kernel_tensors is None:
             continue
-        held, plain = info.kernel_tensors[0], info.restore_metadata[0]
-        if any(held[name].numel() == 0 < plain[name].numel() for name in held.keys() & plain.keys()):
+        kernel_tensors, plain = info.kernel_tensors[0], info.restore_metadata[0]
+        if any(
+            kernel_tensors[name].numel() == 0 < plain[name].numel()
+            for name in kernel_tensors.keys() & plain.keys()
+        ):
             info.kernel_tensors = None
 
 

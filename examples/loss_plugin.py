@@ -6,22 +6,29 @@
 normaliser holds for the whole optimizer step, and the driver has worked it out (`normaliser`, one of the
 built-in loss types). `policy_loss` adds what all policy losses share: the KL, the entropy filter and the
 rollout corrections. So only the surrogate is new here.
+
+The same file in raytune_rl/algorithms/losses/ is a built-in loss, and `power` is a flag, --power.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from raytune_rl.algorithms.metrics import MetricSums, max_of
+from raytune_rl.algorithms.options import option
 from raytune_rl.algorithms.policy_loss import PolicySettings, policy_columns, policy_loss, policy_rows
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class PowerSettings(PolicySettings):
     """What --loss_args may set, beside the flags that all policy losses have."""
 
-    power: float = 0.5
+    power: float = option(0.5, "Exponent of the importance ratio.", gt=0)
 
 
 def power_surrogate(ratio: Tensor, inputs: LossInputs) -> tuple[Tensor, MetricSums]:
@@ -44,5 +51,7 @@ register_loss(
         needs_advantages=True,
         required_rows=policy_rows,
         normaliser="dapo",
+        summary="is dapo with a power of the ratio and no clip",
+        in_words=lambda settings: f"ratio to the power of {settings.power:g}",
     )
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import create_model
 
 from raytune_rl.algorithms.correction import RolloutCorrection
-from raytune_rl.algorithms.credit.base import credit_names, get_credit
+from raytune_rl.algorithms.credit.base import Credit, CreditKind, credit_names, get_credit
 from raytune_rl.algorithms.options import Option, options_of
 from raytune_rl.algorithms.registry import Loss, online_losses
 from raytune_rl.config.base import Options, setting
@@ -36,7 +36,7 @@ def _declared() -> Iterator[tuple[str, Option]]:
         yield from ((f"--loss_type {loss.name}", option) for option in options_of(loss.settings_type))
     for name in credit_names():
         credit = get_credit(name)
-        yield from ((f"--advantage_estimator {name}", option) for option in options_of(credit.make))  # type: ignore[arg-type]
+        yield from ((f"--advantage_estimator {name}", option) for option in options_of(credit.make))
 
 
 def _fields() -> Mapping[str, Any]:
@@ -66,6 +66,15 @@ def loss_flags() -> dict[str, list[str]]:
     for loss in online_losses():
         for one in fields(loss.settings_type):
             found.setdefault(one.name, []).append(loss.name)
+    return found
+
+
+def credit_flags() -> dict[str, list[str]]:
+    """Every flag that a credit declares -> the credits that have it."""
+    found: dict[str, list[str]] = {}
+    for name in credit_names():
+        for one in options_of(get_credit(name).make):
+            found.setdefault(one.name, []).append(name)
     return found
 
 
@@ -106,6 +115,54 @@ def loss_settings(config: Any, loss: Loss, loss_args: Mapping[str, Any]) -> tupl
     return settings_of(loss, given, loss_args)
 
 
+def credit_settings(
+    config: Any, kind: CreditKind, reward_weights: tuple[float, ...], advantage_args: Mapping[str, Any]
+) -> Credit:
+    """A credit set up as the flags and `--advantage_args` say, which has precedence.
+
+    Raises:
+        ConfigError: `--advantage_args` names what is no setting of it, or it does not take what it is given.
+    """
+    given = {
+        **{name: getattr(config, name) for name in type(config).model_fields},
+        "beta": config.beta if wants_kl_in_reward(config) else 0.0,
+        "kl_estimator": kl_estimator(config),
+        "reward_weights": reward_weights,
+    }
+    args = checked_args(advantage_args, "--advantage_args", f"credit '{kind.name}'", kind.make)
+    return kind.settings({**given, **args})
+
+
+def checked_args(args: Mapping[str, Any], flag: str, owner: str, settings_type: type) -> dict[str, Any]:
+    """Settings that are given as JSON, checked as flags are: their names, and what an `option` may be.
+
+    Args:
+        args: Name -> value.
+        flag: It has them.
+        owner: Whose settings they are, for messages.
+        settings_type: The owner's dataclass.
+
+    Raises:
+        ConfigError: One is no setting of the owner, or not what its declaration allows.
+    """
+    own = {field.name for field in fields(settings_type)}
+    if unknown := sorted(args.keys() - own):
+        raise ConfigError(
+            f"{flag}: {', '.join(unknown)} is no setting of {owner}, which has: "
+            f"{', '.join(sorted(own)) or 'none'}."
+        )
+    declared = [option for option in options_of(settings_type) if option.name in args]
+    kinds: dict[str, Any] = {
+        o.name: (o.kind, setting(GROUP, o.default, o.help, **o.limits)) for o in declared
+    }
+    try:
+        checked = create_model("Args", __base__=Options, **kinds)(**{name: args[name] for name in kinds})
+    except ConfigError as error:
+        lines = [f"{flag}: {line.removeprefix('--')}" for line in str(error).splitlines()]
+        raise ConfigError("\n".join(lines)) from None
+    return {**args, **{name: getattr(checked, name) for name in kinds}}
+
+
 def settings_of(
     loss: Loss, said: Mapping[str, Any], loss_args: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Any]:
@@ -123,12 +180,8 @@ def settings_of(
         ConfigError: `--loss_args` names what is no setting of it, or it does not take what it is given.
     """
     own = {field.name for field in fields(loss.settings_type)}
-    if unknown := sorted(loss_args.keys() - own):
-        raise ConfigError(
-            f"--loss_args: {', '.join(unknown)} is no setting of loss '{loss.name}', which has: "
-            f"{', '.join(sorted(own)) or 'none'}."
-        )
-    given = {**{name: value for name, value in said.items() if name in own}, **loss_args}
+    args = checked_args(loss_args, "--loss_args", f"loss '{loss.name}'", loss.settings_type)
+    given = {**{name: value for name, value in said.items() if name in own}, **args}
     try:
         return given, loss.settings_type(**given)
     except TypeError as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from raytune_rl.algorithms.credit.base import is_built_in_credit
 from raytune_rl.config import deepspeed, resolved
-from raytune_rl.config.algorithms import loss_flags
+from raytune_rl.config.algorithms import credit_flags, loss_flags
 from raytune_rl.config.base import Options
 from raytune_rl.config.commands import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.preference import unread
@@ -168,7 +169,7 @@ def _online(config: RLHFConfig) -> Iterable[str]:
 
 
 def _loss(config: RLHFConfig) -> Iterable[str]:
-    """Constants of another loss than the one chosen."""
+    """Constants of another loss, or of another credit, than the one chosen."""
     settings = loss_flags()
     if any(config.loss_type in owners for owners in settings.values()):
         of_recipe = RECIPES.get(config.rlhf_type, {})
@@ -181,6 +182,12 @@ def _loss(config: RLHFConfig) -> Iterable[str]:
             yield from _idle(config, of_others, why)
         if config.loss_args:
             yield f"--loss_args does nothing: --loss_type {config.loss_type} has flags of its own."
+    estimator = config.advantage_estimator
+    for name, owners in credit_flags().items():
+        if estimator not in owners:
+            yield from _idle(config, (name,), f"it belongs to --advantage_estimator {' and '.join(owners)}")
+    if config.advantage_args and is_built_in_credit(estimator):
+        yield f"--advantage_args does nothing: --advantage_estimator {estimator} has flags of its own."
     if config.rollout_importance_sampling_mode is None:
         names = ("rollout_importance_sampling_threshold", "rollout_importance_sampling_min")
         yield from _idle(config, names, "--rollout_importance_sampling_mode is not given")

@@ -18,7 +18,7 @@ TWINS: Mapping[str, str] = {"beta": "kl_coef", "epsilon": "cliprange", "num_iter
 """GRPO's name -> PPO's name of the same thing. A PPO config has both, equal."""
 
 NOT_PPO = ("loss_type", "loss_args", "importance_sampling_level", "kl_in_reward", "kl_estimator",
-           "advantage_estimator", "scale_rewards", "dynamic_sample")  # fmt: skip
+           "advantage_estimator", "advantage_args", "scale_rewards", "dynamic_sample")  # fmt: skip
 """Flags of GRPO that PPO decides by itself."""
 
 

@@ -72,6 +72,9 @@ class RLOptions(AlgorithmFlags):
         f"Who earned what. {credit_choices()}; or the name of a credit that a file of --external_plugins "
         "registers.",
     )
+    advantage_args: dict[str, Any] = _setting(
+        {}, "Settings of a credit from a plugin, as JSON: '{\"alpha\": 1}'."
+    )
     scale_rewards: Literal["group", "batch", "none", "gdpo"] | None = _setting(
         None,
         "Divide advantages by the spread of rewards in the group, in the batch, or not; gdpo: each reward "

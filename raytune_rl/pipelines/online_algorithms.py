@@ -12,7 +12,7 @@ from raytune_rl.algorithms.aggregation import normaliser_of
 from raytune_rl.algorithms.credit.base import Credit, get_credit, is_built_in_credit
 from raytune_rl.algorithms.registry import Loss, get_loss, is_built_in_loss
 from raytune_rl.config import RLHFConfig, resolved
-from raytune_rl.config.algorithms import loss_settings
+from raytune_rl.config.algorithms import credit_settings, loss_settings
 from raytune_rl.errors import ConfigError
 from raytune_rl.protocol.train import LossSpec
 from raytune_rl.rewards.plugins import load_plugins
@@ -68,16 +68,12 @@ def credit_of(config: RLHFConfig) -> Credit:
         ConfigError: There is none of that name, or it needs what this run does not have.
     """
     name = resolved.credit(config)
-    in_reward = resolved.kl_in_reward(config)
-    given = {
-        **{name: getattr(config, name) for name in type(config).model_fields},
-        "beta": config.beta if in_reward else 0.0,
-        "kl_estimator": resolved.kl_estimator(config),
-        "reward_weights": resolved.reward_weights(config),
-    }
-    credit = get_credit(name).settings(given)
+    args = {} if is_built_in_credit(name) else config.advantage_args
+    credit = credit_settings(config, get_credit(name), resolved.reward_weights(config), args)
     if "values" in credit.needs and not config.WITH_CRITIC:
         raise ConfigError(f"--advantage_estimator {name} needs a critic: --rlhf_type ppo has one.")
+    if "ref_logprobs" in credit.needs and config.beta == 0:
+        raise ConfigError(f"--advantage_estimator {name} needs a reference model: --beta must be over 0.")
     return credit
 
 
@@ -94,9 +90,9 @@ def _check_columns(config: RLHFConfig, loss: Loss, needed: set[str]) -> None:
 
 def in_words(config: RLHFConfig, algorithm: Algorithm) -> list[tuple[str, str]]:
     """The algorithm for the plan: what is on, each with its numbers."""
-    bounds = "from a plugin" if algorithm.loss.plugin_files else algorithm.bounds
+    origin = "from a plugin" if algorithm.loss.plugin_files else ""
     rows = [
-        ("loss", ", ".join(part for part in (config.loss_type, bounds) if part)),
+        ("loss", ", ".join(part for part in (config.loss_type, origin, algorithm.bounds) if part)),
         ("importance ratio", f"of the {config.importance_sampling_level.replace('_', ', by ')}"),
         ("advantage", algorithm.credit.in_words()),
     ]

@@ -51,6 +51,7 @@ def notices(*argv: str) -> str:
         ("--lora_dropout 0.1", "--lora_dropout 0.1: the policy trains under dropout"),
         ("--eval_temperature 0", "--eval_temperature does nothing: there is no validation data"),
         ('--loss_args {"a":1}', "--loss_args does nothing: --loss_type grpo has flags of its own"),
+        ('--advantage_args {"a":1}', "--advantage_args does nothing: --advantage_estimator grpo has flags"),
     ],
 )
 def test_what_does_nothing_is_said(argv: str, said: str) -> None:

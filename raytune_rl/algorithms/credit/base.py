@@ -5,7 +5,7 @@ beside their losses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -110,16 +110,31 @@ class CreditKind:
     """
 
     name: str
-    make: Callable[..., Credit]
+    make: type[Credit]
     summary: str
     paper: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     kl_in_reward: bool = False
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it comes with this package, not from a plugin."""
+        return self.make.__module__.startswith("raytune_rl.")
+
     def settings(self, given: Mapping[str, Any]) -> Credit:
-        """The credit with those of the settings given that it has."""
-        own = {one.name for one in fields(self.make)}  # type: ignore[arg-type]
-        return self.make(**{**{name: value for name, value in given.items() if name in own}, **self.fixed})
+        """The credit with those of the settings given that it has.
+
+        Raises:
+            ConfigError: It does not take them.
+        """
+        own = {one.name for one in fields(self.make)}
+        mine = {**{name: value for name, value in given.items() if name in own}, **self.fixed}
+        try:
+            return self.make(**mine)
+        except TypeError as error:
+            raise ConfigError(
+                f"--advantage_estimator {self.name} cannot be set up with {mine}: {error}."
+            ) from None
 
 
 _CREDITS: dict[str, CreditKind] = {}
@@ -138,8 +153,8 @@ def register_credit(kind: CreditKind) -> CreditKind:
     return kind
 
 
-def _origin(kind: CreditKind) -> tuple[Any, Any]:
-    return getattr(kind.make, "__module__", None), getattr(kind.make, "__qualname__", None)
+def _origin(kind: CreditKind) -> tuple[str, str]:
+    return kind.make.__module__, kind.make.__qualname__
 
 
 def get_credit(name: str) -> CreditKind:
@@ -166,7 +181,7 @@ def credit_names() -> tuple[str, ...]:
 
 def is_built_in_credit(name: str) -> bool:
     """Whether a credit of that name comes with this package."""
-    return name in credit_names() and str(_origin(_CREDITS[name])[0]).startswith("raytune_rl.")
+    return name in credit_names() and _CREDITS[name].is_built_in
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What a GRPO step of ours costs beside the work that cannot be avoided.
+"""The cost of a GRPO step of ours beside the work that cannot be avoided.
 
 One run measures, in turns, so that a busy neighbour disturbs all alike:
 

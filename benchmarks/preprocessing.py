@@ -42,7 +42,7 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> None:
 
 
 def encode(model: str, data: str, processes: int) -> dict[str, float]:
-    """What one process measures."""
+    """The measurements of one process."""
     from raytune_rl.models.load import load_tokenizer
     from raytune_rl.prepare.task import model_facts
 

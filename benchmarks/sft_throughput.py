@@ -78,7 +78,7 @@ class Trl:
             )
 
     def answer(self) -> dict[str, Any]:
-        """What it says next."""
+        """The next line that it prints."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:

@@ -39,7 +39,7 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool)
 
 
 def machine() -> str:
-    """What ran it, when, and how busy it was: without the last a figure from a shared machine means
+    """The machine, the time and the load: without the last a figure from a shared machine means
     little.
     """
     load = os.getloadavg()[0]

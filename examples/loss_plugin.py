@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PowerSettings(PolicySettings):
-    """What --loss_args may set, beside the flags that all policy losses have."""
+    """Settings of --loss_args, beside the flags that all policy losses have."""
 
     power: float = option(0.5, "Exponent of the importance ratio.", gt=0)
 

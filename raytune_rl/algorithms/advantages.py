@@ -20,7 +20,7 @@ Scale = Literal["group", "batch", "none"]
 Estimator = Literal["grpo", "rloo", "reinforce_plus_plus"]
 
 DEFAULT_SCALE: dict[Estimator, Scale] = {"grpo": "group", "rloo": "none", "reinforce_plus_plus": "batch"}
-"""What each estimator divides by in its paper, and in ms-swift unless told otherwise."""
+"""The divisor of each estimator in its paper, and in ms-swift unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,9 @@ def decoupled_advantages(
 def decoupled_totals(
     values: ArrayLike, weights: ArrayLike, group_ids: ArrayLike, eps: float = 1e-8
 ) -> NDArray[np.float64]:
-    """What `decoupled_advantages` brings to mean 0 and spread 1: the weighted sum of each function's own
-    advantages within the group, float64 `[n]`; 0 for rows without any reward. Arguments as there.
+    """The values that `decoupled_advantages` brings to mean 0 and spread 1: the weighted sum of each
+    function's own advantages within the group, float64 `[n]`; 0 for rows without any reward. Arguments as
+    there.
     """
     table, weight = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     total = np.zeros(len(table))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ratios:
-    """What a pair loss may look at; all tensors float64 [n_pairs].
+    """The inputs of a pair loss; all tensors float64 [n_pairs].
 
     Attributes:
         log_ratio: x and y.

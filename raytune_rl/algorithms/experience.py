@@ -1,4 +1,4 @@
-"""What a generation brought: trajectories and their rewards, by groups. Pure values; tokens lie elsewhere."""
+"""A generation: trajectories and their rewards, by groups. Pure values; tokens lie elsewhere."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the critic's estimates come to, float64 [N] without gradient.
+    """Advantages and returns by the critic's estimates, float64 [N] without gradient.
 
     Attributes:
         advantages: not whitened (`moments.whiten`, over the whole step).

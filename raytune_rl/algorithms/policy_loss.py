@@ -38,7 +38,7 @@ Surrogate: TypeAlias = "Callable[[Tensor, LossInputs], tuple[Tensor, MetricSums]
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySettings:
-    """What every policy loss can do.
+    """The settings of every policy loss.
 
     Attributes:
         beta: weight of the KL to the reference; 0 means no reference at all.

@@ -1,4 +1,4 @@
-"""What the losses of preference pairs share: the likelihood of the chosen side, and metrics."""
+"""The common part of losses of preference pairs: the likelihood of the chosen side, and metrics."""
 
 from __future__ import annotations
 

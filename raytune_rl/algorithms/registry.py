@@ -28,7 +28,7 @@ Rows = Literal["single", "pairs"]
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss may look at for one micro-batch; all token tensors are flat over its N loss tokens.
+    """The inputs of a loss for one micro-batch; all token tensors are flat over its N loss tokens.
 
     A row is never cut: all its loss tokens are in one micro-batch, next to each other and in order.
 

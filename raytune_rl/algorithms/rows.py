@@ -46,7 +46,7 @@ def positions(row_of: Tensor, n_rows: int) -> Tensor:
 
 
 def discounted_to_go(values: Tensor, row_of: Tensor, n_rows: int, factor: float) -> Tensor:
-    """What is still to come of each row, discounted: sum over k >= t of factor^(k - t) values_k; float64 [N].
+    """The rest of each row, discounted: sum over k >= t of factor^(k - t) values_k; float64 [N].
 
     Args:
         values: float [N]; any gradient is ignored.

@@ -1,4 +1,4 @@
-"""What the user asked for: typed, validated, printable. Imports neither torch nor ray.
+"""The user's settings: typed, validated, printable. Imports neither torch nor ray.
 
 Classes are looked up on first use: the help of one command builds no other command's class.
 """

@@ -1,4 +1,4 @@
-"""What all config objects share: how a setting is declared, and that a bad one is a `ConfigError`.
+"""The base of all config objects: how a setting is declared, and that a bad one is a `ConfigError`.
 
 A config object holds what the user asked for and nothing else. It is frozen; a default that depends on
 other settings or on the cluster stays `None` here, and a pure function of `raytune_rl/config/resolved.py`

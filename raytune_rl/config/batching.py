@@ -57,12 +57,12 @@ class OnlineSizes(Sizes, Protocol):
 
 
 SFT_ROWS_PER_STEP = 16
-"""What SFT accumulates up to when the user does not say."""
+"""Rows that SFT accumulates up to when the user does not say."""
 
 
 @dataclass(frozen=True)
 class GRPOBatch:
-    """What one generation and one optimizer step consist of.
+    """The sizes of one generation and one optimizer step.
 
     Attributes:
         world_size: Policy workers.

@@ -18,7 +18,7 @@ _NODE = re.compile(r"(\d+)x(\d+(?:\.\d+)?)(GiB|GB|G)?", re.IGNORECASE)
 
 
 def described(text: str) -> tuple[tuple[int, int], ...]:
-    """What `--cluster` says: GPUs of each node, and bytes of each GPU.
+    """The cluster that `--cluster` describes: GPUs of each node, and bytes of each GPU.
 
     Raises:
         ConfigError: It is not written so.
@@ -37,7 +37,7 @@ def described(text: str) -> tuple[tuple[int, int], ...]:
 
 
 class ClusterOptions(Options):
-    """What holds for all groups."""
+    """Settings of all groups."""
 
     ray_address: str | None = _setting(
         None, "Ray cluster to connect to. Not set: RAY_ADDRESS, else a local one is started."

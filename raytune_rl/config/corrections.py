@@ -1,4 +1,4 @@
-"""What is done about the gap between the engine that samples and the policy that trains."""
+"""Corrections of the gap between the engine that samples and the policy that trains."""
 
 from __future__ import annotations
 

@@ -106,8 +106,8 @@ def load(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def for_engine(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """What DeepSpeed itself is told: without batch sizes, which are the run's own, and without what it does
-    not decide here (`unused`).
+    """The configuration for DeepSpeed itself: without batch sizes, which are the run's own, and without
+    what it does not decide here (`unused`).
     """
     config = load(value)
     return {key: part for key, part in config.items() if key not in (*_BATCH, *_UNUSED)}

@@ -1,4 +1,4 @@
-"""What becomes of a trained model."""
+"""Settings of the export of a trained model."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from raytune_rl.errors import ConfigError
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """What a config file says: the settings by flag name, and the environment."""
+    """The content of a config file: the settings by flag name, and the environment."""
 
     path: Path
     settings: dict[str, Any]

@@ -130,7 +130,7 @@ NOT_BUILT_FAMILIES = {
 
 
 def instead_of(name: str) -> str | None:
-    """What to do instead of a flag of ms-swift that is not here ("" if there is nothing); None for a name
+    """The way to do without a flag of ms-swift that is not here ("" if there is nothing); None for a name
     that is none of ms-swift's.
     """
     families = (instead for start, instead in NOT_BUILT_FAMILIES.items() if name.startswith(start))

@@ -1,4 +1,4 @@
-"""What a config asks for that will have no effect. Nobody shall find that out by himself."""
+"""Notices on settings that will have no effect. Nobody shall find that out by himself."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class PreferenceOptions(Options):
 
 
 def loss_settings(config: PreferenceOptions) -> dict[str, Any]:
-    """What the loss of `rlhf_type` is told, by the names of its settings; unset values are left out."""
+    """Settings of the loss of `rlhf_type`, by name; unset values are left out."""
     settings: dict[str, Any] = {}
     for name in READS[config.rlhf_type]:
         value = getattr(config, name)

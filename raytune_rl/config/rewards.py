@@ -1,4 +1,4 @@
-"""What a completion is worth."""
+"""Settings of the rewards."""
 
 from __future__ import annotations
 

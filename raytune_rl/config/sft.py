@@ -1,4 +1,4 @@
-"""What only supervised fine-tuning has."""
+"""Settings of supervised fine-tuning alone."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ SCHEDULE_KWARGS: dict[str, tuple[str, ...]] = {
     "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
     "inverse_sqrt": ("timescale",),
 }
-"""What Transformers' schedules take beside warm-up and length."""
+"""Arguments of Transformers' schedules beside warm-up and length."""
 
 
 class TrainingOptions(Options):

@@ -1,4 +1,4 @@
-"""What is trained: the whole model, or a small adapter on it."""
+"""Settings of what is trained: the whole model, or a small adapter on it."""
 
 from __future__ import annotations
 

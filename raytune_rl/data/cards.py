@@ -1,4 +1,4 @@
-"""What the card of a data set (`README.md`, as the hubs have it) says about the files beside it."""
+"""The card of a data set (`README.md`, as the hubs have it) says about the files beside it."""
 
 from __future__ import annotations
 

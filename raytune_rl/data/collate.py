@@ -19,7 +19,7 @@ from raytune_rl.data.microbatch import Layout
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass sees. B rows of T positions, N loss tokens.
+    """The rows of one forward and backward pass. B rows of T positions, N loss tokens.
 
     Attributes:
         input_ids: int64 `[B, T]`, padded on the right; packed: B is 1 and the rows follow each other.

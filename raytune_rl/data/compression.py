@@ -28,7 +28,7 @@ class CompressionError(ValueError):
 
 
 def suffixes(path: Path) -> tuple[str, str]:
-    """What the file holds and how it is compressed, by its name: `(".jsonl", ".gz")`; "" where there is
+    """The format and the compression of a file, by its name: `(".jsonl", ".gz")`; "" where there is
     none."""
     last = path.suffix.lower()
     if last not in MAGIC:

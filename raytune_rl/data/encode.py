@@ -278,7 +278,7 @@ class RowWriter:
         values: dict[str, NDArray[np.float64]] | None = None,
         units: str = "rows",
     ) -> EncodedSFT:
-        """What has been written.
+        """The columns that have been written.
 
         Raises:
             DataError: Every example was dropped.
@@ -316,7 +316,7 @@ def make_job(
     media: MediaSettings | None,
     model: ModelTokens | None = None,
 ) -> Job:
-    """What encodes rows; arguments and errors as in `encode_sft`."""
+    """The job of encoding rows; arguments and errors as in `encode_sft`."""
     chat = ChatTemplate.of(tokenizer) if media is None else media.processor.chat
     if model is not None:
         chat = replace(chat, eos_token_ids=model.eos)
@@ -334,7 +334,7 @@ def run_job(
     num_proc: int,
     progress: Callable[[int], None] | None,
 ) -> Iterator[EncodedRow | Dropped]:
-    """What becomes of each example, in their order.
+    """The encoded row of each example, or why there is none, in their order.
 
     Raises:
         RowError: A row cannot be encoded, and that is to stop the run.
@@ -370,7 +370,7 @@ def _spoken(job: Job, row: EncodedRow) -> NDArray[np.int32]:
 
 
 def notices_of(job: Job) -> tuple[str, ...]:
-    """What the user is told of the chat template."""
+    """Notices on the chat template."""
     notices = [job.chat.notice]
     if job.loss_scale is not None or not job.chat.turn_end.stops:
         notices.append(job.chat.turn_end.notice)
@@ -378,14 +378,14 @@ def notices_of(job: Job) -> tuple[str, ...]:
 
 
 def cut_notice(count: int, max_length: int | None, how: Truncation, units: str) -> tuple[str, ...]:
-    """What the user is told of examples that were cut, as he asked."""
+    """Notices on examples that were cut, as the user asked."""
     if not count:
         return ()
     return (f"{count:,} {units} were over --max_length {max_length} and lost their {how} end",)
 
 
 def unwritten_notices(counts: Counter[str], units: str) -> tuple[str, ...]:
-    """What the user is told of keys of his turns, and of tools, that the model never sees."""
+    """Notices on keys of the user's turns, and on tools, that the model never sees."""
     return tuple(
         f"{count:,} {units} have {key!r}, which the chat template does not write: the model does not see it"
         for key, count in sorted(counts.items())

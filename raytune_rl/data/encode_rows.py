@@ -29,7 +29,7 @@ LossScale = Literal["default", "last_round", "all"]
 
 @dataclass(frozen=True)
 class Job:
-    """What encoding a row needs besides the row; travels to worker processes once."""
+    """The settings of encoding rows; they travel to worker processes once."""
 
     chat: ChatTemplate
     max_length: int | None

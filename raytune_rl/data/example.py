@@ -1,4 +1,4 @@
-"""What every data format is brought to: a conversation, its media, and the other columns of its row."""
+"""The common form of every data format: a conversation, its media, and the other columns of its row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What encoded rows depend on, as one name: two runs with the same name would encode the same.
+"""The fingerprint of all that encoded rows depend on: two runs with the same name would encode the same.
 
 Files go in by their content, so that neither a copy nor a touched time stamp misleads; a model by everything
 in its folder that is not weights; this program by its own code, and the libraries that do the work by their

@@ -68,7 +68,7 @@ def _tables(spec: DatasetSpec, pick: Pick, announce: Announce) -> Iterator[tuple
 
 
 def _located(spec: DatasetSpec) -> str:
-    """What `datasets` is to load: the id on Hugging Face, or the folder of a ModelScope data set."""
+    """The name that `datasets` loads: the id on Hugging Face, or the folder of a ModelScope data set."""
     if spec.hub == "hf":
         return spec.hub_id
 

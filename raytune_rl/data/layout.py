@@ -50,7 +50,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a folder holds.
+    """The content of a folder.
 
     Attributes:
         parts: Its data files, in the order in which they are read.
@@ -69,7 +69,7 @@ class Layout:
 
 
 def layout_of(folder: Path) -> Layout:
-    """What lies in a folder: by its card if it has one, else by the names of files and folders."""
+    """The layout of a folder: by its card if it has one, else by the names of files and folders."""
     files, unread = _files_under(folder)
     parts: list[Part] = []
     card, default = read_card(folder)

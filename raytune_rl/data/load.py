@@ -29,7 +29,7 @@ _TOLD_EVERY = 1000
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every row.
+    """An account of every row.
 
     Attributes:
         sources: One entry a data set, in the order given.

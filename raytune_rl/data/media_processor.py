@@ -129,7 +129,7 @@ class MediaProcessor:
         return self.expand(text, media).tokens, media
 
     def placeholder(self, modality: Modality) -> str | None:
-        """What stands for a medium of a modality in a text before it is expanded."""
+        """The placeholder of a modality in a text before it is expanded."""
         return getattr(self.processor, f"{modality}_token", None)
 
     def read(self, medium: Medium) -> Decoded:
@@ -366,7 +366,7 @@ class MediaProcessor:
 
 
 class _Facts(dict[str, Any]):
-    """What is known of a video, for processors that read it as attributes or as items."""
+    """The metadata of a video, for processors that read it as attributes or as items."""
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -48,7 +48,7 @@ class StoredFile:
 
     @property
     def name(self) -> str:
-        """What an error calls it."""
+        """The name of it in errors."""
         return self.path or f"of {len(self.data or b'')} bytes"
 
     def read(self, modality: Modality) -> bytes:
@@ -92,12 +92,12 @@ class Medium:
 
     @property
     def key(self) -> str:
-        """What it is known by in caches: the digests of its files."""
+        """Its key in caches: the digests of its files."""
         return "-".join([*(["frames"] if self.as_frames else []), *(f"{f.digest:016x}" for f in self.files)])
 
     @property
     def name(self) -> str:
-        """What a log calls it: the path of its (first) file, or the digest of its bytes."""
+        """Its name in logs: the path of its (first) file, or the digest of its bytes."""
         first = self.files[0]
         return first.path or f"{first.digest:016x}"
 

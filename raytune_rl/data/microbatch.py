@@ -30,7 +30,7 @@ Layout = Literal["padded", "packed"]
 MicroBatchRows = tuple[int, ...]
 
 FIXED_COST = 0.05
-"""What a micro-batch costs however small it is (kernel launches, gradients reduced), as a share of the
+"""The cost of a micro-batch however small it is (kernel launches, gradients reduced), as a share of the
 budget. Rather too much, so that padding is only saved where there is plenty.
 """
 MORE_RUNS = 8

@@ -1,4 +1,4 @@
-"""What a model's own files say of its tokens: how many it has embeddings for, and which end an answer."""
+"""Tokens of a model by its own files: how many it has embeddings for, and which end an answer."""
 
 from __future__ import annotations
 

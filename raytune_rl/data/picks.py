@@ -1,5 +1,5 @@
-"""What of a data set is read, and how its rows are prepared: as the user says, else as its entry in
-`registered` says, else as it comes."""
+"""The parts of a data set that are read, and how its rows are prepared: as the user says, else as its entry
+in `registered` says, else as it comes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Pick:
 
 @dataclass(frozen=True)
 class Preparing:
-    """What the user says about the preparation of rows.
+    """The user's settings of the preparation of rows.
 
     Attributes:
         columns: Value of `--columns`. Where it assigns what a rule would, rows are left as they are.
@@ -55,7 +55,7 @@ class Preparing:
 def picks_of(
     spec: DatasetSpec, preparing: Preparing, announce: Announce, there: Iterable[str] | None = None
 ) -> list[Pick]:
-    """What is to be read of a data set.
+    """A part of a data set to read.
 
     Args:
         spec: The data set.

@@ -20,7 +20,7 @@ ROWS_AHEAD = 8
 
 
 def key_of(row: Sequence[Medium]) -> Key:
-    """What the pixels of a row's media are known by."""
+    """The key of the pixels of a row's media."""
     return tuple(f"{medium.modality}:{medium.key}" for medium in row)
 
 
@@ -49,7 +49,7 @@ class PixelsAhead(Generic[T]):
         self._start()
 
     def take(self, row: Sequence[Medium]) -> T:
-        """What `make` gives for a row, or raises.
+        """The result of `make` for a row, or its error.
 
         A row that was not expected, or not begun, is made here and now.
         """

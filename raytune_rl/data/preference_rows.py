@@ -1,4 +1,4 @@
-"""What a row says about preference: a rejected answer beside the chosen one, or a label.
+"""Preference in rows: a rejected answer beside the chosen one, or a label.
 
 A pair is a conversation that ends with the chosen answer, in any format of `row_formats`, and one of
 
@@ -163,7 +163,7 @@ def _named(names: Sequence[str], fields: dict[str, Any]) -> str | None:
 
 
 def _answer(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """What follows the last user turn."""
+    """The turns behind the last user turn."""
     last = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
     return tuple(messages[last + 1 :])
 

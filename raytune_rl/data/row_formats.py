@@ -72,7 +72,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a format makes of a row: the conversation, the columns it used up, notices to count, and whether
+    """A row as a format reads it: the conversation, the columns it used up, notices to count, and whether
     it is a plain text rather than a conversation."""
 
     conversation: Conversation

@@ -23,7 +23,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Context:
-    """What a rule may know besides the row: its number in its source, and the identity."""
+    """The context of a row for a rule: its number in its source, and the identity."""
 
     line: int
     identity: Identity

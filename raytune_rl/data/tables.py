@@ -89,7 +89,7 @@ def _is_list(arrow_type: Any) -> bool:
 
 
 def _decoder(arrow_type: Any, feature: Any, name: str) -> Change | None:
-    """What makes a value of a type out of what `to_pylist` gives; None where they are the same."""
+    """A function that makes a value of a type out of what `to_pylist` gives; None where they are the same."""
     import pyarrow.types as types
 
     if _is_json(arrow_type, feature):
@@ -114,7 +114,8 @@ def _decoder(arrow_type: Any, feature: Any, name: str) -> Change | None:
 
 
 def _presence(arrow_type: Any, feature: Any) -> Change | None:
-    """What leaves out of a decoded value the keys that structs have no value for; None if it has no structs.
+    """A function that leaves out of a decoded value the keys that structs have no value for; None if it has
+    no structs.
 
     A null inside of what was JSON text was written, and stays.
     """
@@ -158,7 +159,7 @@ def _json(text: Any) -> Any:
 
 
 def _text_or_json(text: Any) -> Any:
-    """What stands where a text is expected: a text, null, turns, or parts of a content; of all else the JSON
+    """The value where a text is expected: a text, null, turns, or parts of a content; of all else the JSON
     itself."""
     value = _json(text)
     items = [value] if isinstance(value, dict) else value

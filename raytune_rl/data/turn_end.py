@@ -116,7 +116,9 @@ def closed(
 
 
 def _ending(end: TurnEnd, messages: Sequence[Message], text: str, stop: int, render: Render) -> str:
-    """What ends the last answer; behind a tool's call another role speaks next, so its mark may differ."""
+    """The mark that ends the last answer; behind a tool's call another role speaks next, so its mark may
+    differ.
+    """
     if end.marks and messages[-1].tool_calls:
         try:
             longer = render([*messages, Message("tool", _NEXT)], generation_prompt=False)
@@ -153,7 +155,7 @@ def _first_mark(text: str, tokenizer: Any, marks: set[int]) -> int | None:
 
 
 def _between(render: Render) -> tuple[str, str]:
-    """What stands between an answer and the next question, and of that what opens any question; empty if the
+    """The text between an answer and the next question, and of that what opens any question; empty if the
     template does not say."""
     try:
         asked = render([_ASKED], generation_prompt=False)

@@ -1,4 +1,4 @@
-"""What becomes of a trained model: merged into its base, uploaded to a hub.
+"""The export of a trained model: merged into its base, uploaded to a hub.
 
 Needs neither Ray nor a GPU. `run` is what the command line calls.
 """

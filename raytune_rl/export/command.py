@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export did.
+    """The result of an export.
 
     Attributes:
         merged: the model that was written, if a merge was asked for.

@@ -1,4 +1,4 @@
-"""What can go wrong in an export, by name. Each message says what to do."""
+"""Errors of an export, by name. Each message says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export asks of a hub, whichever it is."""
+"""The interface of a hub to an export, whichever it is."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Hub(Protocol):
         ...
 
     def files(self, repo_id: str) -> dict[str, RemoteFile]:
-        """What is in the repository, by relative name."""
+        """The files in the repository, by relative name."""
         ...
 
     def url(self, repo_id: str) -> str:

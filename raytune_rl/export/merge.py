@@ -29,7 +29,7 @@ REPORT = "export.json"
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote.
+    """The result of a merge.
 
     Attributes:
         path: the model's folder.

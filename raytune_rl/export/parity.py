@@ -42,7 +42,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Parity:
-    """What the comparison found.
+    """The result of the comparison.
 
     Attributes:
         difference: largest absolute difference between the two models' logits.

@@ -29,7 +29,7 @@ _SHORTEST_TOKEN = 8
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was uploaded.
+    """The result of an upload.
 
     Attributes:
         hub: "ModelScope" or "Hugging Face".

@@ -1,4 +1,4 @@
-"""What an export starts from: the adapter's folder, and the base model that it was trained on."""
+"""The source of an export: the adapter's folder, and the base model that it was trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM cannot do with a model on a CPU: set otherwise where the user left it open, refused where not."""
+"""Limits of vLLM with a model on a CPU: set otherwise where the user left it open, refused where not."""
 
 from __future__ import annotations
 

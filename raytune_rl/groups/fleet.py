@@ -240,7 +240,7 @@ class RewardGroup:
 
 
 def reward_columns(trajectories: Sequence[Trajectory], state: TrainerState) -> dict[str, Any]:
-    """What reward functions receive beside the data set's columns, under ms-swift's names."""
+    """The columns that reward functions receive beside the data set's, under ms-swift's names."""
     return {
         "prompt_id": [str(t.prompt) for t in trajectories],
         "request_id": [f"{t.prompt}-{t.episode.sample}" for t in trajectories],

@@ -33,7 +33,7 @@ class Learner:
     metric_names: Mapping[str, str] = field(default_factory=dict)
 
     def batch(self, step: TrainBatch, taken: frozenset[str]) -> TrainBatch:
-        """What it gets of a step; `taken` are all columns that one learner alone gets."""
+        """Its part of a step; `taken` are all columns that one learner alone gets."""
         columns = step.columns.keys() - taken if self.takes is None else self.takes | {ROW_COLUMN}
         scalars = {n: v for n, v in step.scalars.items() if self.scalars is None or n in self.scalars}
         own_batch = TrainBatch(step.rows, step.lengths, step.keep(columns).columns, scalars)

@@ -94,7 +94,7 @@ def training_of(config: TrainConfig, groups: Groups, name: str = "policy") -> Tr
 def device_plans(
     config: TrainConfig, groups: Groups, sizes: Sizes, device_bytes: int | None
 ) -> list[DevicePlan]:
-    """What lies on a GPU: one plan for all where groups share them, else one a group."""
+    """The memory plan of a GPU: one plan for all where groups share them, else one a group."""
     how = training_of(config, groups)
     processes = [memory_plan.trainer("policy", TRAINING, sizes.policy, how)]
     if isinstance(config, RLHFConfig):

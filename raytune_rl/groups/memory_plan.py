@@ -23,7 +23,7 @@ LOGIT_BUFFERS = 4 * 2**26 * 4
 ENGINE_WORKING = int(1.5 * GIB)
 """An engine's activations and CUDA graphs."""
 ENGINE_ASLEEP = int(1.0 * GIB)
-"""What stays of an engine that sleeps, beside its context: CUDA graphs and workspaces."""
+"""Memory that stays of an engine that sleeps, beside its context: CUDA graphs and workspaces."""
 BUCKET = int(2e8)
 """Most elements of DeepSpeed's gradient bucket here; see `workers.engine`."""
 LIVE = int(1e9)
@@ -232,7 +232,7 @@ def _gradients(size: ModelSize, how: Training) -> int:
 
 
 def activations(size: ModelSize, how: Training) -> int:
-    """What a forward pass keeps for its backward, and what that makes on its way."""
+    """Memory that a forward pass keeps for its backward, and that the backward makes on its way."""
     layer = _layer_bytes(size, how.bytes_each, adapter=size.trained > size.trained_16_bit)
     if not how.checkpointing:
         return how.tokens * layer * size.layers

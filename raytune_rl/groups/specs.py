@@ -34,7 +34,9 @@ TOKENS_GPU, TOKENS_CPU = 16384, 2048
 def model_spec(
     config: TrainConfig, on_gpu: bool, takes_media: bool = False, modalities: Sequence[Modality] = ()
 ) -> ModelSpec:
-    """What policy and reference load: whether it takes media, and their modalities in the data."""
+    """The model settings of policy and reference: whether it takes media, and their modalities in the
+    data.
+    """
     assert config.model is not None
     return ModelSpec(
         path=config.model,
@@ -57,7 +59,7 @@ def model_spec(
 def reference_spec(
     config: PreferenceConfig, groups: Groups, takes_media: bool = False
 ) -> tuple[ModelSpec, ScoreSettings]:
-    """What a reference worker is told that holds another model than the one training starts from."""
+    """The model settings of a reference that is another model than the one training starts from."""
     path = config.ref_model or config.model
     assert path is not None
     spec = replace(model_spec(config, groups.on_gpu, takes_media), path=path, adapters=config.ref_adapters)
@@ -65,7 +67,9 @@ def reference_spec(
 
 
 def online_reference(config: RLHFConfig, policy: ModelSpec) -> ModelSpec:
-    """What a reference worker of online RL loads: what the policy starts from, unless the user names it."""
+    """The model settings of a reference worker of online RL: the policy's start, unless the user names
+    another.
+    """
     if not (config.ref_model or config.ref_adapters):
         return policy
     return replace(policy, path=config.ref_model or policy.path, adapters=config.ref_adapters)
@@ -136,7 +140,7 @@ def max_tokens(config: TrainConfig, on_gpu: bool) -> int:
 
 
 def tuner(config: TrainConfig, dropout: float) -> TunerSettings:
-    """What is trained."""
+    """The part of the model that is trained."""
     return TunerSettings(
         tuner_type=config.train_type,
         lora_rank=config.lora_rank,
@@ -209,7 +213,7 @@ def critic_spec(
     takes_media: bool = False,
     modalities: Sequence[Modality] = (),
 ) -> TrainerSpec:
-    """What a critic rank is told. It starts from the first reward model that is a classifier, which knows
+    """The settings of a critic rank. It starts from the first reward model that is a classifier, which knows
     already what is good, else from the policy's base with a new head.
     """
     policy = policy_spec(
@@ -244,7 +248,7 @@ def check_readable(config: RLHFConfig, media: MediaCounts) -> None:
 
 
 def reward_model_spec(config: RLHFConfig, groups: Groups) -> RewardModelSpec:
-    """What a reward model worker is told."""
+    """The settings of a reward model worker."""
     several = len(config.reward_model) > 1
     base = replace(model_spec(config, groups.on_gpu), adapters=(), quant_bits=None)
     return RewardModelSpec(
@@ -295,7 +299,7 @@ def engine_spec(
     rank: int,
     media: dict[str, int] | None = None,
 ) -> EngineSpec:
-    """What a rollout worker is told; `media` are the limits of a model that takes media."""
+    """The settings of a rollout worker; `media` are the limits of a model that takes media."""
     assert config.model is not None
     on_gpu = groups.on_gpu
     eager = not on_gpu if config.vllm_enforce_eager is None else config.vllm_enforce_eager
@@ -325,8 +329,8 @@ def engine_spec(
 
 
 def gpu_share(config: RLHFConfig, groups: Groups) -> float:
-    """What vLLM may take of a GPU's memory: it refuses to start where less is free, and beside it the policy
-    holds its weights.
+    """The share of a GPU's memory that vLLM may take: it refuses to start where less is free, and beside it
+    the policy holds its weights.
     """
     if config.vllm_gpu_memory_utilization is not None:
         return config.vllm_gpu_memory_utilization
@@ -337,8 +341,8 @@ def gpu_share(config: RLHFConfig, groups: Groups) -> float:
 
 
 def sleep_level(config: RLHFConfig, groups: Groups) -> int:
-    """What engines give up while others work: nothing where nobody shares their GPUs. Unless the user says,
-    1 where an adapter comes to weights that stay, 2 where the next version overwrites them all.
+    """The memory that engines give up while others work: nothing where nobody shares their GPUs. Unless the
+    user says, 1 where an adapter comes to weights that stay, 2 where the next version overwrites them all.
     """
     if not (groups.on_gpu and groups.colocated):
         return 0

@@ -89,7 +89,7 @@ class OnlineGroups:
 
 @dataclass(frozen=True)
 class OnlineSetup:
-    """What the groups of an online run are started with.
+    """The settings that the groups of an online run are started with.
 
     Attributes:
         config: Of the run.
@@ -120,7 +120,7 @@ class OnlineSetup:
 
     @property
     def policy(self) -> TrainerSpec:
-        """What a policy rank is told."""
+        """The settings of a policy rank."""
         config, account = self.config, self.prompts.account
         spec = specs.policy_spec(
             config,

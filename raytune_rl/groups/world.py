@@ -57,7 +57,7 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank has of a batch.
+    """One rank's share of a batch.
 
     Attributes:
         batch: Its rows, numbered anew, in micro-batches.

@@ -44,7 +44,7 @@ ROWS_AT_A_TIME = 256
 
 @dataclass(frozen=True)
 class InferResult:
-    """What was answered.
+    """The result of a run of `infer`.
 
     Attributes:
         answers: How many.

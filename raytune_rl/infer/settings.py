@@ -22,7 +22,7 @@ LEAST_CACHE = 256 * 2**20
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model its cache depends on.
+    """The shape of a model that its cache depends on.
 
     Attributes:
         max_positions: The longest sequence it takes, tokens; None if it does not say.

@@ -1,4 +1,4 @@
-"""What is to be tried: a whole model, or a base model with the adapter that was trained on it."""
+"""The model to be tried: a whole model, or a base model with the adapter that was trained on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raytune_rl.tracking.run_dir import RunDir
 
 @dataclass(frozen=True)
 class Source:
-    """What the engines serve.
+    """The model that the engines serve.
 
     Attributes:
         model: Local folder of the weights.

@@ -77,7 +77,7 @@ def check_fits(model: str, adapter: str, *, trust_remote_code: bool = False) -> 
 
 
 def _why(error: Exception) -> str:
-    """What is wrong, from an error of PEFT or torch; sizes are named."""
+    """The reason, from an error of PEFT or torch; sizes are named."""
     found = _MISMATCH.findall(str(error))
     if not found:
         return first_line(error)

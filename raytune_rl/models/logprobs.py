@@ -104,7 +104,7 @@ def _is_plain_linear(head: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _LogitShape:
-    """What happens to the head's output before the softmax, in place, and its derivative."""
+    """The change of the head's output before the softmax, in place, and its derivative."""
 
     inverse_temperature: float
     softcap: float | None

@@ -72,7 +72,7 @@ def adapter_tensors(directory: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def held_back(settings: Mapping[str, Any], names: Collection[str] = ()) -> list[str]:
-    """What an adapter has that vLLM does not serve; empty if nothing.
+    """The parts of an adapter that vLLM does not serve; empty if none.
 
     Args:
         settings: By PEFT's names.

@@ -1,3 +1,3 @@
-"""What to train, under the name that users of `models` know: the value itself lives in `protocol`."""
+"""Settings of the tuner, under the name that users of `models` know: the value itself lives in `protocol`."""
 
 from raytune_rl.protocol.model import TunerSettings as TunerSettings

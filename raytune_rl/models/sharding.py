@@ -36,7 +36,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint keeps of a module, its children not counted: parameters and persistent buffers."""
+    """The tensors of a module that a checkpoint keeps, its children not counted: parameters and persistent
+    buffers.
+    """
     yield from module.named_parameters(recurse=False)
     passing = module._non_persistent_buffers_set
     yield from ((n, b) for n, b in module.named_buffers(recurse=False) if n not in passing)
@@ -92,7 +94,7 @@ def changing(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Examined:
-    """What is seen of a checkpoint without its data.
+    """The view of a checkpoint without its data.
 
     Attributes:
         info: Transformers' loading info; empty where `why_whole` was clear before.

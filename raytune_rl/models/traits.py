@@ -1,4 +1,6 @@
-"""What of a model's architecture decides how an engine can be set up for it, read from its configuration."""
+"""Traits of a model's architecture that decide how an engine can be set up for it, read from its
+configuration.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What is trained: everything, or adapters put on top (LoRA, DoRA, rsLoRA, QLoRA through a quantised
-base)."""
+"""The trained part of a model: everything, or adapters put on top (LoRA, DoRA, rsLoRA, QLoRA through a
+quantised base)."""
 
 from __future__ import annotations
 

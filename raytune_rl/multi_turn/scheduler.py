@@ -118,7 +118,7 @@ class MultiTurnScheduler:
         return self.max_turns is not None and current_turn >= self.max_turns
 
     def step(self, infer_request: Request, response_choice: Choice, current_turn: int) -> Mapping[str, Any]:
-        """What comes next.
+        """The next messages of a conversation.
 
         Append messages to `infer_request.messages`, or rewrite the content of its last one, the model's
         answer: what it has in common with what the model said stays, the rest is put in its mouth, and it

@@ -82,7 +82,7 @@ def refuse(config: TrainConfig) -> None:
 
 
 def _nodes(cluster: Described) -> Section:
-    """What there is, as a part of the plan."""
+    """The machine and data that there are, as a part of the plan."""
     rows = [
         (name, f"{have.get('GPU', 0):g} GPUs, {have.get('CPU', 0):g} CPUs")
         for name, have in cluster.info.nodes.items()

@@ -1,4 +1,4 @@
-"""What a generation tells: its metrics, its completions, and that there was nothing to learn from it."""
+"""The records of a generation: its metrics, its completions, and that there was nothing to learn from it."""
 
 from __future__ import annotations
 

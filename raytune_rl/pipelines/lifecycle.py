@@ -1,5 +1,5 @@
-"""What every training run has: a directory, a log, a display, checkpoints, a way to stop it and a way to go
-on.
+"""The parts of every training run: a directory, a log, a display, checkpoints, a way to stop it and a way
+to go on.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def note(message: str) -> None:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished (or interrupted) run gives back.
+    """The result of a finished (or interrupted) run.
 
     Attributes:
         run_dir: Everything the run wrote.
@@ -178,7 +178,7 @@ def _changed_settings(config: TrainConfig, run_dir: RunDir) -> list[str]:
 
 
 class Saves(Protocol):
-    """What a checkpoint is made of."""
+    """The content of a checkpoint."""
 
     def save(self, directory: Path, only_model: bool) -> None:
         """Writes the model, and all else that a resumed run needs unless only the model is wanted."""

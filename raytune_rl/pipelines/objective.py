@@ -1,5 +1,5 @@
-"""What a run over prepared rows learns: the one place where an algorithm's name becomes a loss, a shape of
-data and weights. The loop itself (`offline`) knows no algorithm.
+"""The objective of a run over prepared rows: the one place where an algorithm's name becomes a loss, a
+shape of data and weights. The loop itself (`offline`) knows no algorithm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Weights = Mapping[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a unit of the data is: what batches count and what is drawn.
+    """A unit of the data: what batches count and what is drawn.
 
     Attributes:
         task: How rows are read and encoded.
@@ -69,7 +69,7 @@ LABELLED = Shape("labels", "rows", 2, (0,), (1,), _row_mean)
 
 @dataclass(frozen=True)
 class Objective:
-    """What to learn.
+    """The objective.
 
     Attributes:
         title: What a user calls it.
@@ -92,7 +92,7 @@ class Objective:
 
     @property
     def row_values(self) -> tuple[str, ...]:
-        """What the loss must be told of each row."""
+        """The values of each row that the loss needs."""
         return self.loss.required_rows(self.settings)
 
 
@@ -114,7 +114,7 @@ def supervised() -> Objective:
 
 
 def preference(config: PreferenceConfig) -> Objective:
-    """What `rlhf_type` and its flags ask for.
+    """The objective that `rlhf_type` and its flags ask for.
 
     Raises:
         ConfigError: A setting that the loss refuses, or a loss of a plugin that cannot be used here.

@@ -293,7 +293,9 @@ class OfflineRun:
                     run.save(self.policy.world, self.position)
 
     def next_units(self) -> Units:
-        """What the next step is about: the data in memory, or the stream's window as an epoch of its own."""
+        """The rows of the next step's epoch: the data in memory, or the stream's window as an epoch of its
+        own.
+        """
         if self.stream is None:
             return self.order.batch(self.run.step)
         if self.taken == self.order.batches_per_epoch:
@@ -307,7 +309,7 @@ class OfflineRun:
 
     @property
     def position(self) -> dict[str, int]:
-        """What a checkpoint must know of the data beside the step."""
+        """The data position that a checkpoint keeps beside the step."""
         if self.stream is None:
             return {}
         return {"window": self.stream.number, "batches_of_window": self.taken}
@@ -338,7 +340,7 @@ class OfflineRun:
         return batch.with_columns(ref_logprobs=[data.columns[row] for row in rows])
 
     def scalars(self, data: ScoredSet, units: Units) -> dict[str, NDArray[np.float64]]:
-        """What the loss is told of each row of a batch: weights, and what it must know of the whole."""
+        """Scalars of each row of a batch for the loss: weights, and what it must know of the whole."""
         objective, rows = self.objective, self.trained(units)
         scalars = dict(objective.shape.weights(data.rows.loss_lengths[rows]))
         scalars |= {name: values[rows] for name, values in data.rows.values.items()}

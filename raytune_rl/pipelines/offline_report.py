@@ -1,4 +1,4 @@
-"""What a run over rows that are there beforehand tells: its plan, its summary."""
+"""Reports of a run over rows that are there beforehand: its plan, its summary."""
 
 from __future__ import annotations
 

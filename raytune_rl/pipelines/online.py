@@ -221,7 +221,7 @@ class OnlineRun:
                 self.after_generation(last)
 
     def credited(self, collected: Collected) -> Credited:
-        """What each completion earned, in a batch that has all that the loss needs."""
+        """The advantages of the completions, in a batch that has all that the loss needs."""
         experience, actors, timer = collected.kept, self.actors, self.run.timer
         trajectories = batch_of(experience.batch)
         batch = trajectories
@@ -297,8 +297,8 @@ class OnlineRun:
         self.guard.prove(version)
 
     def after_generation(self, last: bool) -> None:
-        """What is due: the reference's move, evaluation, checkpoint. A step inside a generation counts at its
-        end.
+        """Does what is due: the reference's move, evaluation, checkpoint. A step inside a generation counts
+        at its end.
         """
         run, config, epoch = self.run, self.config, self.schedule.steps_per_epoch
         per = self.schedule.batch.optimizer_steps_per_generation * config.num_iterations

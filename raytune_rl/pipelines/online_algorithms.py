@@ -20,7 +20,7 @@ from raytune_rl.rewards.plugins import load_plugins
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What an online run learns by.
+    """The algorithm of an online run.
 
     Attributes:
         loss: As the trainer is told.

@@ -1,4 +1,4 @@
-"""What a run tells: the plan before it, the metrics of each step, the summary after it. Pure: values in,
+"""The reports of a run: the plan before it, the metrics of each step, the summary after it. Pure: values in,
 values out.
 """
 
@@ -420,7 +420,7 @@ def _without_signal(state: RunState) -> list[str]:
 
 
 def next_commands(config: TrainConfig, result: RunResult) -> dict[str, str]:
-    """What a user is likely to want next, ready to be copied."""
+    """The commands that a user is likely to want next, ready to be copied."""
     commands = {}
     if result.status == "interrupted" and result.last_checkpoint is not None and not config.save_only_model:
         commands["resume"] = f"add to the same command: --resume_from_checkpoint {result.last_checkpoint}"

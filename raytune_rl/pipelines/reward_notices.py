@@ -1,4 +1,4 @@
-"""What is said of rewards that fail: each way to fail once, by name; how often is in the metrics."""
+"""Notices on rewards that fail: each way to fail once, by name; how often is in the metrics."""
 
 from __future__ import annotations
 

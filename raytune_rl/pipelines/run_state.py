@@ -1,4 +1,4 @@
-"""What an online run has come to: counted as it goes on, saved and restored as one thing."""
+"""The state of an online run: counted as it goes on, saved and restored as one thing."""
 
 from __future__ import annotations
 
@@ -67,6 +67,6 @@ class RunState:
         }
 
     def account(self) -> PromptCounts:
-        """What became of every prompt that was sampled from for training."""
+        """The fate of every prompt that was sampled from for training."""
         counts, failures = dict(+self.prompt_counts), dict(+self.prompt_failures)
         return PromptCounts(counts.pop("dispatched", 0), counts.pop("finished", 0), counts, failures)

@@ -1,4 +1,4 @@
-"""What a loss must know of its whole step, and where the driver takes it from.
+"""Values that a loss must know of its whole step, and where the driver takes it from.
 
 Some of it follows from the order of the rows, some stands in the data, and some depends on where the policy
 is now: a baseline, or what a value is to be compared with. For that the step's rows are scored first, under

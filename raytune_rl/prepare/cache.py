@@ -173,7 +173,7 @@ def _here(account: Account, quarantine: Path) -> Account:
 
 
 def _state(path: str) -> list[int] | None:
-    """What shows that a file was written again; None if it is gone."""
+    """Size and time of a file, which change when it is written again; None if it is gone."""
     try:
         status = os.stat(path)  # noqa: PTH116 (thousands of them)
     except OSError:

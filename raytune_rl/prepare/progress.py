@@ -31,7 +31,7 @@ class RowProgress:
 
 
 def stream_progress(work: Callable[[Tell], Iterable[Any]]) -> Iterator[Any]:
-    """What `work` tells, as it does, and then what it gives back, item by item.
+    """Yields the sentences that `work` reports, as it does, and then its results, item by item.
 
     Raises:
         Exception: Whatever `work` raised.

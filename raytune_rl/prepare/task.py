@@ -1,4 +1,4 @@
-"""What runs in the data task: reading, understanding and tokenizing rows, on the driver's own machine."""
+"""The data task: reading, understanding and tokenizing rows, on the driver's own machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from raytune_rl.protocol.model import Traits
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What of a model its data depends on.
+    """The facts of a model that its data depend on.
 
     Attributes:
         tokenizer: Its tokenizer.
@@ -219,7 +219,7 @@ def _encode(
 
 
 def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: MediaPlaces) -> RowsEncoder:
-    """What makes columns and facts of examples, their report and a file for bad rows."""
+    """A function that makes columns and facts of examples, their report and a file for bad rows."""
     from raytune_rl.data.encode import MediaSettings, encode_sft
     from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 

@@ -1,1 +1,1 @@
-"""What crosses a process border: frozen values, and nothing that behaves. No ray and no torch at import."""
+"""Values that cross a process border: frozen, and nothing that behaves. No ray and no torch at import."""

@@ -53,7 +53,7 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class Account:
-    """What became of every row of the data.
+    """An account of every row of the data.
 
     Attributes:
         sources: The data sets.

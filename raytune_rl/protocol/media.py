@@ -12,7 +12,7 @@ preparation of videos."""
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """What the user asks for; None leaves it to the model's processor.
+    """The user's limits; None leaves it to the model's processor.
 
     Attributes:
         max_pixels: Most pixels of a picture.
@@ -34,7 +34,7 @@ class MediaLimits:
 
 
 NO_LIMITS = MediaLimits()
-"""What the model's processor does by itself."""
+"""No limits but those of the model's processor."""
 
 
 Modality = Literal["image", "video", "audio"]

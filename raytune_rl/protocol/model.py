@@ -101,7 +101,7 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class Traits:
-    """What of a model's architecture decides how an engine is set up.
+    """Traits of a model's architecture that decide how an engine is set up.
 
     Attributes:
         experts: It is a mixture of experts.
@@ -118,7 +118,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class TunerSettings:
-    """What to train; names and defaults are ms-swift's.
+    """Settings of the tuner; names and defaults are ms-swift's.
 
     Attributes:
         tuner_type: "full" or "lora".

@@ -1,4 +1,4 @@
-"""What is scored and what comes of it, between driver, reward workers and their child processes.
+"""Requests for rewards and their results, between driver, reward workers and their child processes.
 
 numpy is imported for the type checker alone: the children import this module and should start fast.
 """
@@ -21,16 +21,16 @@ RUN_COLUMNS = (
     "prompt_id", "request_id", "finish_reason", "is_truncated", "completion_tokens", "trainer_state",
     "num_turns", "rollout_infos", "response_token_ids",
 )  # fmt: skip
-"""What reward functions receive beside the data set's columns: names of ms-swift, and `completion_tokens`.
-`response_token_ids` are the tokens that the model sampled, of all its turns. Rows with media have `images`,
-`videos` and `audios` too, see `workers.reward`."""
+"""The columns that reward functions receive beside the data set's: names of ms-swift, and
+`completion_tokens`. `response_token_ids` are the tokens that the model sampled, of all its turns. Rows with
+media have `images`, `videos` and `audios` too, see `workers.reward`."""
 
 FailureKind = Literal["exception", "timeout", "crash", "invalid"]
 
 
 @dataclass(frozen=True)
 class Unscored:
-    """What a reward function returns in place of a number for a sample that it could not score.
+    """The value that a reward function returns in place of a number for a sample that it could not score.
 
     `None` says "this reward does not apply here"; `Unscored` says "it should have, and this is why it did
     not".
@@ -99,7 +99,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What ms-swift's reward functions may ask of `trainer_state`: how far the run has come."""
+    """The progress of the run, as ms-swift's reward functions read it from `trainer_state`."""
 
     global_step: int
     max_steps: int
@@ -107,7 +107,7 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """What is scored: completions, and what the reward functions get beside them.
+    """A request for rewards: completions, and what the reward functions get beside them.
 
     Attributes:
         texts: The completions.

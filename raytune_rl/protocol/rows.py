@@ -106,7 +106,7 @@ class TrainBatch:
         return self.keep(self.columns.keys() - set(columns))
 
     def message(self, micro_batches: Sequence[Sequence[int]] = ()) -> RowBatch:
-        """What a worker is sent: every object is named once.
+        """The message to a worker: every object is named once.
 
         Args:
             micro_batches: Row numbers of each.

@@ -1,4 +1,4 @@
-"""What a training rank is told, and what it answers."""
+"""Specs and results of a training rank."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class TrainerSpec:
 
 @dataclass(frozen=True)
 class TrainerFacts:
-    """What rank 0 tells after loading.
+    """Facts that rank 0 reports after loading.
 
     Attributes:
         trainable, total: Numbers of parameters.
@@ -158,7 +158,7 @@ class EstimateSettings:
 
 @dataclass(frozen=True)
 class EstimateFacts:
-    """What the driver is told of a worker's share.
+    """Facts on a worker's share, for the driver.
 
     Attributes:
         advantages, returns, errors: `algorithms.moments.Moments` over the tokens of rows that have a score;
@@ -174,7 +174,7 @@ class EstimateFacts:
 
 @dataclass(frozen=True)
 class Estimates:
-    """What the critic makes of a generation.
+    """The critic's estimates for a generation.
 
     Attributes:
         columns: By name, where each row's column lies: "advantages", whitened, "returns" and "old_values".

@@ -1,4 +1,4 @@
-"""What a published version of the weights is made of."""
+"""The parts of a published version of the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs in the process of the reward functions (see `keeper`): they are called on what the parent sends.
+"""The process of the reward functions (see `keeper`): they are called on what the parent sends.
 
 They run in its main thread, which is where signal-based timers work. Nothing here raises into the parent:
 every outcome is a value.
@@ -37,7 +37,7 @@ NOT_BEGUN = struct.pack(PROGRESS, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """What a child needs to build its reward functions."""
+    """Settings from which a child builds its reward functions."""
 
     names: tuple[str, ...]
     plugin_files: tuple[str, ...]
@@ -47,7 +47,9 @@ class ChildSpec:
 
 @dataclass(frozen=True)
 class Built:
-    """What a child has built: each function's label, needed columns, whether async; or why it could not."""
+    """The reward functions that a child has built: each function's label, needed columns, whether async; or
+    why it could not.
+    """
 
     labels: tuple[str, ...] = ()
     required: tuple[tuple[str, ...], ...] = ()

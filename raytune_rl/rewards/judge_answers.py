@@ -1,4 +1,4 @@
-"""What a judge is asked with, and what it answers: values under ms-swift's names."""
+"""Requests to a judge and its answers: values under ms-swift's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a child of a sandbox is: a keeper, with the process that runs the reward functions below it.
+"""A child of a sandbox: a keeper, with the process that runs the reward functions below it.
 
     reward worker --- fork server --- keeper --- functions --- whatever they start
 
@@ -81,7 +81,7 @@ def prepare(spec: ChildSpec) -> None:
 
 
 def describe() -> Built:
-    """What the functions' process has built."""
+    """The reward functions that their process has built."""
     functions = _ready()
     return functions.built if isinstance(functions, _Functions) else Built(error=functions.message)
 

@@ -13,7 +13,7 @@ from raytune_rl.rewards.sandbox import Sandbox
 
 @dataclass(frozen=True)
 class RewardNeeds:
-    """What reward functions cannot do without.
+    """The needs of reward functions.
 
     Attributes:
         names: Of the functions.

@@ -1,4 +1,6 @@
-"""What an answer is: a choice, words, or mathematics with or without a unit; and when two are equal."""
+"""The reading of an answer: a choice, words, or mathematics with or without a unit; and when two are
+equal.
+"""
 
 from __future__ import annotations
 

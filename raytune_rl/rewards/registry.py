@@ -30,7 +30,7 @@ orms: dict[str, Any] = {
 }
 
 PLUGIN_PREFIX = "raytune_rl_plugin_"
-"""What the names of modules that are plugin files begin with."""
+"""The prefix of the names of modules that are plugin files."""
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ class Sandbox:
     def _answer(
         self, call: _Call | Unscored, queued_s: float = 0.0, end: float = math.inf, retry: bool = True
     ) -> Any:
-        """What a call returned, or an `Unscored` that says why it returned nothing.
+        """The value that a call returned, or an `Unscored` that says why it returned nothing.
 
         The keeper keeps functions to their limits, so waiting ends here only if the keeper itself does not
         answer, or the time for all functions is over: after `queued_s` (for this call and those before it,

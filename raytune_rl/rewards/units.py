@@ -99,7 +99,7 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
 
 
 def read_unit(text: str) -> Unit:
-    """What a unit means."""
+    """The meaning of a unit."""
     text = _COMPOUND.get(text.strip().lower(), text.strip())
     top, _, bottom = re.sub(r"\bper\b", "/", text).partition("/")
     above = _simple(top)

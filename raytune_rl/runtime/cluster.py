@@ -41,7 +41,7 @@ NODE_ID = "ray.io/node-id"
 
 @dataclass(frozen=True)
 class ClusterInfo:
-    """What the cluster offers.
+    """The resources of the cluster.
 
     Attributes:
         started_here: True when this process started the cluster and will stop it.

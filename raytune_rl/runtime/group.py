@@ -42,7 +42,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What happens when a worker is lost.
+    """The replacement of a worker that is lost.
 
     Attributes:
         set_up: What a new worker is called with first, to be as the others are.

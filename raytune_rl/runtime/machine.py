@@ -1,5 +1,5 @@
-"""What a cluster of one's own, and the libraries in its workers, need of a machine: a folder short enough for
-sockets, a home for caches, a token.
+"""The needs of a cluster of one's own, and of the libraries in its workers, on a machine: a folder short
+enough for sockets, a home for caches, a token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket on Linux."""
 _BELOW = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.99"
 LONGEST_TMPDIR = SOCKET_PATH_BYTES - len(_BELOW)
-"""What Ray adds to its temporary folder leaves so many bytes for that."""
+"""Bytes that are left for the temporary folder beside what Ray adds to it."""
 SHORT = Path("/tmp")
 
 
@@ -64,8 +64,8 @@ def private_folder(name: str) -> Path:
 
 
 def missing_identity(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a user without a name or a home needs in the environment, as containers run with any user id:
-    libraries look both up for their caches.
+    """Variables that a user without a name or a home needs in the environment, as containers run with any
+    user id: libraries look both up for their caches.
 
     Returns:
         USER, and HOME where there is none that can be written to; nothing for an ordinary user.

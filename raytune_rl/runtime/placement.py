@@ -17,7 +17,7 @@ from raytune_rl.errors import PlacementError
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """What a group of workers of one role needs.
+    """The needs of a group of workers of one role.
 
     Attributes:
         name: Role name, such as "policy".

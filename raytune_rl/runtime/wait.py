@@ -74,7 +74,7 @@ def fetch(pending: Pending) -> Any:
 
 
 def _failure(pending: Pending, error: RayTaskError) -> RaytuneError:
-    """What a worker raised, under the name it deserves."""
+    """The error that a worker raised, under the name it deserves."""
     if isinstance(error.cause, WorkerDiedError):  # a process that does the worker's work
         return WorkerDiedError(f"{pending.who} died during '{pending.what}': {error.cause}")
     if isinstance(error.cause, RaytuneError):

@@ -43,7 +43,7 @@ class Problem:
         return f"{self.left}+{self.right}"
 
     def completion(self, answer: int) -> str:
-        """What an assistant says who arrives at `answer`: 15 tokens, in the `format` reward's form."""
+        """The words of an assistant who arrives at `answer`: 15 tokens, in the `format` reward's form."""
         return f"<think>{self.sum}={answer}</think><answer>{answer}</answer>"
 
 
@@ -78,7 +78,7 @@ def problems() -> list[Problem]:
 
 
 def question(problem: Problem, *, in_words: bool) -> str:
-    """What the user asks: `12+37=?`, or `What is twelve plus thirty-seven?`."""
+    """The user's question: `12+37=?`, or `What is twelve plus thirty-seven?`."""
     if not in_words:
         return f"{problem.sum}=?"
     return f"What is {number_in_words(problem.left)} plus {number_in_words(problem.right)}?"
@@ -142,7 +142,9 @@ def write_dataset(
 
 
 def corpus() -> Iterator[str]:
-    """What the tiny tokenizer learns its merges from: numbers in words and the questions' wording."""
+    """The text that the tiny tokenizer learns its merges from: numbers in words and the questions'
+    wording.
+    """
     for number in range(100):
         yield f"What is {number_in_words(number)} plus {number_in_words(99 - number)}?"
         yield f"What is {number_in_words(number)} minus {number_in_words(99 - number)}?"

@@ -84,7 +84,7 @@ def write_shapes(
 
 
 def corpus() -> list[str]:
-    """What a tokenizer learns the captions' words from."""
+    """The text that a tokenizer learns the captions' words from."""
     return [f"{QUESTION} A {colour} {shape}." for colour in COLOURS for shape in SHAPES] * 5
 
 

@@ -1,1 +1,1 @@
-"""What a run leaves behind and shows: its directory, log, checkpoints, completions, plots, plan, summary."""
+"""The records of a run: its directory, log, checkpoints, completions, plots, plan, summary."""

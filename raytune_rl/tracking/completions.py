@@ -1,4 +1,4 @@
-"""What the policy said: completions.jsonl, one row a completion."""
+"""The completions of the policy: completions.jsonl, one row a completion."""
 
 from __future__ import annotations
 

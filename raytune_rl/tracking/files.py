@@ -56,7 +56,7 @@ def _refuse(value: Any) -> Any:
 
 
 def in_short(value: Any) -> str:
-    """What stands in a file for a value of the user's that JSON does not know."""
+    """The form in a file of a value of the user's that JSON does not know."""
     return f"<{len(value)} bytes>" if isinstance(value, (bytes, bytearray)) else str(value)[:200]
 
 
@@ -99,7 +99,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Truncation:
-    """What `truncate_jsonl` did, in lines: kept, dropped as refused, dropped as torn (not whole JSON)."""
+    """The result of `truncate_jsonl`, in lines: kept, dropped as refused, dropped as torn (not whole
+    JSON).
+    """
 
     kept: int
     dropped: int

@@ -21,7 +21,7 @@ from raytune_rl.tracking.run_dir import RunDir
 
 MOST_COMPLETIONS = 4000
 MOST_CHARACTERS = 12_000_000
-"""What the page holds; of a longer run, or of longer completions, the best, the worst and the newest."""
+"""Rows that the page holds; of a longer run, or of longer completions, the best, the worst and the newest."""
 _FIRST = (
     "reward", "loss", "eval_reward", "eval_loss", "kl", "completions/mean_length", "reward_std", "grad_norm",
     "token_acc",

@@ -1,4 +1,4 @@
-"""What a run is going to do, shown before anything heavy starts."""
+"""The plan of a run, shown before anything heavy starts."""
 
 from __future__ import annotations
 

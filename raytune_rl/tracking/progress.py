@@ -93,7 +93,7 @@ class ProgressDisplay:
             self._live.stop()
 
     def phase(self, name: str | None) -> None:
-        """What the run is at now, for the live display; fits `StepTimer(on_phase=display.phase)`."""
+        """Sets the present phase of the run in the live display; fits `StepTimer(on_phase=display.phase)`."""
         self._phase = name
 
     def update(self, step: int, metrics: Mapping[str, Any], times: StepTimes | None = None) -> None:

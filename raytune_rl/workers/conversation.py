@@ -27,7 +27,7 @@ HOOKS_AT_ONCE = 16
 
 
 class Turn(Protocol):
-    """What the engine gives for one turn: int32 tokens `[n]`, their log-probs, text, finish reason."""
+    """The engine's answer for one turn: int32 tokens `[n]`, their log-probs, text, finish reason."""
 
     tokens: NDArray[np.int32]
     logprobs: NDArray[np.float32]
@@ -103,7 +103,7 @@ class Conversation:
 
     @property
     def last_text(self) -> str:
-        """What the model said last."""
+        """The text of the model's last turn."""
         texts = [m["content"] for m in self.request.messages if m.get("role") == "assistant"]
         return texts[-1] if texts else ""
 
@@ -178,7 +178,7 @@ class Conversations:
         return conversations
 
     def _decision(self, one: Conversation, spoken: Turn, turn: int) -> Callable[[], Continuation | None]:
-        """What a thread does for one conversation: asks the hooks, and tells how it goes on, or None."""
+        """The job of a thread for one conversation: it asks the hooks, and returns how to go on, or None."""
         logprobs = {"content": [{"logprob": value} for value in spoken.logprobs.tolist()]}
         choice = Choice(Answer(spoken.text), spoken.tokens.tolist(), spoken.finish_reason, logprobs)
         request, scheduler = one.request, self._scheduler
@@ -268,7 +268,9 @@ _RETURNED = {
 
 
 def _answer(returned: Any) -> Mapping[str, Any]:
-    """What step() returned, as a mapping; earlier versions of ms-swift return the request itself."""
+    """The value that step() returned, as a mapping; earlier versions of ms-swift return the request
+    itself.
+    """
     if returned is None:
         return {}
     if not isinstance(returned, Mapping):

@@ -151,7 +151,7 @@ def learning_rate(spec: OptimizerSpec) -> Rate:
 
 
 def _known(spec: OptimizerSpec, trainable: list[torch.nn.Parameter], dtype: torch.dtype) -> dict[str, Any]:
-    """What DeepSpeed's "auto" values come to."""
+    """The numbers for DeepSpeed's "auto" values."""
     # Adapters beside a bfloat16 base are float32 and can stay so; modules trained whole are as their base.
     bf16 = dtype == torch.bfloat16 and (
         spec.deepspeed.get("bf16", {}).get("enabled") is True

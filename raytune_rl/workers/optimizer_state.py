@@ -111,7 +111,7 @@ def _renew_replicated(optimizer: Any) -> None:
 
 
 def _loss_scaler(engine: Any) -> Any | None:
-    """What adapts the loss scale of float16; None in other types."""
+    """The object that adapts the loss scale of float16; None in other types."""
     if not engine.fp16_enabled():
         return None
     optimizer = engine.optimizer

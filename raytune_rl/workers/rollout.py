@@ -227,7 +227,7 @@ class CompletionRequest:
         return int(np.random.SeedSequence([self.seed, turn]).generate_state(1)[0] & 0x7FFFFFFF)
 
     def conversation(self, extra: Mapping[str, Sequence[Any]]) -> Request:
-        """What a scheduler sees of the prompt's row before the first turn."""
+        """The request that a scheduler sees before the first turn, made of the prompt's row."""
         row = {name: column[self.request.row] for name, column in extra.items()}
         messages = [dict(message) for message in row.pop("messages")]
         return Request(messages, row, f"{self.request.prompt_id}-{self.sample}")

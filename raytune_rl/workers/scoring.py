@@ -1,4 +1,4 @@
-"""What policy, critic and reference have in common: a model built from a spec, and what it gives for rows by
+"""The common part of policy, critic and reference: a model built from a spec, and what it gives for rows by
 reference.
 """
 
@@ -104,7 +104,7 @@ def read_rows(batch: RowBatch, timeout_s: float) -> ReadRows:
 
 
 def media_collator(spec: ModelSpec, loaded: LoadedModel, *, always: bool) -> MediaCollator | None:
-    """What collates the rows of a model that takes media; None for a text model.
+    """The collator of a model that takes media; None for a text model.
 
     Args:
         spec: Of the model.

@@ -257,7 +257,7 @@ class TrainerWorker:
         return loss, metrics, micro.input_ids.numel()
 
     def _forward(self, micro: MicroBatch) -> dict[str, Any]:
-        """What the model gives, under the names that `LossInputs` has for it."""
+        """The model's outputs, under the names that `LossInputs` has for it."""
         import torch
 
         forward, spec = self._loss.forward, self._spec

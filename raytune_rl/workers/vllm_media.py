@@ -42,7 +42,7 @@ class EngineMedia:
 
     @property
     def processor_settings(self) -> Mapping[str, Any] | None:
-        """What vLLM is to set in its own copy of the processor; None if pictures come scaled already."""
+        """Settings for vLLM's own copy of the processor; None if pictures come scaled already."""
         max_pixels = self.limits.max_pixels
         if not max_pixels or self.media.limits.max_pixels is not None:
             return None

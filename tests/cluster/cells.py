@@ -75,7 +75,7 @@ def rows_of(config: SFTConfig, directory: Path) -> Rows:
 
 
 def spec_of(config: SFTConfig, *, vision: bool = False, publish_mode: str | None = None) -> TrainerSpec:
-    """What `specs.policy_spec` tells the ranks on a machine without a GPU."""
+    """The settings by `specs.policy_spec` for the ranks on a machine without a GPU."""
     return TrainerSpec(
         model=specs.model_spec(config, on_gpu=False, takes_media=vision),
         tuner=specs.tuner(config, config.lora_dropout),

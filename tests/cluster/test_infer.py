@@ -1,4 +1,4 @@
-"""What came out of training is tried at once: a file of answers, and a chat."""
+"""The trained model is tried at once: a file of answers, and a chat."""
 
 from __future__ import annotations
 

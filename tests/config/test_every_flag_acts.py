@@ -44,7 +44,9 @@ def read_by_name() -> set[str]:
 
 
 def read_in_families() -> set[str]:
-    """What is read by names that are put together: group sizes, settings of losses, arguments of rewards."""
+    """Settings that are read by names that are put together: group sizes, settings of losses, arguments of
+    rewards.
+    """
     groups = ("policy", "rollout", "reference", "critic", "reward", "reward_model")
     sizes = {n.format(g) for g in groups for n in ("{}_workers", "gpus_per_{}_worker", "cpus_per_{}_worker")}
     losses = {f.name for name in registry.loss_names() for f in fields(registry.get_loss(name).settings_type)}

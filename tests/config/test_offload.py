@@ -1,4 +1,4 @@
-"""What DeepSpeed cannot move is refused before anything starts."""
+"""Parts that DeepSpeed cannot move are refused before anything starts."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def example(*messages, line=1, **extra):
 
 
 def trained_text(tokenizer, encoded, row=0):
-    """What is trained on, decoded span by span."""
+    """The trained tokens, decoded span by span."""
     tokens, mask = encoded.tokens[row], encoded.loss_mask[row]
     borders = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
     return [tokenizer.decode(tokens[a:b]) for a, b in zip(borders[::2], borders[1::2], strict=True)]

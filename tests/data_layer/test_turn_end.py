@@ -1,4 +1,4 @@
-"""What ends an answer: found in any template, trained, and saved."""
+"""The end of an answer: found in any template, trained, and saved."""
 
 from dataclasses import replace
 

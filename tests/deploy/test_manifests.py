@@ -185,7 +185,7 @@ def entrypoint() -> list[str]:
 
 
 def nodes() -> dict[str, dict[str, float]]:
-    """What Ray will say the nodes have, as KubeRay and `rayStartParams` make it."""
+    """The resources that Ray will report for the nodes, as KubeRay and `rayStartParams` make it."""
     have: dict[str, dict[str, float]] = {}
     for name, group, container in groups("RayJob"):
         start_params, limits = group["rayStartParams"], container["resources"]["limits"]

@@ -78,7 +78,7 @@ def train() -> Train:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """What a push takes: an adapter's files among the state of a run. No model is needed to make it."""
+    """The source of a push: an adapter's files among the state of a run. No model is needed to make it."""
     path = tmp_path / "run" / "checkpoint-7"
     (path / "optimizer").mkdir(parents=True)
     (path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')

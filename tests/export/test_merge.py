@@ -45,7 +45,7 @@ def answers(base: Path, *adapters: Path) -> torch.Tensor:
 
 
 def beside(path: Path) -> list[str]:
-    """What else there is, hidden or not."""
+    """The other files, hidden or not."""
     return sorted(p.name for p in path.parent.iterdir() if p.name != path.name)
 
 

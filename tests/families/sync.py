@@ -38,7 +38,7 @@ that."""
 
 @dataclass(frozen=True)
 class Job:
-    """What is tried: `mode` is full, merged, adapter or experts (an adapter on the experts too, merged)."""
+    """The job: `mode` is full, merged, adapter or experts (an adapter on the experts too, merged)."""
 
     family: str
     tied: bool

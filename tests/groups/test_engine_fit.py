@@ -1,4 +1,6 @@
-"""What vLLM cannot do on a CPU is set otherwise, and said; what the user set stays or is refused."""
+"""Settings that vLLM cannot serve on a CPU are set otherwise, and said; what the user set stays or is
+refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a step each model gets, and how their reports become one."""
+"""The part of a step that each model gets, and how their reports become one."""
 
 from __future__ import annotations
 

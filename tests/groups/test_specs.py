@@ -1,4 +1,4 @@
-"""What the groups are told: what a vision model changes in it, and what a machine cannot do."""
+"""The specs of the groups: what a vision model changes in them, and what a machine cannot do."""
 
 from __future__ import annotations
 

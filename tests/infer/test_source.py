@@ -1,4 +1,4 @@
-"""What is tried, found from what training leaves behind."""
+"""The model to be tried, found from what training leaves behind."""
 
 from __future__ import annotations
 

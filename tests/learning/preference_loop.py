@@ -49,7 +49,7 @@ class Broken:
 
 
 class Start:
-    """What every run starts from: models of either kind of head, and the rows, read once."""
+    """The start of every run: models of either kind of head, and the rows, read once."""
 
     def __init__(self, model: Path, files: PreferenceFiles) -> None:
         tokenizer = load_tokenizer(str(model))
@@ -133,7 +133,7 @@ class Learner:
         return total, output.metrics.result()
 
     def sides(self) -> tuple[float, float]:
-        """What the model makes of right and of wrong answers that it never saw: mean log-prob (or score) of a
+        """The model's values of right and of wrong answers that it never saw: mean log-prob (or score) of a
         whole answer, whatever the loss calls its reward."""
         data = self.held_out
         rows = range(len(data.tokens))

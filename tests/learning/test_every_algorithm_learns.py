@@ -49,7 +49,7 @@ class Task:
     seen: list[Problem]
 
     def gain(self, flags: dict[str, Any], spoiled: Spoiled | None = None) -> float:
-        """What training adds to the expected reward on the held-out problems."""
+        """The gain of training in the expected reward on the held-out problems."""
         self.policy.model.load_state_dict(self.start)
         torch.manual_seed(1)
         config = RLHFConfig(

@@ -56,7 +56,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
 
 
 def gains(start: Start, name: str, broken: Broken | None = None) -> tuple[float, float]:
-    """What training adds to right and to wrong answers."""
+    """The gain of training on right and on wrong answers."""
     config = PreferenceConfig(model="tiny", dataset="sums", rlhf_type=name.split()[0], **ALGORITHMS[name])
     learner = Learner(start, config, broken or Broken())
     before = learner.sides()
@@ -66,7 +66,7 @@ def gains(start: Start, name: str, broken: Broken | None = None) -> tuple[float,
 
 
 def gain(start: Start, name: str, broken: Broken | None = None) -> float:
-    """What training adds to the held-out margin."""
+    """The gain of training in the held-out margin."""
     right, wrong = gains(start, name, broken)
     return right - wrong
 

@@ -1,4 +1,4 @@
-"""What a model's config says of dropout, and what is left of it."""
+"""Dropout in a model's config, and what is left of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is seen of a checkpoint before it is loaded cut; loading it takes two ranks (tests/cluster)."""
+"""The view of a checkpoint before it is loaded in shards; loading it takes two ranks (tests/cluster)."""
 
 from __future__ import annotations
 

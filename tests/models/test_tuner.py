@@ -1,4 +1,4 @@
-"""What becomes trainable."""
+"""The parameters that become trainable."""
 
 from __future__ import annotations
 

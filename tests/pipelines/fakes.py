@@ -25,12 +25,12 @@ from raytune_rl.protocol.trajectory import EpisodeFacts, Trajectory
 from raytune_rl.protocol.weights import Manifest
 
 Reward = Callable[[Trajectory], float]
-"""What a completion is worth; NaN: it could not be scored."""
+"""The reward of a completion; NaN: it could not be scored."""
 
 
 @dataclass
 class Stage:
-    """What the stand-ins share.
+    """The common record of the stand-ins.
 
     Attributes:
         calls: Everything that was asked, in order.

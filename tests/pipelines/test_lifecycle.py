@@ -1,4 +1,4 @@
-"""What every run does around its loop, without a cluster."""
+"""The work of every run around its loop, without a cluster."""
 
 from __future__ import annotations
 

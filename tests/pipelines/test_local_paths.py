@@ -1,4 +1,4 @@
-"""What workers are told of paths and lengths: it must hold on another machine, and be refused before they
+"""Paths and lengths for the workers: they must hold on another machine, and be refused before they
 start.
 """
 

@@ -1,4 +1,4 @@
-"""What a run on preferences says before it starts, and what it refuses."""
+"""The plan of a run on preferences, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with rewards and losses is said before Ray is asked for anything or a folder is made."""
+"""Errors in rewards and losses are reported before Ray is asked for anything or a folder is made."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What long work says of itself, and that its failures come through."""
+"""The reports of long work, and that its failures come through."""
 
 from __future__ import annotations
 

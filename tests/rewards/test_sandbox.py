@@ -223,7 +223,7 @@ def test_one_bad_sample_costs_itself_and_the_next_batch_works(sandbox, bad, kind
     ],
 )
 def test_what_is_no_list_of_one_entry_a_completion_rewards_none_of_them(make, name, message):
-    """What returns one value for many would, asked for each alone, look right."""
+    """A function that returns one value for many would, asked for each alone, look right."""
     scores = make(name).score(["a", "b", "c"], {})
     assert np.isnan(scores.values).all()
     assert [(f.row, f.function, f.kind, f.message) for f in scores.failures] == [

@@ -55,7 +55,7 @@ def refusal() -> str:
 
 
 def workers() -> list[tuple[str, list[str]]]:
-    """What real actors see that share a GPU, two by two, over all nodes."""
+    """The devices that real actors see that share a GPU, two by two, over all nodes."""
     groups = [
         GroupSpec("policy", 4, cpus=0.1, gpus=0.6),
         GroupSpec("rollout", 4, cpus=0.1, gpus=0.4, colocate_with="policy"),

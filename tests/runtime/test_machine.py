@@ -1,4 +1,4 @@
-"""What a cluster of one's own needs of a machine: odd TMPDIRs, users without a name or a home, tokens."""
+"""The needs of a cluster of one's own on a machine: odd TMPDIRs, users without a name or a home, tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reaches vLLM's EngineArgs beside what a run decides itself."""
+"""Arguments that reach vLLM's EngineArgs beside what a run decides itself."""
 
 from pathlib import Path
 

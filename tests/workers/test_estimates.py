@@ -48,7 +48,7 @@ def share(held: dict[str, Columns], which: Sequence[int]) -> ReadRows:
 def run(
     parts: Sequence[Sequence[int]], whiten_rewards: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """What the driver does, over the given shares; columns come back in the order of the rows."""
+    """The driver's part, over the given shares; columns come back in the order of the rows."""
     held = columns()
     shares = [(share(held, part), SCORES[list(part)]) for part in parts]
     rewards = merge_moments(reward_moments(*s, SETTINGS) for s in shares) if whiten_rewards else None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Models(Protocol):
-    """What a credit may ask of the models of the run. Token arrays stay with the workers."""
+    """The models of the run, as a credit may ask them. Token arrays stay with the workers."""
 
     def row_kl(self, batch: TrainBatch, estimator: str) -> NDArray[np.float64]:
         """KL to the reference of each row, summed over its tokens, float64 `[n]`, nats; the batch has the
@@ -65,7 +65,7 @@ class Credit(ABC):
     """
 
     no_signal: ClassVar[str] = "in no group do two completions have different rewards"
-    """What is wrong where there is nothing to learn."""
+    """The reason why there is nothing to learn."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -75,7 +75,7 @@ class Credit(ABC):
 
     @abstractmethod
     def assign(self, experience: Experience, batch: TrainBatch, models: Models) -> Credited:
-        """What each row of the batch earned.
+        """Advantages for the rows of the batch.
 
         Args:
             experience: Trajectories and rewards, row by row as in the batch.

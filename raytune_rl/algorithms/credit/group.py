@@ -62,7 +62,7 @@ class GroupRelative(Credit):
 
 
 def group_metrics(found: AdvantageResult) -> dict[str, float]:
-    """What the groups were like, under ms-swift's names."""
+    """Metrics of the groups, under ms-swift's names."""
     groups = max(len(found.groups), 1)
     known = found.group_std[np.isfinite(found.group_std)]
     return {

@@ -81,6 +81,12 @@ def test_every_part_of_the_house_has_a_floor() -> None:
     assert not unknown, f"put {unknown} on a floor: in FLOORS here and in the architecture"
 
 
+def test_contributing_has_the_same_floors() -> None:
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
+    drawn = {int(number): set(re.findall(r"`(\w+)(?:/|\.py)`", text)) & FLOOR.keys() for number, text in rows}
+    assert drawn == dict(enumerate(FLOORS))
+
+
 def test_imports_only_point_down() -> None:
     wrong = []
     for part, path in sources():

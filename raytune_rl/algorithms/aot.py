@@ -31,11 +31,11 @@ REFERENCE = "aot_reference"
 PARTNER = "aot_partner"
 
 
-def _of_equal_rank(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """For each value of `mine`, the value of `theirs` that has the same rank."""
-    found = np.empty_like(mine)
-    found[np.argsort(mine, kind="stable")] = np.sort(theirs)
-    return found
+def _of_equal_rank(values: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """For each value of `values`, the value of `theirs` that has the same rank."""
+    matched = np.empty_like(values)
+    matched[np.argsort(values, kind="stable")] = np.sort(theirs)
+    return matched
 
 
 def paired_partners(policy_margins: ArrayLike, reference_margins: ArrayLike) -> NDArray[np.float64]:
@@ -48,8 +48,8 @@ def paired_partners(policy_margins: ArrayLike, reference_margins: ArrayLike) -> 
     Returns:
         float64 [2 * n_pairs], the row value "aot_reference".
     """
-    mine, theirs = (np.asarray(m, dtype=np.float64) for m in (policy_margins, reference_margins))
-    return np.repeat(_of_equal_rank(mine, theirs), 2)
+    policy, theirs = (np.asarray(m, dtype=np.float64) for m in (policy_margins, reference_margins))
+    return np.repeat(_of_equal_rank(policy, theirs), 2)
 
 
 def unpaired_partners(chosen: ArrayLike, rejected: ArrayLike) -> NDArray[np.float64]:

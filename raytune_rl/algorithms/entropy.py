@@ -55,8 +55,8 @@ def count_high(values: ArrayLike) -> NDArray[np.int64]:
 
 def count_low(values: ArrayLike, high: int) -> NDArray[np.int64]:
     """The same by the low 16 bits, of the values whose high bits are `high`."""
-    found = keys(values)
-    return np.bincount(found[found >> 16 == high] & 0xFFFF, minlength=BUCKETS)
+    value_keys = keys(values)
+    return np.bincount(value_keys[value_keys >> 16 == high] & 0xFFFF, minlength=BUCKETS)
 
 
 def merge(counts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -50,8 +50,8 @@ class Experience:
         """
         if not self.batch:
             return set()
-        compared = group_advantages(self.rewards if rewards is None else rewards, self.group_ids, "none")
-        return {int(g) for g, std in zip(compared.groups, compared.group_std, strict=True) if std > 0}
+        grouped = group_advantages(self.rewards if rewards is None else rewards, self.group_ids, "none")
+        return {int(g) for g, std in zip(grouped.groups, grouped.group_std, strict=True) if std > 0}
 
     def unscored(self) -> set[int]:
         """Groups of which no completion has a reward."""
@@ -127,10 +127,10 @@ def fill_with_signal(
     dull: list[Experience] = []
     have = used = 0
     while have < wanted and used < rounds:
-        found = draw(wanted - have, used)
-        teaching = informative(found)
-        good.append(found.of_groups(teaching))
-        dull.append(found.of_groups(set(found.groups) - teaching))
+        drawn = draw(wanted - have, used)
+        teaching = informative(drawn)
+        good.append(drawn.of_groups(teaching))
+        dull.append(drawn.of_groups(set(drawn.groups) - teaching))
         have += len(teaching)
         used += 1
     rest = join(dull)

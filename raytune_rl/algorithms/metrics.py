@@ -123,8 +123,8 @@ def total_of(values: Tensor) -> Stat:
 
 def ess_of(weights: Tensor) -> Stat:
     """Effective sample size as a fraction, (sum w)^2 / (n sum w^2): 1 for equal weights, 0 if all are 0."""
-    held = weights.detach().double()
-    return Stat("ess", held.sum(), held.numel(), (held**2).sum())
+    detached = weights.detach().double()
+    return Stat("ess", detached.sum(), detached.numel(), (detached**2).sum())
 
 
 def row_means(values: Tensor, row_of: Tensor, n_rows: int) -> Tensor:

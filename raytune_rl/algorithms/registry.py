@@ -166,8 +166,8 @@ class Loss:
         if self.forward != "logprobs" and getattr(inputs, self.forward) is None:
             missing.append(f"a model that gives {self.forward}")
         if missing:
-            there = sorted({*inputs.columns, *inputs.row_values})
-            raise ConfigError(f"loss '{self.name}' needs {', '.join(missing)}; the batch has {there}")
+            available = sorted({*inputs.columns, *inputs.row_values})
+            raise ConfigError(f"loss '{self.name}' needs {', '.join(missing)}; the batch has {available}")
         return self.compute(inputs)
 
 

@@ -62,20 +62,20 @@ else:
 
 def loss_flags() -> dict[str, list[str]]:
     """Every setting of an online loss -> the losses that have it."""
-    found: dict[str, list[str]] = {}
+    readers: dict[str, list[str]] = {}
     for loss in online_losses():
         for one in fields(loss.settings_type):
-            found.setdefault(one.name, []).append(loss.name)
-    return found
+            readers.setdefault(one.name, []).append(loss.name)
+    return readers
 
 
 def credit_flags() -> dict[str, list[str]]:
     """Every flag that a credit declares -> the credits that have it."""
-    found: dict[str, list[str]] = {}
+    readers: dict[str, list[str]] = {}
     for name in credit_names():
         for one in options_of(get_credit(name).make):
-            found.setdefault(one.name, []).append(name)
-    return found
+            readers.setdefault(one.name, []).append(name)
+    return readers
 
 
 def wants_kl_in_reward(config: Any) -> bool:

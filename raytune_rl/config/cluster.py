@@ -25,14 +25,14 @@ def described(text: str) -> tuple[tuple[int, int], ...]:
     """
     nodes = []
     for part in text.split(","):
-        found = _NODE.fullmatch(part.strip())
-        if found is None or int(found[1]) < 1 or float(found[2]) <= 0:
+        node = _NODE.fullmatch(part.strip())
+        if node is None or int(node[1]) < 1 or float(node[2]) <= 0:
             raise ConfigError(
                 f"--cluster: {part.strip()!r} is no node: write GPUs x memory for each, such as "
                 "8x80GiB,8x80GiB."
             )
-        unit = 10**9 if (found[3] or "").upper() == "GB" else 2**30
-        nodes.append((int(found[1]), int(float(found[2]) * unit)))
+        unit = 10**9 if (node[3] or "").upper() == "GB" else 2**30
+        nodes.append((int(node[1]), int(float(node[2]) * unit)))
     return tuple(nodes)
 
 

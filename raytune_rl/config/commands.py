@@ -101,11 +101,11 @@ class RLHFConfig(
         """Whether the reference of the KL is a model of its own: not if it is the policy without its adapter,
         unless the user gives it workers.
         """
-        asked = (
+        wants_reference = (
             self.reference_workers, self.gpus_per_reference_worker, self.cpus_per_reference_worker
         ) != (None, None, None)  # fmt: skip
         other = bool(self.ref_model or self.ref_adapters or self.adapters)
-        return self.beta > 0 and (self.train_type == "full" or other or asked)
+        return self.beta > 0 and (self.train_type == "full" or other or wants_reference)
 
     @model_validator(mode="after")
     def _check_online(self) -> Self:
@@ -175,9 +175,9 @@ class RLHFConfig(
         """DeepSpeed moves what its configuration lets it."""
         zero = presets.load(self.deepspeed).get("zero_optimization", {})
         stage = presets.stage(self.deepspeed)
-        asked = [f"--{name} true" for name in ("offload_model", "offload_optimizer") if getattr(self, name)]
-        if asked and stage == 0:
-            raise ConfigError(f"{', '.join(asked)} needs ZeRO: --deepspeed zero2 rather than zero0.")
+        flags = [f"--{name} true" for name in ("offload_model", "offload_optimizer") if getattr(self, name)]
+        if flags and stage == 0:
+            raise ConfigError(f"{', '.join(flags)} needs ZeRO: --deepspeed zero2 rather than zero0.")
         if self.offload_optimizer and stage == 3:
             raise ConfigError(
                 "--offload_optimizer true: DeepSpeed cannot move the optimizer's state under ZeRO stage 3. "

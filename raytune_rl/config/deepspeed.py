@@ -131,12 +131,12 @@ def check(
         ConfigError: No such preset or file, or it says another thing than a flag.
     """
     config = load(value)
-    said = {
+    settings = {
         "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", per_device_train_batch_size),
         "gradient_accumulation_steps": ("gradient_accumulation_steps", gradient_accumulation_steps),
         "gradient_clipping": ("max_grad_norm", max_grad_norm),
     }
-    for name, (flag, number) in said.items():
+    for name, (flag, number) in settings.items():
         if config.get(name, "auto") not in ("auto", number):
             other = "is not given" if number is None else f"is {number}"
             raise ConfigError(

@@ -91,7 +91,7 @@ def _policy_workers(
     each = whole_number("NPROC_PER_NODE", processes or 1)
     workers = each * whole_number("NNODES", nodes)
     given = {"NPROC_PER_NODE": processes, "NNODES": nodes if nodes != "1" else None}
-    said = " ".join(f"{name}={value}" for name, value in given.items() if value)
+    variables = " ".join(f"{name}={value}" for name, value in given.items() if value)
     if environ.get("NODE_RANK", "0") != "0":
         raise ConfigError(
             f"NODE_RANK={environ['NODE_RANK']}: start the command once, on the head of the Ray cluster; Ray "
@@ -105,12 +105,12 @@ def _policy_workers(
         if nodes != "1":
             settings["policy_workers_per_node"] = each
             read += f" --policy_workers_per_node {each}"
-        return [f"{said} is read as {read}."]
+        return [f"{variables} is read as {read}."]
     if settings.get("policy_workers") is None:
         same = str(per_node) == str(each) and nodes == "1"
-        return [] if same else [f"{said} does nothing: --policy_workers_per_node {per_node} is given."]
+        return [] if same else [f"{variables} does nothing: --policy_workers_per_node {per_node} is given."]
     if str(settings["policy_workers"]) != str(workers):
-        return [f"{said} does nothing: --policy_workers {settings['policy_workers']} is given."]
+        return [f"{variables} does nothing: --policy_workers {settings['policy_workers']} is given."]
     return []
 
 
@@ -124,8 +124,8 @@ def _visible_workers(
     if not devices or given or "rollout_workers" in flags:
         return []
     settings["policy_workers"] = devices
-    said = f"CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']}"
-    return [f"{said} is read as --policy_workers {devices}."]
+    variable = f"CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']}"
+    return [f"{variable} is read as --policy_workers {devices}."]
 
 
 def _as_it_is(_: str, value: str) -> str:

@@ -53,9 +53,9 @@ def _text(value: Any) -> str:
 
 
 def _json(text: str, path: str) -> Any:
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         content: dict[str, Any] = {}
-        for key, value in found:
+        for key, value in items:
             if key in content:
                 raise ConfigError(f"{path}: {key!r} is there twice.")
             content[key] = value

@@ -72,8 +72,8 @@ def _when(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str]:
     evaluates, save = resolved.has_validation(config), config.save_strategy
     evaluation = resolved.eval_strategy(config)
     if evaluates and evaluation == "epoch":
-        said = "--eval_strategy is" if config.eval_strategy else "--eval_strategy follows --save_strategy"
-        yield from _idle(config, ("eval_steps",), f"{said} epoch")
+        reason = "--eval_strategy is" if config.eval_strategy else "--eval_strategy follows --save_strategy"
+        yield from _idle(config, ("eval_steps",), f"{reason} epoch")
     by_save_steps = evaluates and evaluation == "steps" and config.eval_steps is None
     if save == "epoch" and not by_save_steps:
         yield from _idle(config, ("save_steps",), "--save_strategy is epoch")

@@ -104,8 +104,10 @@ def critic_learning_rate(config: PPOConfig) -> float:
 
 def critic_start(config: PPOConfig) -> str | None:
     """The first reward model that is asked for its score: where the critic starts from; None without one."""
-    asked = config.reward_model_plugin or ("default",) * len(config.reward_model)
-    models = (model for model, plugin in zip(config.reward_model, asked, strict=True) if plugin == "default")
+    plugins = config.reward_model_plugin or ("default",) * len(config.reward_model)
+    models = (
+        model for model, plugin in zip(config.reward_model, plugins, strict=True) if plugin == "default"
+    )
     return next(models, None)
 
 

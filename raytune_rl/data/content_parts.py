@@ -19,7 +19,7 @@ def without_tool_parts(
 ) -> tuple[list[Any], tuple[dict[str, Any], ...]]:
     """Of Anthropic's content lists the parts that are said, and the calls made (`tool_use`). Results of tools
     (`tool_result`) become turns of their own, before it."""
-    said: list[Any] = []
+    rest: list[Any] = []
     calls: list[dict[str, Any]] = []
     for part in parts:
         part_type = part.get("type") if isinstance(part, dict) else None
@@ -35,8 +35,8 @@ def without_tool_parts(
             identity = {"tool_call_id": part["tool_use_id"]} if part.get("tool_use_id") else {}
             conversation.messages.append(Message("tool", text, other=identity))
         else:
-            said.append(part)
-    return said, tuple(calls)
+            rest.append(part)
+    return rest, tuple(calls)
 
 
 def flatten(parts: Sequence[Any], conversation: Conversation) -> str:

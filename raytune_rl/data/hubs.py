@@ -119,24 +119,24 @@ def _splits(
         return ["train"]
     import datasets
 
-    there = _asked(spec, subset, lambda: list(datasets.get_dataset_split_names(location, subset)))
+    known = _asked(spec, subset, lambda: list(datasets.get_dataset_split_names(location, subset)))
     where = spec.hub_id + (f":{subset}" if subset else "")
-    missing = [split for split in pick.splits if split not in there]
+    missing = [split for split in pick.splits if split not in known]
     if missing and not pick.if_there:
         raise DataError(
-            f"data set {spec.text!r}: {where!r} has no split {missing[0]!r}; there are {', '.join(there)}"
+            f"data set {spec.text!r}: {where!r} has no split {missing[0]!r}; there are {', '.join(known)}"
         )
-    if found := [split for split in pick.splits if split in there]:
+    if found := [split for split in pick.splits if split in known]:
         return found
-    if "train" in there:
+    if "train" in known:
         return ["train"]
-    training = [split for split in there if is_train(split)]
-    one = training if training else there
+    training = [split for split in known if is_train(split)]
+    one = training if training else known
     if len(one) == 1:
         announce(f"{spec.text}: it has no split `train`; {one[0]!r} is read")
         return one
     raise DataError(
-        f"data set {spec.text!r} has no split 'train', but {', '.join(there)}. Say which: "
+        f"data set {spec.text!r} has no split 'train', but {', '.join(known)}. Say which: "
         f"`{where}[{one[0]}]`, or several with a slash between"
     )
 

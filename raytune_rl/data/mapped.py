@@ -103,12 +103,12 @@ class ArrayWriter:
         return _map(self._path)
 
     def _write_header(self) -> None:
-        said = {
+        header = {
             "descr": npy.dtype_to_descr(self._dtype),
             "fortran_order": False,
             "shape": (self._length,),
         }
-        npy.write_array_header_1_0(self._file, said)
+        npy.write_array_header_1_0(self._file, header)
 
 
 class RaggedWriter:

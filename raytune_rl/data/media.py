@@ -166,9 +166,9 @@ def _download(url: str, modality: str) -> bytes:
 
 def _within_limits(answer: HTTPResponse, name: str, deadline: float) -> bytes:
     """The body, given up where it becomes too large or takes too long."""
-    said = int(answer.headers.get("Content-Length") or 0)
+    announced = int(answer.headers.get("Content-Length") or 0)
     parts, size = [], 0
-    while said <= URL_MAX_BYTES and size <= URL_MAX_BYTES:
+    while announced <= URL_MAX_BYTES and size <= URL_MAX_BYTES:
         # Whatever has arrived, or a server that sends a byte a second would be waited for.
         part = answer.read1(_CHUNK)
         if not part:
@@ -180,13 +180,13 @@ def _within_limits(answer: HTTPResponse, name: str, deadline: float) -> bytes:
                 f"{name} took longer than {URL_DOWNLOAD_S:.0f} s to download ({size:,} bytes came): download "
                 "it yourself, and give its path"
             )
-    if max(said, size) > URL_MAX_BYTES:
+    if max(announced, size) > URL_MAX_BYTES:
         raise MediaError(
             f"{name} is larger than {URL_MAX_BYTES:,} bytes, the most that is taken from a URL: download it "
             "yourself, and give its path"
         )
-    if size < said:
-        raise HTTPException(f"the connection ended after {size:,} of {said:,} bytes")
+    if size < announced:
+        raise HTTPException(f"the connection ended after {size:,} of {announced:,} bytes")
     return b"".join(parts)
 
 

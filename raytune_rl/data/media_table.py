@@ -191,13 +191,13 @@ def count_media(columns: Columns) -> MediaCounts:
     most: Counter[str] = Counter()
     modalities = np.where(roles.values == _FRAME, _MODALITIES.index("video"), roles.values)
     for code, modality in enumerate(_MODALITIES):
-        mine = modalities == code
-        if mine.any():
-            shown[modality] = int(mine.sum())
-            distinct[modality] = len(np.unique(numbers.values[mine]))
-            most[modality] = int(np.bincount(row_of[mine]).max())
-    held = data.lengths[~np.asarray(columns[_IS_PATH])]
-    return MediaCounts(shown, distinct, int(held.sum()), dict(most))
+        is_modality = modalities == code
+        if is_modality.any():
+            shown[modality] = int(is_modality.sum())
+            distinct[modality] = len(np.unique(numbers.values[is_modality]))
+            most[modality] = int(np.bincount(row_of[is_modality]).max())
+    stored = data.lengths[~np.asarray(columns[_IS_PATH])]
+    return MediaCounts(shown, distinct, int(stored.sum()), dict(most))
 
 
 def _roles(medium: Medium) -> list[int]:

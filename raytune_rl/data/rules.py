@@ -48,8 +48,8 @@ class Rule:
     identity: bool = False
 
     def fits(self, fields: Mapping[str, Any]) -> bool:
-        there = {name.lower() for name in fields}
-        return all(name.lower() in there for name in self.needs)
+        present = {name.lower() for name in fields}
+        return all(name.lower() in present for name in self.needs)
 
 
 def without(fields: Fields, *names: str) -> Fields:

@@ -158,7 +158,7 @@ def _between(render: Render) -> tuple[str, str]:
     """The text between an answer and the next question, and of that what opens any question; empty if the
     template does not say."""
     try:
-        asked = render([_ASKED], generation_prompt=False)
+        question = render([_ASKED], generation_prompt=False)
         text = render([_ASKED, _SAID, Message("user", _NEXT)], generation_prompt=False)
     except DataError:
         return "", ""
@@ -166,7 +166,7 @@ def _between(render: Render) -> tuple[str, str]:
     between = behind.partition(_NEXT)[0]
     if not before or _NEXT not in behind:
         return "", ""
-    head = asked.partition(_ASKED.content)[0]
+    head = question.partition(_ASKED.content)[0]
     shared = 0
     while shared < min(len(between), len(head)) and between[-1 - shared] == head[-1 - shared]:
         shared += 1

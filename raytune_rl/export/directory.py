@@ -79,10 +79,10 @@ def clean_leftovers(target: Path) -> None:
     A directory that a living process is writing is locked, and left alone.
     """
     for path in sorted(target.parent.iterdir()):
-        found = parse_hidden(path)
-        if found is None or found[0] != target or _is_locked(path):
+        parsed = parse_hidden(path)
+        if parsed is None or parsed[0] != target or _is_locked(path):
             continue
-        if found[1] == "old" and not target.exists():
+        if parsed[1] == "old" and not target.exists():
             path.rename(target)
         else:
             shutil.rmtree(path, ignore_errors=True)

@@ -112,8 +112,8 @@ def push(destination: Destination, folder: Path, say: Callable[[str], None]) -> 
     with guard.watch():
         repo_id = session.repo_id()
         created = session.ask(lambda: hub.create(repo_id, private=destination.private))
-        there = {} if created else session.ask(lambda: hub.files(repo_id))
-        missing = [f for f in files if f not in there or not there[f].holds(folder / f)]
+        remote = {} if created else session.ask(lambda: hub.files(repo_id))
+        missing = [f for f in files if f not in remote or not remote[f].holds(folder / f)]
         if missing:
             kind = (
                 f"new {'private' if destination.private else 'public'} repository"
@@ -124,10 +124,10 @@ def push(destination: Destination, folder: Path, say: Callable[[str], None]) -> 
             known = f", {len(files) - len(missing)} are there already" if len(missing) < len(files) else ""
             say(f"uploading {folder} ({len(missing)} files, {size:,} bytes{known}) to the {kind} {repo_id}")
             session.ask(lambda: hub.upload(repo_id, folder, missing))
-            there = session.ask(lambda: hub.files(repo_id))
+            remote = session.ask(lambda: hub.files(repo_id))
         else:
             say(f"all {len(files)} files are in {repo_id} already")
-        lacking = [f for f in missing if f not in there or there[f].holds(folder / f) is False]
+        lacking = [f for f in missing if f not in remote or remote[f].holds(folder / f) is False]
         if lacking:
             raise HubError(
                 f"{hub.name} took the upload to {repo_id} but does not list {len(lacking)} of {len(files)} "

@@ -53,8 +53,8 @@ def adapter_dir(adapter: str, *, use_hf: bool) -> Path:
                 f"{path} is a whole model, not an adapter: there is nothing to merge. It can be used as it "
                 "is, and uploaded with --model."
             )
-        found = [p for p in RunDir(path).checkpoints if (p / ADAPTER_CONFIG).is_file()]
-        hint = f" Did you mean {found[-1]}?" if found else ""
+        checkpoints = [p for p in RunDir(path).checkpoints if (p / ADAPTER_CONFIG).is_file()]
+        hint = f" Did you mean {checkpoints[-1]}?" if checkpoints else ""
         raise ExportError(f"{path} is not an adapter: it has no {ADAPTER_CONFIG}.{hint}")
     if (path / MANIFEST).is_file():
         verify(path)

@@ -288,11 +288,11 @@ def start_groups(
     )
     scorers: list[Scorer] = [] if functions is None else [RewardGroup(functions)]
     scorers += [] if models is None else [RewardModelGroup(models)]
-    compared: Reference | None = None
+    reference_scorer: Reference | None = None
     if reference is not None:
-        compared = ReferenceGroup(reference, ranks.max_tokens, settled[0].layout)
+        reference_scorer = ReferenceGroup(reference, ranks.max_tokens, settled[0].layout)
     elif "ref_logprobs" in setup.needs:
-        compared = AdapterOff(policy)
+        reference_scorer = AdapterOff(policy)
     learners = learners_of(ranks, critics, config)
     return OnlineGroups(
         sizes,
@@ -301,7 +301,7 @@ def start_groups(
         engines,
         Together(scorers),
         GPUSharing(config, sizes, learners, engines),
-        compared,
+        reference_scorer,
         None if critics is None else CriticGroup(critics),
         WeightStore(store, config.step_timeout),
     )

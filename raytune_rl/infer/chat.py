@@ -33,21 +33,21 @@ def converse(
         The number of answers.
     """
     start = [] if system is None else [Message("system", system)]
-    said, turns = list(start), 0
+    messages, turns = list(start), 0
     while (line := ask()) is not None:
         text = line.strip()
         if text in ("quit", "exit"):
             break
         if text == "clear":
-            said = list(start)
+            messages = list(start)
             write("(a new conversation)\n")
         elif text:
             try:
-                reply = _reply(answer([*said, Message("user", text)], turns), write, stream)
+                reply = _reply(answer([*messages, Message("user", text)], turns), write, stream)
             except RaytuneError as error:
                 write(f"{error}\n")
                 continue
-            said += [Message("user", text), Message("assistant", reply)]
+            messages += [Message("user", text), Message("assistant", reply)]
             turns += 1
     return turns
 

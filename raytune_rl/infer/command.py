@@ -132,8 +132,8 @@ class Trial:
     def answer(self, messages: Sequence[Message], turn: int) -> Iterator[StreamChunk]:
         """One answer, as it is written."""
         seed = sample_seed(self.config.seed, turn, 0, 0)
-        asked = (list(messages), seed, self.sampling)
-        yield from stream(self.group.submit(0, "chat", *asked, what="answering", returns="streaming"))
+        arguments = (list(messages), seed, self.sampling)
+        yield from stream(self.group.submit(0, "chat", *arguments, what="answering", returns="streaming"))
 
     def answer_rows(self, path: Path) -> InferResult:
         """Answers every row and writes the answers down in the order of the rows."""
@@ -158,11 +158,11 @@ class Trial:
         asks = (self.config, self.source.model, self.source.tokenizer, self.source.system)
         columns, facts = on_this_node(encode_rows_task, 2, *asks)
         what = "reading and tokenizing the data"
-        asked: Asked = fetch(Pending(facts, "the data task", what, self.config.step_timeout))
-        for notice in asked.notices:
+        rows: Asked = fetch(Pending(facts, "the data task", what, self.config.step_timeout))
+        for notice in rows.notices:
             self.console.print(notice)
-        account = Account((), {}, None, asked.notices, None, asked.stop_token_ids)
-        return PromptSet(columns, None, None, asked.lengths, account), asked
+        account = Account((), {}, None, rows.notices, None, rows.stop_token_ids)
+        return PromptSet(columns, None, None, rows.lengths, account), rows
 
     def _prompt_limits(self) -> dict[str, int] | None:
         """As many media as a row shows; None where the model or the rows have none."""
@@ -197,14 +197,14 @@ class Trial:
         )
 
 
-def _line(asked: Asked, answer: Trajectory, text: str) -> dict[str, object]:
+def _line(rows: Asked, answer: Trajectory, text: str) -> dict[str, object]:
     return {
-        **asked.others[answer.prompt],
+        **rows.others[answer.prompt],
         "response": text,
-        "labels": asked.labels[answer.prompt],
+        "labels": rows.labels[answer.prompt],
         "finish_reason": answer.episode.finish_reason,
         "completion_tokens": answer.episode.completion_tokens,
-        "messages": [*asked.conversations[answer.prompt], {"role": "assistant", "content": text}],
+        "messages": [*rows.conversations[answer.prompt], {"role": "assistant", "content": text}],
     }
 
 

@@ -64,7 +64,7 @@ def encode_rows_task(config: InferConfig, model: str, home: str, system: str | N
     )
     tokenizer, media = _reader(config, model, home)
     tokens = ModelTokens.of(model, load_config(model, trust_remote_code=config.trust_remote_code))
-    found = encode_prompts(
+    encoded = encode_prompts(
         loaded.examples,
         tokenizer,
         None,
@@ -75,20 +75,20 @@ def encode_rows_task(config: InferConfig, model: str, home: str, system: str | N
         model=tokens,
     )
     chat = ChatTemplate.of(tokenizer) if media is None else media.chat
-    kept = [loaded.examples[i] for i in found.index]
-    left_out = loaded.report.bad + len(found.dropped)
-    notices = [*loaded.report.notices, *found.notices]
+    kept = [loaded.examples[i] for i in encoded.index]
+    left_out = loaded.report.bad + len(encoded.dropped)
+    notices = [*loaded.report.notices, *encoded.notices]
     notices += [f"{left_out} rows cannot be used and are left out (--strict false)"] if left_out else []
-    columns = {"prompt": found.prompts, **found.media}
-    columns |= {} if found.engine_prompt_ids is None else {"engine_prompt_ids": found.engine_prompt_ids}
+    columns = {"prompt": encoded.prompts, **encoded.media}
+    columns |= {} if encoded.engine_prompt_ids is None else {"engine_prompt_ids": encoded.engine_prompt_ids}
     return columns, Asked(
-        found.prompts.lengths,
+        encoded.prompts.lengths,
         [[message.for_template() for message in example.messages] for example in kept],
         [example.extra.get(LABELS) for example in kept],
         [{name: value for name, value in example.extra.items() if name != LABELS} for example in kept],
         replace(chat, eos_token_ids=tokens.eos).stop_token_ids(),
         () if media is None else media.placeholder_ids,
-        None if media is None else count_media(found.media).most,
+        None if media is None else count_media(encoded.media).most,
         tuple(notices),
     )
 

@@ -86,9 +86,9 @@ def _model_dir(config: InferConfig) -> Path:
         return folder
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{folder} is an adapter: give it as --adapters; its base model is found by itself")
-    found = [p for p in RunDir(folder).checkpoints if (p / MANIFEST).is_file()]
-    flag = "--adapters" if found and (found[-1] / ADAPTER_CONFIG).is_file() else "--model"
-    hint = f". Did you mean {flag} {found[-1]}?" if found else ""
+    checkpoints = [p for p in RunDir(folder).checkpoints if (p / MANIFEST).is_file()]
+    flag = "--adapters" if checkpoints and (checkpoints[-1] / ADAPTER_CONFIG).is_file() else "--model"
+    hint = f". Did you mean {flag} {checkpoints[-1]}?" if checkpoints else ""
     raise ModelError(f"{folder} is not a model: it has no config.json{hint}")
 
 
@@ -111,8 +111,8 @@ def _why_merged(adapters: Sequence[Path], base: Base, trusted: bool) -> str | No
     if len(adapters) > 1 or base.earlier:
         return "several adapters lie on each other"
     names = adapter_tensors(adapters[0])
-    if held := held_back(read_adapter_config(adapters[0]), names):
-        return f"the adapter has {', '.join(held)}, which vLLM does not serve"
+    if withheld := held_back(read_adapter_config(adapters[0]), names):
+        return f"the adapter has {', '.join(withheld)}, which vLLM does not serve"
     config = load_config(base.path, trust_remote_code=trusted)
     if has_experts(config) and not gpu_here():
         return "vLLM serves no adapters of mixtures of experts on a CPU"
@@ -126,7 +126,7 @@ def _why_merged(adapters: Sequence[Path], base: Base, trusted: bool) -> str | No
 def _merged(config: InferConfig, adapters: Sequence[Path], target: Path) -> Path:
     from raytune_rl.export.merge import merge
 
-    asked = ExportConfig(
+    export = ExportConfig(
         adapters=tuple(map(str, adapters)),
         model=config.model,
         merge_lora=True,
@@ -134,4 +134,4 @@ def _merged(config: InferConfig, adapters: Sequence[Path], target: Path) -> Path
         trust_remote_code=config.trust_remote_code,
         use_hf=config.use_hf,
     )
-    return merge(asked, lambda line: None).path
+    return merge(export, lambda line: None).path

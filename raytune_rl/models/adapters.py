@@ -78,12 +78,12 @@ def check_fits(model: str, adapter: str, *, trust_remote_code: bool = False) -> 
 
 def _why(error: Exception) -> str:
     """The reason, from an error of PEFT or torch; sizes are named."""
-    found = _MISMATCH.findall(str(error))
-    if not found:
+    sizes = _MISMATCH.findall(str(error))
+    if not sizes:
         return first_line(error)
-    name, theirs, ours = found[0]
+    name, theirs, ours = sizes[0]
     return (
-        f"{len(found)} of its weights have another shape than the model's (first: "
+        f"{len(sizes)} of its weights have another shape than the model's (first: "
         f"{name.replace('.default', '')} is [{theirs}], the model's [{ours}]). Was it trained on another "
         "base? Name the right one with --model"
     )

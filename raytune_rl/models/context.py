@@ -17,9 +17,9 @@ def longest_context(text_config: Any) -> int | None:
     """Tokens of the longest sequence, as vLLM works them out from a Transformers config of the text part;
     None where the config does not say.
     """
-    found = [getattr(text_config, key, None) for key in _KEYS]
+    lengths = [getattr(text_config, key, None) for key in _KEYS]
     own = getattr(text_config, "model_max_length", None)
-    limits = [int(own)] if own else [int(value) for value in found if value is not None]
+    limits = [int(own)] if own else [int(value) for value in lengths if value is not None]
     if not limits:
         return None
     factor = 1.0

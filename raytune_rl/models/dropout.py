@@ -28,16 +28,16 @@ def silence_dropout(model: Any) -> str | None:
     Returns:
         What was above 0, for the user; None if nothing was.
     """
-    found: dict[str, float] = _rates(model.config) | _rates(model.config.get_text_config())
+    rates: dict[str, float] = _rates(model.config) | _rates(model.config.get_text_config())
     silent: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             if module.p > 0:
-                found.setdefault("dropout", module.p)
+                rates.setdefault("dropout", module.p)
             module.p = 0.0
             continue
         for name, value in _rates(module).items():
-            found.setdefault(name, value)
+            rates.setdefault(name, value)
             setattr(module, name, 0.0)
         config = vars(module).get("config")
         if module is not model and isinstance(config, PreTrainedConfig) and _rates(config):
@@ -46,7 +46,7 @@ def silence_dropout(model: Any) -> str | None:
                 for name in _rates(config):
                     setattr(silent[id(config)], name, 0.0)
             module.config = silent[id(config)]
-    return ", ".join(f"{name} {value:g}" for name, value in found.items()) or None
+    return ", ".join(f"{name} {value:g}" for name, value in rates.items()) or None
 
 
 def _rates(holder: nn.Module | PreTrainedConfig) -> dict[str, float]:

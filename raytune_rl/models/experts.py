@@ -30,12 +30,12 @@ def matching(model: PreTrainedModel, endings: Sequence[str]) -> list[str]:
         ModelError: One has none, or names what an adapter cannot be put on.
     """
     parameters = dict(model.named_parameters())
-    found: list[str] = []
+    matched: list[str] = []
     for ending in endings:
         hits = [name for name in parameters if name == ending or name.endswith(f".{ending}")]
         if not hits:
-            there = sorted({short(name) for name in fused_experts(model)})
-            instead = f"its experts are {', '.join(there)}" if there else "it has no fused experts"
+            experts = sorted({short(name) for name in fused_experts(model)})
+            instead = f"its experts are {', '.join(experts)}" if experts else "it has no fused experts"
             raise ModelError(
                 f"target_parameters '{ending}' matches no parameter of {type(model).__name__}; {instead}"
             )
@@ -45,8 +45,8 @@ def matching(model: PreTrainedModel, endings: Sequence[str]) -> list[str]:
                     f"target_parameters '{ending}': {name} has {len(shape_of(parameters[name]))} dimensions; "
                     "an adapter goes on matrices (2) and stacks of them (3)"
                 )
-        found += hits
-    return found
+        matched += hits
+    return matched
 
 
 def left_out(model: PreTrainedModel, targets: Sequence[str]) -> str | None:

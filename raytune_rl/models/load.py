@@ -303,14 +303,14 @@ def auto_class(config: Any) -> Any:
 
 
 def _choose_dtype(
-    config: Any, asked: str | torch.dtype | None, device: torch.device, notices: list[str]
+    config: Any, wanted: str | torch.dtype | None, device: torch.device, notices: list[str]
 ) -> torch.dtype:
-    if isinstance(asked, torch.dtype):
-        return asked
-    if asked is not None:
-        if asked not in DTYPES:
-            raise ModelError(f"torch_dtype '{asked}' is not known; choose float32, float16 or bfloat16")
-        return DTYPES[asked]
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if wanted is not None:
+        if wanted not in DTYPES:
+            raise ModelError(f"torch_dtype '{wanted}' is not known; choose float32, float16 or bfloat16")
+        return DTYPES[wanted]
     own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     own = DTYPES.get(own, torch.float32) if isinstance(own, str) else own
     if device.type == "cpu" and own != torch.float32:
@@ -323,10 +323,10 @@ def _choose_dtype(
 
 
 def _choose_attention(
-    asked: str | None, device: torch.device, dtype: torch.dtype, notices: list[str]
+    wanted: str | None, device: torch.device, dtype: torch.dtype, notices: list[str]
 ) -> str | None:
-    if asked is not None and asked.startswith("flash"):
-        second = asked in ("flash_attn", "flash_attention", "flash_attention_2")
+    if wanted is not None and wanted.startswith("flash"):
+        second = wanted in ("flash_attn", "flash_attention", "flash_attention_2")
         problem = None
         if device.type == "cpu":
             problem = "there is no GPU"
@@ -335,10 +335,10 @@ def _choose_attention(
         elif dtype not in (torch.float16, torch.bfloat16):
             problem = "it needs float16 or bfloat16"
         if problem is None:
-            return "flash_attention_2" if second else asked
-        notices.append(f"attn_impl {asked} cannot run here ({problem}); using sdpa")
+            return "flash_attention_2" if second else wanted
+        notices.append(f"attn_impl {wanted} cannot run here ({problem}); using sdpa")
         return "sdpa"
-    return asked
+    return wanted
 
 
 def _prepare_4bit_on_cpu(model: Any) -> None:

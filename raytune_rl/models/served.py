@@ -33,14 +33,14 @@ def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     """
     file = Path(directory).expanduser() / ADAPTER_CONFIG
     try:
-        found = dict(json.loads(file.read_text(encoding="utf-8")))
+        settings = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
-    if (peft_type := found.get("peft_type", "LORA")) != "LORA":
+    if (peft_type := settings.get("peft_type", "LORA")) != "LORA":
         raise ModelError(
             f"{file}: its peft_type is {peft_type}, but only LoRA adapters (DoRA and rsLoRA too) are known"
         )
-    return found
+    return settings
 
 
 def adapter_tensors(directory: str | Path) -> dict[str, tuple[int, ...]]:
@@ -95,7 +95,7 @@ def held_back(settings: Mapping[str, Any], names: Collection[str] = ()) -> list[
     if whole and not any(has.values()):
         shown = [name.removeprefix("base_model.model.") for name in whole[:2]]
         has[f"whole weights of {' and '.join(shown)}"] = True
-    return [what for what, there in has.items() if there]
+    return [what for what, is_there in has.items() if is_there]
 
 
 def unties_head(settings: Mapping[str, Any], names: Collection[str]) -> bool:

@@ -134,13 +134,13 @@ def _targets(model: PreTrainedModel, settings: TunerSettings) -> list[str]:
     """Full names of the modules that get an adapter."""
     modules = dict(model.named_modules())
     if settings.target_regex is not None:
-        found = [name for name in modules if re.fullmatch(settings.target_regex, name)]
-        if not found:
+        targets = [name for name in modules if re.fullmatch(settings.target_regex, name)]
+        if not targets:
             raise ModelError(
                 f"target_regex '{settings.target_regex}' matches no module of {type(model).__name__}"
             )
-        return found
-    found = []
+        return targets
+    targets = []
     for target in settings.target_modules:
         if target in ("all-linear", "all-embedding"):
             hits = _all_of(model, (nn.Linear, Conv1D) if target == "all-linear" else nn.Embedding, settings)
@@ -157,8 +157,8 @@ def _targets(model: PreTrainedModel, settings: TunerSettings) -> list[str]:
                 f"target_modules '{target}' matches no module of {type(model).__name__}; "
                 f"its linear layers are named {', '.join(names)}"
             )
-        found += [name for name in hits if name not in found]
-    return found
+        targets += [name for name in hits if name not in targets]
+    return targets
 
 
 def _all_of(

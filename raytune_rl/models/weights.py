@@ -116,12 +116,12 @@ class WeightExporter:
                 yield from ((spec.name, made[spec.name]) for spec in group.specs if spec.name in wanted)
 
     def _sources(self) -> list[Source]:
-        found = list(plain_sources(self._hf) if self._peft is None else merged_sources(self._peft))
+        sources = list(plain_sources(self._hf) if self._peft is None else merged_sources(self._peft))
         # A tied head is the embedding under a second name; engines tie it themselves and want it once.
         copies = set(getattr(self._hf, "all_tied_weights_keys", None) or {})
-        found.sort(key=lambda source: source.name in copies)
+        sources.sort(key=lambda source: source.name in copies)
         unique: dict[tuple[int, ...], Source] = {}
-        for source in found:
+        for source in sources:
             unique.setdefault(tuple(map(id, source.parts)), source)
         # Where the files have both matrices, Transformers forgets the ties that the class declares.
         if ties(self._hf.config):

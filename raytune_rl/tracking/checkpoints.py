@@ -178,10 +178,10 @@ def clean_leftovers(run_dir: RunDir) -> list[Path]:
     """
     removed = []
     for path in sorted(run_dir.path.iterdir()):
-        found = parse_hidden(path)
-        if found is None or not CHECKPOINT_PATTERN.match(found[0].name):
+        parsed = parse_hidden(path)
+        if parsed is None or not CHECKPOINT_PATTERN.match(parsed[0].name):
             continue
-        final, kind = found
+        final, kind = parsed
         if kind == "old" and not final.exists() and is_whole(path):
             path.rename(final)
             continue

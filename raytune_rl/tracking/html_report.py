@@ -58,12 +58,12 @@ def most_changed(rows: Sequence[Mapping[str, Any]], count: int = 20) -> list[Cha
         if _finite(row.get("reward")):
             prompt = (str(row["prompt"]), *row.get("media", ()))  # the same question, of another picture
             by_prompt.setdefault(prompt, {}).setdefault(int(row["step"]), []).append(row)
-    found = []
+    changed = []
     for prompt, steps in by_prompt.items():
         if len(steps) > 1:
             first, last = steps[min(steps)], steps[max(steps)]
-            found.append(Changed(prompt[0], _mean(first), _mean(last), _best(first), _best(last)))
-    return sorted(found, key=lambda c: -abs(c.change))[:count]
+            changed.append(Changed(prompt[0], _mean(first), _mean(last), _best(first), _best(last)))
+    return sorted(changed, key=lambda c: -abs(c.change))[:count]
 
 
 def keep(

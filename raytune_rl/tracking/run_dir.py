@@ -116,8 +116,8 @@ class RunDir:
         """All `checkpoint-N` by step, whole or not; `list_checkpoints` gives the whole ones."""
         if not self.path.is_dir():
             return []
-        found = [p for p in self.path.iterdir() if CHECKPOINT_PATTERN.match(p.name)]
-        return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+        folders = [p for p in self.path.iterdir() if CHECKPOINT_PATTERN.match(p.name)]
+        return sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]))
 
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
@@ -153,8 +153,8 @@ def version_dirs(output_dir: Path) -> list[Path]:
     """The `vN-<time>` directories under `output_dir`, newest N first."""
     if not output_dir.is_dir():
         return []
-    found = [p for p in output_dir.iterdir() if VERSION_PATTERN.match(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: (_version(p.name), p.name), reverse=True)
+    folders = [p for p in output_dir.iterdir() if VERSION_PATTERN.match(p.name) and p.is_dir()]
+    return sorted(folders, key=lambda p: (_version(p.name), p.name), reverse=True)
 
 
 def package_versions(packages: Iterable[str]) -> dict[str, str]:

@@ -158,8 +158,8 @@ def test_a_stretch_of_the_data_is_the_epochs_end_to_end() -> None:
 
 def test_metrics_name_what_cannot_teach() -> None:
     found = experience([1.0, 1.0], [0.0, 1.0], [NAN, NAN], [NAN, 1.0])
-    compared = group_advantages(found.rewards, found.group_ids)
-    metrics = {**report.batch_metrics(found), **group_metrics(compared)}
+    grouped = group_advantages(found.rewards, found.group_ids)
+    metrics = {**report.batch_metrics(found), **group_metrics(grouped)}
     assert metrics["frac_reward_zero_std"] == 0.25
     assert metrics["groups_without_comparison"] == 2
     assert metrics["unscored_completions"] == metrics["reward_failures"] == 3

@@ -161,10 +161,10 @@ def reinforce(
             float(text == asked[g].completion(asked[g].answer))
             for g, text in zip(groups, made.texts, strict=True)
         ]
-        compared = group_advantages(
+        grouped = group_advantages(
             rewards, groups, config.scale_rewards, estimator=config.advantage_estimator
         )
-        advantages = spoiled.advantages(compared.advantages)
+        advantages = spoiled.advantages(grouped.advantages)
         masks = [spoiled.masks(mask) for mask in made.masks]
         lengths = lengths_in_loss([int(mask.sum()) for mask in masks], made.truncated, config.overlong_filter)
         weights = torch.from_numpy(

@@ -128,12 +128,12 @@ class CreditKind:
             ConfigError: It does not take them.
         """
         own = {one.name for one in fields(self.make)}
-        mine = {**{name: value for name, value in given.items() if name in own}, **self.fixed}
+        arguments = {**{name: value for name, value in given.items() if name in own}, **self.fixed}
         try:
-            return self.make(**mine)
+            return self.make(**arguments)
         except TypeError as error:
             raise ConfigError(
-                f"--advantage_estimator {self.name} cannot be set up with {mine}: {error}."
+                f"--advantage_estimator {self.name} cannot be set up with {arguments}: {error}."
             ) from None
 
 

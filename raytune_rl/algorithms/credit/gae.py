@@ -36,7 +36,7 @@ class CriticAdvantages(Credit):
         from raytune_rl.protocol.train import EstimateSettings  # with numpy, which --help does without
 
         finished = np.array([t.episode.finish_reason != "length" for t in experience.batch])
-        found = models.estimate(
+        estimates = models.estimate(
             batch,
             missing_eos(experience.rewards, finished, self.missing_eos_penalty),
             EstimateSettings(self.kl_coef, self.gamma, self.lam),
@@ -46,10 +46,10 @@ class CriticAdvantages(Credit):
         metrics = {
             "reward_std": float(np.std(known, ddof=1)) if len(known) > 1 else 0.0,
             "unscored_completions": float(len(experience.rewards) - len(known)),
-            **found.metrics,
+            **estimates.metrics,
         }
-        credited = batch.drop("ref_logprobs").with_columns(**found.columns)
-        return Credited(credited, found.means.astype(np.float32), metrics)
+        credited = batch.drop("ref_logprobs").with_columns(**estimates.columns)
+        return Credited(credited, estimates.means.astype(np.float32), metrics)
 
     def has_signal(self, experience: Experience) -> bool:
         """A critic learns from any reward."""

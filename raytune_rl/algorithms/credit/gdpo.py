@@ -35,9 +35,9 @@ class DecoupledGroups(Credit):
     def assign(self, experience: Experience, batch: TrainBatch, models: Models) -> Credited:
         """One advantage a completion."""
         values = self._known(experience)
-        found = decoupled_advantages(values, self.reward_weights, experience.group_ids)
+        decoupled = decoupled_advantages(values, self.reward_weights, experience.group_ids)
         measured = group_advantages(experience.rewards, experience.group_ids)
-        return Credited(batch, found, group_metrics(measured))
+        return Credited(batch, decoupled, group_metrics(measured))
 
     def informative(self, experience: Experience) -> set[int]:
         """It is what the functions come to together that must differ."""

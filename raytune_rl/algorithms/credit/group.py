@@ -52,8 +52,10 @@ class GroupRelative(Credit):
             metrics["kl"] = float(kl.sum()) / max(tokens, 1)
             rewards = penalised_rewards(rewards, kl, self.beta)
             batch = batch.drop("ref_logprobs")
-        found = group_advantages(rewards, experience.group_ids, self.scale_rewards, estimator=self.estimator)
-        return Credited(batch, found.advantages, {**group_metrics(found), **metrics})
+        grouped = group_advantages(
+            rewards, experience.group_ids, self.scale_rewards, estimator=self.estimator
+        )
+        return Credited(batch, grouped.advantages, {**group_metrics(grouped), **metrics})
 
     def in_words(self) -> str:
         """Estimator and scale."""
@@ -61,15 +63,15 @@ class GroupRelative(Credit):
         return f"{self.estimator}, scaled by {scale}" if scale != "none" else f"{self.estimator}, not scaled"
 
 
-def group_metrics(found: AdvantageResult) -> dict[str, float]:
+def group_metrics(grouped: AdvantageResult) -> dict[str, float]:
     """Metrics of the groups, under ms-swift's names."""
-    groups = max(len(found.groups), 1)
-    known = found.group_std[np.isfinite(found.group_std)]
+    groups = max(len(grouped.groups), 1)
+    known = grouped.group_std[np.isfinite(grouped.group_std)]
     return {
         "reward_std": float(known.mean()) if len(known) else float("nan"),
-        "frac_reward_zero_std": found.n_zero_std / groups,
-        "unscored_completions": float(found.n_unscorable),
-        "groups_without_comparison": float(found.n_single + found.n_empty),
+        "frac_reward_zero_std": grouped.n_zero_std / groups,
+        "unscored_completions": float(grouped.n_unscorable),
+        "groups_without_comparison": float(grouped.n_single + grouped.n_empty),
     }
 
 

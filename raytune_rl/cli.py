@@ -5,6 +5,7 @@ Nothing heavy is imported until a config stands, so that help and mistakes are a
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from raytune_rl.errors import ConfigError, RaytuneError
+from raytune_rl.runtime.signals import Received, ending_on_sigterm
 
 if TYPE_CHECKING:
     from raytune_rl.config.parser import Parsed
@@ -35,6 +37,12 @@ _PIPELINES = {
     "ExportConfig": "raytune_rl.export",
 }
 
+_REFUSED = {
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE,
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EFBIG, errno.ETIMEDOUT,
+}  # fmt: skip
+"""What is wrong with the machine, and no defect here."""
+
 _USAGE = (
     "usage: raytune-rl COMMAND [config.yaml] [--flag value ...]\n\ncommands:\n"
     + "".join(f"  {name:<14}{what}\n" for name, (_, what) in _COMMANDS.items())
@@ -46,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit status: 0 done, 1 failed, 2 the request cannot be honoured, 130 interrupted.
+        The exit status: 0 done, 1 failed, 2 the request cannot be honoured, 130 interrupted, 143 ended by
+        SIGTERM before training.
     """
     return guarded(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
 
@@ -56,8 +65,13 @@ def guarded(command: Callable[[], int]) -> int:
     its traceback.
 
     Returns:
-        The function's own exit status, or 1, 2 or 130 as `main`.
+        The function's own exit status, or 1, 2, 130 or 143 as `main`.
     """
+    with ending_on_sigterm() as received:
+        return _guarded(command, received)
+
+
+def _guarded(command: Callable[[], int], received: Received) -> int:
     try:
         return command()
     except ConfigError as error:
@@ -68,7 +82,13 @@ def guarded(command: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt:
         print("raytune-rl: interrupted", file=sys.stderr)
-        return 130
+        return received.exit_status
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"raytune-rl: the system refused: {error.strerror or error}{where}", file=sys.stderr)
+        return 1
 
 
 def _run(argv: list[str]) -> int:

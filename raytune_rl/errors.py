@@ -37,6 +37,10 @@ class CheckpointError(RaytuneError):
     """A checkpoint is missing, incomplete, or does not belong to this run."""
 
 
+class RunInUseError(RaytuneError):
+    """Another command that lives writes into the run's directory."""
+
+
 class PlacementError(RaytuneError):
     """The groups do not fit on the cluster; the message shows what was asked and what each node has."""
 
@@ -47,6 +51,10 @@ class DeadlineExceededError(RaytuneError):
 
 class WorkerDiedError(RaytuneError):
     """An actor ended while its answer was awaited."""
+
+
+class NodeLostError(RaytuneError):
+    """A node that held workers, or the cluster's head, is gone."""
 
 
 class WorkerFailedError(RaytuneError):

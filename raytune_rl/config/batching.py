@@ -248,6 +248,22 @@ def sft_schedule(
     )
 
 
+def steps_left(total_steps: int, steps_per_epoch: int, size: int, units: int, epoch: int, taken: int) -> int:
+    """Steps that a run still does that goes on at a position in the data, so that every unit of an epoch is
+    trained on once, whatever the size of the steps before was.
+
+    Args:
+        total_steps: Of a whole run with steps of the present size.
+        steps_per_epoch: Of such a run.
+        size: Rows (or pairs, or packs) of a step.
+        units: Rows (or pairs, or packs) of an epoch, as far as they are trained on.
+        epoch: Number of the present epoch, from 0.
+        taken: What has been trained on of it.
+    """
+    wanted = min((total_steps - epoch * steps_per_epoch) * size, units)  # of the present epoch
+    return math.ceil(max(wanted - taken, 0) / size) + max(total_steps - (epoch + 1) * steps_per_epoch, 0)
+
+
 def grpo_batch_of(config: OnlineSizes, world_size: int) -> GRPOBatch:
     """`grpo_batch` with a config's numbers."""
     accumulation, steps = config.gradient_accumulation_steps or 1, config.steps_per_generation

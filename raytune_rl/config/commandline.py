@@ -69,7 +69,7 @@ def value_of(flag: Flag, words: tuple[str, ...]) -> Any:
         )
     word = words[0]
     # So that a command line can take back what a config file sets.
-    unset = flag.optional and flag.values != "text" and word not in flag.choices
+    unset = flag.optional and flag.values != "text" and not {word, "no"} & set(flag.choices)
     return None if unset and word.lower() in ("none", "null") else word
 
 

@@ -38,7 +38,9 @@ def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str
     why = "held-out rows are evaluated together, --max_tokens_per_micro_batch tokens at a time"
     yield from _idle(config, ("per_device_eval_batch_size",), why)
     if not resolved.has_validation(config):
-        names = ("eval_strategy", "eval_steps", "num_generations_eval", "eval_temperature")
+        names = ["eval_steps", "num_generations_eval", "eval_temperature"]
+        if config.eval_strategy != "no":
+            names.insert(0, "eval_strategy")
         why = "there is no validation data (--val_dataset or --split_dataset_ratio)"
         yield from _idle(config, names, why)
     yield from _when(config)
@@ -69,15 +71,21 @@ def _training(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str
 
 def _when(config: SFTConfig | PreferenceConfig | RLHFConfig) -> Iterable[str]:
     """Of when to save and when to evaluate."""
-    evaluates, save = resolved.has_validation(config), config.save_strategy
+    evaluates, save = resolved.evaluates(config), config.save_strategy
     evaluation = resolved.eval_strategy(config)
+    reason = "--eval_strategy is" if config.eval_strategy else "--eval_strategy follows --save_strategy"
+    if evaluation == "no" and resolved.has_validation(config):
+        yield f"{reason} no: the validation data is never evaluated on (--eval_strategy steps does)."
     if evaluates and evaluation == "epoch":
-        reason = "--eval_strategy is" if config.eval_strategy else "--eval_strategy follows --save_strategy"
         yield from _idle(config, ("eval_steps",), f"{reason} epoch")
+    elif evaluation == "no" and resolved.has_validation(config):
+        yield from _idle(config, ("eval_steps",), f"{reason} no")
     by_save_steps = evaluates and evaluation == "steps" and config.eval_steps is None
-    if save == "epoch" and not by_save_steps:
-        yield from _idle(config, ("save_steps",), "--save_strategy is epoch")
-    if not evaluates or save == evaluation == "epoch":
+    if save != "steps" and not by_save_steps:
+        yield from _idle(config, ("save_steps",), f"--save_strategy is {save}")
+    if save == "no":
+        yield from _idle(config, ("save_total_limit", "save_only_model"), "--save_strategy is no")
+    if not evaluates or save == "no" or save == evaluation == "epoch":
         return
     if save != evaluation:
         yield (

@@ -11,6 +11,7 @@ from typing import Literal
 
 from raytune_rl.config import algorithms
 from raytune_rl.config.commands import PPOConfig, RLHFConfig, TrainConfig
+from raytune_rl.config.training import Strategy
 
 
 def learning_rate(config: TrainConfig) -> float:
@@ -35,7 +36,7 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
     return -int(-config.warmup_ratio * total_steps // 1)
 
 
-def eval_strategy(config: TrainConfig) -> Literal["steps", "epoch"]:
+def eval_strategy(config: TrainConfig) -> Strategy:
     """As `save_strategy`, unless given."""
     return config.eval_strategy or config.save_strategy
 
@@ -45,13 +46,18 @@ def eval_steps(config: TrainConfig) -> int:
     return config.save_steps if config.eval_steps is None else config.eval_steps
 
 
+def evaluates(config: TrainConfig) -> bool:
+    """Whether the run evaluates at any time: there are rows for it, and the user does not refuse."""
+    return has_validation(config) and eval_strategy(config) != "no"
+
+
 def checkpoint_interval(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps from one checkpoint to the next."""
+    """Optimizer steps from one checkpoint to the next, where there are any."""
     return steps_per_epoch if config.save_strategy == "epoch" else config.save_steps
 
 
 def evaluation_interval(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps from one evaluation to the next."""
+    """Optimizer steps from one evaluation to the next, where there are any."""
     return steps_per_epoch if eval_strategy(config) == "epoch" else eval_steps(config)
 
 

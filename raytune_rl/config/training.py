@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from raytune_rl.config import deepspeed as presets
 from raytune_rl.config.base import Options, setting
@@ -25,6 +25,7 @@ SCHEDULE_KWARGS: dict[str, tuple[str, ...]] = {
     "inverse_sqrt": ("timescale",),
 }
 """Arguments of Transformers' schedules beside warm-up and length."""
+Strategy = Literal["no", "steps", "epoch"]
 
 
 class TrainingOptions(Options):
@@ -91,10 +92,10 @@ class TrainingOptions(Options):
 
     output_dir: str = _output("output", "Folder of the run.")
     add_version: bool = _output(True, "Write into a new sub-folder vN-<time> of --output_dir.")
-    save_strategy: Literal["steps", "epoch"] = _output(
+    save_strategy: Strategy = _output(
         "steps",
         "When to write a checkpoint beside the one of the last step: every --save_steps steps, or at the end "
-        "of each epoch.",
+        "of each epoch. no: none at all, neither at the end nor when the run is stopped.",
     )
     save_steps: int = _output(
         500, "Optimizer steps between checkpoints; the last step is always saved.", ge=1
@@ -105,10 +106,10 @@ class TrainingOptions(Options):
     save_only_model: bool = _output(
         False, "Save the weights only: smaller checkpoints, which cannot be resumed."
     )
-    eval_strategy: Literal["steps", "epoch"] | None = _output(
+    eval_strategy: Strategy | None = _output(
         None,
         "When to evaluate, given validation data, beside before the first step and after the last: every "
-        "--eval_steps steps, or at the end of each epoch. Not set: as --save_strategy.",
+        "--eval_steps steps, or at the end of each epoch. no: never. Not set: as --save_strategy.",
     )
     eval_steps: int | None = _output(
         None, "Optimizer steps between evaluations, given validation data. Not set: as --save_steps.", ge=1
@@ -120,6 +121,12 @@ class TrainingOptions(Options):
     report_to: tuple[Literal["tensorboard", "wandb", "swanlab", "none"], ...] = _output(
         ("tensorboard",), "Where metrics go besides logging.jsonl; none: nowhere else."
     )
+
+    @field_validator("save_strategy", "eval_strategy", mode="before")
+    @classmethod
+    def _no_in_other_words(cls, value: Any) -> Any:
+        """YAML reads `no` as false."""
+        return "no" if value is False or value in ("none", "None", "false", "False", "NO", "No") else value
 
     @model_validator(mode="after")
     def _check_training(self) -> Self:

@@ -75,5 +75,14 @@ class PackBatches:
     def batch(self, number: int) -> NDArray[np.int64]:
         """The row numbers in batch `number`, counted from 0 over all epochs, int64."""
         epoch, within = divmod(number, self.batches_per_epoch)
-        chosen = self.packs.epoch(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
-        return np.concatenate([np.asarray(pack, dtype=np.int64) for pack in chosen])
+        return self.part(epoch, within * self.batch_size, (within + 1) * self.batch_size)
+
+    def part(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The row numbers in the packs from `start` to before `stop` of an epoch, int64."""
+        chosen = self.packs.epoch(epoch)[start:stop]
+        return np.concatenate([np.empty(0, np.int64), *(np.asarray(pack, dtype=np.int64) for pack in chosen)])
+
+    @property
+    def units(self) -> int:
+        """What `part` counts in an epoch: packs."""
+        return len(self.packs)

@@ -70,6 +70,15 @@ class BatchPlan:
         indices = order(self.n, epoch, self.seed, self.shuffle)
         return indices[within * self.batch_size : (within + 1) * self.batch_size]
 
+    def part(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Indices from position `start` to before `stop` of an epoch, int64."""
+        return order(self.n, epoch, self.seed, self.shuffle)[start:stop]
+
+    @property
+    def units(self) -> int:
+        """What `part` counts in an epoch: indices."""
+        return self.n
+
     def dropped(self, epoch: int) -> NDArray[np.int64]:
         """Indices that the epoch leaves out."""
         indices = order(self.n, epoch, self.seed, self.shuffle)

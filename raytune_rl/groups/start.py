@@ -25,7 +25,7 @@ from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.train import LossSpec, TrainerSpec
 from raytune_rl.rewards.sandbox import memory_limit_bytes
-from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.group import WorkerGroup, end
 from raytune_rl.runtime.weights import start_store
 from raytune_rl.workers.reference import ReferenceWorker
 from raytune_rl.workers.reward import RewardWorker
@@ -252,7 +252,7 @@ def start_groups(
     config, sizes, account = setup.config, setup.sizes, setup.prompts.account
     # Every engine has the newest version before the next is made: an older one would only fill the memory.
     store = start_store(setup.store_name, keep=1)
-    stack.callback(ray.kill, store)
+    stack.callback(end, store)
     starter, spec = Starter(setup, slots, stack), setup.policy
     ranks = starter.world("policy", spec)
     rollout = starter.rollout()

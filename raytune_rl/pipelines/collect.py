@@ -16,6 +16,7 @@ from raytune_rl.algorithms.experience import Experience, fill_with_signal, known
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.data.sampler import BatchPlan, stretch
 from raytune_rl.groups.start import Samplers
+from raytune_rl.pipelines.position import PromptDraw
 from raytune_rl.pipelines.reward_notices import RewardNotices
 from raytune_rl.pipelines.run_state import RunState
 from raytune_rl.protocol.data import PromptSet
@@ -67,9 +68,8 @@ class Collector:
     ) -> None:
         self._config, self._groups, self._prompts, self._say = config, groups, prompts, say
         self._state, self._credit = state, credit
-        self._order = BatchPlan(
-            len(prompts), prompts_per_generation, config.data_seed, config.dataset_shuffle
-        )
+        order = BatchPlan(len(prompts), prompts_per_generation, config.data_seed, config.dataset_shuffle)
+        self._order, self._draw = order, PromptDraw(order, {"generation": state.generation, **state.data})
         self._notices = RewardNotices(say)
 
     def _book(self, outcome: str, groups: Experience) -> None:
@@ -99,7 +99,8 @@ class Collector:
         if self._config.dynamic_sample:
             collected = self._with_signal(generation, round_of)
         else:
-            collected = Collected(round_of(self._order.batch(generation).tolist(), generation))
+            collected = Collected(round_of(self._draw.next(), generation))
+            self._state.data = self._draw.state()
         self._book("finished", collected.kept)
         return collected
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,33 +18,26 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from raytune_rl.config.commands import TrainConfig
-from raytune_rl.errors import CheckpointError, RaytuneError
-from raytune_rl.redaction import redact, redact_text
+from raytune_rl.errors import CheckpointError
+from raytune_rl.pipelines.resume_point import ResumePoint
+from raytune_rl.redaction import redact_text
+from raytune_rl.runtime.signals import HANDLED, set_handlers
 from raytune_rl.tracking.best import CheckpointRecord
-from raytune_rl.tracking.checkpoints import (
-    CheckpointWriter,
-    clean_leftovers,
-    latest,
-    prune,
-    read_state,
-    step_of,
-    supersede_after,
-)
+from raytune_rl.tracking.checkpoints import CheckpointWriter, prune
 from raytune_rl.tracking.completions import CompletionLog
 from raytune_rl.tracking.html_report import write_report
 from raytune_rl.tracking.logger import RunLogger
 from raytune_rl.tracking.plots import write_plots
 from raytune_rl.tracking.progress import ProgressDisplay
-from raytune_rl.tracking.run_dir import RunDir
-from raytune_rl.tracking.sinks import check_sinks
 from raytune_rl.tracking.timer import StepTimer
+from raytune_rl.tracking.unwritten import forgiven, missing
 
 SHOWN = ("eval_reward", "eval_loss", "eval_token_acc", "eval_rewards/accuracies", "eval_rewards/margins")
 """Held-out metrics that are printed."""
 WAITING = Console(stderr=True)
 LOGGED_EVERY_S = 10.0
 """Seconds between two lines in a log on how far a stage is."""
-STOPPING = b"Stopping: the present step is finished and saved first. Press Ctrl-C again to stop at once.\n"
+STOPPING = "Stopping: the present step is finished{saved} first. Press Ctrl-C again to stop at once.\n"
 
 
 @contextmanager
@@ -101,82 +93,6 @@ class RunResult:
     after: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where a run starts: a new directory at step 0, or a checkpoint in its own directory.
-
-    Attributes:
-        run_dir: Where to write.
-        checkpoint: What to restore; None for a new run.
-        state: trainer_state.json of the checkpoint, or empty.
-        notices: Sentences for the user.
-    """
-
-    run_dir: RunDir
-    checkpoint: Path | None
-    state: Mapping[str, Any]
-    notices: tuple[str, ...]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps already done."""
-        return int(self.state.get("global_step", 0))
-
-    @property
-    def resume_step(self) -> int | None:
-        """The step gone on from, or None for a new run."""
-        return None if self.checkpoint is None else self.step
-
-
-def find_resume_point(config: TrainConfig) -> ResumePoint:
-    """Opens the run's directory.
-
-    Raises:
-        CheckpointError: The checkpoint asked for is not there or not whole.
-        ConfigError: The directory cannot be made, or what --report_to names is not installed.
-    """
-    check_sinks(config.report_to)
-    wanted = config.resume_from_checkpoint
-    checkpoint: Path | None = None
-    notices: list[str] = []
-    if wanted == "auto":
-        checkpoint = latest(config.output_dir)
-        if checkpoint is None:
-            notices.append(
-                f"--resume_from_checkpoint auto: no checkpoint under {config.output_dir}, so this run starts "
-                "anew"
-            )
-    elif wanted is not None:
-        checkpoint = Path(wanted).expanduser().absolute()
-        if not (checkpoint / "trainer_state.json").is_file() and (nested := latest(checkpoint)) is not None:
-            checkpoint = nested
-    if checkpoint is None:
-        run_dir = RunDir.create(config.output_dir, config.add_version)
-        run_dir.write_args(config.args())
-        return ResumePoint(run_dir, None, {}, tuple(notices))
-    state = read_state(checkpoint)
-    if not (checkpoint / "optimizer").is_dir():
-        raise CheckpointError(
-            f"{checkpoint} was saved with --save_only_model true: it has no optimizer state to resume from"
-        )
-    run_dir = RunDir.open(checkpoint)
-    clean_leftovers(run_dir)
-    later = supersede_after(run_dir, step_of(checkpoint))
-    if later:
-        notices.append(f"{len(later)} later checkpoint(s) of this run were set aside as {later[0].name} ...")
-    notices.append(f"resuming from {checkpoint}")
-    notices += _changed_settings(config, run_dir)
-    return ResumePoint(run_dir, checkpoint, state, tuple(notices))
-
-
-def _changed_settings(config: TrainConfig, run_dir: RunDir) -> list[str]:
-    """Settings that differ from those the run began with: allowed, but never unnoticed."""
-    before, now = run_dir.read_args(), redact(config.args())
-    own = {"resume_from_checkpoint", "output_dir", "add_version", "ray_address"}
-    changed = [n for n in sorted(now) if n in before and n not in own and before[n] != now[n]]
-    return [f"--{name} is {now[name]!r} now; the run began with {before[name]!r}" for name in changed]
-
-
 class Saves(Protocol):
     """The content of a checkpoint."""
 
@@ -214,6 +130,7 @@ class Run:
         self._evaluated: int | None = None
         self.last_metrics: dict[str, float] = {}
         self.stop_requested = False
+        self.unsaved = 0
         self._best_by, self._greater = best_by, greater_is_better
         self._record = CheckpointRecord.from_state(resume_point.state, resume_point.run_dir)
         self.console = Console()
@@ -245,20 +162,15 @@ class Run:
                 raise KeyboardInterrupt
             self.stop_requested = True
             # Not through the console: the signal may have come in the middle of its own printing.
-            os.write(2, STOPPING)
+            saved = "" if self.config.save_strategy == "no" else " and saved"
+            os.write(2, STOPPING.format(saved=saved).encode())
 
-        before = {number: _set_handler(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = set_handlers(dict.fromkeys(HANDLED, ask))
         try:
             with self.display, self.logger:
                 yield
-        except (RaytuneError, KeyboardInterrupt):
-            if self._record.last_model_checkpoint and not self.config.save_only_model:
-                last = self._record.last_model_checkpoint
-                self.say(f"To go on, add to the same command: --resume_from_checkpoint {last}")
-            raise
         finally:
-            for number, handler in before.items():
-                _set_handler(number, handler)
+            set_handlers(before)
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """One optimizer step is done: shows it, and logs it where the user asked for a line. A step with a
@@ -291,18 +203,40 @@ class Run:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k in SHOWN)
         self.say(f"step {self.step}/{self.total_steps} | held out: {shown}")
 
-    def save(self, trained: Saves, state: Mapping[str, Any]) -> Path:
+    def save(self, trained: Saves, state: Mapping[str, Any]) -> Path | None:
         """Writes a checkpoint, whole or not at all, and removes the ones beyond the limit. It may be the best
-        one only if these very weights were evaluated."""
+        one only if these very weights were evaluated.
+
+        Returns:
+            The checkpoint; None with --save_strategy no, or where it could not be written in mid-run: that
+            is said, and the next one is tried.
+
+        Raises:
+            CheckpointError: The last checkpoint of the run could not be written.
+            RunInUseError: The directory is another command's by now.
+        """
+        if self.config.save_strategy == "no":
+            return None
+        if self._origin.lock is not None:
+            self._origin.lock.check()
         metric = self.after.get(self._best_by) if self._evaluated == self.step else None
         record = self._record.after(self.dir.checkpoint(self.step), metric, self._greater)
         kept = {**state, **record.as_dict(), "first_metrics": self.first_metrics, "before": self.before}
         writer = CheckpointWriter(self.dir, self.step, kept)
-        with writer as path:
-            trained.save(path, self.config.save_only_model)
+        try:
+            with writer as path:
+                trained.save(path, self.config.save_only_model)
+        except CheckpointError as error:
+            if self.step >= self.total_steps or self.stop_requested:
+                raise
+            self.unsaved += 1
+            self.say(f"Note: step {self.step}: {error} The run goes on, and tries the next checkpoint.")
+            return None
         self._record = record
-        prune(self.dir, self.config.save_total_limit, record.best)
-        write_plots(self.dir, only=("loss", "reward", "kl"))
+        with forgiven(self.dir.path):
+            prune(self.dir, self.config.save_total_limit, record.best)
+        with forgiven(self.dir.images):
+            write_plots(self.dir, only=("loss", "reward", "kl"))
         return writer.final
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> RunResult:
@@ -310,8 +244,14 @@ class Run:
         status = "interrupted" if self.step < self.total_steps else "finished"
         last_line = {"global_step": self.step, "status": status, **self._record.as_dict(), **(facts or {})}
         self.logger.close(last_line)
-        write_plots(self.dir)
-        self.write_report(status)
+        with forgiven(self.dir.images):
+            write_plots(self.dir)
+        with forgiven(self.dir.path / "report.html"):
+            self.write_report(status)
+        for name, count in missing(self.dir.path).items():
+            self.say(f"Note: {name}: {count} line(s) or file(s) could not be written and are missing")
+        if self.unsaved:
+            self.say(f"Note: {self.unsaved} checkpoint(s) of this run could not be written")
         last, best = self._record.last_model_checkpoint, self._record.best_model_checkpoint
         return RunResult(
             run_dir=self.dir.path,
@@ -337,12 +277,3 @@ class Run:
     def seconds(self) -> float:
         """Wall time of this process."""
         return time.monotonic() - self.started
-
-
-def _set_handler(number: int, handler: Any) -> Any:
-    """Signals can only be handled in the main thread; elsewhere the caller's own handling stays."""
-    import threading
-
-    if threading.current_thread() is threading.main_thread():
-        return signal.signal(number, handler)
-    return None

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.config import PreferenceConfig, SFTConfig, resolved
 from raytune_rl.config.batching import SFTSchedule, sft_schedule_of
+from raytune_rl.config.training import Strategy
 from raytune_rl.data.example import Task
 from raytune_rl.data.media_tags import MODALITIES
 from raytune_rl.data.packing import PackBatches, Packs
@@ -30,9 +31,11 @@ from raytune_rl.groups.sizes import Groups, offline_groups
 from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.pipelines import dry_run, memory, offline_report, report
-from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, find_resume_point, note, stage
+from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.objective import Objective
+from raytune_rl.pipelines.position import Position, goes_on
+from raytune_rl.pipelines.resume_point import open_run
 from raytune_rl.pipelines.scored import Score, ScoredSet
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
 from raytune_rl.prepare.sets import token_sets
@@ -71,7 +74,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
             cluster = stack.enter_context(session(config.ray_address, note))
         groups = offline_groups(config, cluster)
         specs.check_machine(config, groups.on_gpu)
-        resume_point = find_resume_point(config)
+        resume_point = stack.enter_context(open_run(config))
         with stage("reading and tokenizing the data") as tell:
             where = (config, objective.shape.task, resume_point.run_dir.quarantine_jsonl)
             stream = stream_of(*where, cluster.started_here, resume_point, stack)
@@ -82,9 +85,12 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         packs = packs_of(config, train)
         units = len(train) // objective.shape.rows if packs is None else len(packs)
         schedule = sft_schedule_of(config, groups["policy"].workers, units)
+        position = Position.of(resume_point.state, schedule.rows_per_step, units)
+        schedule, resized = goes_on(schedule, position, units, resume_point, config.max_steps)
         all_notices = [
             *notices,
             *resume_point.notices,
+            *resized,
             *train.account.notices,
             *specs.machine_notices(config, groups.on_gpu),
             *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
@@ -94,7 +100,7 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
         )
         plan, no_room = memory.added(plan, config, groups, gpu_memory.of(cluster))
         started = OfflineRun(
-            config, objective, groups, schedule, train, held_out, resume_point, packs, stream
+            config, objective, groups, schedule, train, held_out, resume_point, position, packs, stream
         )
         started.run.say(plan.render())
         if no_room is not None:
@@ -127,7 +133,7 @@ def stream_of(
     """The windows of `--streaming true`, from the one in which the run stopped; None without it."""
     if not (isinstance(config, SFTConfig) and config.streaming):
         return None
-    first = int(resume_point.state.get("window", 0))
+    first = Position.of(resume_point.state, 1, 1).epoch
     return Stream(config, task, quarantine, one_machine, first, stack)
 
 
@@ -160,6 +166,7 @@ class OfflineRun:
         train: TokenSet,
         held_out: TokenSet | None,
         resume_point: ResumePoint,
+        position: Position,
         packs: Packs | None = None,
         stream: Stream | None = None,
     ) -> None:
@@ -168,7 +175,9 @@ class OfflineRun:
         self.groups = groups
         self.schedule = schedule
         self.rows = ScoredSet.without_reference(train)
-        self.held_out = None if held_out is None else ScoredSet.without_reference(held_out)
+        self.held_out: ScoredSet | None = None
+        if held_out is not None and resolved.eval_strategy(config) != "no":
+            self.held_out = ScoredSet.without_reference(held_out)
         shown = [rows.account.media.modalities for rows in (train, held_out) if rows is not None]
         self.modalities: tuple[Modality, ...] = tuple(
             dict.fromkeys(modality for modalities in shown for modality in modalities)
@@ -181,7 +190,7 @@ class OfflineRun:
         )
         self.order = self.order_of(train, packs)
         self.stream = stream
-        self.taken = int(resume_point.state.get("batches_of_window", 0))
+        self.position = position
 
     def order_of(self, rows: TokenSet, packs: Packs | None) -> BatchPlan | PackBatches:
         """The batches of each epoch."""
@@ -267,8 +276,10 @@ class OfflineRun:
             which = {*shape.trained, *(shape.scored if self.asks_policy else ())}
             return shape.rows_of(units, tuple(sorted(which))).tolist()
 
-        steps = min(self.schedule.total_steps, self.schedule.steps_per_epoch)
-        seen = np.unique(np.concatenate([self.order.batch(step) for step in range(steps)]))
+        upto = self.order.units
+        if self.position.epoch == 0:
+            upto = self.position.taken + self.schedule.rows_per_step * (self.run.total_steps - self.run.step)
+        seen = np.unique(self.order.part(0, 0, upto))
         self.rows = ScoredSet.by(score, self.rows.rows, needed(seen), workers, self.run.say)
         if self.held_out is not None:
             every = self.units_of(self.held_out.rows)
@@ -279,7 +290,7 @@ class OfflineRun:
 
     def train(self) -> None:
         """One batch, one optimizer step, until the schedule ends."""
-        run, config, epoch = self.run, self.config, self.schedule.steps_per_epoch
+        run, config = self.run, self.config
         if run.step == 0:
             self.evaluate()
         run.timer.finish()
@@ -287,32 +298,30 @@ class OfflineRun:
             self.train_step(self.next_units())
             last = run.step >= self.schedule.total_steps or run.stop_requested
             with run.timer.paused():
-                if last or run.step % resolved.evaluation_interval(config, epoch) == 0:
+                if last or self.is_due(resolved.eval_strategy(config), resolved.eval_steps(config)):
                     self.evaluate()
-                if last or run.step % resolved.checkpoint_interval(config, epoch) == 0:
-                    run.save(self.policy.world, self.position)
+                if last or self.is_due(config.save_strategy, config.save_steps):
+                    run.save(self.policy.world, self.position.state(self.schedule.rows_per_step))
+
+    def is_due(self, strategy: Strategy, every: int) -> bool:
+        """Whether something happens after the present step."""
+        if strategy == "epoch":
+            return self.position.taken >= self.order.units
+        return self.run.step % every == 0
 
     def next_units(self) -> Units:
-        """The rows of the next step's epoch: the data in memory, or the stream's window as an epoch of its
-        own.
-        """
-        if self.stream is None:
-            return self.order.batch(self.run.step)
-        if self.taken == self.order.batches_per_epoch:
-            with self.run.timer.phase("data"):
-                window = self.stream.next()
-            self.rows = ScoredSet.without_reference(window)
-            self.order = self.order_of(window, packs_of(self.config, window))
-            self.taken = 0
-        self.taken += 1
-        return self.order.batch(self.stream.number * self.order.batches_per_epoch + self.taken - 1)
-
-    @property
-    def position(self) -> dict[str, int]:
-        """The data position that a checkpoint keeps beside the step."""
-        if self.stream is None:
-            return {}
-        return {"window": self.stream.number, "batches_of_window": self.taken}
+        """The rows of the next step. A stream's window is an epoch of its own."""
+        at = self.position
+        if at.taken >= self.order.units:
+            at = Position(at.epoch + 1, 0)
+            if self.stream is not None:
+                with self.run.timer.phase("data"):
+                    window = self.stream.next()
+                self.rows = ScoredSet.without_reference(window)
+                self.order = self.order_of(window, packs_of(self.config, window))
+        stop = min(at.taken + self.schedule.rows_per_step, self.order.units)
+        self.position = Position(at.epoch, stop)
+        return self.order.part(at.epoch, at.taken, stop)
 
     def train_step(self, units: Units) -> None:
         """The loss is a mean over the whole batch, wherever its rows lie."""
@@ -320,7 +329,9 @@ class OfflineRun:
         with run.timer.phase("train"):
             step = self.policy.world.train(self.batch(self.rows, units), run.step)
         metrics = offline_report.with_margin(step.metrics)
-        run.record({**metrics, **report.step_metrics(run, step, self.schedule.steps_per_epoch)})
+        counters = report.step_metrics(run, step, self.schedule.steps_per_epoch)
+        epoch = self.position.epoch + self.position.taken / self.order.units
+        run.record({**metrics, **counters, "epoch": epoch})
 
     def evaluate(self) -> None:
         """The loss and its metrics on the held-out rows, all of them as one batch."""

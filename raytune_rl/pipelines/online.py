@@ -30,9 +30,11 @@ from raytune_rl.pipelines import dry_run, memory, report
 from raytune_rl.pipelines.collect import Collected, Collector
 from raytune_rl.pipelines.engine_guard import METRIC, EngineGuard
 from raytune_rl.pipelines.generation_log import GenerationLog
-from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, find_resume_point, note, stage
+from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
+from raytune_rl.pipelines.position import generations_go_on
+from raytune_rl.pipelines.resume_point import open_run
 from raytune_rl.pipelines.run_models import RunModels
 from raytune_rl.pipelines.run_state import RunState
 from raytune_rl.prepare.sets import check_lengths, prompt_sets
@@ -76,7 +78,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
             cluster = stack.enter_context(session(config.ray_address, note))
         groups = online_groups(config, cluster, algorithm.needs)
         specs.check_machine(config, groups.on_gpu)
-        resume_point = find_resume_point(config)
+        resume_point = stack.enter_context(open_run(config))
         with stage("reading and tokenizing the data") as tell:
             train, held_out = prompt_sets(
                 config, resume_point.run_dir.quarantine_jsonl, one_machine=cluster.started_here, tell=tell
@@ -86,6 +88,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         )
         specs.check_readable(config, train.account.media)
         schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
+        schedule, resized = generations_go_on(schedule, len(train), resume_point, config.max_steps)
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)
         max_model_len = check_lengths(
             longest, config.max_completion_length, config.vllm_max_model_len, train.account.max_positions
@@ -93,6 +96,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         all_notices = [
             *notices,
             *resume_point.notices,
+            *resized,
             *train.account.notices,
             *specs.machine_notices(config, groups.on_gpu),
             *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
@@ -168,7 +172,7 @@ class OnlineRun:
         actors: OnlineGroups,
     ) -> None:
         self.config, self.algorithm, self.schedule = config, algorithm, schedule
-        self.prompts, self.held_out = prompts, held_out
+        self.prompts, self.held_out = prompts, held_out if resolved.eval_strategy(config) != "no" else None
         self.run, self.state, self.actors = run, state, actors
         self.credit: Credit = algorithm.credit
         self.collector = Collector(

@@ -191,7 +191,10 @@ def output_section(
     often = f"{resolved.checkpoint_interval(config, schedule.steps_per_epoch):,} steps"
     if config.save_strategy == "epoch":
         often = f"epoch ({often})"
-    rows = [("folder", str(resume_point.run_dir.path)), ("checkpoint every", f"{often} and at the end")]
+    saved = ("checkpoint every", f"{often} and at the end")
+    if config.save_strategy == "no":
+        saved = ("checkpoints", "none (--save_strategy no): what is trained is gone when the run ends")
+    rows = [("folder", str(resume_point.run_dir.path)), saved]
     if resume_point.checkpoint is not None:
         rows.append(("goes on from", f"{resume_point.checkpoint.name}, step {resume_point.step:,}"))
     return Section("Output", rows)

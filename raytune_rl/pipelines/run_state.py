@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raytune_rl.pipelines.position import POSITION
 from raytune_rl.tracking.summary import PromptCounts
 
 
@@ -16,6 +17,8 @@ class RunState:
 
     Attributes:
         generation: Number of the next generation, from 0.
+        data: Where the run is in its prompts, as `position.Position.state` has it; empty before the first
+            generation, and with dynamic sampling.
         prompts_drawn: Prompts that dynamic sampling has taken from its stream: its whole position.
         prompt_counts: What became of the prompts that were sampled from: "dispatched", "finished", and
             reasons for which groups were replaced.
@@ -28,6 +31,7 @@ class RunState:
     """
 
     generation: int = 0
+    data: dict[str, int] = field(default_factory=dict)
     prompts_drawn: int = 0
     prompt_counts: Counter[str] = field(default_factory=Counter)
     prompt_failures: Counter[str] = field(default_factory=Counter)
@@ -42,6 +46,7 @@ class RunState:
         """Of a checkpoint's trainer_state.json; a mapping without any of it is a new run's."""
         return cls(
             generation=int(saved.get("generation", 0)),
+            data={name: int(saved[name]) for name in POSITION if name in saved},
             prompts_drawn=int(saved.get("prompts_drawn", 0)),
             prompt_counts=Counter(saved.get("prompt_counts", {})),
             prompt_failures=Counter(saved.get("prompt_failures", {})),
@@ -56,6 +61,7 @@ class RunState:
         """As JSON-able values, for trainer_state.json."""
         return {
             "generation": self.generation,
+            **self.data,
             "max_gap": self.max_gap,
             "lost_workers": dict(self.lost_workers),
             "generations_without_signal": self.silent_generations,

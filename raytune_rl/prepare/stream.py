@@ -20,6 +20,7 @@ from raytune_rl.data.example import Task
 from raytune_rl.prepare.places import MediaPlaces
 from raytune_rl.prepare.sets import token_set, token_sets
 from raytune_rl.protocol.data import Account, SourceCounts, TokenSet
+from raytune_rl.runtime.group import end
 from raytune_rl.tracking.files import read_jsonl
 
 
@@ -74,7 +75,7 @@ class Stream:
         self._config = config
         arguments = (str(Path.cwd()), config, task, str(quarantine), MediaPlaces.of(config, one_machine))
         self._worker = ray.remote(StreamWorker).options(**options).remote(*arguments)
-        stack.callback(ray.kill, self._worker)
+        stack.callback(end, self._worker)
         self.number = first - 1
         self.account: Account | None = None
         self._coming = self._ask(first)

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from ray.util.placement_group import (
 )
 
 from raytune_rl.errors import ConfigError, PlacementError
+from raytune_rl.runtime.health import health, watched
 from raytune_rl.runtime.machine import make_token, missing_identity, ray_folder
 from raytune_rl.runtime.placement import (
     GroupSpec,
@@ -33,6 +34,7 @@ from raytune_rl.runtime.placement import (
     neighbours_first,
     placement_message,
 )
+from raytune_rl.runtime.signals import kept_handlers
 
 NAMESPACE = "raytune_rl"
 NODE_ID = "ray.io/node-id"
@@ -99,15 +101,25 @@ def session(address: str | None = None, say: Callable[[str], None] = lambda _: N
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         # Ray warns on every start that its own cluster asks for a token, which it hands out by itself.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        if address:
-            _join(address, identity)
-        else:
-            _start_here(say)
+        try:
+            with kept_handlers():
+                if address:
+                    _join(address, identity)
+                else:
+                    _start_here(say)
+        except BaseException:
+            ray.shutdown()  # of its processes some may have started
+            raise
+    stack = ExitStack()
     try:
-        yield describe(started_here=not joined and not address)
+        info = describe(started_here=not joined and not address)
+        with watched(info.address, info.started_here) as looking:
+            stack.callback(looking.end)
+            yield info
     finally:
         if not joined:
             ray.shutdown()
+        stack.close()
 
 
 _QUIET: dict[str, Any] = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": False}
@@ -215,9 +227,12 @@ def reserve(groups: Sequence[GroupSpec], timeout_s: float) -> Iterator[dict[str,
     reserved = placement_group(bundles, strategy="PACK", bundle_label_selector=where if pinned else None)
     try:
         _await_reservation(reserved, groups, timeout_s)
-        yield slots_of(reserved, layout)
+        slots = slots_of(reserved, layout)
+        health().watch(slots)
+        yield slots
     finally:
-        _give_back(reserved, layout)
+        if health().lost is None:  # else the books may never be right again, or not answer
+            _give_back(reserved, layout)
 
 
 def _give_back(reserved: PlacementGroup, layout: Layout, timeout_s: float = 5.0) -> None:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raytune_rl.errors import WorkerDiedError
+from raytune_rl.errors import DeadlineExceededError, WorkerDiedError
+from raytune_rl.runtime.health import health
 from raytune_rl.runtime.placement import GroupSpec, Slot
 from raytune_rl.runtime.wait import Pending, fetch_all
 
@@ -122,19 +123,23 @@ class WorkerGroup:
         """
         return self._make(rank, Call(method, args, what or method, returns, timeout_s or self.timeout_s))
 
-    def _make(self, rank: int, call: Call, attempt: int = 1) -> Pending:
+    def _make(self, rank: int, call: Call, attempt: int = 1, hung: bool = False) -> Pending:
         actor, replacement = self._actors[rank], self._replacement
         pending = self._ask(rank, call)
         if replacement is None or call.returns == "streaming":
             return pending
         extra_s = replacement.start_timeout_s if attempt > 1 else 0.0
 
-        def redo(loss: WorkerDiedError) -> Pending:
+        def redo(loss: WorkerDiedError | DeadlineExceededError) -> Pending:
+            hangs = isinstance(loss, DeadlineExceededError)
+            if hangs and hung:
+                raise DeadlineExceededError(f"{loss}\nA worker in its place hung at this work too.") from loss
             if attempt == ATTEMPTS:
                 raise WorkerDiedError(f"{loss}\nIt was lost at this work {ATTEMPTS} times.") from loss
             if self._actors[rank] is actor:  # else another call was lost with it, and saw to that
-                self._replace(rank, loss, replacement)
-            return self._make(rank, call, attempt + 1)
+                what = f"{self.who(rank)} did not finish '{call.what}' within {pending.timeout_s:.0f} s."
+                self._replace(rank, what if hangs else str(loss).partition("\n")[0], replacement)
+            return self._make(rank, call, attempt + 1, hung or hangs)
 
         return replace(pending, redo=redo, timeout_s=call.timeout_s + extra_s)
 
@@ -143,10 +148,9 @@ class WorkerGroup:
         ref = remote.options(num_returns=call.returns).remote(*call.args)
         return Pending(ref, self.who(rank), call.what, call.timeout_s, after=self._set_up.get(rank, ()))
 
-    def _replace(self, rank: int, loss: WorkerDiedError, replacement: Replacement) -> None:
+    def _replace(self, rank: int, loss: str, replacement: Replacement) -> None:
         """Starts a worker anew. Returns at once: its calls wait for its start."""
-        first_line = str(loss).partition("\n")[0]  # Ray goes on for ten more
-        replacement.tell(self.name, f"{first_line} It is started anew, and its work is done again.")
+        replacement.tell(self.name, f"{loss} It is started anew, and its work is done again.")
         ray.kill(self._actors[rank])  # whatever is left of it must not hold the place
         self._actors[rank] = self._start(rank)
         self._set_up[rank] = ()
@@ -169,8 +173,16 @@ class WorkerGroup:
     def shutdown(self) -> None:
         """Ends the workers' processes. Their finished results stay readable."""
         for actor in self._actors:
-            ray.kill(actor)
+            end(actor)
         self._actors = []
+
+
+def end(actor: ray.actor.ActorHandle) -> None:
+    """Ends an actor's process. Without the cluster's head no call to Ray would come back, and it ends with
+    its node.
+    """
+    if not health().head_lost:
+        ray.kill(actor)
 
 
 def start_worker(

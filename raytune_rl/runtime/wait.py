@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from raytune_rl.errors import DeadlineExceededError, RaytuneError, WorkerDiedError, WorkerFailedError
+from raytune_rl.runtime.health import health
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -28,8 +29,8 @@ class Pending:
         who: The actor, as a person would name it ("rollout[1]").
         what: The work asked for ("generate 32 completions").
         timeout_s: Seconds from the moment of waiting.
-        redo: For work that may be done again elsewhere: given the error with which its worker was lost,
-            asks anew. None: the loss is the caller's.
+        redo: For work that may be done again elsewhere: given the error with which its worker was lost, or
+            the deadline at which it hung, asks anew. None: the loss is the caller's.
         after: Calls on the same worker, earlier than this one, without which this one would mean nothing.
     """
 
@@ -37,7 +38,9 @@ class Pending:
     who: str
     what: str
     timeout_s: float
-    redo: Callable[[WorkerDiedError], Pending] | None = field(default=None, compare=False)
+    redo: Callable[[WorkerDiedError | DeadlineExceededError], Pending] | None = field(
+        default=None, compare=False
+    )
     after: tuple[Pending, ...] = ()
 
 
@@ -66,10 +69,13 @@ def fetch(pending: Pending) -> Any:
     except RayActorError as error:
         if error.args and isinstance(error.args[0], RayTaskError):  # its constructor raised
             raise _failure(pending, error.args[0]) from None
+        health().look()
         raise WorkerDiedError(f"{pending.who} died during '{pending.what}': {readable(error)}") from error
     except RuntimeEnvSetupError as error:
         raise WorkerFailedError(f"{pending.who} could not be started: {readable(error)}") from error
-    except RayError as error:  # a task's process crashed or ran out of memory, an object's node is gone
+    except RayError as error:
+        health().look()
+        # A task's process crashed or ran out of memory, an object's node is gone.
         raise WorkerDiedError(f"{pending.who} was lost during '{pending.what}': {readable(error)}") from error
 
 
@@ -89,7 +95,8 @@ def readable(error: BaseException) -> str:
 
 
 def settle(pending: Sequence[Pending]) -> tuple[list[Pending], list[Any]]:
-    """Waits for all answers; work that was lost with its worker is done again where that is allowed.
+    """Waits for all answers; work that was lost with its worker, or that hangs, is done again where that is
+    allowed.
 
     Waiting for the first to finish rather than for the first in the list matters for a torch.distributed
     world: when one rank fails its peers block in a collective, and the useful error is not the one that is
@@ -113,34 +120,48 @@ def settle(pending: Sequence[Pending]) -> tuple[list[Pending], list[Any]]:
 
     for number in range(len(current)):
         await_(number)
+
+    def again(number: int, loss: WorkerDiedError | DeadlineExceededError) -> None:
+        redo = current[number].redo
+        if redo is None:
+            raise loss
+        current[number] = redo(loss)
+        await_(number)
+
     while owed:
-        for ref in _next_ready(owed, until, current):
+        ready = _next_ready(owed, until)
+        if not ready:
+            now = time.monotonic()
+            late = {ref: number for ref, number in owed.items() if until[number] <= now}
+            if not late:  # it came back a moment early
+                continue
+            error = _late(
+                [current[number] for number in owed.values()], current[min(late.values())].timeout_s
+            )
+            for ref, number in late.items():
+                del owed[ref]
+                again(number, error)
+        for ref in ready:
             number = owed.pop(ref)
             try:
                 answers[number] = fetch(replace(current[number], ref=ref))
             except WorkerDiedError as error:
-                redo = current[number].redo
-                if redo is None:
-                    raise
-                current[number] = redo(error)
-                await_(number)
+                again(number, error)
     return current, answers
 
 
-def _next_ready(owed: dict[Any, int], until: dict[int, float], current: Sequence[Pending]) -> list[Any]:
-    """The references that are there next.
-
-    Raises:
-        DeadlineExceededError: When an answer's time is up, naming all that are still owed.
-    """
-    first = min(owed.values(), key=lambda number: until[number])
-    remaining = max(until[first] - time.monotonic(), 0.0)
+def _next_ready(owed: dict[Any, int], until: dict[int, float]) -> list[Any]:
+    """The references that are there next; none when an answer's time is up."""
+    remaining = max(min(until[number] for number in owed.values()) - time.monotonic(), 0.0)
     ready, _ = ray.wait(list(owed), num_returns=1, timeout=remaining, fetch_local=False)
-    if ready:
-        return list(ready)
-    late = ", ".join(f"{current[number].who} ({current[number].what})" for number in owed.values())
-    raise DeadlineExceededError(
-        f"No answer after {current[first].timeout_s:.0f} s from: {late}. `ray stack` shows what they are "
+    return list(ready)
+
+
+def _late(owed: Sequence[Pending], timeout_s: float) -> DeadlineExceededError:
+    """The error that names all that are still owed."""
+    late = ", ".join(f"{pending.who} ({pending.what})" for pending in owed)
+    return DeadlineExceededError(
+        f"No answer after {timeout_s:.0f} s from: {late}. `ray stack` shows what they are "
         "doing; a longer limit is set by --step_timeout (or --start_timeout while the actors start)."
     )
 

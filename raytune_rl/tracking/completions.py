@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from raytune_rl.tracking.files import Truncation, in_short, json_line, truncate_jsonl
+from raytune_rl.tracking.line_file import LineFile
 from raytune_rl.tracking.run_dir import RunDir
 
 
@@ -47,7 +48,7 @@ class CompletionRow:
 
 
 class CompletionLog:
-    """Appends rows to completions.jsonl, flushed with each call.
+    """Appends rows to completions.jsonl, on disk with each call; those that cannot be written are counted.
 
     Args:
         run_dir: Where to.
@@ -64,7 +65,7 @@ class CompletionLog:
                 run_dir.completions_jsonl,
                 lambda row: isinstance(row.get("step"), int) and row["step"] <= resume_step,
             )
-        self._file = run_dir.completions_jsonl.open("a", encoding="utf-8")
+        self._file = LineFile(run_dir.completions_jsonl)
 
     def __enter__(self) -> CompletionLog:
         return self
@@ -78,8 +79,7 @@ class CompletionLog:
         self.close()
 
     def write(self, rows: Iterable[CompletionRow]) -> None:
-        self._file.writelines(json_line(row.as_dict(), in_short) for row in rows)
-        self._file.flush()
+        self._file.append([json_line(row.as_dict(), in_short) for row in rows])
 
     def close(self) -> None:
         self._file.close()

@@ -10,16 +10,19 @@ from types import TracebackType
 from typing import Any
 
 from raytune_rl.tracking.files import Truncation, json_line, truncate_jsonl
+from raytune_rl.tracking.line_file import LineFile
 from raytune_rl.tracking.run_dir import RunDir
 from raytune_rl.tracking.sinks import open_sinks
 from raytune_rl.tracking.text import duration
+from raytune_rl.tracking.unwritten import forgiven
 
 STEP_KEY = "global_step/max_steps"
 NON_FINITE_KEY = "non_finite"
 
 
 class RunLogger:
-    """Appends to logging.jsonl and to the sinks of `report_to`.
+    """Appends to logging.jsonl and to the sinks of `report_to`. What one of them refuses is counted
+    (`tracking.unwritten`).
 
     Args:
         run_dir: Where to.
@@ -57,7 +60,8 @@ class RunLogger:
         self.non_finite: Counter[str] = Counter()
         if resume_step is not None:
             self.truncation = truncate_jsonl(run_dir.logging_jsonl, lambda row: _belongs(row, resume_step))
-        self._file = run_dir.logging_jsonl.open("a", encoding="utf-8")
+        self._file = LineFile(run_dir.logging_jsonl)
+        self._path = run_dir.path
 
     def __enter__(self) -> RunLogger:
         return self
@@ -91,15 +95,15 @@ class RunLogger:
             line.setdefault(name, value)
         if bad:
             line[NON_FINITE_KEY] = bad
-        self._file.write(json_line(line))
-        self._file.flush()
+        self._file.append([json_line(line)])
         numbers = {
             name: float(value)
             for name, value in values.items()
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         }
         for sink in self._sinks:
-            sink.write(step, numbers)
+            with forgiven(self._path / type(sink).__name__, Exception):
+                sink.write(step, numbers)
         return line
 
     def close(self, summary: Mapping[str, Any]) -> None:
@@ -109,7 +113,7 @@ class RunLogger:
         line = dict(summary)
         if self.non_finite:
             line.setdefault(NON_FINITE_KEY, dict(self.non_finite))
-        self._file.write(json_line(line))
+        self._file.append([json_line(line)])
         self._shut()
 
     def _times(self, step: int) -> dict[str, Any]:
@@ -130,7 +134,8 @@ class RunLogger:
         self._closed = True
         self._file.close()
         for sink in self._sinks:
-            sink.close()
+            with forgiven(self._path / type(sink).__name__, Exception):
+                sink.close()
 
 
 def line_step(row: Mapping[str, Any]) -> int | None:

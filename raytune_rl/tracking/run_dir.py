@@ -21,6 +21,7 @@ VERSION_PATTERN = re.compile(r"^v(\d+)-\d{8}-\d{6}$")
 CHECKPOINT_PATTERN = re.compile(r"^checkpoint-(\d+)$")
 _CLAIM_PATTERN = re.compile(r"^\.v(\d+)\.claim$")
 _VERSIONS_KEY = "package_versions"
+_FOLDER_KEY = "working_directory"
 _PACKAGES = (
     "raytune-rl",
     "torch",
@@ -123,25 +124,45 @@ class RunDir:
         return self.path / f"checkpoint-{step}"
 
     def write_args(self, config: Mapping[str, Any], packages: Iterable[str] = _PACKAGES) -> None:
-        """Writes args.json: the resolved config with secrets nulled, and the versions of what it ran on."""
-        document = {**_keep_infinities(redact(config)), _VERSIONS_KEY: package_versions(packages)}
+        """Writes args.json: the resolved config with secrets nulled, the folder that its relative paths are
+        of, and the versions of what it ran on."""
+        document = {
+            **_keep_infinities(redact(config)),
+            _FOLDER_KEY: str(Path.cwd()),
+            _VERSIONS_KEY: package_versions(packages),
+        }
         write_atomic(
             self.args_json, json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         )
 
     def read_args(self) -> dict[str, Any]:
-        """The config as `write_args` wrote it, without the package versions.
+        """The config as `write_args` wrote it, without what else it put there.
 
         Raises:
             CheckpointError: args.json is missing or is not JSON.
         """
+        document = self._read_document()
+        for name in (_VERSIONS_KEY, _FOLDER_KEY):
+            document.pop(name, None)
+        return document
+
+    def read_working_directory(self) -> Path:
+        """The folder that relative paths of `read_args` are of; this process's own if it is not known.
+
+        Raises:
+            CheckpointError: As `read_args`.
+        """
+        return Path(self._read_document().get(_FOLDER_KEY) or Path.cwd())
+
+    def _read_document(self) -> dict[str, Any]:
         try:
             document = json.loads(self.args_json.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.path} is not a run directory: it has no args.json") from error
         except ValueError as error:
             raise CheckpointError(f"{self.args_json} cannot be read: {error}") from error
-        document.pop(_VERSIONS_KEY, None)
+        if not isinstance(document, dict):
+            raise CheckpointError(f"{self.args_json} holds no settings")
         return document
 
     def _make_folders(self) -> None:

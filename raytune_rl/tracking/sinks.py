@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,8 +15,10 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from raytune_rl.errors import ConfigError
+from raytune_rl.tracking.line_file import LineFile
 from raytune_rl.tracking.run_dir import RunDir
 
+_NUMBERS = itertools.count()
 SINKS = ("tensorboard", "wandb", "swanlab")
 
 
@@ -66,7 +71,8 @@ def tag(name: str) -> str:
 
 
 class TensorBoardSink:
-    """Event files written by TensorBoard's own writer, without importing torch.
+    """Event files of TensorBoard's own records, without importing torch, and without its thread, which a
+    disk that is full once would end for good.
 
     Args:
         directory: The run's `runs/`.
@@ -77,24 +83,26 @@ class TensorBoardSink:
     def __init__(self, directory: Path, resume_step: int | None = None) -> None:
         event_pb2 = importlib.import_module("tensorboard.compat.proto.event_pb2")
         summary_pb2 = importlib.import_module("tensorboard.compat.proto.summary_pb2")
-        writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+        writer = importlib.import_module("tensorboard.summary.writer.record_writer")
         self._event: Any = event_pb2.Event
         self._summary: Any = summary_pb2.Summary
-        self._writer: Any = writer.EventFileWriter(str(directory))
+        # TensorBoard reads files in the order of their names.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._records: Any = writer.RecordWriter(LineFile(directory / f"{name}.{next(_NUMBERS)}"))
+        self._add(wall_time=time.time(), file_version="brain.Event:2")
         if resume_step is not None:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.add_event(
-                self._event(wall_time=time.time(), step=resume_step + 1, session_log=start)
-            )
+            self._add(wall_time=time.time(), step=resume_step + 1, session_log=start)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         values = [self._summary.Value(tag=tag(name), simple_value=value) for name, value in scalars.items()]
-        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
-        self._writer.add_event(event)
-        self._writer.flush()
+        self._add(wall_time=time.time(), step=step, summary=self._summary(value=values))
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
+
+    def _add(self, **event: Any) -> None:
+        self._records.write(self._event(**event).SerializeToString())
 
 
 class WandbSink:

@@ -16,6 +16,7 @@ from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.weights import read
 from raytune_rl.workers import scoring
+from raytune_rl.workers.saving import writing
 
 
 class ReferenceWorker:
@@ -75,9 +76,10 @@ class ReferenceWorker:
         """Writes the weights, for `load`."""
         from safetensors.torch import save_file
 
-        Path(directory).mkdir()
         tensors = {name: p.detach().cpu().clone() for name, p in self._scorer.named_parameters()}
-        save_file(tensors, Path(directory) / "model.safetensors")
+        with writing(directory):
+            Path(directory).mkdir()
+            save_file(tensors, Path(directory) / "model.safetensors")
 
     def load(self, directory: str) -> None:
         """Takes the weights that `save` wrote.

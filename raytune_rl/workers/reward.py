@@ -14,6 +14,7 @@ from raytune_rl.errors import DeadlineExceededError, RewardError
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rewards import RewardBatch, Scores, take_rows, with_completions
 from raytune_rl.rewards.sandbox import Sandbox
+from raytune_rl.workers.leftovers import name_semaphores
 
 # Texts of a batch are megabytes at most; a node that does not hand them over in this time is gone.
 FETCH_LIMIT_S = 120.0
@@ -43,6 +44,7 @@ class RewardWorker:
         max_workers: int = 1,
         memory_limit_bytes: int | None = None,
     ) -> None:
+        name_semaphores()
         self._sandbox = Sandbox(
             names, plugin_files, config_dict, timeout_s, max_workers, memory_limit_bytes=memory_limit_bytes
         )

@@ -27,7 +27,9 @@ from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.protocol.train import EstimateFacts, EstimateSettings, TrainerFacts, TrainerSpec, TrainResult
 from raytune_rl.protocol.weights import TensorEntry
 from raytune_rl.workers import estimates, publishing, row_stats, scoring
+from raytune_rl.workers.collectives import limit_collectives
 from raytune_rl.workers.publishing import Publisher
+from raytune_rl.workers.saving import writing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,15 +86,18 @@ class TrainerWorker:
         timeout = timedelta(seconds=timeout_s)
         if self._rank != 0:
             self._meeting = distributed.TCPStore(host, port, is_master=False, timeout=timeout)
+        longest = max(timeout_s, self._spec.score.timeout_s)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         distributed.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
             store=self._meeting,
             rank=self._rank,
             world_size=self._world_size,
-            timeout=timeout,
+            timeout=timedelta(seconds=longest),
         )
-        return self._build()
+        facts = self._build()
+        limit_collectives(longest)  # those of groups that DeepSpeed made
+        return facts
 
     def _build(self) -> TrainerFacts:
         import torch
@@ -379,13 +384,15 @@ class TrainerWorker:
         """Rank 0 writes what Transformers or PEFT loads; the others give their shares of sharded weights."""
         from raytune_rl.models.weights import save_model
 
-        save_model(self._engine, directory, self._tokenizer, gather=self._gather, writes=self._rank == 0)
+        with writing(directory):
+            save_model(self._engine, directory, self._tokenizer, gather=self._gather, writes=self._rank == 0)
 
     def save_optimizer(self, directory: str) -> None:
         """Every rank writes its part of the optimizer's state."""
         from raytune_rl.workers.optimizer_state import save
 
-        save(self._engine, Path(directory), self._rank, self._world_size)
+        with writing(directory):
+            save(self._engine, Path(directory), self._rank, self._world_size)
 
     def load_checkpoint(self, directory: str) -> None:
         """Restores weights and optimizer state; the saved world may have had another size."""

@@ -8,9 +8,15 @@ BACKEND = "ray_object_store"
 
 
 def register() -> None:
-    """Registers the engine by name; may be called more than once, as vLLM does."""
+    """Registers the engine by name; may be called more than once, as vLLM does. The files by which its
+    processes meet are named so that what a killed one leaves is cleared away by the next.
+    """
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+    from vllm.utils import network_utils
 
+    from raytune_rl.workers.leftovers import file_store
+
+    network_utils.get_file_store_init_method = file_store
     try:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "raytune_rl.workers.weight_transfer", "ObjectStoreEngine"

@@ -101,3 +101,42 @@ def test_a_users_mistake_is_answered_without_a_traceback(
     said = capsys.readouterr()
     assert message in said.err
     assert "Traceback" not in said.out + said.err
+
+
+def of_mark(mark: str) -> list[str]:
+    """Command lines of the living processes that have a mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"MARK={mark}\0".encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+def test_sigterm_before_training_ends_everything_in_order(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [COMMAND, *words(tiny, tmp_path / "out", 5)],
+        env={**ENVIRON, "MARK": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("starting the actors"):
+            time.sleep(1.0)
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143, said
+    assert said.endswith("raytune-rl: interrupted\n"), said
+    assert "Traceback" not in said
+    assert "***" not in said
+    deadline = time.monotonic() + 30
+    while left := of_mark(str(tmp_path)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+    (run,) = (tmp_path / "out").iterdir()
+    assert not (run / "run.lock").exists()

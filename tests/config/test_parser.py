@@ -309,6 +309,22 @@ def test_what_acts_at_the_end_of_an_epoch_is_told_of_nothing() -> None:
     assert "does nothing" not in "".join(rlhf(*steps).notices)
 
 
+@pytest.mark.parametrize("word", ["no", "none", "false", "False"])
+def test_nothing_is_saved_or_evaluated_where_the_user_says_so(word: str) -> None:
+    told = rlhf("--save_strategy", word, "--eval_strategy", word)
+    assert (told.config.save_strategy, told.config.eval_strategy, told.notices) == ("no", "no", ())
+    (notice,) = rlhf("--eval_strategy", word, *EVALUATED).notices
+    assert notice.startswith("--eval_strategy is no: the validation data is never evaluated on")
+    (notice,) = rlhf("--save_strategy", word, "--save_steps", "3").notices
+    assert notice.startswith("--save_steps does nothing: --save_strategy is no")
+
+
+def test_yaml_reads_no_as_false(tmp_path: Path) -> None:
+    said = "model: m\ndataset: d\nsave_strategy: no\neval_strategy: no\n"
+    config = from_file(tmp_path, said).config
+    assert (config.save_strategy, config.eval_strategy) == ("no", "no")
+
+
 def test_help_names_every_flag_once_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     for config_class in (SFTConfig, RLHFConfig, ExportConfig):
         with pytest.raises(SystemExit) as done:

@@ -18,9 +18,10 @@ from raytune_rl.config import PPOConfig, RLHFConfig
 from raytune_rl.config.batching import grpo_schedule_of
 from raytune_rl.errors import EngineMismatchError
 from raytune_rl.pipelines import lifecycle
-from raytune_rl.pipelines.lifecycle import Run, RunResult, find_resume_point
+from raytune_rl.pipelines.lifecycle import Run, RunResult
 from raytune_rl.pipelines.online import OnlineRun
 from raytune_rl.pipelines.online_algorithms import algorithm_of
+from raytune_rl.pipelines.resume_point import ResumePoint, open_run
 from raytune_rl.pipelines.run_state import RunState
 from raytune_rl.protocol.trajectory import Trajectory
 from tests.pipelines.fakes import Cast, Reward, Stage, cast_of, prompt_set
@@ -76,7 +77,21 @@ def play(
     before: Callable[[OnlineRun, Stage], None] = lambda online, stage: None,
 ) -> Played:
     """Plays a whole run, as `pipelines.online.run` does once its groups are there."""
-    algorithm, resume_point = algorithm_of(config), find_resume_point(config)
+    with open_run(config) as resume_point:
+        return _played(config, resume_point, prompts, held_out, reward, shared, before)
+
+
+def _played(
+    config: RLHFConfig,
+    resume_point: ResumePoint,
+    prompts: int,
+    held_out: int,
+    reward: Reward,
+    shared: bool,
+    before: Callable[[OnlineRun, Stage], None],
+) -> Played:
+    """The same in a directory that is open."""
+    algorithm = algorithm_of(config)
     stage = Stage(shared=shared)
     cast = cast_of(config, algorithm.needs, stage, reward)
     schedule = grpo_schedule_of(config, 1, prompts)
@@ -304,6 +319,8 @@ def milestones(played: Played) -> list[str]:
         ({"eval_steps": 2, "save_steps": 3, "max_steps": 4}, "e s s e s S s e S"),
         ({"eval_steps": 9, "save_steps": 1, "max_steps": 2}, "e s S s e S"),
         ({"save_strategy": "epoch", "max_steps": 5}, "e s s s s e S s e S"),
+        ({"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 3}, "e s s e s e"),
+        ({"save_steps": 2, "eval_strategy": "no", "max_steps": 3}, "s s S s S"),
         (
             {"eval_steps": 3, "save_steps": 3, "max_steps": 6, "steps_per_generation": 2},
             "e s s s s e S s s e S",

@@ -39,6 +39,14 @@ class Worker:
             raise StaleWeightsError("nothing is loaded")
         return f"rank {self._rank}", {"product": self._factor * number}
 
+    def hang(self, unless: str) -> str:
+        if unless and Path(unless).exists():
+            return "answers"
+        if unless:
+            Path(unless).touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return "woken up"
+
     def die(self, unless: str) -> str:
         if unless and Path(unless).exists():
             return "lives"
@@ -107,6 +115,25 @@ def test_work_that_always_loses_its_worker_ends(started: Started) -> None:
     with pytest.raises(WorkerDiedError, match=lost):
         started.group.map("die", ["", __file__])
     assert len(started.losses) == ATTEMPTS - 1
+
+
+def test_a_worker_that_hangs_is_ended_and_replaced(started: Started, tmp_path: Path) -> None:
+    """It is stopped as a whole, and so cannot end by itself either."""
+    (pid, _), group = started.group.call("pid"), started.group
+    asked = [
+        group.submit(rank, "hang", path, timeout_s=3.0)
+        for rank, path in ((0, tmp_path / "once"), (1, __file__))
+    ]
+    assert fetch_all(asked) == ["answers", "answers"]
+    ((name, sentence),) = started.told
+    assert (name, sentence.partition(" It is")[0]) == (
+        "rollout",
+        "rollout[0] did not finish 'hang' within 3 s.",
+    )
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, "the hanging process is still there"
+        time.sleep(0.1)
 
 
 def test_why_a_new_worker_cannot_be_set_up_is_said(slots: Any) -> None:

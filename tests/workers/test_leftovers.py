@@ -1,0 +1,52 @@
+"""What a killed worker leaves on a machine is removed by the next one, and nobody else's is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from raytune_rl.workers.leftovers import SEMAPHORES, clear, file_store
+
+KILLED = """
+import multiprocessing, sys, time
+from raytune_rl.workers.leftovers import file_store, name_semaphores
+name_semaphores()
+lock = multiprocessing.get_context("spawn").Lock()
+print(lock._semlock.name, flush=True)
+print(file_store(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_worker_left_is_removed() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    left = SEMAPHORES / f"sem.{process.stdout.readline().strip().removeprefix('/')}"
+    store = Path(process.stdout.readline().strip().removeprefix("file://"))
+    store.touch()
+    assert left.exists()
+    assert left not in clear(SEMAPHORES), "its process lives"
+    os.killpg(process.pid, signal.SIGKILL)  # its tracker of resources too, as a lost container has it
+    process.wait()
+    assert left in clear(SEMAPHORES)
+    assert store in clear(store.parent)
+    assert not left.exists()
+    assert not store.exists()
+
+
+def test_what_is_not_known_to_be_of_the_dead_stays(tmp_path: Path) -> None:
+    own = Path(file_store()).name
+    for name in (
+        own,
+        "sem.mp-33dy7vhk",
+        "vllm_dist_0",
+        "raytune_rl-01234567-1-1-store-a",
+        "raytune_rl-notes",
+    ):
+        (tmp_path / name).touch()
+    assert clear(tmp_path) == []

@@ -27,6 +27,7 @@ from raytune_rl.protocol.trajectory import Trajectory
 from tests.pipelines.fakes import Cast, Reward, Stage, cast_of, prompt_set
 
 NAN = float("nan")
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)
@@ -222,6 +223,24 @@ def test_ppo_asks_the_critic_once_and_trains_both_side_by_side(tmp_path: Path) -
     assert line["critic/returns"] == 0.5
     checkpoint = played.result.run_dir / "checkpoint-4"
     assert (checkpoint / "critic" / "weights.json").is_file()
+
+
+def test_loss_and_credit_of_plugins_decide_what_is_trained_on(tmp_path: Path) -> None:
+    """The loss its normaliser, over the tokens of a step; the credit the advantages."""
+    plugins = [str(EXAMPLES / name) for name in ("loss_plugin.py", "credit_plugin.py")]
+    chosen = config(
+        tmp_path,
+        beta=0,
+        external_plugins=plugins,
+        loss_type="power",
+        advantage_estimator="median",
+        advantage_args={"median_bound": 0.25},
+    )
+    played = play(chosen, held_out=0)
+    for batch in played.cast.policy_model.batches:
+        assert batch.scalars["advantage"].tolist() == [0.25, -0.25, 0.25, -0.25]
+        np.testing.assert_allclose(batch.scalars["weight"], 0.1)
+    assert [line["median/bounded"] for line in played.steps().values()] == [1.0, 1.0]
 
 
 def every_third_is_dull(trajectory: Trajectory) -> float:

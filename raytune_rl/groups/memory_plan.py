@@ -227,7 +227,7 @@ def _gradients(size: ModelSize, how: Training) -> int:
     if how.stage < 2:
         return whole
     bucket = whole * min(BUCKET, size.trained) // max(size.trained, 1)
-    share = 0 if how.cpu_optimizer else whole // how.ranks
+    share = 0 if how.cpu_optimizer else size.trained * 4 // how.ranks  # a sum in float32
     return min(bucket + share, whole + share)
 
 

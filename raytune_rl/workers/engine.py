@@ -50,13 +50,30 @@ def start_engine(module: torch.nn.Module, spec: OptimizerSpec, dtype: torch.dtyp
         fused=True if all(p.device.type == "cpu" for p in trainable) else None,
     )
     # Buckets larger than the model only cost memory.
-    preferred = {"zero_optimization.reduce_bucket_size": min(sum(map(numel_of, trainable)), int(2e8))}
-    zero = spec.deepspeed.get("zero_optimization", {}).get("stage") in (1, 2, 3)
-    config = fill_auto(spec.deepspeed, _known(spec, trainable, dtype), preferred if zero else None)
+    preferred: dict[str, Any] = {
+        "zero_optimization.reduce_bucket_size": min(sum(map(numel_of, trainable)), int(2e8))
+    }
+    stage = spec.deepspeed.get("zero_optimization", {}).get("stage")
+    known = _known(spec, trainable, dtype)
+    # Else the sum over micro-batches is rounded; ZeRO-1 would take another optimizer, which cannot be moved.
+    if stage in (2, 3) and (known["bf16.enabled"] or known["fp16.enabled"]):
+        preferred["data_types.grad_accum_dtype"] = "fp32"
+    config = fill_auto(spec.deepspeed, known, preferred if stage in (1, 2, 3) else None)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     if hasattr(engine.optimizer, "fp32_groups"):
         _undo_first_step(engine.optimizer)
     return engine, learning_rate(spec)
+
+
+def rounded_sums(engine: Any) -> tuple[str, ...]:
+    """A line where an engine adds up micro-batches in 16 bits, so that their number changes the gradient."""
+    dtype = engine.get_data_types()[1]
+    if dtype == torch.float32:
+        return ()
+    return (
+        f"gradients of micro-batches are added up in {str(dtype).removeprefix('torch.')}, and rounded: "
+        "--deepspeed zero2 or zero3 adds them up in float32",
+    )
 
 
 def _undo_first_step(optimizer: Any) -> None:

@@ -110,7 +110,7 @@ class TrainerWorker:
         from raytune_rl.models.weights import WeightExporter, whole
         from raytune_rl.rewards.plugins import load_plugins
         from raytune_rl.workers import isolation
-        from raytune_rl.workers.engine import gathered, shards_parameters, start_engine
+        from raytune_rl.workers.engine import gathered, rounded_sums, shards_parameters, start_engine
         from raytune_rl.workers.offload import Offload
 
         spec = self._spec
@@ -154,6 +154,7 @@ class TrainerWorker:
         )
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         notices = loaded.notices + tuned.notices + settled.notices
+        notices += rounded_sums(self._engine)
         notices += scoring.end_of_turn_in_files(loaded, self._tokenizer)
         if loaded.new_head and not spec.model.adapters:
             start = "starts at 0" if self._loss.forward == "values" else "has random weights"

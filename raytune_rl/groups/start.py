@@ -182,7 +182,9 @@ class Starter:
         """The engines."""
         setup = self._setup
         config, sizes = setup.config, setup.sizes
-        env = rollout_env(sizes.threads["rollout"], config.vllm_tensor_parallel_size, sizes.on_gpu)
+        env = rollout_env(
+            sizes.threads["rollout"], config.vllm_tensor_parallel_size, sizes.on_gpu, config.start_timeout
+        )
         return self.group(
             "rollout",
             RolloutWorker,

@@ -105,7 +105,12 @@ class Trial:
             slots["rollout"],
             RolloutWorker,
             lambda rank: {"spec": self._spec(rank)},
-            rollout_env(groups.threads["rollout"], config.vllm_tensor_parallel_size, groups.on_gpu),
+            rollout_env(
+                groups.threads["rollout"],
+                config.vllm_tensor_parallel_size,
+                groups.on_gpu,
+                config.start_timeout,
+            ),
             config.step_timeout,
         )
         stack.callback(self.group.shutdown)

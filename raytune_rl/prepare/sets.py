@@ -23,6 +23,7 @@ from raytune_rl.data.example import Task
 from raytune_rl.errors import ConfigError, RaytuneError
 from raytune_rl.prepare.places import MediaPlaces
 from raytune_rl.protocol.data import Account, PromptSet, TokenSet
+from raytune_rl.runtime.device_env import worker_env
 from raytune_rl.runtime.wait import Pending, fetch, stream_refs
 
 
@@ -140,9 +141,17 @@ def on_this_node(function: Callable[..., Any], returns: int | Literal["streaming
     """Runs a task on the driver's own node and in its folder, where the user's paths mean what he thinks."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     task = ray.remote(_yielded_in_folder if returns == "streaming" else _in_folder).options(
-        num_cpus=0, num_returns=returns, scheduling_strategy=here, max_retries=0
+        num_cpus=0, num_returns=returns, scheduling_strategy=here, max_retries=0, **without_gpus()
     )
     return task.remote(str(Path.cwd()), function, *arguments)
+
+
+def without_gpus() -> dict[str, Any]:
+    """Options of a task that must not see the GPUs of its node; a process of its own, so only where there
+    are some."""
+    if not ray.cluster_resources().get("GPU"):
+        return {}
+    return {"runtime_env": {"env_vars": worker_env({}, 0, os.environ)}}
 
 
 def _in_folder(folder: str, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:

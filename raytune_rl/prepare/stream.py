@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytune_rl.config import SFTConfig
 from raytune_rl.data.example import Task
 from raytune_rl.prepare.places import MediaPlaces
-from raytune_rl.prepare.sets import token_set, token_sets
+from raytune_rl.prepare.sets import token_set, token_sets, without_gpus
 from raytune_rl.protocol.data import Account, SourceCounts, TokenSet
 from raytune_rl.runtime.group import end
 from raytune_rl.tracking.files import read_jsonl
@@ -71,7 +71,7 @@ class Stream:
         self, config: SFTConfig, task: Task, quarantine: Path, one_machine: bool, first: int, stack: ExitStack
     ) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": 0}
+        options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": 0, **without_gpus()}
         self._config = config
         arguments = (str(Path.cwd()), config, task, str(quarantine), MediaPlaces.of(config, one_machine))
         self._worker = ray.remote(StreamWorker).options(**options).remote(*arguments)

@@ -6,6 +6,7 @@ every call a deadline. A worker without a state of its own may be started anew w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytune_rl.errors import DeadlineExceededError, WorkerDiedError
+from raytune_rl.runtime.device_env import worker_env
 from raytune_rl.runtime.health import health
 from raytune_rl.runtime.placement import GroupSpec, Slot
 from raytune_rl.runtime.wait import Pending, fetch_all
@@ -198,7 +200,7 @@ def start_worker(
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
             slot.placement_group, placement_group_bundle_index=slot.bundle_index
         ),
-        "runtime_env": {"env_vars": dict(env)},
+        "runtime_env": {"env_vars": worker_env(env, spec.gpus, os.environ)},
         # Work is retried by the controller, which knows what may be repeated; Ray must not repeat it on its
         # own.
         "max_restarts": 0,

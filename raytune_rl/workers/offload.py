@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,8 +14,9 @@ from torch import Tensor
 class Offload:
     """Moves what DeepSpeed holds, and the frozen weights that it does not know of.
 
-    Below ZeRO-3 DeepSpeed's own moving ends at what is trained: of a model with an adapter that is the least
-    of it. Frozen weights never change, so they are copied to the CPU once and from then on only dropped.
+    DeepSpeed's own moving ends at what is trained: of a model with an adapter that is the least of it. Frozen
+    weights never change, so they are copied to the CPU once and from then on only dropped. Under ZeRO-3 a
+    rank's share of a frozen weight is what is moved.
 
     Args:
         engine: A DeepSpeed engine.
@@ -20,9 +24,8 @@ class Offload:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._frozen = [
-            p for p in engine.module.parameters() if not p.requires_grad and not hasattr(p, "ds_id")
-        ]
+        frozen = [p for p in engine.module.parameters() if not p.requires_grad]
+        self._frozen = [p.ds_tensor if hasattr(p, "ds_id") else p for p in frozen]
         self._copies: list[Tensor] = []
         self._device: torch.device | None = None
 
@@ -39,7 +42,9 @@ class Offload:
                 parameter.data = copy
         moved = [State.optim_states, State.hp_params] if optimizer else []
         moved += [State.lp_params, State.lp_grads, State.contiguous_grad_buffer] if weights else []
-        self._engine.offload_states(include=moved)  # frees what nothing refers to any more, too
+        with _what_is_trained(self._engine.optimizer):
+            self._engine.offload_states(include=moved)
+        empty_cache()
 
     def back(self) -> None:
         """Everything that was moved."""
@@ -48,6 +53,31 @@ class Offload:
                 parameter.data = copy.to(self._device)
             self._device = None
         self._engine.reload_states()
+
+
+@contextmanager
+def _what_is_trained(optimizer: Any) -> Iterator[None]:
+    """ZeRO-3 lays all parameters of its module over a buffer that has the trained ones alone, in the order of
+    its groups (DeepSpeed 0.19.8, `runtime/zero/stage3.py`, `offload_states`): shown those, it is right.
+    """
+    if not hasattr(optimizer, "lp_param_buffer"):
+        yield
+        return
+    module = optimizer.module
+    trained = [parameter for group in optimizer.fp16_groups for parameter in group]
+    optimizer.module = SimpleNamespace(parameters=lambda: iter(trained))
+    try:
+        yield
+    finally:
+        optimizer.module = module
+
+
+def empty_cache() -> None:
+    """Gives back what the allocator keeps of freed memory; to this process it is free either way, but not to
+    those that share its GPU.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

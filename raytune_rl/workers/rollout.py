@@ -6,6 +6,7 @@ request of the same version, and a worker that has not loaded the version asked 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,9 @@ from raytune_rl.workers.conversation import Conversation, Conversations
 from raytune_rl.workers.engine_prompt import EnginePrompt
 
 
-def rollout_env(threads: int, tensor_parallel_size: int, on_gpu: bool) -> dict[str, str]:
+def rollout_env(
+    threads: int, tensor_parallel_size: int, on_gpu: bool, start_timeout_s: float = 600.0
+) -> dict[str, str]:
     """Environment that must be set before vLLM is imported in the worker's process."""
     env = {
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -34,7 +37,12 @@ def rollout_env(threads: int, tensor_parallel_size: int, on_gpu: bool) -> dict[s
         # Inside the actor's own process the engine can read the object store; more GPUs need processes of
         # their own.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if tensor_parallel_size == 1 else "1",
+        # The engine's own processes have as long as the worker.
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(start_timeout_s)),
     }
+    if on_gpu:
+        # FlashInfer's sampler compiles kernels for minutes at a start, and fetches some.
+        env["VLLM_USE_FLASHINFER_SAMPLER"] = os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0")
     long = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
     if long in os.environ:
         env[long] = os.environ[long]

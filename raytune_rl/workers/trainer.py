@@ -26,6 +26,7 @@ from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.protocol.train import EstimateFacts, EstimateSettings, TrainerFacts, TrainerSpec, TrainResult
 from raytune_rl.protocol.weights import TensorEntry
+from raytune_rl.runtime.device_env import pinned_as_asked
 from raytune_rl.workers import estimates, publishing, row_stats, scoring
 from raytune_rl.workers.collectives import limit_collectives
 from raytune_rl.workers.publishing import Publisher
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 def trainer_env(threads: int, on_gpu: bool) -> dict[str, str]:
     """Environment that must be set before torch and DeepSpeed are imported in the worker's process."""
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return env if on_gpu else {**env, "DS_ACCELERATOR": "cpu"}
+    return {**env, **(pinned_as_asked(os.environ) if on_gpu else {"DS_ACCELERATOR": "cpu"})}
 
 
 class TrainerWorker:

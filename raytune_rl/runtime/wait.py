@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from raytune_rl.errors import DeadlineExceededError, RaytuneError, WorkerDiedError, WorkerFailedError
 from raytune_rl.runtime.health import health
+from raytune_rl.runtime.out_of_memory import explained
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -70,13 +71,19 @@ def fetch(pending: Pending) -> Any:
         if error.args and isinstance(error.args[0], RayTaskError):  # its constructor raised
             raise _failure(pending, error.args[0]) from None
         health().look()
-        raise WorkerDiedError(f"{pending.who} died during '{pending.what}': {readable(error)}") from error
+        short = explained(pending.who, pending.what, readable(error))
+        raise WorkerDiedError(
+            short or f"{pending.who} died during '{pending.what}': {readable(error)}"
+        ) from error
     except RuntimeEnvSetupError as error:
         raise WorkerFailedError(f"{pending.who} could not be started: {readable(error)}") from error
     except RayError as error:
         health().look()
         # A task's process crashed or ran out of memory, an object's node is gone.
-        raise WorkerDiedError(f"{pending.who} was lost during '{pending.what}': {readable(error)}") from error
+        short = explained(pending.who, pending.what, f"{type(error).__name__}: {readable(error)}")
+        raise WorkerDiedError(
+            short or f"{pending.who} was lost during '{pending.what}': {readable(error)}"
+        ) from error
 
 
 def _failure(pending: Pending, error: RayTaskError) -> RaytuneError:
@@ -85,6 +92,8 @@ def _failure(pending: Pending, error: RayTaskError) -> RaytuneError:
         return WorkerDiedError(f"{pending.who} died during '{pending.what}': {error.cause}")
     if isinstance(error.cause, RaytuneError):
         return error.cause
+    if short := explained(pending.who, pending.what, readable(error)):
+        return WorkerFailedError(short)
     return WorkerFailedError(f"{pending.who} failed during '{pending.what}':\n{readable(error)}")
 
 

@@ -39,6 +39,8 @@ def start_engine(module: torch.nn.Module, spec: OptimizerSpec, dtype: torch.dtyp
     from raytune_rl.workers.native_ops import leave_out_native_ops
 
     leave_out_native_ops()
+    if torch.cuda.is_available():
+        free_memory_by_torch(deepspeed.get_accelerator())
     deepspeed.init_distributed()
     trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -74,6 +76,14 @@ def rounded_sums(engine: Any) -> tuple[str, ...]:
         f"gradients of micro-batches are added up in {str(dtype).removeprefix('torch.')}, and rounded: "
         "--deepspeed zero2 or zero3 adds them up in float32",
     )
+
+
+def free_memory_by_torch(accelerator: Any) -> None:
+    """DeepSpeed 0.19.8 takes the names in CUDA_VISIBLE_DEVICES for numbers as it asks the driver how much is
+    free (`accelerator/cuda_accelerator.py`, `_get_nvml_gpu_id`): UUIDs, and parts of a GPU (MIG), have none.
+    torch knows its device.
+    """
+    accelerator.available_memory = lambda device_index=None: torch.cuda.mem_get_info(device_index)[0]
 
 
 def _undo_first_step(optimizer: Any) -> None:

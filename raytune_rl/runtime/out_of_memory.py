@@ -6,8 +6,8 @@ import re
 
 GPU_FLAGS = (
     "lower --max_tokens_per_micro_batch, --gradient_checkpointing true, --sleep_level 1 or 2, "
-    "--offload_model true and --offload_optimizer true, lower --vllm_gpu_memory_utilization, --deepspeed zero3 or "
-    "zero2_offload, --train_type lora, --quant_method bnb --quant_bits 4"
+    "--offload_model true and --offload_optimizer true, lower --vllm_gpu_memory_utilization, "
+    "--deepspeed zero3 or zero2_offload, --train_type lora, --quant_method bnb --quant_bits 4"
 )
 CACHE_FLAGS = (
     "lower --vllm_max_model_len, higher --vllm_gpu_memory_utilization, --offload_model true, "

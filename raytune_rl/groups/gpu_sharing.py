@@ -19,7 +19,7 @@ class GPUSharing:
         config: `sleep_level`, `offload_model` and `offload_optimizer` say what is moved.
         groups: Whether there is anything to share.
         learners: Hold the GPUs at first.
-        rollout: Is awake at first, as vLLM starts.
+        rollout: Sleeps at first where it ever does: `groups.start` sees to that.
     """
 
     def __init__(self, config: RLHFConfig, groups: Groups, learners: Learners, rollout: RolloutGroup) -> None:
@@ -28,7 +28,7 @@ class GPUSharing:
         self._weights = shared and config.offload_model
         self._optimizer = shared and config.offload_optimizer
         self._learners, self._rollout = learners, rollout
-        self._awake, self._offloaded = True, False
+        self._awake, self._offloaded = not self._sleeps, False
 
     def to_policy(self) -> None:
         """The policy is about to train, publish or be saved."""

@@ -54,16 +54,19 @@ class Learners:
 
     Args:
         learners: The policy last: where two have a metric of one name, its own counts.
+        in_turn: One after the other, where they share GPUs that cannot hold the activations of all.
     """
 
-    def __init__(self, learners: Sequence[Learner]) -> None:
-        self._learners = learners
+    def __init__(self, learners: Sequence[Learner], in_turn: bool = False) -> None:
+        self._learners, self._in_turn = learners, in_turn
         self._taken = frozenset(name for learner in learners for name in learner.takes or ())
 
     def train(self, batch: TrainBatch, step: int) -> StepReport:
-        """One optimizer step of all, side by side."""
-        running = [one.model.start_step(one.batch(batch, self._taken), step) for one in self._learners]
-        reports = [one.report(begun.finish()) for one, begun in zip(self._learners, running, strict=True)]
+        """One optimizer step of all."""
+        reports = []
+        for together in [[one] for one in self._learners] if self._in_turn else [self._learners]:
+            running = [one.model.start_step(one.batch(batch, self._taken), step) for one in together]
+            reports += [one.report(begun.finish()) for one, begun in zip(together, running, strict=True)]
         metrics: dict[str, float] = {}
         for report in reports:
             metrics |= report.metrics

@@ -256,8 +256,14 @@ def start_groups(
     store = start_store(setup.store_name, keep=1)
     stack.callback(end, store)
     starter, spec = Starter(setup, slots, stack), setup.policy
-    ranks = starter.world("policy", spec)
+    # An engine sizes its cache by what is free on its device, which must not change meanwhile: where others
+    # share the GPUs, engines start alone, and sleep while the rest loads.
     rollout = starter.rollout()
+    if sizes.on_gpu and sizes.colocated:
+        rollout.call("ping", what="starting", timeout_s=config.start_timeout)
+        if specs.sleep_level(config, sizes):
+            rollout.call("sleep", timeout_s=config.start_timeout)
+    ranks = starter.world("policy", spec)
     functions = starter.reward_functions() if "reward" in sizes else None
     models = starter.reward_models() if "reward_model" in sizes else None
     reference = starter.reference(spec) if "reference" in sizes else None
@@ -295,7 +301,7 @@ def start_groups(
         reference_scorer = ReferenceGroup(reference, ranks.max_tokens, settled[0].layout)
     elif "ref_logprobs" in setup.needs:
         reference_scorer = AdapterOff(policy)
-    learners = learners_of(ranks, critics, config)
+    learners = learners_of(ranks, critics, config, in_turn=sizes.on_gpu and sizes.colocated)
     return OnlineGroups(
         sizes,
         policy,
@@ -309,8 +315,10 @@ def start_groups(
     )
 
 
-def learners_of(policy: TrainerWorld, critic: TrainerWorld | None, config: RLHFConfig) -> Learners:
-    """Whoever trains, the policy last."""
+def learners_of(
+    policy: TrainerWorld, critic: TrainerWorld | None, config: RLHFConfig, in_turn: bool = False
+) -> Learners:
+    """Whoever trains, the policy last; `in_turn` as in `Learners`."""
     if critic is None:
         return Learners([Learner(policy)])
     return Learners(
@@ -324,5 +332,6 @@ def learners_of(policy: TrainerWorld, critic: TrainerWorld | None, config: RLHFC
                 metric_names=CRITIC_METRICS,
             ),
             Learner(policy),
-        ]
+        ],
+        in_turn,
     )

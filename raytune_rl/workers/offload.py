@@ -28,9 +28,13 @@ class Offload:
         self._frozen = [p.ds_tensor if hasattr(p, "ds_id") else p for p in frozen]
         self._copies: list[Tensor] = []
         self._device: torch.device | None = None
+        self._moved = False
 
     def away(self, weights: bool, optimizer: bool) -> None:
-        """To the CPU: the weights, the optimizer's state, or both."""
+        """To the CPU: the weights, the optimizer's state, or both; of neither only the cache is given back."""
+        if not (weights or optimizer):
+            empty_cache()
+            return
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
         if weights and self._frozen:
@@ -44,6 +48,7 @@ class Offload:
         moved += [State.lp_params, State.lp_grads, State.contiguous_grad_buffer] if weights else []
         with _what_is_trained(self._engine.optimizer):
             self._engine.offload_states(include=moved)
+        self._moved = True
         empty_cache()
 
     def back(self) -> None:
@@ -52,7 +57,9 @@ class Offload:
             for parameter, copy in zip(self._frozen, self._copies, strict=True):
                 parameter.data = copy.to(self._device)
             self._device = None
-        self._engine.reload_states()
+        if self._moved:
+            self._engine.reload_states()
+            self._moved = False
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def test_nobody_takes_memory_before_it_was_given() -> None:
 def test_the_device_notices_when_both_want_all() -> None:
     sharing = shared(Device(asleep=True))
     with pytest.raises(AssertionError, match="more than there is"):
-        sharing.to_rollout()
+        sharing.to_rollout()  # nothing was offloaded
 
 
 def test_who_is_told_not_to_sleep_stays() -> None:

@@ -41,7 +41,7 @@ class GPUSharing:
 
     def to_rollout(self) -> bool:
         """The engines are about to sample. True if they woke up, and so must pull their weights first."""
-        # Also without weights to move: what the trainers' allocators keep is not free for an engine that wakes.
+        # Also with nothing to move: what the trainers' allocators keep is not free for an engine.
         if (self._sleeps or self._weights or self._optimizer) and not self._offloaded:
             self._learners.offload(self._weights, self._optimizer)
             self._offloaded = True

@@ -31,7 +31,7 @@ class Offload:
         self._moved = False
 
     def away(self, weights: bool, optimizer: bool) -> None:
-        """To the CPU: the weights, the optimizer's state, or both; of neither only the cache is given back."""
+        """To the CPU: the weights, the optimizer's state, or both; of neither, only the allocator's cache."""
         if not (weights or optimizer):
             empty_cache()
             return

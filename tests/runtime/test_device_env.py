@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from raytune_rl.workers.policy import policy_env
 
 from raytune_rl.runtime.device_env import PINNED, pinned_as_asked, worker_env
-from raytune_rl.workers.policy import policy_env
 from raytune_rl.workers.rollout import rollout_env
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from raytune_rl.workers.policy import policy_env
 
 from raytune_rl.runtime.device_env import PINNED, pinned_as_asked, worker_env
 from raytune_rl.workers.rollout import rollout_env
+from raytune_rl.workers.trainer import trainer_env
 
 
 def test_who_has_no_gpu_sees_none() -> None:
@@ -44,8 +44,8 @@ def test_pinned_memory_is_not_rounded_up(shell: dict[str, str], expected: dict[s
 def test_what_trains_and_samples_on_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "VLLM_USE_FLASHINFER_SAMPLER"):
         monkeypatch.delenv(name, raising=False)
-    assert policy_env(1, on_gpu=True)["PYTORCH_CUDA_ALLOC_CONF"] == PINNED
-    assert policy_env(1, on_gpu=False)["DS_ACCELERATOR"] == "cpu"
+    assert trainer_env(1, on_gpu=True)["PYTORCH_CUDA_ALLOC_CONF"] == PINNED
+    assert trainer_env(1, on_gpu=False)["DS_ACCELERATOR"] == "cpu"
     env = rollout_env(1, 2, on_gpu=True, start_timeout_s=1200.5)
     assert env["VLLM_ENGINE_READY_TIMEOUT_S"] == "1201"
     assert env["VLLM_USE_FLASHINFER_SAMPLER"] == "0"

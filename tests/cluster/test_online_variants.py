@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raytune_rl import cli
 from raytune_rl.config import RLHFConfig
 from raytune_rl.pipelines import online
 from tests.cluster.conftest import Tiny
@@ -17,10 +18,6 @@ from tests.cluster.test_online import GAP, log_lines, steps
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 # About half of a random model's completions have an odd length, so half of the groups of two have one reward.
 PLUGIN = """
-from dataclasses import dataclass
-from raytune_rl.algorithms.policy_loss import PolicySettings, policy_columns, policy_loss
-from raytune_rl.algorithms.metrics import MetricSums
-from raytune_rl.algorithms.registry import Loss, register_loss
 from raytune_rl.rewards import ORM, orms
 
 class Odd(ORM):
@@ -28,18 +25,8 @@ class Odd(ORM):
         return [float(len(text) % 2) for text in completions]
 
 orms["odd"] = Odd
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(PolicySettings):
-    power: int = 1
-
-def compute(inputs):
-    def surrogate(ratio, given):
-        return -(ratio ** given.settings.power) * given.advantages, MetricSums()
-    return policy_loss(inputs, surrogate)
-
-register_loss(Loss("powers", Settings, compute, policy_columns, needs_advantages=True, normaliser="dapo"))
 """
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def config(tiny: Tiny, output: Path, **settings: Any) -> RLHFConfig:
@@ -145,14 +132,31 @@ def test_dapo_with_the_kl_in_the_reward_and_an_exact_resume(
     assert log_lines(result)[-1]["prompts"] == account, "a resumed run goes on counting"
 
 
-def test_a_loss_of_a_plugin_with_every_filter(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
-    """A user's surrogate, off-policy over two ranks; entropy filter, off-policy mask and level act on it."""
-    result = online.run(
+def words_of(chosen: RLHFConfig) -> list[str]:
+    """The command line that says the same."""
+    words = []
+    for name in sorted(chosen.model_fields_set):
+        value = getattr(chosen, name)
+        many = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name}", *(one if isinstance(one, str) else json.dumps(one) for one in many)]
+    return words
+
+
+def test_loss_and_credit_of_plugins_with_every_filter(
+    cluster: None, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Those of `examples`, from the command line, off-policy over two ranks; entropy filter, off-policy mask
+    and level act on the loss."""
+    plugins = [str(EXAMPLES / "loss_plugin.py"), str(EXAMPLES / "credit_plugin.py")]
+    words = words_of(
         config(
             tiny,
             tmp_path,
-            loss_type="powers",
+            external_plugins=[str(tmp_path / "plugin.py"), *plugins],
+            loss_type="power",
             loss_args={"power": 2},
+            advantage_estimator="median",
+            advantage_args={"median_bound": 0.25},
             beta=0.0,
             num_generations=4,
             policy_workers=2,
@@ -166,18 +170,28 @@ def test_a_loss_of_a_plugin_with_every_filter(cluster: None, tiny: Tiny, tmp_pat
             rollout_importance_sampling_mode="token_mask",
             rollout_importance_sampling_threshold=1.5,
             rollout_importance_sampling_min=0.5,
-            advantage_estimator="reinforce_plus_plus",
         )
     )
-    lines = steps(result)
+    assert cli.main(["rlhf", *words]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "power, from a plugin, ratio to the power of 2" in said
+    assert "the reward less the median of its group, at most 0.25" in said
+    (run_dir,) = (tmp_path / "out").iterdir()
+    log = [json.loads(line) for line in (run_dir / "logging.jsonl").read_text().splitlines()]
+    lines = {int(line["global_step/max_steps"].split("/")[0]): line for line in log if "loss" in line}
     assert sorted(lines) == [1, 2, 3, 4]
+    found = {row["advantage"] for row in completions(run_dir)}
+    assert found <= {-0.25, 0.0, 0.25}, "0.5 and 1 from the median are out of bounds"
+    assert len(found) > 1
     for line in lines.values():
+        assert line["power/ratio_max"] > 0
+        assert 0 <= line["median/bounded"] <= 1
         assert "kl" not in line, "beta 0: there is no reference"
         assert 0.5 <= line["entropy_kept"] < 0.55, "the top half of the step's tokens, and ties"
         assert 0 < line["entropy/threshold"] < np.log(512)
         assert 0 < line["entropy/min"] < line["entropy/mean"] < np.log(512)
         assert line["rollout_correction/clipped_frac"] == 0
         assert np.isfinite(line["grad_norm"])
-        assert line["grad_norm"] > 0
+    assert lines[1]["grad_norm"] > 0, "later all that is left of a step may have drifted and be masked"
     assert lines[1]["off_policy_masked"] == 0
     assert max(line["off_policy_masked"] for line in lines.values()) > 0, "it has moved within the generation"

@@ -4,6 +4,8 @@ Named in pyproject.toml as a vLLM plugin, so that vLLM calls it in every process
 workers included. It imports nothing heavy: vLLM loads plugins before its own modules are complete.
 """
 
+import sys
+
 BACKEND = "ray_object_store"
 
 
@@ -16,7 +18,10 @@ def register() -> None:
 
     from raytune_rl.workers.leftovers import file_store
 
-    network_utils.get_file_store_init_method = file_store
+    # Under this name there, and where it was imported from there already.
+    executors = (sys.modules.get(f"vllm.v1.executor.{kind}_executor") for kind in ("uniproc", "multiproc"))
+    for module in (network_utils, *filter(None, executors)):
+        module.get_file_store_init_method = file_store
     try:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "raytune_rl.workers.weight_transfer", "ObjectStoreEngine"

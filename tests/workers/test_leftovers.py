@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from raytune_rl.workers.leftovers import SEMAPHORES, clear, file_store
 
 KILLED = """
 import multiprocessing, sys, time
+import pytest
+
 from raytune_rl.workers.leftovers import file_store, name_semaphores
 name_semaphores()
 lock = multiprocessing.get_context("spawn").Lock()
@@ -50,3 +54,16 @@ def test_what_is_not_known_to_be_of_the_dead_stays(tmp_path: Path) -> None:
     ):
         (tmp_path / name).touch()
     assert clear(tmp_path) == []
+
+
+@pytest.mark.parametrize("first", ["vllm.plugins", "vllm.v1.executor.uniproc_executor"])
+def test_vllm_meets_by_files_that_bear_the_owners_name(first: str) -> None:
+    """Whether its executor was imported before the plugin or after."""
+    code = (
+        f"import importlib; importlib.import_module({first!r})\n"
+        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "from vllm.v1.executor import uniproc_executor\n"
+        "print(uniproc_executor.get_file_store_init_method())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert Path(done.stdout.split()[-1]).name.startswith("raytune_rl-"), done.stdout

@@ -112,8 +112,8 @@ def test_a_critics_step_is_that_of_one_process(worlds: dict[str, World], headed:
     pointers = [RowPointer(ref, i) for i in range(ROWS)]
     tokens: Any = columns["tokens"]
     weight = row_weights(lengths, "dapo")
-    columns = {"old_values": pointers, "returns": pointers}
-    batch = TrainBatch(pointers, tokens.lengths, columns, {"weight": weight})
+    extra_columns = {"old_values": pointers, "returns": pointers}
+    batch = TrainBatch(pointers, tokens.lengths, extra_columns, {"weight": weight})
     step = worlds["two"].policy.train(batch, 0).metrics
 
     model = load_model(str(headed), scalar=True).model

@@ -56,7 +56,7 @@ class Worker:
 
 
 class Started:
-    """A group of two, and what it told."""
+    """A group of two, and the losses it spoke of."""
 
     def __init__(self, slots: Any, factor: int | None = 7) -> None:
         self.losses: list[tuple[str, str]] = []
@@ -125,7 +125,7 @@ def test_a_worker_that_hangs_is_ended_and_replaced(started: Started, tmp_path: P
         for rank, path in ((0, tmp_path / "once"), (1, __file__))
     ]
     assert fetch_all(asked) == ["answers", "answers"]
-    ((name, sentence),) = started.told
+    ((name, sentence),) = started.losses
     assert (name, sentence.partition(" It is")[0]) == (
         "rollout",
         "rollout[0] did not finish 'hang' within 3 s.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,10 +58,6 @@ class BatchPlan:
     @property
     def batches_per_epoch(self) -> int:
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
-
-    def total_batches(self, epochs: float) -> int:
-        """Batches in `epochs` epochs; a fraction of an epoch counts up to whole batches."""
-        return math.ceil(self.batches_per_epoch * epochs)
 
     def batch(self, number: int) -> NDArray[np.int64]:
         """Indices of batch `number`, counted from 0 over all epochs, int64 `[batch_size]`."""

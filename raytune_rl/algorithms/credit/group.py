@@ -84,8 +84,7 @@ RLOO = register_credit(
     _kind(
         "rloo",
         "the reward less the mean of the group's other rewards; with it --loss_type grpo divides each "
-        "completion's "
-        "loss by its length, dr_grpo is the estimator of its paper",
+        "completion's loss by its length, dr_grpo is the estimator of its paper",
         "Ahmadian et al. 2024, Back to basics",
         kl_in_reward=True,
     )
@@ -94,8 +93,8 @@ REINFORCE_PLUS_PLUS = register_credit(
     _kind(
         "reinforce_plus_plus",
         "the reward less the group's mean, by the spread over the batch; it takes the KL of the whole "
-        "completion "
-        "off every token's reward, as ms-swift does, where its paper takes off the KL from there on",
+        "completion off every token's reward, as ms-swift does, where its paper takes off the KL from "
+        "there on",
         "Hu et al. 2025 (REINFORCE++)",
         kl_in_reward=True,
     )

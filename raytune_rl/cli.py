@@ -22,6 +22,7 @@ _COMMANDS = {
     "sft": ("SFTConfig", "supervised fine-tuning"),
     "rlhf": ("RLHFConfig", "GRPO, DAPO, PPO; from preferences DPO, KTO, ORPO, CPO, SimPO, RM"),
     "reward-check": ("RewardCheckConfig", "try reward functions on a data set, without a model"),
+    "algorithms": ("AlgorithmsConfig", "every loss and credit, with its paper and its flags"),
     "infer": ("InferConfig", "chat with a trained model, or let it answer a data set"),
     "export": ("ExportConfig", "merge a LoRA adapter, push a model to a hub"),
 }
@@ -33,6 +34,7 @@ _PIPELINES = {
     "PreferenceConfig": "raytune_rl.pipelines.preference",
     "RLHFConfig": "raytune_rl.pipelines.online",
     "RewardCheckConfig": "raytune_rl.pipelines.reward_check",
+    "AlgorithmsConfig": "raytune_rl.pipelines.algorithms",
     "InferConfig": "raytune_rl.infer",
     "ExportConfig": "raytune_rl.export",
 }

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raytune_rl.config.algorithm_list import AlgorithmsConfig as AlgorithmsConfig
     from raytune_rl.config.commands import PPOConfig as PPOConfig
     from raytune_rl.config.commands import PreferenceConfig as PreferenceConfig
     from raytune_rl.config.commands import RLHFConfig as RLHFConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from raytune_rl.config.reward_check import RewardCheckConfig as RewardCheckConfig
 
 _WHERE = {
+    "AlgorithmsConfig": "algorithm_list",
     "ExportConfig": "export",
     "InferConfig": "infer",
     "PPOConfig": "commands",

@@ -169,6 +169,7 @@ def _unknown(name: str, flags: Mapping[str, Flag], config_class: type[Options]) 
         config_classes.PPOConfig,
         config_classes.PreferenceConfig,
         config_classes.RewardCheckConfig,
+        config_classes.AlgorithmsConfig,
         config_classes.InferConfig,
         config_classes.ExportConfig,
     )

@@ -12,6 +12,7 @@ import pytest
 import raytune_rl
 from raytune_rl.algorithms import registry
 from raytune_rl.config import (
+    AlgorithmsConfig,
     ExportConfig,
     InferConfig,
     PPOConfig,
@@ -56,7 +57,16 @@ def read_in_families() -> set[str]:
 
 @pytest.mark.parametrize(
     "config_class",
-    [SFTConfig, PreferenceConfig, RLHFConfig, PPOConfig, RewardCheckConfig, InferConfig, ExportConfig],
+    [
+        SFTConfig,
+        PreferenceConfig,
+        RLHFConfig,
+        PPOConfig,
+        RewardCheckConfig,
+        AlgorithmsConfig,
+        InferConfig,
+        ExportConfig,
+    ],
     ids=lambda c: c.__name__,
 )
 def test_every_flag_is_read(config_class: type) -> None:

@@ -85,4 +85,13 @@ def cpo_loss(inputs: LossInputs) -> LossOutput:
     return LossOutput(settings.cpo_alpha * nll, metrics.merge(measured), row_loss)
 
 
-CPO = register_loss(Loss("cpo", CPOSettings, cpo_loss, required_rows=lambda settings: (PAIR,), rows="pairs"))
+CPO = register_loss(
+    Loss(
+        "cpo",
+        CPOSettings,
+        cpo_loss,
+        required_rows=lambda settings: (PAIR,),
+        rows="pairs",
+        paper="Xu et al. 2024 (CPO); Meng et al. 2024 (SimPO)",
+    )
+)

@@ -208,5 +208,13 @@ def _rows(settings: DPOSettings) -> tuple[str, ...]:
 
 
 DPO = register_loss(
-    Loss("dpo", DPOSettings, dpo_loss, lambda settings: ("ref_logprobs",), required_rows=_rows, rows="pairs")
+    Loss(
+        "dpo",
+        DPOSettings,
+        dpo_loss,
+        lambda settings: ("ref_logprobs",),
+        required_rows=_rows,
+        rows="pairs",
+        paper="Rafailov et al. 2023 (DPO)",
+    )
 )

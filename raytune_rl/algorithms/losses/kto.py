@@ -102,5 +102,12 @@ def _rows(settings: KTOSettings) -> tuple[str, ...]:
 
 
 KTO = register_loss(
-    Loss("kto", KTOSettings, kto_loss, lambda settings: ("ref_logprobs",), required_rows=_rows)
+    Loss(
+        "kto",
+        KTOSettings,
+        kto_loss,
+        lambda settings: ("ref_logprobs",),
+        required_rows=_rows,
+        paper="Ethayarajh et al. 2024 (KTO)",
+    )
 )

@@ -76,5 +76,12 @@ def orpo_loss(inputs: LossInputs) -> LossOutput:
 
 
 ORPO = register_loss(
-    Loss("orpo", ORPOSettings, orpo_loss, required_rows=lambda settings: (PAIR,), rows="pairs")
+    Loss(
+        "orpo",
+        ORPOSettings,
+        orpo_loss,
+        required_rows=lambda settings: (PAIR,),
+        rows="pairs",
+        paper="Hong et al. 2024 (ORPO)",
+    )
 )

@@ -75,5 +75,6 @@ PPO_VALUE = register_loss(
         value_loss,
         lambda settings: ("old_values", "returns"),
         forward="values",
+        paper="Schulman et al. 2017 (PPO)",
     )
 )

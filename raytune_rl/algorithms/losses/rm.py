@@ -63,5 +63,13 @@ def rm_loss(inputs: LossInputs) -> LossOutput:
 
 
 RM = register_loss(
-    Loss("rm", RMSettings, rm_loss, required_rows=lambda settings: (PAIR,), rows="pairs", forward="scores")
+    Loss(
+        "rm",
+        RMSettings,
+        rm_loss,
+        required_rows=lambda settings: (PAIR,),
+        rows="pairs",
+        forward="scores",
+        paper="Ouyang et al. 2022 (InstructGPT)",
+    )
 )

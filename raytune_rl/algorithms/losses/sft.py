@@ -27,4 +27,4 @@ def sft_loss(inputs: LossInputs) -> LossOutput:
     return LossOutput(token_loss, MetricSums(stats))
 
 
-SFT = register_loss(Loss("sft", SFTSettings, sft_loss, normaliser="tokens"))
+SFT = register_loss(Loss("sft", SFTSettings, sft_loss, normaliser="tokens", paper="maximum likelihood"))

@@ -47,12 +47,22 @@ POD_SPEC: dict[str, Any] = {
     "nodeSelector": ANY,
     "affinity": ANY,
     "serviceAccountName": ANY,
+    "terminationGracePeriodSeconds": ANY,
 }
 POD_TEMPLATE = {"metadata": ANY, "spec": POD_SPEC}
 
 RAY_CLUSTER_SPEC: dict[str, Any] = {
     "authOptions": {"mode": ANY, "secretName": ANY, "enableK8sTokenAuth": ANY},
-    "autoscalerOptions": ANY,
+    "autoscalerOptions": {
+        "command": ANY,
+        "env": ANY,
+        "idleTimeoutSeconds": ANY,
+        "image": ANY,
+        "imagePullPolicy": ANY,
+        "resources": {"requests": ANY, "limits": ANY},
+        "upscalingMode": ANY,
+        "version": ANY,
+    },
     "enableInTreeAutoscaling": ANY,
     "gcsFaultToleranceOptions": ANY,
     "headGroupSpec": {

@@ -8,8 +8,8 @@ from typing import Literal
 from raytune_rl.protocol.trajectory import Trajectory
 
 InFlight = Literal["drain", "keep", "recompute", "abort"]
-"""What becomes of half-written answers when new weights arrive: they are finished first, go on with their key-
-value cache, go on with a cache that the new weights compute anew, or are thrown away and asked again."""
+"""What becomes of half-written answers when new weights arrive: they are finished first, go on with their
+key-value cache, go on with one that the new weights compute anew, or are thrown away and asked again."""
 
 
 @dataclass(frozen=True, order=True)

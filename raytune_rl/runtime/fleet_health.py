@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-
 AWAY = 5
 """Probes' distances after which whoever listens has been away itself: stopped, or swapped out."""
 
@@ -199,9 +198,9 @@ class FleetHealth:
         return []
 
     def tick(self, now: float) -> list[Action]:
-        """What is due by the clock alone. To be asked at least as often as probes are sent, and after all that
-        members told was observed: where it was not asked for long, nobody listened, and no member is at
-        fault.
+        """What is due by the clock alone. To be asked at least as often as probes are sent, and after all
+        that members told was observed: where it was not asked for long, nobody listened, and no member is
+        at fault.
         """
         actions: list[Action] = []
         unheard_s = (

@@ -62,7 +62,7 @@ def test_starts_and_first_pulls_have_deadlines() -> None:
     for number in (0, 1):
         health.join(number, f"rollout[{number}]", 0.0)
     health.observe(1, Started(), 60.0)
-    seen = [action for now in range(0, 120) for action in health.tick(float(now))]
+    seen = [action for now in range(120) for action in health.tick(float(now))]
     assert [(a.member, a.served, a.hung) for a in seen if isinstance(a, Lose)] == [
         (0, False, True),
         (1, False, True),
@@ -95,7 +95,7 @@ def test_a_suspect_that_goes_on_is_none_any_more() -> None:
 
 def test_an_idle_member_may_rest_for_ever() -> None:
     health = serving()
-    for now in range(0, 1000):
+    for now in range(1000):
         for action in health.tick(float(now)):
             assert action == Probe(0)
             health.observe(0, Progress(7, False), float(now))

@@ -132,8 +132,14 @@ class RolloutOptions(EngineOptions):
         "Colocated engine while the policy trains: 0 keeps its memory, 1 drops the cache and moves weights "
         "to CPU, 2 drops both. Not set, on shared GPUs: 1 where an adapter is trained, 2 in full training.",
     )
-    offload_model: bool = _vllm(False, "Move the policy's weights to CPU while the engine samples.")
-    offload_optimizer: bool = _vllm(False, "Move the optimizer's state to CPU while the engine samples.")
+    offload_model: bool = _vllm(
+        False,
+        "Move the weights of policy, critic and reference to CPU while the engine on their GPU samples. "
+        "Reward models stay: they score while it is awake.",
+    )
+    offload_optimizer: bool = _vllm(
+        False, "Move the optimizers' state to CPU while the engine on their GPU samples."
+    )
 
     @model_validator(mode="after")
     def _check_rollout(self) -> Self:

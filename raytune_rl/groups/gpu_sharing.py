@@ -9,6 +9,8 @@ from raytune_rl.config import RLHFConfig
 from raytune_rl.groups import specs
 from raytune_rl.groups.fleet import RolloutGroup
 from raytune_rl.groups.learners import Learners
+from raytune_rl.groups.logprobs import ReferenceGroup
+from raytune_rl.groups.rewards import RewardModelGroup
 from raytune_rl.groups.sizes import Groups
 
 
@@ -19,15 +21,26 @@ class GPUSharing:
         config: `sleep_level`, `offload_model` and `offload_optimizer` say what is moved.
         groups: Whether there is anything to share.
         learners: Hold the GPUs at first.
-        rollout: Sleeps at first where it ever does: `groups.start` sees to that.
+        rollout: Sleeps at first where it ever does: `groups.start_order` sees to that.
+        reference: A reference model of its own; moves as the policy's weights do.
+        judges: Reward models, which score while the engines are awake, and so stay.
     """
 
-    def __init__(self, config: RLHFConfig, groups: Groups, learners: Learners, rollout: RolloutGroup) -> None:
+    def __init__(
+        self,
+        config: RLHFConfig,
+        groups: Groups,
+        learners: Learners,
+        rollout: RolloutGroup,
+        reference: ReferenceGroup | None = None,
+        judges: RewardModelGroup | None = None,
+    ) -> None:
         shared = groups.on_gpu and groups.colocated
         self._sleeps = shared and specs.sleep_level(config, groups) > 0
         self._weights = shared and config.offload_model
         self._optimizer = shared and config.offload_optimizer
         self._learners, self._rollout = learners, rollout
+        self._reference, self._judges = reference, judges
         self._awake, self._offloaded = not self._sleeps, False
 
     def to_policy(self) -> None:
@@ -37,14 +50,20 @@ class GPUSharing:
             self._awake = False
         if self._offloaded:
             self._learners.reload()
+            if self._weights and self._reference is not None:
+                self._reference.reload()
             self._offloaded = False
 
     def to_rollout(self) -> bool:
         """The engines are about to sample. True if they woke up, and so must pull their weights first."""
-        # Also with nothing to move: what the trainers' allocators keep is not free for an engine.
+        # Also with nothing to move: what the others' allocators keep is not free for an engine.
         if (self._sleeps or self._weights or self._optimizer) and not self._offloaded:
             self._learners.offload(self._weights, self._optimizer)
+            if self._reference is not None:
+                self._reference.offload(self._weights)
             self._offloaded = True
+        if self._sleeps and not self._awake and self._judges is not None:
+            self._judges.empty_cache()
         if self._awake:
             return False
         self._rollout.wake()

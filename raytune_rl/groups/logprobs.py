@@ -111,6 +111,14 @@ class ReferenceGroup:
         """Log-probs of every row."""
         return score_rows(self.workers, batch, self._max_tokens, self._layout)
 
+    def offload(self, weights: bool) -> None:
+        """Gives back what the allocators keep, and moves the weights to the CPU if they are wanted away."""
+        self.workers.call("offload", weights, what="offloading the reference")
+
+    def reload(self) -> None:
+        """Brings them back."""
+        self.workers.call("reload", what="reloading the reference")
+
     def mix(self, manifest: Manifest, share: float) -> None:
         """Every copy moves its weights towards those of a published version."""
         self.workers.call("mix", manifest, share, what="mixing the policy into the reference")

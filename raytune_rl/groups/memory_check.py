@@ -16,7 +16,9 @@ from raytune_rl.protocol.model import ModelSize, ModelSpec, TunerSettings
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
-SAMPLING, TRAINING = "sampling", "training the policy"
+SAMPLING, TRAINING, JUDGING = "sampling", "training the policy", "reward models"
+AWAKE = (SAMPLING, JUDGING)
+"""Phases in which engines that share GPUs are awake."""
 UNKNOWN_DEVICE = 80 * GIB
 """Taken for an engine's share where nobody knows the GPU."""
 
@@ -113,7 +115,7 @@ def device_plans(
         critic = replace(training_of(config, groups, "critic"), quant_bits=None)
         processes.append(memory_plan.trainer("critic", "training the critic", sizes.critic, critic))
     if sizes.reward_models:
-        processes.append(_scorer("reward_model", "reward models", sizes.reward_models, how, groups))
+        processes.append(_scorer("reward_model", JUDGING, sizes.reward_models, how, groups))
     if groups.colocated:
         return [DevicePlan(tuple(processes))]
     return [DevicePlan((process,)) for process in processes]
@@ -192,9 +194,9 @@ def remedies(config: TrainConfig, groups: Groups, phase: str) -> list[str]:
     flags = []
     if isinstance(config, RLHFConfig) and groups.colocated:
         level = specs.sleep_level(config, groups)
-        if phase != SAMPLING and level == 0:
+        if phase not in AWAKE and level == 0:
             flags.append("--sleep_level 2" if config.train_type == "full" else "--sleep_level 1")
-        if phase == SAMPLING:
+        if phase in AWAKE:
             if not config.offload_model and zero:
                 flags.append("--offload_model true")
             if not config.offload_optimizer and zero in (1, 2):
@@ -202,7 +204,7 @@ def remedies(config: TrainConfig, groups: Groups, phase: str) -> list[str]:
             share = specs.gpu_share(config, groups)
             if share > 0.25:
                 flags.append(f"--vllm_gpu_memory_utilization {max(share - 0.15, 0.2):.2f}")
-    if phase != SAMPLING:
+    if phase not in AWAKE:
         if config.gradient_checkpointing is False:
             flags.append("--gradient_checkpointing true")
         if tokens > 2048:

@@ -75,6 +75,8 @@ class Process:
         busy: What it holds then.
         idle: What it holds while others work.
         on_one_gpu: How many such processes share the GPU.
+        samples: It works while the engines are awake and what is offloaded is away.
+        away: What it holds while others sample and score; None: as idle.
     """
 
     group: str
@@ -82,6 +84,14 @@ class Process:
     busy: Parts
     idle: Parts
     on_one_gpu: int = 1
+    samples: bool = False
+    away: Parts | None = None
+
+    def held(self, phase: str, sampling: bool) -> Parts:
+        """What it holds in a phase, in which engines are awake or not."""
+        if self.phase == phase:
+            return self.busy
+        return self.away if sampling and self.away is not None else self.idle
 
 
 @dataclass(frozen=True)
@@ -102,12 +112,9 @@ class DevicePlan:
 
     def held(self, phase: str) -> dict[str, dict[str, int]]:
         """Bytes by group and part in a phase."""
+        sampling = any(p.samples for p in self.processes if p.phase == phase)
         return {
-            p.group: {
-                what: count * p.on_one_gpu
-                for what, count in (p.busy if p.phase == phase else p.idle).items()
-                if count
-            }
+            p.group: {what: count * p.on_one_gpu for what, count in p.held(phase, sampling).items() if count}
             for p in self.processes
         }
 
@@ -149,20 +156,31 @@ def trainer(group: str, phase: str, size: ModelSize, how: Training) -> Process:
     }
     stepping = {"gradients": grads + step}
     work = max(backward, stepping, key=lambda parts: sum(parts.values()))
-    idle = {} if how.offload_model else dict(weights)
-    idle |= {} if how.offload_optimizer else state
-    return Process(group, phase, {**weights, **state, **work, **context}, {**idle, **context})
+    away = {} if how.offload_model else dict(weights)
+    away |= {} if how.offload_optimizer else state
+    idle = {**weights, **state, **context}
+    return Process(group, phase, {**weights, **state, **work, **context}, idle, away={**away, **context})
 
 
 def scorer(group: str, phase: str, size: ModelSize, how: Training, models: int = 1) -> Process:
-    """A worker that only runs models forward."""
+    """A worker that only runs models forward: a reference, whose weights move as the policy's do, or a reward
+    model (without `how.logits`), which scores while the engines are awake.
+    """
     weights = {"weights": models * size.parameters * how.bytes_each}
     context = {"CUDA context": CONTEXT}
     work = {
         "activations": how.tokens * _layer_bytes(size, how.bytes_each, adapter=False),
         "logits": LOGIT_BUFFERS // 4 if how.logits else 0,
     }
-    return Process(group, phase, {**weights, **work, **context}, {**weights, **context})
+    away = {} if how.offload_model and how.logits else weights
+    return Process(
+        group,
+        phase,
+        {**weights, **work, **context},
+        {**weights, **context},
+        samples=not how.logits,
+        away={**away, **context},
+    )
 
 
 @dataclass(frozen=True)
@@ -196,7 +214,7 @@ def engine(group: str, phase: str, size: ModelSize, how: Engine) -> Process:
     idle = busy
     if how.sleep_level:
         idle = {"working memory": ENGINE_ASLEEP, "CUDA context": CONTEXT}
-    return Process(group, phase, busy, idle, how.on_one_gpu)
+    return Process(group, phase, busy, idle, how.on_one_gpu, samples=True, away=busy)
 
 
 def cache_bytes(size: ModelSize, tokens: int, tensor_parallel: int = 1) -> int:

@@ -32,6 +32,10 @@ class RewardModelGroup:
     def __init__(self, group: WorkerGroup) -> None:
         self.workers = group
 
+    def empty_cache(self) -> None:
+        """Gives back what the workers' allocators keep. Their weights stay: they score beside the engines."""
+        self.workers.call("empty_cache", what="giving memory back")
+
     def score(
         self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState
     ) -> RewardTable:

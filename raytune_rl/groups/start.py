@@ -1,4 +1,4 @@
-"""The groups of an online run: started all at once, waited for together."""
+"""The groups of an online run: started, and waited for."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from raytune_rl.groups.learners import Learner, Learners
 from raytune_rl.groups.logprobs import AdapterOff, Reference, ReferenceGroup
 from raytune_rl.groups.rewards import RewardModelGroup, Scorer, Together
 from raytune_rl.groups.sizes import Groups
+from raytune_rl.groups.start_order import Part, start_in_turn, turns_of
 from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.groups.weight_store import WeightStore
 from raytune_rl.groups.world import TrainerWorld
@@ -26,6 +27,7 @@ from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.train import LossSpec, TrainerSpec
 from raytune_rl.rewards.sandbox import memory_limit_bytes
 from raytune_rl.runtime.group import WorkerGroup, end
+from raytune_rl.runtime.wait import fetch_all
 from raytune_rl.runtime.weights import start_store
 from raytune_rl.workers.reference import ReferenceWorker
 from raytune_rl.workers.reward import RewardWorker
@@ -159,7 +161,13 @@ class Starter:
         """The workers of one role; `make` gives the arguments of the worker of a rank."""
         setup = self._setup
         started = WorkerGroup(
-            setup.sizes[name], self._slots[name], worker, make, env, setup.config.step_timeout
+            setup.sizes[name],
+            self._slots[name],
+            worker,
+            make,
+            env,
+            setup.config.step_timeout,
+            at_once=worker is TrainerWorker,  # they meet; the others as `start_order` says
         )
         self._stack.callback(started.shutdown)
         return started
@@ -235,6 +243,49 @@ class Starter:
         return self.world("critic", spec)
 
 
+class Starting:
+    """The groups as they start, one part after the other; see `start_order`."""
+
+    def __init__(self, starter: Starter, policy: TrainerSpec, timeout_s: float) -> None:
+        self.workers: dict[str, WorkerGroup] = {}
+        self.worlds: dict[str, TrainerWorld] = {}
+        self._make_workers: dict[str, Callable[[], WorkerGroup]] = {
+            "rollout": starter.rollout,
+            "reward": starter.reward_functions,
+            "reward_model": starter.reward_models,
+            "reference": lambda: starter.reference(policy),
+        }
+        self._make_worlds: dict[str, Callable[[], TrainerWorld]] = {
+            "policy": lambda: starter.world("policy", policy),
+            "critic": starter.critic,
+        }
+        self._timeout_s = timeout_s
+
+    def begin(self, part: Part) -> None:
+        """Starts workers; of a group that trains all, as its ranks meet."""
+        if part.group in self._make_worlds:
+            self.worlds[part.group] = self._make_worlds[part.group]()
+            return
+        if part.group not in self.workers:
+            self.workers[part.group] = self._make_workers[part.group]()
+        self.workers[part.group].start(part.ranks)
+
+    def wait(self, part: Part) -> None:
+        """Waits until they have loaded."""
+        if part.group in self.worlds:
+            self.worlds[part.group].ready()
+        else:
+            self._call(part, "ping", "starting")
+
+    def sleep(self, part: Part) -> None:
+        """Makes engines give their memory back."""
+        self._call(part, "sleep", "sleeping")
+
+    def _call(self, part: Part, method: str, what: str) -> None:
+        group = self.workers[part.group]
+        fetch_all([group.submit(r, method, what=what, timeout_s=self._timeout_s) for r in part.ranks])
+
+
 def start_groups(
     setup: OnlineSetup,
     slots: Mapping[str, Any],
@@ -242,7 +293,7 @@ def start_groups(
     say: Callable[[str], None],
     lost: Callable[[str, str], None],
 ) -> OnlineGroups:
-    """Starts all actors at once and waits for them.
+    """Starts all actors, at once unless they share GPUs, and waits for them.
 
     Args:
         setup: Of the run.
@@ -256,18 +307,11 @@ def start_groups(
     store = start_store(setup.store_name, keep=1)
     stack.callback(end, store)
     starter, spec = Starter(setup, slots, stack), setup.policy
-    # An engine sizes its cache by what is free on its device, which must not change meanwhile: where others
-    # share the GPUs, engines start alone, and sleep while the rest loads.
-    rollout = starter.rollout()
-    if sizes.on_gpu and sizes.colocated:
-        rollout.call("ping", what="starting", timeout_s=config.start_timeout)
-        if specs.sleep_level(config, sizes):
-            rollout.call("sleep", timeout_s=config.start_timeout)
-    ranks = starter.world("policy", spec)
-    functions = starter.reward_functions() if "reward" in sizes else None
-    models = starter.reward_models() if "reward_model" in sizes else None
-    reference = starter.reference(spec) if "reference" in sizes else None
-    critics = starter.critic() if "critic" in sizes else None
+    starting = Starting(starter, spec, config.start_timeout)
+    start_in_turn(turns_of(sizes), starting, sleeps=specs.sleep_level(config, sizes) > 0)
+    rollout, ranks = starting.workers["rollout"], starting.worlds["policy"]
+    functions, models = starting.workers.get("reward"), starting.workers.get("reward_model")
+    reference, critics = starting.workers.get("reference"), starting.worlds.get("critic")
     judges = [group for group in (functions, models) if group is not None]
     for started in (*judges, rollout):
         started.call("ping", what="starting", timeout_s=config.start_timeout)
@@ -295,11 +339,13 @@ def start_groups(
         multi_turn=config.multi_turn_scheduler is not None,
     )
     scorers: list[Scorer] = [] if functions is None else [RewardGroup(functions)]
-    scorers += [] if models is None else [RewardModelGroup(models)]
-    reference_scorer: Reference | None = None
+    reward_models = None if models is None else RewardModelGroup(models)
+    scorers += [] if reward_models is None else [reward_models]
+    own_reference: ReferenceGroup | None = None
     if reference is not None:
-        reference_scorer = ReferenceGroup(reference, ranks.max_tokens, settled[0].layout)
-    elif "ref_logprobs" in setup.needs:
+        own_reference = ReferenceGroup(reference, ranks.max_tokens, settled[0].layout)
+    reference_scorer: Reference | None = own_reference
+    if reference is None and "ref_logprobs" in setup.needs:
         reference_scorer = AdapterOff(policy)
     learners = learners_of(ranks, critics, config, in_turn=sizes.on_gpu and sizes.colocated)
     return OnlineGroups(
@@ -308,7 +354,7 @@ def start_groups(
         learners,
         engines,
         Together(scorers),
-        GPUSharing(config, sizes, learners, engines),
+        GPUSharing(config, sizes, learners, engines, own_reference, reward_models),
         reference_scorer,
         None if critics is None else CriticGroup(critics),
         WeightStore(store, config.step_timeout),

@@ -19,6 +19,7 @@ def added(
     config: TrainConfig,
     groups: Groups,
     gpu_bytes: int | None,
+    *,
     max_model_len: int | None = None,
 ) -> tuple[RunPlan, PlacementError | None]:
     """The plan with the estimate, and why it cannot run, if it cannot: it is worth seeing either way.

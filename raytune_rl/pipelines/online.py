@@ -106,7 +106,9 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         plan = report.online_plan(
             config, algorithm, groups, schedule, train, held_out, longest, resume_point, cluster, all_notices
         )
-        plan, no_room = memory.added(plan, config, groups, gpu_memory.of(cluster), byte_limit)
+        plan, no_room = memory.added(
+            plan, config, groups, gpu_memory.of(cluster), max_model_len=max_model_len
+        )
         shown = [s.account.media for s in (train, held_out) if s is not None]
         media = specs.prompt_limits(config, train.account.takes_media, shown)
         controlled = Run(

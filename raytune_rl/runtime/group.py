@@ -68,6 +68,7 @@ class WorkerGroup:
         make_args: Gives the constructor's keyword arguments for a rank.
         env: Environment of the workers' processes (set before anything is imported there).
         timeout_s: Default deadline of a call, seconds.
+        at_once: False: no worker is started before `start` names it.
     """
 
     def __init__(
@@ -78,13 +79,22 @@ class WorkerGroup:
         make_args: Callable[[int], Mapping[str, Any]],
         env: Mapping[str, str] | None = None,
         timeout_s: float = 600.0,
+        at_once: bool = True,
     ) -> None:
         self.name = spec.name
         self.timeout_s = timeout_s
         self._start = lambda rank: start_worker(worker_class, spec, slots[rank], make_args(rank), env or {})
-        self._actors = [self._start(rank) for rank in range(len(slots))]
+        self._actors: list[Any] = [None] * len(slots)
+        if at_once:
+            self.start(range(len(slots)))
         self._replacement: Replacement | None = None
         self._set_up: dict[int, tuple[Pending, ...]] = {}
+
+    def start(self, ranks: Sequence[int]) -> None:
+        """Starts the workers of these ranks that have not been. Returns at once."""
+        for rank in ranks:
+            if self._actors[rank] is None:
+                self._actors[rank] = self._start(rank)
 
     def replace_lost(
         self,
@@ -175,7 +185,8 @@ class WorkerGroup:
     def shutdown(self) -> None:
         """Ends the workers' processes. Their finished results stay readable."""
         for actor in self._actors:
-            end(actor)
+            if actor is not None:
+                end(actor)
         self._actors = []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +11,47 @@ import torch
 from torch import Tensor
 
 
+class Frozen:
+    """Weights that nobody trains: copied to the CPU once, and from then on only dropped, until they change.
+
+    Args:
+        tensors: They. Under ZeRO-3 a rank's share of each (`ds_tensor`).
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._copies: list[Tensor] = []
+        self._device: torch.device | None = None
+
+    def away(self) -> None:
+        """To the CPU."""
+        if self._device is not None or not self._tensors:
+            return
+        self._device = self._tensors[0].device
+        if not self._copies:
+            # Of the plain data: a quantised parameter would move its scales along, and only one way.
+            self._copies = [_on_cpu(tensor.data) for tensor in self._tensors]
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            tensor.data = copy
+
+    def back(self) -> None:
+        """To where they were."""
+        if self._device is None:
+            return
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            tensor.data = copy.to(self._device, copy=True)
+        self._device = None
+
+    def changed(self) -> None:
+        """They were written to. What is away was changed there; what is not has no copy any more."""
+        if self._device is None:
+            self._copies = []
+
+
 class Offload:
     """Moves what DeepSpeed holds, and the frozen weights that it does not know of.
 
-    DeepSpeed's own moving ends at what is trained: of a model with an adapter that is the least of it. Frozen
-    weights never change, so they are copied to the CPU once and from then on only dropped. Under ZeRO-3 a
-    rank's share of a frozen weight is what is moved.
+    DeepSpeed's own moving ends at what is trained: of a model with an adapter that is the least of it.
 
     Args:
         engine: A DeepSpeed engine.
@@ -25,9 +60,7 @@ class Offload:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         frozen = [p for p in engine.module.parameters() if not p.requires_grad]
-        self._frozen = [p.ds_tensor if hasattr(p, "ds_id") else p for p in frozen]
-        self._copies: list[Tensor] = []
-        self._device: torch.device | None = None
+        self._frozen = Frozen(p.ds_tensor if hasattr(p, "ds_id") else p for p in frozen)
         self._moved = False
 
     def away(self, weights: bool, optimizer: bool) -> None:
@@ -37,13 +70,8 @@ class Offload:
             return
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
-        if weights and self._frozen:
-            self._device = self._frozen[0].device
-            if not self._copies:
-                # Of the plain data: a quantised parameter would move its scales along, and only one way.
-                self._copies = [_on_cpu(parameter.data) for parameter in self._frozen]
-            for parameter, copy in zip(self._frozen, self._copies, strict=True):
-                parameter.data = copy
+        if weights:
+            self._frozen.away()
         moved = [State.optim_states, State.hp_params] if optimizer else []
         moved += [State.lp_params, State.lp_grads, State.contiguous_grad_buffer] if weights else []
         with _what_is_trained(self._engine.optimizer):
@@ -53,10 +81,7 @@ class Offload:
 
     def back(self) -> None:
         """Everything that was moved."""
-        if self._device is not None:
-            for parameter, copy in zip(self._frozen, self._copies, strict=True):
-                parameter.data = copy.to(self._device)
-            self._device = None
+        self._frozen.back()
         if self._moved:
             self._engine.reload_states()
             self._moved = False

@@ -16,6 +16,7 @@ from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.weights import read
 from raytune_rl.workers import scoring
+from raytune_rl.workers.offload import Frozen, empty_cache
 from raytune_rl.workers.saving import writing
 
 
@@ -40,6 +41,7 @@ class ReferenceWorker:
         self._scorer = scoring.scorer_of(model, "logprobs").eval().requires_grad_(False)
         self._settled = isolation.settle(self._scorer, spec.layout, spec.packing_flag)
         self._spec = replace(spec, layout=self._settled.layout)
+        self._frozen = Frozen(self._scorer.parameters())
 
     def ping(self) -> Settled:
         """Proves that the model is loaded; how its rows are laid out."""
@@ -48,6 +50,16 @@ class ReferenceWorker:
     def logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """See `scoring.score`."""
         return scoring.score(self._scorer, batch, self._spec, self._settings, self._media)
+
+    def offload(self, weights: bool) -> None:
+        """Moves its weights to the CPU if they are wanted away, and gives back what the allocator keeps."""
+        if weights:
+            self._frozen.away()
+        empty_cache()
+
+    def reload(self) -> None:
+        """Brings back what `offload` moved."""
+        self._frozen.back()
 
     def mix(self, manifest: Manifest, share: float) -> None:
         """Moves every weight towards a published version: ref <- share * policy + (1 - share) * ref.
@@ -69,6 +81,7 @@ class ReferenceWorker:
                         f"--sync_ref_model: {name} has another form in memory; it cannot be mixed"
                     )
                 own_tensor.lerp_(published.to(own_tensor), share)
+        self._frozen.changed()
         if own:
             raise ModelError(f"--sync_ref_model: the policy does not publish {sorted(own)[0]}")
 
@@ -100,3 +113,4 @@ class ReferenceWorker:
         with torch.no_grad():
             for name, parameter in self._scorer.named_parameters():
                 parameter.copy_(saved[name])
+        self._frozen.changed()

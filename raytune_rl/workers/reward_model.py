@@ -23,6 +23,7 @@ from raytune_rl.protocol.model import ModelSpec
 from raytune_rl.protocol.rewards import Failure, RewardModelSpec, Scores, TrainerState
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.workers import scoring
+from raytune_rl.workers.offload import empty_cache
 
 DEFAULT = "default"
 """The plugin that takes a classifier's score of the whole conversation."""
@@ -85,6 +86,10 @@ class RewardModelWorker:
             turns = dialogue_rows[0][row]["messages"] if dialogue_rows else [*row_columns["messages"], answer]
             conversations.append({**row_columns, "messages": turns})
         return self.judge(conversations, state)
+
+    def empty_cache(self) -> None:
+        """Gives back what the allocator keeps, to those that share its GPU."""
+        empty_cache()
 
     def judge(self, conversations: Sequence[Mapping[str, Any]], state: TrainerState | None = None) -> Scores:
         """Scores conversations that end with the assistant: "messages", and what else the row has."""

@@ -10,17 +10,15 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from vllm import SamplingParams
-from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -30,19 +28,15 @@ from raytune_rl.data.example import Message
 from raytune_rl.data.media_processor import Decoded
 from raytune_rl.data.model_tokens import read_eos
 from raytune_rl.errors import ConfigError, DataError, StaleWeightsError, WorkerDiedError
-from raytune_rl.models.load import resolve_path
-from raytune_rl.models.served import LORA_RANKS
 from raytune_rl.protocol.rollout import EngineSpec, Sampling, StreamChunk
 from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.weights import find_manifest, read
 from raytune_rl.workers import vllm_plugin
 from raytune_rl.workers.adapter_files import adapter_files
 from raytune_rl.workers.engine_prompt import EnginePrompt
+from raytune_rl.workers.vllm_args import engine_args
 from raytune_rl.workers.vllm_media import EngineMedia, check_prompt
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
-
-PREFILL_TOKENS = 4096
-"""Prompt tokens of one engine step on a CPU; a longer prompt has a step of its own."""
 
 NEVER = -100.0
 """The lowest bias on a logit that vLLM takes."""
@@ -280,51 +274,6 @@ class VllmEngine:
             self._adapter = fresh
 
 
-def engine_args(spec: EngineSpec) -> dict[str, Any]:
-    """Translates a spec into vLLM's arguments; only what was decided is passed, the rest is vLLM's
-    default.
-
-    Raises:
-        ConfigError: vLLM has no such argument.
-    """
-    args: dict[str, Any] = {
-        "model": resolve_path(spec.model, use_hf=spec.use_hf),
-        "dtype": spec.dtype,
-        "max_model_len": spec.max_model_len,
-        "tensor_parallel_size": spec.tensor_parallel_size,
-        "gpu_memory_utilization": spec.gpu_memory_utilization,
-        "enforce_eager": spec.enforce_eager,
-        "enable_prefix_caching": spec.enable_prefix_caching,
-        "trust_remote_code": spec.trust_remote_code,
-        "seed": spec.seed,
-        "disable_log_stats": True,
-        # Log-probs of the distribution that was really sampled from, so that they compare with the policy's.
-        "logprobs_mode": "processed_logprobs",
-        # With asynchronous scheduling a token may be lost when generation is paused for a weight update.
-        "async_scheduling": False,
-        "weight_transfer_config": WeightTransferConfig(backend=vllm_plugin.BACKEND),
-        "enable_sleep_mode": spec.sleep_level > 0 and not current_platform.is_cpu(),
-    }
-    if spec.kv_cache_bytes is not None:
-        args["kv_cache_memory_bytes"] = spec.kv_cache_bytes
-    if current_platform.is_cpu():
-        # A prompt cut over two steps makes vLLM turn back the request's random generator, which only GPUs can
-        # do.
-        args |= {
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(PREFILL_TOKENS, spec.max_model_len),
-        }
-    if spec.max_num_seqs is not None:
-        args["max_num_seqs"] = spec.max_num_seqs
-    if spec.lora_rank:
-        args |= {"enable_lora": True, "max_lora_rank": _vllm_rank(spec.lora_rank), "max_loras": 1}
-    if spec.tensor_parallel_size > 1:
-        args["distributed_executor_backend"] = "mp"
-    if unknown := sorted(spec.more.keys() - {field.name for field in fields(EngineArgs)}):
-        raise ConfigError(f"--vllm_engine_kwargs: vLLM's EngineArgs have no {', '.join(unknown)}")
-    return args | dict(spec.more)
-
-
 def to_sampled(output: Any) -> Sampled:
     """Reads a finished output of vLLM (text is filled in by the caller)."""
     tokens = np.asarray(output.token_ids, dtype=np.int32)
@@ -333,8 +282,3 @@ def to_sampled(output: Any) -> Sampled:
         dtype=np.float32,
     )
     return Sampled(tokens, logprobs, output.text or "", output.finish_reason or "abort")
-
-
-def _vllm_rank(rank: int) -> int:
-    """vLLM takes a few maximal ranks only: the smallest that holds `rank`."""
-    return next(allowed for allowed in LORA_RANKS if allowed >= rank)

@@ -39,9 +39,33 @@ class Device:
         self.take("policy", 50)
 
 
-def shared(device: Device, **settings: Any) -> GPUSharing:
+class Scorer:
+    """A model beside them that is only asked: 16 GiB of weights, and a cache of 4 once it was."""
+
+    def __init__(self, device: Device, name: str) -> None:
+        self.device, self.name = device, name
+        device.held[name] = 16
+
+    def ask(self) -> None:
+        self.device.take(self.name, 20)
+
+    def empty_cache(self) -> None:
+        self.device.take(self.name, 16)
+
+    def offload(self, weights: bool) -> None:
+        self.device.take(self.name, 0 if weights else 16)
+
+    def reload(self) -> None:
+        self.device.take(self.name, 16)
+
+
+def shared(
+    device: Device, reference: Scorer | None = None, judge: Scorer | None = None, **settings: Any
+) -> GPUSharing:
     config = RLHFConfig(model="m", dataset="d", reward_funcs="accuracy", **settings)
-    return GPUSharing(config, online_groups(config, GPU, ()), cast(Any, device), cast(Any, device))
+    groups = online_groups(config, GPU, ())
+    held: Any = device
+    return GPUSharing(config, groups, held, held, cast(Any, reference), cast(Any, judge))
 
 
 def test_nobody_takes_memory_before_it_was_given() -> None:
@@ -72,3 +96,36 @@ def test_who_is_told_not_to_sleep_stays() -> None:
     sharing.to_policy()
     assert not sharing.to_rollout()
     assert device.events == []
+
+
+def test_the_caches_of_all_are_empty_before_an_engine_wakes() -> None:
+    device = Device(asleep=True)
+    device.held["policy"] = 0
+    reference, judge = Scorer(device, "reference"), Scorer(device, "judge")
+    sharing = shared(device, reference, judge, offload_optimizer=True)
+    device.held["policy"] = 30
+    reference.ask()
+    judge.ask()
+    device.events.clear()
+    device.offload = lambda weights, optimizer: device.take("policy", 8)  # type: ignore[method-assign]
+    sharing.to_rollout()
+    assert device.events == ["policy 8", "reference 16", "judge 16", "rollout 40"]
+
+
+def test_a_reference_moves_with_the_policys_weights_and_reward_models_stay() -> None:
+    device = Device(asleep=True)
+    device.held["policy"] = 48
+    sharing = shared(
+        device,
+        Scorer(device, "reference"),
+        Scorer(device, "judge"),
+        offload_model=True,
+        offload_optimizer=True,
+    )
+    device.events.clear()
+    sharing.to_rollout()
+    assert device.events == ["policy 0", "reference 0", "judge 16", "rollout 40"]
+    device.events.clear()
+    device.reload = lambda: device.take("policy", 48)  # type: ignore[method-assign]
+    sharing.to_policy()
+    assert device.events == ["rollout 0", "policy 48", "reference 16"]

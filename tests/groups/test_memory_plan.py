@@ -193,3 +193,26 @@ def test_engines_on_shared_gpus_sleep_unless_they_are_told_not_to() -> None:
 
     assert (level(), level(train_type="full"), level(sleep_level=0)) == (1, 2, 0)
     assert level(colocate=False) == 0
+
+
+def test_who_is_away_while_the_engines_are_awake_and_back_when_they_sleep() -> None:
+    config = RLHFConfig(
+        model="m", dataset="d", reward_funcs="accuracy", reward_model="j", train_type="full", beta=0.1,
+        offload_model=True, offload_optimizer=True,
+    )  # fmt: skip
+    groups = online_groups(config, cluster(8), ("ref_logprobs",))
+    size = llm(FULL)
+    (plan,) = device_plans(config, groups, Sizes(size, size, None, (size,)), 80 * GIB)
+    weights = 2 * size.parameters
+
+    def of(group: str, phase: str) -> set[str]:
+        return plan.held(phase)[group].keys() - memory_plan.ROUGH
+
+    for awake in ("sampling", "reward models"):
+        assert of("policy", awake) == of("reference", awake) == set()
+        assert of("rollout", awake) == {"weights", "KV cache"}
+        assert plan.held(awake)["reward_model"]["weights"] == weights
+    for asleep in ("reference log-probs", "training the policy"):
+        assert of("rollout", asleep) == set()
+        assert of("policy", asleep) >= {"weights", "master weights", "optimizer"}
+        assert plan.held(asleep)["reference"]["weights"] == weights

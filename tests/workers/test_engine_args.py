@@ -9,7 +9,7 @@ from raytune_rl.protocol.rollout import EngineSpec
 
 
 def test_further_arguments_are_vllms_own(tmp_path: Path) -> None:
-    from raytune_rl.workers.vllm_engine import engine_args
+    from raytune_rl.workers.vllm_args import engine_args
 
     def made(**more: object) -> dict[str, object]:
         return engine_args(EngineSpec(str(tmp_path), "float32", 64, "store", 1.0, more=more))

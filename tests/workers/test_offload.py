@@ -8,6 +8,8 @@ from multiprocessing import get_context
 
 import pytest
 
+from raytune_rl.workers.offload import Frozen
+
 
 def _losses(stage: int) -> tuple[list[float], list[float], set[str]]:
     """Losses of some steps of layers of which two are frozen: as they stay, as they are moved after each
@@ -61,3 +63,22 @@ def test_training_goes_on_as_if_nothing_had_moved(stage: int) -> None:
     assert "lp_params" in kinds
     assert moved == stayed
     assert moved[-1] < moved[0]
+
+
+def test_frozen_weights_that_change_are_copied_anew() -> None:
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+    frozen = Frozen([weight])
+    frozen.away()
+    weight.data += 1  # as a reference that moves is mixed where it lies
+    frozen.back()
+    frozen.away()
+    frozen.back()
+    assert weight.tolist() == [1.0] * 4
+    weight.data += 1
+    frozen.changed()
+    frozen.away()
+    assert weight.tolist() == [2.0] * 4
+    frozen.back()
+    assert weight.tolist() == [2.0] * 4

@@ -34,6 +34,8 @@ class MicroBatch:
         n_rows: Number of real rows; 0 for a dummy micro-batch.
         row_ends: int64 `[n_rows]`, index of each real row's last token, flat as in `predict_index`.
         model_inputs: What else the model takes, by name: pixel_values and the like, in the order of the rows.
+        shared: Of each group of rows that begin alike, how many tokens are there once for all of them, and
+            how many of its own each row has behind those (`data.shared_prefix`); empty in other layouts.
     """
 
     input_ids: torch.Tensor
@@ -45,6 +47,7 @@ class MicroBatch:
     n_rows: int
     row_ends: torch.Tensor
     model_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shared: tuple[tuple[int, ...], ...] = ()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
         """The same micro-batch on another device."""
@@ -73,13 +76,14 @@ def collate(
     Raises:
         ValueError: Lengths differ, a row is empty, or a row's first token is marked as a loss token.
     """
-    _check(tokens, loss_masks)
+    check_rows(tokens, loss_masks)
     if not tokens:
         return _assemble([np.array([pad_token_id])], [np.array([False])], layout, pad_token_id, n_rows=0)
     return _assemble(tokens, loss_masks, layout, pad_token_id, n_rows=len(tokens))
 
 
-def _check(tokens: Sequence[NDArray], loss_masks: Sequence[NDArray]) -> None:
+def check_rows(tokens: Sequence[NDArray], loss_masks: Sequence[NDArray]) -> None:
+    """Raises ValueError as `collate` does."""
     if len(tokens) != len(loss_masks):
         raise ValueError(f"{len(tokens)} rows of tokens but {len(loss_masks)} loss masks")
     for number, (row, mask) in enumerate(zip(tokens, loss_masks, strict=True)):

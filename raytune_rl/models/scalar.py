@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 from raytune_rl.errors import ModelError
 from raytune_rl.models.borders import accepts_borders, borders_of
 from raytune_rl.models.positions import positions_with_videos
+from raytune_rl.models.prefix_attention import Groups, short_mask
 from raytune_rl.models.sharding import shape_of
 from raytune_rl.models.unwrap import hf_model, scalar_head
 
@@ -68,6 +69,7 @@ class ScalarScorer(nn.Module):
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
         state_index: Tensor,
+        shared: Groups = (),
         **model_inputs: Any,
     ) -> Tensor:
         """The head's output at some tokens.
@@ -75,13 +77,14 @@ class ScalarScorer(nn.Module):
         Args:
             input_ids, position_ids, attention_mask: as `TokenScorer.forward` takes them.
             state_index: int64 [N], index into the flattened [B * T] of the states to read.
+            shared: as `TokenScorer.forward` takes it.
             **model_inputs: passed to the backbone.
 
         Returns:
             float32 [N]. N = 0 (a dummy micro-batch) gives an empty tensor that is still connected to every
             parameter.
         """
-        states = self.states(input_ids, position_ids, attention_mask, state_index, **model_inputs)
+        states = self.states(input_ids, position_ids, attention_mask, state_index, shared, **model_inputs)
         return hf_model(self.model).score(states).float().squeeze(-1)
 
     def states(
@@ -90,18 +93,19 @@ class ScalarScorer(nn.Module):
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
         state_index: Tensor,
+        shared: Groups = (),
         **model_inputs: Any,
     ) -> Tensor:
         """The hidden states [N, H] that the head reads; arguments as in `forward`."""
         inner = hf_model(self.model)
         if position_ids is None:
             position_ids = positions_with_videos(inner.base_model, input_ids, attention_mask, model_inputs)
-        elif self.tells_borders and attention_mask is None:
+        elif self.tells_borders and attention_mask is None and not shared:
             model_inputs |= borders_of(position_ids)
         output = inner.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=attention_mask,
+            attention_mask=short_mask(shared) if shared else attention_mask,
             use_cache=False,
             **model_inputs,
         )

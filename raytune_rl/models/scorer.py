@@ -15,6 +15,7 @@ from raytune_rl.errors import ModelError
 from raytune_rl.models.borders import accepts_borders, borders_of
 from raytune_rl.models.logprobs import TokenLogprobs, default_chunk_tokens, token_logprobs
 from raytune_rl.models.positions import positions_with_videos
+from raytune_rl.models.prefix_attention import Groups, short_mask
 from raytune_rl.models.sharding import shape_of
 from raytune_rl.models.unwrap import hf_model
 
@@ -64,6 +65,7 @@ class TokenScorer(nn.Module):
         temperature: float = 1.0,
         with_entropy: bool = False,
         disallowed_token_ids: tuple[int, ...] = (),
+        shared: Groups = (),
         **model_inputs: Any,
     ) -> TokenLogprobs:
         """Log-probs of the loss tokens.
@@ -78,6 +80,8 @@ class TokenScorer(nn.Module):
             temperature: the sampling temperature.
             with_entropy: also return entropies.
             disallowed_token_ids: tokens that sampling never gives.
+            shared: of rows that share their beginnings, how they lie (`prefix_attention`), with
+                `attention_mask=None`; empty: they share none.
             **model_inputs: passed to the backbone (pixel_values, image_grid_thw, ...).
 
         Returns:
@@ -87,12 +91,12 @@ class TokenScorer(nn.Module):
         inner = hf_model(self.model)
         if position_ids is None:
             position_ids = positions_with_videos(inner.base_model, input_ids, attention_mask, model_inputs)
-        elif self.tells_borders and attention_mask is None:
+        elif self.tells_borders and attention_mask is None and not shared:
             model_inputs |= borders_of(position_ids)
         output = inner.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=attention_mask,
+            attention_mask=short_mask(shared) if shared else attention_mask,
             use_cache=False,
             **model_inputs,
         )

@@ -1,0 +1,165 @@
+"""Attention over rows that begin alike: what they share is computed once, and each row sees it and itself.
+
+Rows in this layout are one packed row, group after group: [shared | own 1 | .. | own G]. Every layer but
+attention works on tokens one by one and needs nothing; attention is two calls of the model's own function for
+each group, causal over what is shared, and the rows' own tokens, row by row, over what is shared and
+themselves. No mask over the packed row is ever made, and soft caps, sinks and scaling are the model's own.
+
+How the rows lie reaches the layers in the place of the attention mask: Transformers hands a mask of four axes
+on as it is. It is int32 `[1, 1, groups, 1 + most own]`, of each group the tokens that are shared and those of
+each row beyond them, and zeros; no model has a mask of that type. With any other mask the function is the
+model's own.
+
+The same idea in inference: Juravsky et al. 2024, "Hydragen"; in training: Liu et al. 2025, "Prefix Grouper".
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from raytune_rl.errors import ModelError
+
+Groups = Sequence[Sequence[int]]
+"""Of each group how many tokens are shared, and how many of its own each row has."""
+
+_NAME = "shared_prefix_"
+_INNER = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+_OF_WHOLE_ROWS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Arguments by which flash attention would look for borders in what it is given."""
+_KINDS = {"full_attention", "sliding_attention"}
+
+
+def short_mask(groups: Groups) -> Tensor:
+    """What stands in the place of the attention mask; it stays on the CPU, where reading it waits for
+    nobody."""
+    width = max(len(group) for group in groups)
+    return torch.tensor([[[[*group, *[0] * (width - len(group))] for group in groups]]], dtype=torch.int32)
+
+
+def let_share(model: PreTrainedModel) -> str:
+    """Puts the function into a model; rows laid out otherwise are computed as before.
+
+    Returns:
+        Why it cannot be put there; empty if it is.
+    """
+    text: Any = model.config.get_text_config()
+    inner = text._attn_implementation
+    if inner not in _INNER:
+        return f"there is no way to share with the attention {inner}"
+    kinds = set(getattr(text, "layer_types", None) or ()) - _KINDS
+    if kinds:
+        return f"its layers have {', '.join(sorted(kinds))}"
+    parts = _language_parts(model)
+    if not all(part._can_set_attn_implementation() for part in parts):
+        return "its attention does not go through Transformers' AttentionInterface"
+    AttentionInterface.register(_NAME + inner, _shared(inner))
+    AttentionMaskInterface.register(_NAME + inner, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    for part in parts:
+        part.config._attn_implementation = _NAME + inner
+    return ""
+
+
+def take_back(model: PreTrainedModel) -> None:
+    """Undoes `let_share`."""
+    for part in _language_parts(model):
+        part.config._attn_implementation = part.config._attn_implementation.removeprefix(_NAME)
+
+
+def _language_parts(model: PreTrainedModel) -> list[Any]:
+    """Modules with the config of the language model: layers read their attention's name from it."""
+    kind = type(model.config.get_text_config())
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and type(m.config) is kind]
+
+
+def _shared(inner_name: str) -> Callable[..., tuple[Tensor, Any]]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Any]:
+        """query [B, heads, T, width]; key and value may have fewer heads. Returns [B, T, heads, width]."""
+        inner = _inner_function(inner_name, module)
+        if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.ndim != 4:
+            return inner(module, query, key, value, attention_mask, **options)
+        window = _window(module, options)
+        options = {name: given for name, given in options.items() if name not in _OF_WHOLE_ROWS}
+        parts: list[Tensor] = []
+        start = 0
+        for prefix, *own in attention_mask[0, 0].tolist():
+            own = [length for length in own if length]
+            border, end = start + prefix, start + prefix + sum(own)
+            group = [states[:, :, start:border] for states in (query, key, value)]
+            mask = _mask(inner_name, 0, prefix, window, query)
+            parts.append(inner(module, *group, mask, **options)[0])
+            if own:
+                past = prefix if window is None else min(prefix, window - 1)
+                q, k, v = (_by_row(states[0, :, border:end], own) for states in (query, key, value))
+                k, v = (
+                    torch.cat([states[:, :, border - past : border].expand(len(own), -1, -1, -1), rows], 2)
+                    for states, rows in ((key, k), (value, v))
+                )
+                mask = _mask(inner_name, past, max(own), window, query)
+                seen = inner(module, q, k, v, mask, **options)[0]
+                parts.append(torch.cat([row[:length] for row, length in zip(seen, own, strict=True)])[None])
+            start = end
+        return torch.cat(parts, dim=1), None
+
+    return attention
+
+
+def _inner_function(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    if name == "eager":  # each model has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _window(module: Any, options: dict[str, Any]) -> int | None:
+    """The tokens that a layer sees at most, by the rule by which Transformers makes its masks.
+
+    Raises:
+        ModelError: the layer itself says otherwise.
+    """
+    config, layer = module.config, getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or layer is None or kinds[layer] == "sliding_attention"
+    window = getattr(config, "sliding_window", None) if slides else None
+    if options.get("sliding_window") != window:
+        raise ModelError(
+            f"layer {layer} sees {options.get('sliding_window')} tokens, and {window} by its config"
+        )
+    return window
+
+
+def _by_row(states: Tensor, own: Sequence[int]) -> Tensor:
+    """[heads, sum of own, width] as [rows, heads, most own, width], filled up with zeros behind."""
+    if len(set(own)) == 1:
+        return states.unflatten(1, (len(own), own[0])).transpose(0, 1)
+    rows = states.transpose(0, 1).split(list(own))
+    return pad_sequence(list(rows), batch_first=True).transpose(1, 2)
+
+
+def _mask(inner: str, past: int, length: int, window: int | None, query: Tensor) -> Tensor | None:
+    """Which of `past + length` keys each of the last `length` tokens sees, as the inner function takes it;
+    None where it knows by itself."""
+    narrow = window is not None and past + length > window
+    if inner.startswith("flash") or (inner == "sdpa" and not past and not narrow):
+        return None
+    sees = torch.ones(length, past + length, dtype=torch.bool, device=query.device).tril_(past)
+    if narrow and window is not None:
+        sees = sees.triu_(past - window + 1)
+    if inner == "sdpa":
+        return sees[None, None]
+    least = torch.finfo(query.dtype).min
+    return torch.zeros_like(sees, dtype=query.dtype).masked_fill_(~sees, least)[None, None]

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from raytune_rl.errors import ConfigError, RaytuneError
+from raytune_rl.redaction import hide_in_tracebacks, redact_text
 from raytune_rl.runtime.signals import Received, ending_on_sigterm
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def guarded(command: Callable[[], int]) -> int:
     Returns:
         The function's own exit status, or 1, 2, 130 or 143 as `main`.
     """
+    hide_in_tracebacks()
     with ending_on_sigterm() as received:
         return _guarded(command, received)
 
@@ -120,8 +122,6 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:  # whoever reads the help has seen enough of it: `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    from raytune_rl.redaction import redact_text
-
     for notice in parsed.notices:
         print(f"raytune-rl: {redact_text(notice)}", file=sys.stderr)
     result = _dispatch(parsed)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 _ALWAYS = {
@@ -40,6 +42,31 @@ def redact(config: Mapping[str, Any]) -> dict[str, Any]:
     stay. Other text goes through `redact_text`.
     """
     return {str(key): _redact(_words(str(key)), value) for key, value in config.items()}
+
+
+def redact_texts(value: Any) -> Any:
+    """A value of JSON with `redact_text` over every text in it, keys too. Unlike in `redact`, no key makes a
+    value null."""
+    if isinstance(value, str):
+        return redact_text(value)
+    if isinstance(value, Mapping):
+        return {redact_texts(key): redact_texts(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_texts(item) for item in value]
+    return value
+
+
+def hide_in_tracebacks() -> None:
+    """From now on an exception that ends the program is printed by `redact_text`, unless somebody else shows
+    it."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_redacted
+
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None, /) -> None:
+    import traceback  # --help has no use for it
+
+    print(redact_text("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def redact_text(text: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -66,3 +68,16 @@ def test_what_stands_beside_a_secret_stays() -> None:
 def test_an_error_tells_no_secret_not_even_from_another_process() -> None:
     error = DataError(f"row 3: https://h/a?token={SECRET} is gone")
     assert str(error) == str(pickle.loads(pickle.dumps(error))) == "row 3: https://h/a?token=*** is gone"
+
+
+def test_a_defects_traceback_tells_no_secret() -> None:
+    program = (
+        "from raytune_rl.cli import guarded\n"
+        f"guarded(lambda: open('https://h/a?token={SECRET}'.removesuffix('x') + '/'))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert "FileNotFoundError" in ended.stderr
+    assert "https://h/a?token=***" in ended.stderr
+    assert SECRET not in ended.stderr

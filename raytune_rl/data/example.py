@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raytune_rl.errors import DataError
+from raytune_rl.redaction import redact_text
 
 Task = Literal["sft", "grpo", "ppo", "pairs", "labels", "infer"]
 
@@ -73,7 +74,7 @@ class RowError(DataError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.line}: {self.reason}"
+        return f"{redact_text(self.source)}:{self.line}: {redact_text(self.reason)}"
 
 
 @dataclass(frozen=True)

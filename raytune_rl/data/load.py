@@ -19,6 +19,7 @@ from raytune_rl.data.sources import Identity, Preparing, drawn, parse_spec, read
 from raytune_rl.data.spool import Chosen, Spool
 from raytune_rl.errors import ConfigError, DataError
 from raytune_rl.protocol.data import SourceCounts
+from raytune_rl.redaction import redact_text, redact_texts
 from raytune_rl.tracking.files import read_jsonl
 
 logger = logging.getLogger(__name__)
@@ -264,12 +265,12 @@ class Quarantine:
                 "a" if self._adds else "w", encoding="utf-8", errors="backslashreplace"
             )
             self.written_to = self._path
-        if (error.source, error.line) in self._held:
+        place = (redact_text(error.source), error.line)
+        if place in self._held:
             return
         if self._adds:
-            self._held.add((error.source, error.line))
-        entry = {"source": error.source, "line": error.line, "reason": error.reason, "row": raw}
-        self._file.write(json.dumps(entry, ensure_ascii=False, default=_jsonable) + "\n")
+            self._held.add(place)
+        self._file.write(_quarantined(error, raw) + "\n")
 
     def flush(self) -> None:
         if self._file is not None:
@@ -278,6 +279,16 @@ class Quarantine:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _quarantined(error: RowError, raw: Any) -> str:
+    """A bad row and what is wrong with it as a line of JSON, without the secrets that its texts may hold."""
+    entry = {"source": error.source, "line": error.line, "reason": error.reason}
+    try:
+        shown = redact_texts(json.loads(json.dumps(entry | {"row": raw}, default=_jsonable)))
+    except RecursionError:
+        shown = redact_texts(entry | {"row": "<nested too deep to be shown>"})
+    return json.dumps(shown, ensure_ascii=False)
 
 
 def _jsonable(value: Any) -> str:

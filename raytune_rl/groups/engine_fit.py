@@ -1,4 +1,4 @@
-"""Limits of vLLM with a model on a CPU: set otherwise where the user left it open, refused where not."""
+"""Limits of vLLM with a model: set otherwise where the user left it open, refused where not."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ def fit(config: Config, traits: Traits, on_gpu: bool) -> tuple[Config, list[str]
     Args:
         config: Of the run. What the user gave in it stays.
         traits: Of the model.
-        on_gpu: There vLLM needs none of this.
+        on_gpu: There vLLM has fewer limits.
 
     Raises:
         ConfigError: The user's own setting keeps the engine from starting.
         ModelError: No setting would let it sample.
     """
-    if on_gpu:
-        return config, []
-    if traits.delta_head not in (0, *DELTA_HEADS):
+    if not on_gpu and traits.delta_head not in (0, *DELTA_HEADS):
         raise ModelError(
             f"the model's linear attention has heads of {traits.delta_head} (linear_key_head_dim), and on a "
             "CPU "
@@ -49,9 +47,15 @@ def fit(config: Config, traits: Traits, on_gpu: bool) -> tuple[Config, list[str]
             changes[name] = value
             notices.append(f"{why}: --{name} {written} is used")
 
-    if traits.experts and isinstance(config, RLHFConfig) and config.train_type == "lora":
-        why = "vLLM serves no adapters of mixtures of experts on a CPU, so merged weights travel"
-        choose("vllm_enable_lora", False, config.vllm_enable_lora, why)
+    if isinstance(config, RLHFConfig) and config.train_type == "lora":
+        of_what = None if traits.serves_adapters else "this model"
+        if traits.experts and not on_gpu:
+            of_what = "mixtures of experts on a CPU"
+        if of_what is not None:
+            why = f"vLLM serves no adapters of {of_what}, so merged weights travel"
+            choose("vllm_enable_lora", False, config.vllm_enable_lora, why)
+    if on_gpu:
+        return cast(Config, config.model_copy(update=changes)), notices
     if traits.recurrent:
         why = "vLLM shares no prompts of models with recurrent layers on a CPU"
         choose("vllm_enable_prefix_caching", False, config.vllm_enable_prefix_caching, why)

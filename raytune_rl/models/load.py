@@ -125,7 +125,7 @@ def load_model(
         give_single_label(config, local, lambda: load_tokenizer(local, trust_remote_code=trust_remote_code))
     chosen = _choose_dtype(config, dtype, where, notices)
     options: dict[str, Any] = {"dtype": chosen, "trust_remote_code": trust_remote_code, "config": config}
-    attention = _choose_attention(attn_impl, where, chosen, notices)
+    attention = _choose_attention(attn_impl, where, chosen, notices, config)
     if attention is not None:
         options["attn_implementation"] = attention
     if quantization is not None:
@@ -323,8 +323,13 @@ def _choose_dtype(
 
 
 def _choose_attention(
-    wanted: str | None, device: torch.device, dtype: torch.dtype, notices: list[str]
+    wanted: str | None, device: torch.device, dtype: torch.dtype, notices: list[str], config: Any
 ) -> str | None:
+    """The kernel to load with, None for Transformers' choice.
+
+    Raises:
+        ModelError: The user's leaves out a part of the model's attention.
+    """
     if wanted is not None and wanted.startswith("flash"):
         second = wanted in ("flash_attn", "flash_attention", "flash_attention_2")
         problem = None
@@ -336,9 +341,21 @@ def _choose_attention(
             problem = "it needs float16 or bfloat16"
         if problem is None:
             return "flash_attention_2" if second else wanted
-        notices.append(f"attn_impl {wanted} cannot run here ({problem}); using sdpa")
-        return "sdpa"
+        other = "eager" if caps_attention(config) else "sdpa"
+        notices.append(f"attn_impl {wanted} cannot run here ({problem}); using {other}")
+        return other
+    if wanted in (None, "sdpa") and caps_attention(config):
+        why = "this model caps its attention's logits (attn_logit_softcapping), and sdpa does not"
+        if wanted is not None:
+            raise ModelError(f"attn_impl sdpa: {why}, so it would be another model; use eager or flash_attn")
+        notices.append(f"{why}: attn_impl eager is used")
+        return "eager"
     return wanted
+
+
+def caps_attention(config: Any) -> bool:
+    """Whether attention's logits go through a soft cap (Gemma 2)."""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def _prepare_4bit_on_cpu(model: Any) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from raytune_rl.models.vllm_source import serves_adapters
 from raytune_rl.protocol.model import Traits
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -14,7 +15,13 @@ _STATE = ("mamba_d_state", "mamba_state_dim", "state_size", "ssm_state_size")
 
 def traits_of(config: Any) -> Traits:
     """From Transformers' configuration."""
-    return Traits(has_experts(config), recurrent(config), wants_bfloat16(config), delta_head(config))
+    return Traits(
+        has_experts(config),
+        recurrent(config),
+        wants_bfloat16(config),
+        delta_head(config),
+        serves_adapters(config),
+    )
 
 
 def has_experts(config: Any) -> bool:

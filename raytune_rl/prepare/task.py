@@ -28,6 +28,7 @@ from raytune_rl.prepare.progress import RowProgress, Tell, stream_progress
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.data import Account
 from raytune_rl.protocol.model import Traits
+from raytune_rl.redaction import redact_texts
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,7 @@ def quarantine_dropped(dropped: Any, path: Path, held: set[tuple[str, int]] | No
     if lines:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.writelines(json.dumps(redact_texts(line), ensure_ascii=False) + "\n" for line in lines)
     return path if dropped else None
 
 

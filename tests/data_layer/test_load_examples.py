@@ -131,3 +131,16 @@ def test_split(data):
     for ratio in (1.0, -0.1):
         with pytest.raises(ConfigError):
             split_examples(examples, ratio, seed=1)
+
+
+def test_the_quarantine_file_holds_no_secret(tmp_path):
+    row = {"images": ["https://h/a.png?token=S3cr3tS3cr3t&w=4"], "token": "not a secret: a word of the data"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + '\n{"query": "q"}\n')
+    load_examples([str(tmp_path / "a.jsonl")], task="grpo", quarantine_path=tmp_path / "bad.jsonl")
+    kept = json.loads((tmp_path / "bad.jsonl").read_text())["row"]
+    assert kept == {"images": ["https://h/a.png?token=***&w=4"], "token": row["token"]}
+
+
+def test_a_bad_rows_message_holds_no_secret():
+    error = RowError("https://h/rows.jsonl?token=S3cr3tS3cr3t", 3, "https://me:S3cr3tS3cr3t@h/a.png is gone")
+    assert str(error) == "https://h/rows.jsonl?token=***:3: https://h/a.png is gone"

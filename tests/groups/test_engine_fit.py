@@ -65,3 +65,13 @@ def test_heads_that_the_cpu_kernel_does_not_have_are_refused() -> None:
     with pytest.raises(ModelError, match=r"linear attention has heads of 32 .* 64 and 128 only"):
         fit(config(), narrow, on_gpu=False)
     assert fit(config(), narrow, on_gpu=True) == (config(), [])
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_adapters_that_vllm_does_not_serve_arrive_merged(on_gpu: bool) -> None:
+    fitted, (notice,) = fit(config(), Traits(serves_adapters=False), on_gpu)
+    assert publish_mode(fitted) == "merged"
+    assert "vLLM serves no adapters of this model" in notice
+    assert "--vllm_enable_lora false is used" in notice
+    with pytest.raises(ConfigError, match=r"--vllm_enable_lora true: vLLM serves no adapters of this model"):
+        fit(config(vllm_enable_lora=True), Traits(serves_adapters=False), on_gpu)

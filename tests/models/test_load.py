@@ -18,6 +18,7 @@ from raytune_rl.models.load import Quantization, load_model, load_processor, loa
 from raytune_rl.models.tuner import apply_tuner
 from raytune_rl.models.weights import save_model
 from raytune_rl.protocol.model import TunerSettings
+from tests.families.recipes import make_family
 
 
 @pytest.fixture
@@ -163,3 +164,15 @@ def test_an_adapter_names_its_base_wherever_it_was_trained_from(
     save_model(apply_tuner(model, TunerSettings()).model, saved.parent / "adapter")
     written = json.loads((saved.parent / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(saved)
+
+
+def test_attention_with_a_soft_cap_is_not_left_to_a_kernel_without_one(tmp_path: Path) -> None:
+    """Transformers' sdpa leaves Gemma 2's cap out without a word: other logits than vLLM's."""
+    path = str(make_family("gemma2", tmp_path / "m", tied=True))
+    for asked in (None, "flash_attn"):
+        loaded = load_model(path, dtype="float32", attn_impl=asked)
+        assert loaded.model.config._attn_implementation == "eager"
+        assert len(loaded.notices) == 1
+    assert load_model(path, dtype="float32", attn_impl="eager").notices == ()
+    with pytest.raises(ModelError, match="attn_impl sdpa: this model caps its attention's logits"):
+        load_model(path, dtype="float32", attn_impl="sdpa")

@@ -70,11 +70,15 @@ def loss_flags() -> dict[str, list[str]]:
 
 
 def credit_flags() -> dict[str, list[str]]:
-    """Every flag that a credit declares -> the credits that have it."""
+    """Every flag that a credit declares, and `scale_rewards` -> the credits that have it."""
     readers: dict[str, list[str]] = {}
     for name in credit_names():
-        for one in options_of(get_credit(name).make):
-            readers.setdefault(one.name, []).append(name)
+        kind = get_credit(name)
+        names = [one.name for one in options_of(kind.make)]
+        names += [one.name for one in fields(kind.make) if one.name == "scale_rewards"]
+        for one in names:
+            if one not in kind.fixed:
+                readers.setdefault(one, []).append(name)
     return readers
 
 

@@ -86,8 +86,8 @@ class RLOptions(AlgorithmFlags):
     )
     kl_in_reward: bool | None = _setting(
         None,
-        "Take the KL off the reward instead of adding it to the loss. Not set: false for "
-        "--advantage_estimator grpo, true for the others.",
+        "Take the KL off the reward instead of adding it to the loss. Not set: true for "
+        "--advantage_estimator rloo and reinforce_plus_plus, false for the others.",
     )
     kl_estimator: Literal["k1", "k2", "k3"] | None = _setting(
         None,

@@ -72,6 +72,11 @@ def credit_of(config: RLHFConfig) -> Credit:
     credit = credit_settings(config, get_credit(name), resolved.reward_weights(config), args)
     if "values" in credit.needs and not config.WITH_CRITIC:
         raise ConfigError(f"--advantage_estimator {name} needs a critic: --rlhf_type ppo has one.")
+    if resolved.kl_in_reward(config) and "ref_logprobs" not in credit.needs:
+        raise ConfigError(
+            f"--kl_in_reward true: --advantage_estimator {name} takes no KL off the reward; leave it out, "
+            "and the KL is a term of the loss."
+        )
     if "ref_logprobs" in credit.needs and config.beta == 0:
         raise ConfigError(f"--advantage_estimator {name} needs a reference model: --beta must be over 0.")
     return credit

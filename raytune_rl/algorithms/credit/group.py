@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from raytune_rl.algorithms.credit.base import Credit, Credited, CreditKind, Mode
 from raytune_rl.algorithms.lazy import np
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
     from raytune_rl.algorithms.experience import Experience
     from raytune_rl.protocol.rows import TrainBatch
 
@@ -61,6 +64,28 @@ class GroupRelative(Credit):
         """Estimator and scale."""
         scale = self.scale_rewards or DEFAULT_SCALE[self.estimator]
         return f"{self.estimator}, scaled by {scale}" if scale != "none" else f"{self.estimator}, not scaled"
+
+
+def earned_by_group(
+    rewards: ArrayLike,
+    group_ids: ArrayLike,
+    earned: Callable[[NDArray[np.float64], NDArray[np.int64]], NDArray[np.float64]],
+) -> NDArray[np.float32]:
+    """Advantages group by group, float32 `[n]`; 0 for rewards that are not finite, and for groups that have
+    not two different ones.
+
+    Args:
+        rewards: float64 `[n]`.
+        group_ids: int `[n]`; rows of a group need not be neighbours.
+        earned: (the known rewards of a group, their rows) -> their advantages.
+    """
+    reward, ids = np.asarray(rewards, dtype=np.float64), np.asarray(group_ids, dtype=np.int64)
+    found = np.zeros(len(reward))
+    for group in np.unique(ids):
+        rows = np.flatnonzero((ids == group) & np.isfinite(reward))
+        if len(rows) and reward[rows].min() < reward[rows].max():
+            found[rows] = earned(reward[rows], rows)
+    return found.astype(np.float32)
 
 
 def group_metrics(grouped: AdvantageResult) -> dict[str, float]:

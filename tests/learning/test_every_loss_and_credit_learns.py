@@ -1,0 +1,25 @@
+"""Every loss and every credit of online RL raises the expected reward of a table of logits, and lowers it
+with its sign turned. With a real model, `test_every_algorithm_learns` does so for what ms-swift has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raytune_rl.algorithms.credit.base import credit_names, is_built_in_credit
+from raytune_rl.algorithms.registry import online_losses
+from tests.learning.table import gain
+
+NEEDS: dict[str, dict[str, Any]] = {"cispo": {"epsilon_high": 5.0}, "pass_at_k": {"pass_k": 2}}
+LOSSES = [loss.name for loss in online_losses()]
+CREDITS = [name for name in credit_names() if is_built_in_credit(name) and name != "gae"]
+CASES = [("loss_type", name) for name in LOSSES] + [("advantage_estimator", name) for name in CREDITS]
+
+
+@pytest.mark.parametrize(("flag", "name"), CASES)
+def test_it_learns_and_with_its_sign_turned_it_unlearns(flag: str, name: str) -> None:
+    flags = {flag: name, **NEEDS.get(name, {})}
+    assert gain(flags) > 0.2
+    assert gain(flags, spoil=lambda advantages: -advantages) < -0.05

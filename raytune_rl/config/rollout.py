@@ -32,7 +32,6 @@ _OURS = {
     "max_loras": "there is one adapter",
     "enable_sleep_mode": "--sleep_level",
     "logprobs_mode": "the loss compares with it",
-    "async_scheduling": "a token would be lost at a weight update",
     "weight_transfer_config": "weights come from the store",
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 
 from raytune_rl.errors import ConfigError
 from raytune_rl.models.hub import resolve_path
@@ -39,18 +40,21 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         "disable_log_stats": True,
         # Log-probs of the distribution that was really sampled from, so that they compare with the policy's.
         "logprobs_mode": "processed_logprobs",
-        # With asynchronous scheduling a token may be lost when generation is paused for a weight update.
-        "async_scheduling": False,
         "weight_transfer_config": WeightTransferConfig(backend=vllm_plugin.BACKEND),
         "enable_sleep_mode": spec.sleep_level > 0 and not current_platform.is_cpu(),
     }
     if spec.kv_cache_bytes is not None:
         args["kv_cache_memory_bytes"] = spec.kv_cache_bytes
-    if current_platform.is_cpu():
+    if not current_platform.is_cpu():
+        # It tries kernels of mixtures of experts and of 8-bit layers for minutes, and fetches some.
+        args["enable_flashinfer_autotune"] = False
+    else:
         # A prompt cut over two steps makes vLLM turn back the request's random generator, which only GPUs can
         # do.
         args |= {
             "enable_chunked_prefill": False,
+            # On a GPU vLLM prepares a step while the one before computes; here both want the same cores.
+            "async_scheduling": False,
             "max_num_batched_tokens": max(PREFILL_TOKENS, spec.max_model_len),
         }
     if spec.max_num_seqs is not None:
@@ -62,6 +66,14 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
     if unknown := sorted(spec.more.keys() - {field.name for field in fields(EngineArgs)}):
         raise ConfigError(f"--vllm_engine_kwargs: vLLM's EngineArgs have no {', '.join(unknown)}")
     return args | dict(spec.more)
+
+
+def usage_context() -> UsageContext:
+    """What vLLM takes the engine for, by which it chooses how much it computes at a time: on a GPU a program
+    that samples offline (1,024 completions and 16,384 prompt tokens on an H100), where its default is 128 and
+    2,048 (vLLM 0.32, `engine/arg_utils.py`, `get_batch_defaults`).
+    """
+    return UsageContext.ENGINE_CONTEXT if current_platform.is_cpu() else UsageContext.LLM_CLASS
 
 
 def _vllm_rank(rank: int) -> int:

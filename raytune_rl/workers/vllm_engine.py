@@ -34,7 +34,7 @@ from raytune_rl.runtime.weights import find_manifest, read
 from raytune_rl.workers import vllm_plugin
 from raytune_rl.workers.adapter_files import adapter_files
 from raytune_rl.workers.engine_prompt import EnginePrompt
-from raytune_rl.workers.vllm_args import engine_args
+from raytune_rl.workers.vllm_args import engine_args, usage_context
 from raytune_rl.workers.vllm_media import EngineMedia, check_prompt
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
 
@@ -100,7 +100,7 @@ class VllmEngine:
                 "mm_processor_kwargs": self._media.processor_settings,
             }
         with serving_adapters(spec.lora_rank > 0):
-            self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**args), usage_context())
         self._numbers = itertools.count()
         self._adapter: LoRARequest | None = None
         self.version: int | None = None

@@ -28,6 +28,9 @@ _COMMANDS = {
     "export": ("ExportConfig", "merge a LoRA adapter, push a model to a hub"),
 }
 """By command: the name of its class in `raytune_rl.config`, and what it does."""
+PLAN = "plan"
+_PLANNED = ("sft", "rlhf")
+"""Commands that `plan` stands before."""
 
 _PIPELINES = {
     "SFTConfig": "raytune_rl.pipelines.sft",
@@ -49,6 +52,7 @@ _REFUSED = {
 _USAGE = (
     "usage: raytune-rl COMMAND [config.yaml] [--flag value ...]\n\ncommands:\n"
     + "".join(f"  {name:<14}{what}\n" for name, (_, what) in _COMMANDS.items())
+    + f"  {PLAN:<14}before sft or rlhf: who would run where, in which memory; starts nothing\n"
     + "\nraytune-rl COMMAND --help explains a command's flags. raytune-rl --version tells\nthe version.\n"
 )
 
@@ -105,11 +109,19 @@ def _run(argv: list[str]) -> int:
         print(__version__)
         return 0
     name, *rest = argv
+    if name == PLAN:
+        if not rest or rest[0] not in _PLANNED:
+            raise ConfigError(
+                f"raytune-rl {PLAN} stands before a command that trains: raytune-rl {PLAN} sft ..., or "
+                f"raytune-rl {PLAN} rlhf ..., with the flags of the run."
+            )
+        name, *rest = [*rest, "--dry_run", "true"]
     if name not in _COMMANDS:
         from raytune_rl.config.explain import did_you_mean
 
+        known = [*_COMMANDS, PLAN]
         raise ConfigError(
-            f"Unknown command {name!r}.{did_you_mean(name, _COMMANDS)} Commands: {', '.join(_COMMANDS)}."
+            f"Unknown command {name!r}.{did_you_mean(name, known)} Commands: {', '.join(known)}."
         )
     from raytune_rl import config
     from raytune_rl.config.parser import parse, rlhf_class

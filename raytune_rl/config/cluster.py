@@ -81,7 +81,7 @@ class PolicyGroupOptions(ClusterOptions):
     dry_run: bool = _setting(
         False,
         "Show who would run where, and an estimate of GPU memory by phase, and end: no data is read, nothing "
-        "is started.",
+        "is started. The same as raytune-rl plan before the command.",
     )
     cluster: str | None = _setting(
         None,
@@ -114,7 +114,10 @@ class PolicyGroupOptions(ClusterOptions):
         if self.cluster is None:
             return self
         if not self.dry_run:
-            raise ConfigError("--cluster describes a cluster that is not there: add --dry_run true.")
+            raise ConfigError(
+                "--cluster describes a cluster that is not there: add --dry_run true, or write raytune-rl "
+                "plan before the command."
+            )
         described(self.cluster)
         return self
 

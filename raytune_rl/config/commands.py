@@ -50,7 +50,7 @@ class _TrainConfig(PolicyGroupOptions, TrainingOptions, DataOptions, TunerOption
     def _check_given(self) -> Self:
         if not self.model:
             raise ConfigError("--model is required: the model to train, a local folder or a hub id.")
-        if not self.dataset:
+        if not (self.dataset or self.dry_run):
             raise ConfigError("--dataset is required: the training data, files, folders or hub ids.")
         if self.quant_bits is not None and presets.stage(self.deepspeed) == 3:
             raise ConfigError(

@@ -28,7 +28,7 @@ BUCKET = int(2e8)
 """Most elements of DeepSpeed's gradient bucket here; see `workers.engine`."""
 LIVE = int(1e9)
 """Most parameters that ZeRO-3 holds whole at a time (`stage3_max_live_parameters`)."""
-ROUGH = frozenset({"activations", "logits", "CUDA context", "working memory"})
+ROUGH = frozenset({"activations", "images", "logits", "CUDA context", "working memory"})
 """Parts that are no counts."""
 
 Parts = Mapping[str, int]
@@ -152,6 +152,7 @@ def trainer(group: str, phase: str, size: ModelSize, how: Training) -> Process:
     backward = {
         "gradients": grads,
         "activations": activations(size, how),
+        "images": tower_activations(size, how),
         "logits": min(LOGIT_BUFFERS, 16 * how.tokens * size.vocabulary) if how.logits else 0,
     }
     stepping = {"gradients": grads + step}
@@ -170,6 +171,7 @@ def scorer(group: str, phase: str, size: ModelSize, how: Training, models: int =
     context = {"CUDA context": CONTEXT}
     work = {
         "activations": how.tokens * _layer_bytes(size, how.bytes_each, adapter=False),
+        "images": tower_activations(size, how, backward=False),
         "logits": LOGIT_BUFFERS // 4 if how.logits else 0,
     }
     away = {} if how.offload_model and how.logits else weights
@@ -255,6 +257,21 @@ def activations(size: ModelSize, how: Training) -> int:
     if not how.checkpointing:
         return how.tokens * layer * size.layers
     return how.tokens * (size.layers * size.hidden * how.bytes_each + layer)
+
+
+def tower_activations(size: ModelSize, how: Training, *, backward: bool = True) -> int:
+    """What the images of a micro-batch take in the tower, if all of its tokens were of images. A tower that
+    is not trained keeps nothing for a backward: one layer at a time is there.
+    """
+    tower = size.tower
+    if tower is None:
+        return 0
+    layer = (12 * tower.hidden + 5 * tower.intermediate) * how.bytes_each
+    patches = int(how.tokens * tower.patches)
+    if not (backward and tower.trained):
+        return patches * layer
+    kept = tower.hidden * how.bytes_each if how.checkpointing else layer
+    return patches * (kept * tower.layers + layer)
 
 
 def _layer_bytes(size: ModelSize, bytes_each: int, *, adapter: bool) -> int:

@@ -11,8 +11,8 @@ from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import first_line, resolve_path
 from raytune_rl.models.load import auto_class, load_config
 from raytune_rl.models.scalar import scalar_class
-from raytune_rl.models.tuner import apply_tuner
-from raytune_rl.protocol.model import ModelSize, ModelSpec, TunerSettings
+from raytune_rl.models.tuner import apply_tuner, trains_vision
+from raytune_rl.protocol.model import ModelSize, ModelSpec, TowerSize, TunerSettings
 
 
 class UnknownSizeError(ModelError):
@@ -50,7 +50,7 @@ def measure(config: Any, tuner: TunerSettings | None = None, *, scalar: bool = F
                 for name, module in model.named_modules()
                 if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
             )
-            trained = [] if tuner is None else _trained(model, tuner)
+            trained, sees = ([], False) if tuner is None else _trained(model, tuner)
     except (ValueError, KeyError, AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         raise UnknownSizeError(
             f"the model's size cannot be told from its config: {first_line(error)}"
@@ -73,10 +73,35 @@ def measure(config: Any, tuner: TunerSettings | None = None, *, scalar: bool = F
         intermediate=inner,
         kv_width=int(latent) + int(text.qk_rope_head_dim) if latent else 2 * kv_heads * head,
         vocabulary=int(text.vocab_size),
+        tower=_tower(config, sees),
     )
 
 
-def _trained(model: Any, tuner: TunerSettings) -> list[tuple[int, bool]]:
-    """Of each trainable parameter: its elements, and whether it is float32 whatever the base is."""
+def _trained(model: Any, tuner: TunerSettings) -> tuple[list[tuple[int, bool]], bool]:
+    """Of each trainable parameter: its elements, and whether it is float32 whatever the base is; and whether
+    one lies where only media pass.
+    """
     tuned = apply_tuner(model, tuner).model
-    return [(p.numel(), p.dtype == torch.float32) for p in tuned.parameters() if p.requires_grad]
+    trained = [(p.numel(), p.dtype == torch.float32) for p in tuned.parameters() if p.requires_grad]
+    return trained, trains_vision(tuned)
+
+
+def _tower(config: Any, trained: bool) -> TowerSize | None:
+    """The tower of images that a config describes, by the names that Transformers' families have for it; None
+    where there is none, or none that can be read.
+    """
+    vision = getattr(config, "vision_config", None)
+
+    def of(*names: str, where: tuple[Any, ...] = (vision,)) -> Any:
+        return next((v for one in where for n in names if (v := getattr(one, n, None))), None)
+
+    layers, hidden = of("depth", "num_hidden_layers", "num_layers"), of("embed_dim", "hidden_size")
+    if not (layers and hidden):
+        return None
+    both = (vision, config)
+    merge, ratio = of("spatial_merge_size", "scale_factor", where=both), of("downsample_ratio", where=both)
+    patches = float(merge) ** 2 if merge else float(ratio) ** -2 if ratio else 1.0
+    if (tokens := of("mm_tokens_per_image", where=both)) and of("image_size", "patch_size"):
+        patches = (vision.image_size / vision.patch_size) ** 2 / tokens
+    inner = of("intermediate_size") or hidden * (of("mlp_ratio") or 4)
+    return TowerSize(int(layers), int(hidden), int(inner), patches, trained)

@@ -47,6 +47,23 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class TowerSize:
+    """How large the tower of a model that sees is.
+
+    Attributes:
+        layers, hidden, intermediate: Of it.
+        patches: That become one token of the language model.
+        trained: Whether something in it, or between it and the language model, is trained.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    patches: float
+    trained: bool = False
+
+
+@dataclass(frozen=True)
 class ModelSize:
     """How large a model is.
 
@@ -58,6 +75,7 @@ class ModelSize:
         layers, hidden, intermediate, vocabulary: Of the language model; `intermediate` counts the experts
             that a token passes.
         kv_width: Numbers that a token leaves in the key-value cache, a layer.
+        tower: Of images; None where the model sees none.
     """
 
     parameters: int
@@ -69,6 +87,7 @@ class ModelSize:
     intermediate: int
     kv_width: int
     vocabulary: int
+    tower: TowerSize | None = None
 
 
 @dataclass(frozen=True)

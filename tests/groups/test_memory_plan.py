@@ -15,7 +15,7 @@ from raytune_rl.groups.memory_check import Sizes, check_memory, device_plans, re
 from raytune_rl.groups.memory_plan import GIB, Training
 from raytune_rl.groups.sizes import Groups, offline_groups, online_groups
 from raytune_rl.models.size import measure
-from raytune_rl.protocol.model import ModelSize, TunerSettings
+from raytune_rl.protocol.model import ModelSize, TowerSize, TunerSettings
 from raytune_rl.runtime.cluster import ClusterInfo
 
 QWEN: dict[str, Any] = {
@@ -94,6 +94,25 @@ def test_a_model_is_counted_without_its_weights() -> None:
     assert (size.trained, size.trained_16_bit) == (20_185_088, 0)
     assert llm(FULL).trained == llm(FULL).trained_16_bit == size.parameters
     assert mllm().parameters == 8_292_166_656  # as its weights' index says, two bytes each
+
+
+def test_images_pass_a_tower_that_keeps_what_it_trains() -> None:
+    config = AutoConfig.for_model(
+        "qwen2_5_vl", text_config=QWEN, vision_config=TOWER, tie_word_embeddings=False
+    )
+    frozen, trains = mllm(), measure(config, TunerSettings(freeze_vit=False))
+    assert frozen.tower == TowerSize(layers=32, hidden=1280, intermediate=3420, patches=4.0)
+    assert trains.tower == TowerSize(layers=32, hidden=1280, intermediate=3420, patches=4.0, trained=True)
+    assert llm().tower is None
+
+    def images(size: ModelSize, **more: Any) -> int:
+        return memory_plan.tower_activations(size, Training(1, 2, 2048, **more))
+
+    layer = 4 * 2048 * (12 * 1280 + 5 * 3420) * 2  # bytes: patches, numbers, two each
+    assert images(frozen) == layer
+    assert images(trains) == layer + 32 * 4 * 2048 * 1280 * 2
+    assert images(trains, checkpointing=False) == 33 * layer
+    assert "images" in memory_plan.trainer("policy", "train", frozen, Training(1, 2, 2048)).busy
 
 
 def test_a_quantised_base_takes_a_third() -> None:

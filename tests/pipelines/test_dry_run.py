@@ -77,3 +77,18 @@ def test_without_a_gpu_there_is_no_memory_to_plan(model: str, monkeypatch: pytes
 def test_what_nvidia_smi_says() -> None:
     assert parse("81559\n81559\n") == [81559 * 2**20] * 2
     assert parse("[N/A]\n") == []
+
+
+def test_plan_stands_before_a_command(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["rlhf", "--rlhf_type", "grpo", "--model", model, "--reward_funcs", "accuracy"]
+    assert cli.main(["plan", *words, "--cluster", "8x80GiB"]) == 0  # no data set is needed
+    planned = capsys.readouterr().out
+    assert "GPU memory, estimated" in planned
+    assert cli.main([*words, "--dataset", "d", "--dry_run", "true", "--cluster", "8x80GiB"]) == 0
+    assert capsys.readouterr().out == planned
+
+
+@pytest.mark.parametrize("words", [[], ["infer"], ["--cluster", "8x80GiB"]])
+def test_plan_alone_says_what_it_wants(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *words]) == 2
+    assert "raytune-rl plan sft ..., or raytune-rl plan rlhf ..." in capsys.readouterr().err

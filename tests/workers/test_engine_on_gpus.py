@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.workers.cuda_platform import pretend
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.groups import specs
@@ -18,6 +16,7 @@ from raytune_rl.groups.sizes import online_groups
 from raytune_rl.protocol.rollout import EngineSpec
 from raytune_rl.runtime.cluster import ClusterInfo
 from raytune_rl.tiny.model import make_tiny_model
+from tests.workers.cuda_platform import pretend
 
 EIGHT = ClusterInfo(True, "", {"a": {"GPU": 8.0, "CPU": 64.0}}, 0, has_gpus=True)
 RUNS: dict[str, dict[str, Any]] = {

@@ -115,7 +115,7 @@ def _run(argv: list[str]) -> int:
                 f"raytune-rl {PLAN} stands before a command that trains: raytune-rl {PLAN} sft ..., or "
                 f"raytune-rl {PLAN} rlhf ..., with the flags of the run."
             )
-        name, *rest = [*rest, "--dry_run", "true"]
+        name, rest = rest[0], [*rest[1:], "--dry_run", "true"]
     if name not in _COMMANDS:
         from raytune_rl.config.explain import did_you_mean
 

@@ -90,7 +90,7 @@ def _tower(config: Any, trained: bool) -> TowerSize | None:
     """The tower of images that a config describes, by the names that Transformers' families have for it; None
     where there is none, or none that can be read.
     """
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
 
     def of(*names: str, where: tuple[Any, ...] = (vision,)) -> Any:
         return next((v for one in where for n in names if (v := getattr(one, n, None))), None)

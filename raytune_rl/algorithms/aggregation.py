@@ -18,7 +18,7 @@ from raytune_rl.errors import ConfigError
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-NORMALISERS = ("rows", "tokens", "constant")
+NORMALISERS = ("rows", "tokens", "constant", "sums")
 
 
 def normaliser_of(name: str) -> str:
@@ -45,6 +45,7 @@ def row_weights(
     * rows (DeepSeekMath, eq. 3): mean over rows of the mean over tokens, `1 / (n_rows * len)`.
     * constant (Liu et al. 2025, Dr. GRPO): `1 / (n_rows * max_completion_length)`, no length bias.
     * tokens (Yu et al. 2025, DAPO; SFT): mean over all tokens of the step, `1 / total_tokens`.
+    * sums (Liu et al. 2026, LUSPO): mean over rows of the sum over tokens, `1 / n_rows`.
 
     Args:
         lengths: int [n_rows], loss tokens per row over the whole optimizer step. A row without loss tokens
@@ -67,6 +68,8 @@ def row_weights(
         weight = 1.0 / (max(len(length), 1) * safe)
     elif way == "tokens":
         weight = np.full(len(length), 1.0 / max(int(length.sum()), 1))
+    elif way == "sums":
+        weight = np.full(len(length), 1.0 / max(len(length), 1))
     else:
         if max_completion_length is None or max_completion_length < 1:
             raise ConfigError(f"'{normaliser}' divides by max_completion_length: set it to 1 or more")

@@ -125,6 +125,7 @@ class Loss:
         in_words: settings -> what the plan says of its constants; None: nothing.
         summary: what it does, for `--help`; of an online loss.
         paper: where it comes from.
+        fixed: settings that this name stands for: their flags do not act.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Loss:
     in_words: Callable[[Any], str] | None = None
     summary: str = ""
     paper: str = ""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_online(self) -> bool:

@@ -65,7 +65,8 @@ def loss_flags() -> dict[str, list[str]]:
     readers: dict[str, list[str]] = {}
     for loss in online_losses():
         for one in fields(loss.settings_type):
-            readers.setdefault(one.name, []).append(loss.name)
+            if one.name not in loss.fixed:
+                readers.setdefault(one.name, []).append(loss.name)
     return readers
 
 
@@ -185,7 +186,7 @@ def settings_of(
     """
     own = {field.name for field in fields(loss.settings_type)}
     args = checked_args(loss_args, "--loss_args", f"loss '{loss.name}'", loss.settings_type)
-    given = {**{name: value for name, value in said.items() if name in own}, **args}
+    given = {**{name: value for name, value in said.items() if name in own}, **args, **loss.fixed}
     try:
         return given, loss.settings_type(**given)
     except TypeError as error:

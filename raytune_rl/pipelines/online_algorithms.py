@@ -96,9 +96,10 @@ def _check_columns(config: RLHFConfig, loss: Loss, needed: set[str]) -> None:
 def in_words(config: RLHFConfig, algorithm: Algorithm) -> list[tuple[str, str]]:
     """The algorithm for the plan: what is on, each with its numbers."""
     origin = "from a plugin" if algorithm.loss.plugin_files else ""
+    level = algorithm.loss.settings.get("importance_sampling_level", config.importance_sampling_level)
     rows = [
         ("loss", ", ".join(part for part in (config.loss_type, origin, algorithm.bounds) if part)),
-        ("importance ratio", f"of the {config.importance_sampling_level.replace('_', ', by ')}"),
+        ("importance ratio", f"of the {level.replace('_', ', by ')}"),
         ("advantage", algorithm.credit.in_words()),
     ]
     if config.beta > 0:

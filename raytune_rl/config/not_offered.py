@@ -91,7 +91,7 @@ NOT_BUILT: dict[str, str] = {
     "create_checkpoint_symlink": "the summary names the last and the best checkpoint",
     "save_safetensors": "weights are always safetensors", "logging_dir": "it is runs/ in the run's folder",
     "run_name": "a run has the name of its folder", "predict_with_generate": "raytune-rl infer answers rows",
-    "enable_channel_loss": "", "early_stop_interval": "", "eval_on_start": "it is always done",
+    "early_stop_interval": "", "eval_on_start": "it is always done",
     "max_epochs": "use --num_train_epochs", "use_logits_to_keep": "logits are made a piece at a time",
     "acc_strategy": "token_acc counts tokens",
     "average_tokens_across_devices": "a loss is always such a mean",

@@ -22,6 +22,16 @@ class SupervisedOptions(Options):
         "Tokens to learn: default is every assistant turn, last_round those after the last user turn, all "
         "the whole row.",
     )
+    enable_dft_loss: bool = _setting(
+        False,
+        "Weigh each token by its own probability (DFT), so that what the model finds impossible is not "
+        "forced on it. Held-out rows are measured by their likelihood all the same.",
+    )
+    enable_channel_loss: bool = _setting(
+        False,
+        "Log the loss of each channel apart, as loss_NAME; the rows' column 'channel' names them, at most "
+        "100.",
+    )
     packing: bool = _setting(
         False,
         "Fill packs of --max_length tokens with rows (best fit). Batch sizes then count packs; rows of a "

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raytune_rl.data.channels import channel_of, channel_values
 from raytune_rl.data.chat import ChatTemplate
 from raytune_rl.data.encode_rows import EncodedRow, Failure, Job, LossScale, Truncation, encode_chunk
 from raytune_rl.data.example import Example, RowError
@@ -208,6 +209,7 @@ def encode_sft(
     media: MediaSettings | None = None,
     folder: Path | None = None,
     model: ModelTokens | None = None,
+    channels: bool = False,
 ) -> EncodedSFT:
     """Writes every conversation with the model's chat template, tokenizes it and marks what is trained on.
 
@@ -224,23 +226,30 @@ def encode_sft(
             'all' on every token. A message's own `loss` goes before the first two.
         folder: Where the columns are to lie as files (see `data.mapped`), which the result then maps; in
             memory without it.
+        channels: Say of each row of which channel it is; see `data.channels`.
 
     Raises:
         RowError: A row cannot be encoded, or its assistant turns cannot be told from the rest.
         ModelError: The tokenizer has no chat template, or makes tokens that the model does not have.
         ConfigError: An unknown `loss_scale`, a length below 1.
-        DataError: No row is left.
+        DataError: No row is left, or there are too many channels.
     """
     if loss_scale not in ("default", "last_round", "all"):
         raise ConfigError(f"loss_scale is {loss_scale!r}; it is default, last_round or all")
     job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, media, model)
     writer = RowWriter(folder)
-    for number, row in enumerate(run_job(job, examples, strict, num_proc, progress)):
+    named: list[str | None] = []
+    rows = run_job(job, examples, strict, num_proc, progress)
+    for number, (example, row) in enumerate(zip(examples, rows, strict=True)):
         if isinstance(row, Dropped):
             writer.dropped.append(row)
-        else:
-            writer.append(number, row)
-    return writer.close((*notices_of(job), *cut_notice(writer.cut, max_length, truncation_strategy, "rows")))
+            continue
+        writer.append(number, row)
+        if channels:
+            named.append(channel_of(example))
+    values, without = channel_values(named) if channels else ({}, ())
+    cut = cut_notice(writer.cut, max_length, truncation_strategy, "rows")
+    return writer.close((*notices_of(job), *cut, *without), values)
 
 
 class RowWriter:

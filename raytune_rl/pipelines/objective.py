@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from raytune_rl.algorithms.aggregation import pair_weights, row_weights, single_weights
 from raytune_rl.algorithms.losses.kto import LABEL, REFERENCE_POINT
 from raytune_rl.algorithms.registry import Loss, get_loss, loss_names
-from raytune_rl.config import PreferenceConfig
+from raytune_rl.config import PreferenceConfig, SFTConfig
 from raytune_rl.config.algorithms import settings_of
 from raytune_rl.config.preference import WITH_REFERENCE, loss_settings
 from raytune_rl.data.example import Task
@@ -107,10 +107,11 @@ PREFERENCES: Mapping[str, tuple[str, str, Shape]] = {
 """rlhf_type -> title, loss and shape of the data."""
 
 
-def supervised() -> Objective:
+def supervised(config: SFTConfig) -> Objective:
     """The likelihood of the assistant's turns."""
     loss = get_loss("sft")
-    return Objective("SFT", loss, loss.settings_type(), CONVERSATIONS)
+    settings = loss.settings_type(enable_dft_loss=config.enable_dft_loss)
+    return Objective("SFT with DFT" if config.enable_dft_loss else "SFT", loss, settings, CONVERSATIONS)
 
 
 def preference(config: PreferenceConfig) -> Objective:

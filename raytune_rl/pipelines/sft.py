@@ -11,4 +11,4 @@ from raytune_rl.pipelines.lifecycle import RunResult
 
 def run(config: SFTConfig, notices: Sequence[str] = ()) -> RunResult:
     """Fine-tunes a model on a Ray cluster, joined or started here; see `offline.run`."""
-    return offline.run(config, objective.supervised(), notices)
+    return offline.run(config, objective.supervised(config), notices)

@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +72,7 @@ def write_facts(folder: Path, name: str, trained: NDArray[np.int64], values: dic
     place = folder / f"{name}.facts"
     place.mkdir()
     for column, numbers in {_TRAINED: trained, **values}.items():
-        np.save(place / f"{column}.npy", numbers, allow_pickle=False)
+        np.save(place / f"{quote(column, safe='')}.npy", numbers, allow_pickle=False)
 
 
 def write_entry(folder: Path, accounts: dict[str, Account], quarantines: dict[str, Path]) -> None:
@@ -149,7 +150,7 @@ def _read_set(folder: Path, name: str, account: dict[str, Any]) -> EncodedSet:
     tokens = columns["tokens"]
     assert isinstance(tokens, Ragged)
     facts = folder / f"{name}.facts"
-    values = {path.stem: np.load(path, allow_pickle=False) for path in facts.glob("*.npy")}
+    values = {unquote(path.stem): np.load(path, allow_pickle=False) for path in facts.glob("*.npy")}
     trained = values.pop(_TRAINED)
     return EncodedSet(columns, RowFacts(tokens.lengths, trained, _account(account), values))
 

@@ -188,11 +188,17 @@ def _key(config: SFTConfig | PreferenceConfig, task: Task, places: MediaPlaces, 
         "system": resolve_system(config.system),
         "truncation": resolved.truncation_strategy(config),
         "places": (places.root, places.inline),
+        "channels": _channels(config),
     }
     model = Path(load.resolve_path(config.model, use_hf=config.use_hf))
     specs = (*config.dataset, *config.val_dataset)
     preparing = Preparing(config.columns, Identity(config.model_name, config.model_author))
     return fingerprint(settings, specs, model, use_hf=config.use_hf, preparing=preparing, tell=tell)
+
+
+def _channels(config: SFTConfig | PreferenceConfig) -> bool:
+    """Whether rows shall tell their channel."""
+    return isinstance(config, SFTConfig) and config.enable_channel_loss
 
 
 def _encode(
@@ -248,6 +254,7 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Media
             media=media,
             folder=folder,
             model=facts.tokens,
+            **({"channels": True} if _channels(config) else {}),
         )
         path = quarantine_dropped(encoded.dropped, bad_rows, held) or report.quarantine_path
         columns = {"tokens": encoded.tokens, "loss_mask": encoded.loss_mask, **encoded.media}

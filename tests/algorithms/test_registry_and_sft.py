@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from raytune_rl.algorithms import registry
+from raytune_rl.algorithms.aggregation import row_weights
 from raytune_rl.algorithms.losses.grpo import GRPOSettings
 from raytune_rl.algorithms.losses.sft import SFTSettings
 from raytune_rl.algorithms.metrics import (
@@ -23,6 +24,7 @@ from raytune_rl.algorithms.metrics import (
 )
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, get_loss, loss_names, register_loss
 from raytune_rl.errors import ConfigError
+from tests.algorithms.step import make_step, step_result
 
 
 def test_sft_is_nll_and_accuracy() -> None:
@@ -35,6 +37,48 @@ def test_sft_is_nll_and_accuracy() -> None:
     (grad,) = torch.autograd.grad(out.token_loss.sum(), logprobs)
     assert grad.tolist() == [-1, -1, -1]
     assert out.metrics.result() == pytest.approx({"nll": 1.5, "token_acc": 2 / 3})
+
+
+def test_dft_weighs_a_token_by_its_probability() -> None:
+    """Wu et al. 2025, eq. 9: -sg(p) log p, so the gradient in log p is -p; held-out rows by likelihood."""
+    logprobs = torch.tensor([-0.5, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    given = LossInputs(logprobs, torch.tensor([0, 0, 1]), 2, SFTSettings(enable_dft_loss=True))
+    out = get_loss("sft")(given)
+    assert out.token_loss is not None
+    p = [math.exp(x) for x in (-0.5, -1.0, -3.0)]
+    assert out.token_loss.tolist() == pytest.approx([0.5 * p[0], 1.0 * p[1], 3.0 * p[2]], rel=1e-14)
+    (grad,) = torch.autograd.grad(out.token_loss.sum(), logprobs)
+    assert grad.tolist() == pytest.approx([-x for x in p], rel=1e-14)
+    assert out.metrics.result()["nll"] == pytest.approx(1.5), "the likelihood, whatever is trained"
+    held_out = get_loss("sft")(replace(given, logprobs=logprobs.detach())).token_loss
+    assert held_out is not None
+    assert held_out.tolist() == [0.5, 1.0, 3.0]
+    certain = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    sure, plain = (
+        torch.autograd.grad(
+            get_loss("sft")(replace(given, logprobs=certain, settings=s)).token_loss.sum(), certain
+        )
+        for s in (SFTSettings(enable_dft_loss=True), SFTSettings())
+    )
+    torch.testing.assert_close(sure, plain, msg="of what is certain it is plain SFT")
+
+
+@pytest.mark.parametrize("dft", [False, True])
+def test_channels_are_measured_apart_whatever_the_cut(dft: bool) -> None:
+    given = make_step((2, 3, 1, 2), SFTSettings(enable_dft_loss=dft))
+    members = {"channel:math": [1, 0, 1, 0], "channel:a/b": [0, 1, 0, 0]}
+    given = replace(given, row_values={n: torch.tensor(v, dtype=torch.float64) for n, v in members.items()})
+    weights = row_weights((2, 3, 1, 2), "sft")
+    loss, grad, metrics = step_result("sft", given, weights)
+    of_token = [-x * (math.exp(x) if dft else 1) for x in given.logprobs.tolist()]
+    assert metrics["loss_math"] == pytest.approx((sum(of_token[:2]) + of_token[5]) / 3)
+    assert metrics["loss_a/b"] == pytest.approx(sum(of_token[2:5]) / 3)
+    assert loss == pytest.approx(sum(of_token) / 8)
+    for cut in ([[0], [1], [2], [3]], [[3, 1], [], [2, 0]]):
+        again = step_result("sft", given, weights, cut=cut)
+        assert again[0] == pytest.approx(loss, rel=1e-12)
+        torch.testing.assert_close(again[1], grad)
+        assert again[2] == pytest.approx(metrics)
 
 
 def test_names_and_unknown_name() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from raytune_rl.algorithms.registry import get_loss
-from raytune_rl.config import PreferenceConfig
+from raytune_rl.config import PreferenceConfig, SFTConfig
 from raytune_rl.config.preference import READS, WITH_REFERENCE
 from raytune_rl.errors import ConfigError
 from raytune_rl.pipelines.objective import (
@@ -76,7 +76,7 @@ def test_rows_of_a_unit() -> None:
     assert PAIRS.rows_of(units, PAIRS.trained).tolist() == [6, 7, 0, 1]
     assert LABELLED.rows_of(units, LABELLED.trained).tolist() == [6, 0]
     assert LABELLED.rows_of(units, LABELLED.scored).tolist() == [7, 1]
-    shape = supervised().shape
+    shape = supervised(SFTConfig(model="m", dataset="d")).shape
     assert shape.rows_of(units, shape.trained).tolist() == [3, 0]
 
 

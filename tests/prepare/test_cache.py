@@ -215,3 +215,35 @@ def test_a_run_marks_its_entry_and_tells_of_those_that_went(task: Task) -> None:
     assert any("removed from" in notice for notice in found[0][2].notices)
     assert list(task.cache.iterdir()) == [entry]
     assert (entry / "entry.json").stat().st_mtime > 0
+
+
+def test_channels_of_rows_are_kept_with_them(task: Task, data: Path) -> None:
+    """Each set has its own; a name may be no file's name; another flag is another entry."""
+    names = ["math", "code/py", None, "a:b"]
+    rows = [{"query": f"q {n}", "response": "yes", "channel": names[n % 4]} for n in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = task()
+    assert plain[0].values == {}
+    made = task(enable_channel_loss=True)
+    assert made[0].values.keys() == {"channel:math", "channel:code/py", "channel:a:b"}
+    for facts in made[::2]:
+        total = sum(facts.values.values())
+        assert set(total.tolist()) == {0.0, 1.0}, "a row is of one channel or of none"
+    assert sum(facts.values.get("channel:math", np.zeros(1)).sum() for facts in made[::2]) == 5
+    before = task.encoded
+    again = task(enable_channel_loss=True)
+    assert task.encoded == before, "from the cache"
+    for one, other in zip(made[::2], again[::2], strict=True):
+        assert one.values.keys() == other.values.keys()
+        for name, members in one.values.items():
+            np.testing.assert_array_equal(members, other.values[name])
+
+
+def test_too_many_channels_are_an_error_and_none_a_notice(task: Task, data: Path) -> None:
+    rows = [{"query": f"q {n}", "response": "yes", "channel": n} for n in range(200)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"the column 'channel' has 160 different values.*at most 100"):
+        task(enable_channel_loss=True)
+    data.write_text("".join(json.dumps({"query": f"q {n}", "response": "yes"}) + "\n" for n in range(20)))
+    notices = task(enable_channel_loss=True)[0].account.notices
+    assert any("no row has the column 'channel'" in notice for notice in notices)

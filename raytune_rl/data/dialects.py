@@ -128,8 +128,8 @@ def _add_message(conversation: Conversation, name: Any, content: Any, rest: dict
         if content and not said and not used:  # it held results of tools only
             return
         content, calls = said, (*calls, *used)
-    if content is None and calls:
-        content = ""
+    if content is None and (calls or role == "system"):
+        content = ""  # an empty system prompt is none
     text = flatten(content, conversation) if isinstance(content, list | tuple) else content
     if not isinstance(text, str):
         raise FormatError(

@@ -79,7 +79,10 @@ def layout_of(folder: Path) -> Layout:
         on_card = {part.path for part in parts}
         unread += [path for path in files if path not in on_card]
     else:
-        parts = [_by_name(folder, path) for path in files]
+        # Beside rows, a text is a note; alone, texts are the data.
+        rows = [path for path in files if suffixes(path)[0] != ".txt"]
+        unread += [path for path in files if rows and path not in rows]
+        parts = [_by_name(folder, path) for path in rows or files]
     return Layout(tuple(parts), default, tuple(unread))
 
 

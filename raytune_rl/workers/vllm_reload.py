@@ -37,6 +37,8 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
+from raytune_rl.workers.vllm_tied import head_apart, with_tied_head
+
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Gives all weights under their checkpoint names, from the start each time it is called."""
 
@@ -49,6 +51,7 @@ class Reload:
         self._model_config = model_config
         self._written_directly: set[str] = set()
         self._kernels: list[tuple[Any, Any]] = []
+        self._head_apart = head_apart(model, model_config.hf_config)
 
     def start(self) -> None:
         """Puts every layer into the checkpoint's form, to be loaded."""
@@ -65,12 +68,12 @@ class Reload:
     def load(self, weights: Weights, load: Callable[..., Any] | None = None) -> None:
         """Loads all weights; once more if layers are found that the model writes to itself."""
         load = self._model.load_weights if load is None else load
-        missing = bypassed(self._model, load(weights()))
+        missing = bypassed(self._model, load(self._whole(weights)))
         if missing - self._written_directly:
             self.finish()
             self._written_directly |= missing
             self.start()
-            load(weights())
+            load(self._whole(weights))
 
     def finish(self) -> None:
         """Packs what was not packed while it was loaded."""
@@ -87,6 +90,9 @@ class Reload:
                 method.moe_kernel = kernel
         if current_platform.is_cpu():
             repack_embeddings(self._model)
+
+    def _whole(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        return with_tied_head(weights(), self._head_apart)
 
     def _direct(self) -> Iterator[nn.Module]:
         for name in sorted(self._written_directly):

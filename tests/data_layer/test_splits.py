@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from raytune_rl.data.load import load_examples
 from raytune_rl.data.sources import data_set_files, parse_spec, read_rows
 from raytune_rl.errors import DataError
 
@@ -179,6 +180,17 @@ def test_a_file_beside_its_compressed_twin_is_told(tmp_path):
     assert notices == [
         f"{tmp_path}: a.jsonl and a.jsonl.gz are all read; if they hold the same rows, keep one"
     ]
+
+
+def test_a_note_beside_rows_is_no_data_and_texts_alone_are(tmp_path):
+    put(tmp_path / "rows", "train.jsonl")
+    (tmp_path / "rows" / "how.txt").write_text("made by hand")
+    rows, (notice,) = read(tmp_path / "rows")
+    assert rows == ["train.jsonl"]
+    assert "1 files are not read (1 .txt): how.txt" in notice
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "book.txt").write_text("Once upon a time.")
+    assert len(load_examples([str(tmp_path / "texts")], task="sft").examples) == 1
 
 
 def test_files_that_are_not_read_are_named_in_one_line(tmp_path):

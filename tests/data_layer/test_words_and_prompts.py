@@ -69,6 +69,13 @@ EMPTY = [
         ]
     },
     {
+        "messages": [
+            {"role": "system", "content": None},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a"},
+        ]
+    },
+    {
         "system": "",
         "conversations": [
             {"from": "system", "value": ""},

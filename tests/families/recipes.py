@@ -74,7 +74,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("Exaone4", {}),
     "lfm2": (
         "Lfm2",
-        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 128},
+        {
+            "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+            "block_dim": 128,  # as published configs have it, for vLLM
+            "block_ff_dim": 192,
+            "conv_dim": 128,
+        },
     ),
     "qwen3_moe": ("Qwen3Moe", {**WIDE, **SMALL_EXPERTS}),
     # 48 is no multiple of the CPU kernel's 32: its packed experts are padded.
@@ -89,15 +95,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOss", {**WIDE, **LOCAL_EXPERTS}),
     # In bfloat16, so with all experts for every token: rounding must not choose others.
     "deepseek_v3": ("DeepseekV3", {**ROUTED, **LATENT, **EVERY, "topk_method": "noaux_tc"}),
-    "minimax_m2": ("MiniMaxM2", {**WIDE, **LOCAL_EXPERTS, "rotary_dim": 16, "scoring_func": "sigmoid"}),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {**WIDE, **LOCAL_EXPERTS, "rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
+    ),
     "qwen3_next": ("Qwen3Next", {**SMALL_EXPERTS, **DELTA, **EVERY, "shared_expert_intermediate_size": 64}),
     "qwen3_5_text": ("Qwen3_5Text", DELTA),
 }
 """By name: the stem of Transformers' classes, and what its configuration has beside `COMMON`."""
-
-NEVER_TIED = ("olmoe", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_next")
-"""vLLM gives them a head of their own whatever the configuration says, also from disk; none is published
-tied."""
 
 ALWAYS_TIED = ("gpt2", "opt", "gemma2", "gemma3", "cohere2", "falcon")
 """Made tied only: their checkpoints are."""

@@ -15,6 +15,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Literal
 
+from raytune_rl.algorithms.before_step import BeforeStep
 from raytune_rl.algorithms.lazy import torch
 from raytune_rl.algorithms.metrics import MetricSums
 from raytune_rl.errors import ConfigError
@@ -126,6 +127,7 @@ class Loss:
         summary: what it does, for `--help`; of an online loss.
         paper: where it comes from.
         fixed: settings that this name stands for: their flags do not act.
+        before_step: what it works out of the whole optimizer step first, or None; of an online loss.
     """
 
     name: str
@@ -141,6 +143,7 @@ class Loss:
     summary: str = ""
     paper: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    before_step: BeforeStep | None = None
 
     @property
     def is_online(self) -> bool:

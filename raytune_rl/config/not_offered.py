@@ -113,7 +113,7 @@ NOT_BUILT: dict[str, str] = {
     "async_generate": "", "move_model_batches": "", "chord_mu": "", "chord_phi": "",
     "chord_sft_dataset": "", "use_gym_env": _GYM, "gym_env": _GYM, "context_manager": _GYM,
     "completion_length_limit_scope": "each answer of several turns may have --max_completion_length tokens",
-    "infer_backend": "answers come from vLLM", "real_tau": "", "use_liger_loss": "",
+    "infer_backend": "answers come from vLLM", "use_liger_loss": "",
     "advantage_reweight": "", "reference_free": "", "offload_teacher_model": _TEACHER,
     "vllm_data_parallel_size": "use --rollout_workers", "vllm_pipeline_parallel_size": "",
     "vllm_disable_custom_all_reduce": "use --vllm_engine_kwargs", "vllm_quantization": "",

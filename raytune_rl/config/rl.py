@@ -28,9 +28,6 @@ _tuner = partial(setting, "Tuner")
 BUILT = ("grpo", *RECIPES)
 """The values of `rlhf_type` that run."""
 
-NOT_BUILT = ("real",)
-"""Those of ms-swift that are not here yet."""
-
 
 class RLOptions(AlgorithmFlags):
     """Policy losses, advantages and the KL to the reference, with ms-swift's names and defaults."""
@@ -194,11 +191,6 @@ def check_names(loss_type: str, estimator: str, plugins: tuple[str, ...]) -> Non
     get_credit(estimator)
     if loss_type in losses:
         return
-    if loss_type in NOT_BUILT:
-        raise ConfigError(
-            f"--loss_type {loss_type} is a loss of ms-swift that is not built yet; what there is: "
-            f"{', '.join(losses)}."
-        )
     if loss_type == "gspo":
         raise ConfigError(
             "--loss_type gspo: GSPO is --loss_type grpo --importance_sampling_level sequence; its paper has "

@@ -14,7 +14,7 @@ from raytune_rl.algorithms import entropy
 from raytune_rl.groups.logprobs import score_rows
 from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
-from raytune_rl.protocol.train import RowLogprobs, TrainerFacts
+from raytune_rl.protocol.train import RowLogprobs, TokenOrder, TrainerFacts
 from raytune_rl.protocol.weights import Manifest, TensorEntry
 from raytune_rl.runtime.wait import acknowledge, fetch
 from raytune_rl.runtime.weights import collect_index
@@ -75,6 +75,33 @@ class PolicyGroup:
 
         high = entropy.find(counted(None), entropy.threshold_rank(sum(tokens), share))
         return entropy.value(high.index, entropy.find(counted(high.index), high.rest).index)
+
+    def first_tokens(self, batch: TrainBatch, order: TokenOrder, count: int) -> list[RowPointer]:
+        """Which tokens are the first in an order.
+
+        Args:
+            batch: Rows with the column "start_logprobs" as `logprobs` gave it and the scalar "advantage";
+                those with the scalar "counted" 0 have no part.
+            order: Of the tokens.
+            count: How many; fewer where the order has fewer, more where the last ones are equal.
+
+        Returns:
+            Where each row's 1 and 0 lie.
+        """
+        numbered = batch.keep({"start_logprobs"}).with_scalars(row_number=np.arange(len(batch)))
+        kept = np.flatnonzero(batch.scalars["counted"]).tolist()
+        of_step = self.world.shares(numbered.part(kept))
+
+        def counted(bucket: int | None) -> NDArray[np.int64]:
+            return entropy.merge(
+                self.world.ask("count_tokens", of_step, order, bucket, what="counting tokens")
+            )
+
+        coarse, last = counted(None), -math.inf
+        if (total := int(coarse.sum())) > 0:
+            high = entropy.find(coarse, min(count, total) - 1)
+            last = entropy.value(high.index, entropy.find(counted(high.index), high.rest).index)
+        return self.world.columns("select_tokens", self.world.shares(numbered), order, last)[0]
 
     def row_kl(self, batch: TrainBatch, estimator: str) -> NDArray[np.float64]:
         """The KL to the reference of each row, summed over its tokens, float64 `[n]`, nats.

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.algorithms.aggregation import lengths_in_loss, row_weights
+from raytune_rl.algorithms.before_step import OnlineStep
 from raytune_rl.algorithms.credit.base import Credit, Credited
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
+from raytune_rl.errors import ConfigError
 from raytune_rl.groups import specs
 from raytune_rl.groups.engine_fit import fit
 from raytune_rl.groups.fleet import batch_of
@@ -35,7 +37,7 @@ from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
 from raytune_rl.pipelines.position import generations_go_on
 from raytune_rl.pipelines.resume_point import open_run
-from raytune_rl.pipelines.run_models import RunModels
+from raytune_rl.pipelines.run_models import RunModels, RunStep
 from raytune_rl.pipelines.run_state import RunState
 from raytune_rl.prepare.sets import check_lengths, prompt_sets
 from raytune_rl.protocol.data import PromptSet
@@ -268,6 +270,8 @@ class OnlineRun:
         with run.timer.phase("train"):
             if config.top_entropy_quantile < 1:
                 batch = self.with_entropy_threshold(batch, batch_of(trajectories), tokens)
+            if self.algorithm.before_step is not None:
+                batch = self.prepared(batch, trajectories, tokens)
             step = self.actors.learners.train(batch, run.step)
         gap = step.metrics.get("rollout_correction/logp_abs_diff_max", 0.0)
         self.state.max_gap = max(self.state.max_gap, gap)
@@ -290,6 +294,29 @@ class OnlineRun:
         return batch.with_columns(entropy=entropies).with_scalars(
             entropy_threshold=np.full(len(batch), threshold)
         )
+
+    def prepared(
+        self, batch: TrainBatch, trajectories: Sequence[Trajectory], tokens: NDArray[np.int64]
+    ) -> TrainBatch:
+        """The batch with what the loss works out of the whole step first.
+
+        Raises:
+            ConfigError: The credit gives each token an advantage of its own, and the loss asks for one a row.
+        """
+        before_step = self.algorithm.before_step
+        assert before_step is not None
+        if "advantages" in batch.columns:
+            raise ConfigError(
+                f"--loss_type {self.config.loss_type} takes one advantage a completion, but "
+                f"--advantage_estimator {self.config.advantage_estimator} gives one a token."
+            )
+        advantages = batch.scalars["advantage"]
+        groups = np.array([t.group for t in trajectories])
+        step = OnlineStep(self.run.step, self.config.seed, groups, advantages, tokens)
+        rows, old = batch_of(trajectories), batch.columns.get("old_logprobs")
+        models = RunStep(self.actors.policy, rows, old, advantages, tokens)
+        values = before_step(step, models)
+        return batch.with_scalars(**values.row_values).with_columns(**values.columns)
 
     def publish(self, version: int) -> None:
         """Makes the policy's weights the newest version and waits until every engine serves it."""

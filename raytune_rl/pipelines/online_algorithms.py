@@ -6,9 +6,12 @@ by flags of its own and combines with any of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from raytune_rl.algorithms.aggregation import normaliser_of
+from raytune_rl.algorithms.before_step import OnlineStep, StepModels, StepValues
 from raytune_rl.algorithms.credit.base import Credit, get_credit, is_built_in_credit
 from raytune_rl.algorithms.registry import Loss, get_loss, is_built_in_loss
 from raytune_rl.config import RLHFConfig, resolved
@@ -27,12 +30,14 @@ class Algorithm:
         bounds: The loss's constants in words; empty if it says none.
         credit: Who earned what.
         needs: Columns that loss and credit cannot do without; the groups that give them are started.
+        before_step: What the loss works out of each optimizer step before it is made, or None.
     """
 
     loss: LossSpec
     bounds: str
     credit: Credit
     needs: frozenset[str]
+    before_step: Callable[[OnlineStep, StepModels], StepValues] | None = None
 
 
 def algorithm_of(config: RLHFConfig) -> Algorithm:
@@ -58,7 +63,8 @@ def algorithm_of(config: RLHFConfig) -> Algorithm:
     needed = frozenset(loss.required_columns(settings))
     _check_columns(config, loss, {*needed, *loss.required_rows(settings)})
     words = "" if loss.in_words is None else loss.in_words(settings)
-    return Algorithm(spec, words, credit, needed | credit.needs)
+    before_step = None if loss.before_step is None else partial(loss.before_step.prepare, settings)
+    return Algorithm(spec, words, credit, needed | credit.needs, before_step)
 
 
 def credit_of(config: RLHFConfig) -> Credit:
@@ -86,6 +92,7 @@ def _check_columns(config: RLHFConfig, loss: Loss, needed: set[str]) -> None:
     known_columns = {"old_logprobs", "rollout_logprobs"}
     known_columns |= {"ref_logprobs"} if config.beta > 0 else set()
     known_columns |= {"entropy", "entropy_threshold"} if config.top_entropy_quantile < 1 else set()
+    known_columns |= set() if loss.before_step is None else loss.before_step.gives
     if missing := needed - known_columns:
         raise ConfigError(
             f"loss '{loss.name}' needs {', '.join(sorted(missing))}, which this run does not have; it has "

@@ -1,14 +1,16 @@
-"""The run's models as a credit may ask them, each answer under its phase of the step's clock."""
+"""The run's models as a credit or a loss may ask them, each answer under its phase of the step's clock."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.groups.critic import CriticGroup
 from raytune_rl.groups.trainer import PolicyGroup
-from raytune_rl.protocol.rows import TrainBatch
-from raytune_rl.protocol.train import Estimates, EstimateSettings
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
+from raytune_rl.protocol.train import Estimates, EstimateSettings, RowLogprobs, TokenOrder
 from raytune_rl.tracking.timer import StepTimer
 
 
@@ -43,3 +45,50 @@ class RunModels:
         assert self._critic is not None, "a credit that asks a critic says so in `needs`"
         with self._timer.phase("critic"):
             return self._critic.estimate(batch, scores, settings, whiten_rewards=whiten_rewards)
+
+
+class RunStep:
+    """See `algorithms.before_step.StepModels`: one optimizer step.
+
+    Args:
+        policy: The policy, under the weights that the step starts from.
+        rows: The step's rows, with what shows their media.
+        old: Where each row's log-probs under the policy that sampled lie; None on the first step after it.
+        advantages: Of each row, float64 `[n]`.
+        lengths: Trained tokens of each row, int `[n]`.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyGroup,
+        rows: TrainBatch,
+        old: Sequence[RowPointer] | None,
+        advantages: NDArray[np.float64],
+        lengths: NDArray[np.int64],
+    ) -> None:
+        self._policy, self._rows, self._old = policy, rows, old
+        self._advantages, self._lengths = advantages, lengths
+        self._scored: RowLogprobs | None = None
+
+    def _now(self) -> RowLogprobs:
+        if self._scored is None:
+            self._scored = self._policy.logprobs(self._rows)
+        return self._scored
+
+    def log_ratios(self) -> NDArray[np.float64]:
+        """log pi - log pi_old, summed over each row: k1 of the one to the other."""
+        if self._old is None:
+            return np.zeros(len(self._rows))
+        columns = {"old_logprobs": self._now().columns, "ref_logprobs": self._old}
+        return self._policy.row_kl(self._rows.with_columns(**columns), "k1")
+
+    def logprobs(self) -> NDArray[np.float64]:
+        """log pi, summed over each row."""
+        return self._now().sums
+
+    def first_tokens(self, order: TokenOrder, count: int) -> list[RowPointer]:
+        """Which tokens are the first in an order."""
+        marked = self._rows.with_columns(start_logprobs=self._now().columns).with_scalars(
+            advantage=self._advantages, counted=self._lengths > 0
+        )
+        return self._policy.first_tokens(marked, order, count)

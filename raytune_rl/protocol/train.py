@@ -142,6 +142,26 @@ class RowLogprobs:
 
 
 @dataclass(frozen=True)
+class TokenOrder:
+    """An order of a step's tokens by the covariance of log-prob and advantage (`algorithms.covariance`).
+
+    Attributes:
+        mean_logprob: Over the tokens of the step.
+        mean_advantage: The same.
+        bounds: Tokens whose covariance lies between these come at random, the others never; None: the largest
+            covariance comes first.
+        step: Number of the step, for that draw.
+        seed: The same.
+    """
+
+    mean_logprob: float
+    mean_advantage: float
+    bounds: tuple[float, float] | None = None
+    step: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class EstimateSettings:
     """Constants of the estimate; see `algorithms.ppo`.
 

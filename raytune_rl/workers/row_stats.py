@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.rows import RowBatch
+from raytune_rl.protocol.train import TokenOrder
 from raytune_rl.workers.scoring import read_rows
 
 
@@ -47,3 +49,47 @@ def count_entropies(batch: RowBatch, bucket: int | None, timeout_s: float) -> ND
     entropies = [rows.column("entropy", row, extra="entropy") for row in range(len(batch))]
     values = np.concatenate([*entropies, np.empty(0, np.float32)])
     return count_high(values) if bucket is None else count_low(values, bucket)
+
+
+def _token_keys(batch: RowBatch, order: TokenOrder, timeout_s: float) -> list[NDArray[np.float32]]:
+    from raytune_rl.algorithms.covariance import token_keys
+
+    rows = read_rows(batch, timeout_s)
+    return [
+        token_keys(
+            rows.column("logprobs", row, extra="start_logprobs"),
+            float(batch.scalars["advantage"][row]),
+            int(batch.scalars["row_number"][row]),
+            order,
+        )
+        for row in range(len(batch))
+    ]
+
+
+def count_tokens(
+    batch: RowBatch, order: TokenOrder, bucket: int | None, timeout_s: float
+) -> NDArray[np.int64]:
+    """How many of the rows' tokens fall into each of 65,536 buckets of an order, int64.
+
+    Args:
+        batch: Rows with the extra column "start_logprobs" and the scalars "advantage" and "row_number".
+        order: Of the tokens.
+        bucket, timeout_s: As in `count_entropies`.
+    """
+    from raytune_rl.algorithms.entropy import count_high, count_low
+
+    values = np.concatenate([*_token_keys(batch, order, timeout_s), np.empty(0, np.float32)])
+    return count_high(values) if bucket is None else count_low(values, bucket)
+
+
+def select_tokens(batch: RowBatch, order: TokenOrder, last: float, timeout_s: float) -> tuple[int, Columns]:
+    """Which tokens come up to and with the key `last`, infinite ones never.
+
+    Returns:
+        How many, and {"selected": Ragged float32} of 1 and 0 with the rows in the batch's order.
+    """
+    chosen = [
+        (np.isfinite(keys) & (keys <= np.float32(last))).astype(np.float32)
+        for keys in _token_keys(batch, order, timeout_s)
+    ]
+    return int(sum(row.sum() for row in chosen)), {"selected": Ragged.from_rows(chosen, np.float32)}

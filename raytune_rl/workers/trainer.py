@@ -24,7 +24,14 @@ from raytune_rl.data.read_rows import ReadRows
 from raytune_rl.errors import ModelError
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rows import RowBatch
-from raytune_rl.protocol.train import EstimateFacts, EstimateSettings, TrainerFacts, TrainerSpec, TrainResult
+from raytune_rl.protocol.train import (
+    EstimateFacts,
+    EstimateSettings,
+    TokenOrder,
+    TrainerFacts,
+    TrainerSpec,
+    TrainResult,
+)
 from raytune_rl.protocol.weights import TensorEntry
 from raytune_rl.runtime.device_env import pinned_as_asked
 from raytune_rl.workers import estimates, publishing, row_stats, scoring
@@ -312,6 +319,14 @@ class TrainerWorker:
     def count_entropies(self, batch: RowBatch, bucket: int | None) -> NDArray[np.int64]:
         """See `row_stats.count_entropies`."""
         return row_stats.count_entropies(batch, bucket, self._spec.score.timeout_s)
+
+    def count_tokens(self, batch: RowBatch, order: TokenOrder, bucket: int | None) -> NDArray[np.int64]:
+        """See `row_stats.count_tokens`."""
+        return row_stats.count_tokens(batch, order, bucket, self._spec.score.timeout_s)
+
+    def select_tokens(self, batch: RowBatch, order: TokenOrder, last: float) -> tuple[int, Columns]:
+        """See `row_stats.select_tokens`."""
+        return row_stats.select_tokens(batch, order, last, self._spec.score.timeout_s)
 
     def row_kl(self, batch: RowBatch, estimator: str) -> NDArray[np.float64]:
         """See `row_stats.row_kl`."""

@@ -27,9 +27,11 @@ LOSS_TYPES = (*(loss.name for loss in online_losses()), "sft")
 def test_constant_token_loss(loss_type: str) -> None:
     """Mean-like types give back the constant; a row without tokens counts in n but adds nothing."""
     total = float(np.sum(row_weights(LENGTHS, loss_type, 8) * np.array(LENGTHS)))
-    expected = {**dict.fromkeys(("grpo", "sapo", "gmpo"), 5 / 6), "dr_grpo": 19 / 48, "luspo": 19 / 6}.get(
-        loss_type, 1.0
-    )
+    expected = {
+        **dict.fromkeys(("grpo", "sapo", "gmpo", "real"), 5 / 6),
+        "dr_grpo": 19 / 48,
+        "luspo": 19 / 6,
+    }.get(loss_type, 1.0)
     assert total == pytest.approx(expected)
     assert row_weights(LENGTHS, loss_type, 8)[1] == 0
 

@@ -23,6 +23,7 @@ from raytune_rl.pipelines.online_algorithms import algorithm_of
 from raytune_rl.protocol.rewards import RewardTable
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.trajectory import EpisodeFacts, Trajectory
+from tests.algorithms.whole_step import prepared
 
 PROMPTS, PER, PLACES, SYMBOLS, STOP = 4, 8, 4, 5, 0
 
@@ -95,7 +96,6 @@ def gain(
     flags: dict[str, Any],
     generations: int = 12,
     spoil: Callable[[np.ndarray], np.ndarray] = lambda advantages: advantages,
-    prepare: Callable[[LossInputs], LossInputs] = lambda inputs: inputs,
 ) -> float:
     """How much the expected reward rises.
 
@@ -103,7 +103,6 @@ def gain(
         flags: Of the algorithm.
         generations: Two steps each.
         spoil: A way to break the advantages.
-        prepare: Adds what a loss must know of its whole step.
     """
     given = {"model": "m", "dataset": "d", "reward_funcs": "accuracy", "beta": 0.0, "num_iterations": 2}
     config = RLHFConfig(**{**given, "num_generations": PER, "max_completion_length": PLACES, **flags})
@@ -128,7 +127,8 @@ def gain(
         for _ in range(config.num_iterations):
             logprobs, _ = policy.logprobs(made)
             columns = {"old_logprobs": old, "rollout_logprobs": old, "ref_logprobs": old}
-            inputs = prepare(LossInputs(logprobs, row_of, len(made), settings, columns, advantages[row_of]))
+            inputs = LossInputs(logprobs, row_of, len(made), settings, columns, advantages[row_of])
+            inputs = prepared(loss.name, inputs, [prompt for prompt, _ in made])
             row_weight = torch.full((len(made),), 1 / len(made), dtype=torch.float64)
             optimizer.zero_grad()
             loss(inputs).total(weights[row_of], row_weight).backward()

@@ -20,7 +20,7 @@ from raytune_rl.groups.start import OnlineGroups, learners_of
 from raytune_rl.protocol.data import Account, PromptSet, SourceCounts
 from raytune_rl.protocol.rewards import Failure, RewardTable, TrainerState
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
-from raytune_rl.protocol.train import Estimates, EstimateSettings, RowLogprobs, StepReport
+from raytune_rl.protocol.train import Estimates, EstimateSettings, RowLogprobs, StepReport, TokenOrder
 from raytune_rl.protocol.trajectory import EpisodeFacts, Trajectory
 from raytune_rl.protocol.weights import Manifest
 
@@ -232,6 +232,13 @@ class FakePolicy:
         """The entropy that a token must have."""
         self._stage.call(f"policy.entropy_threshold {len(batch)}, {sum(tokens)} tokens, {share:g}", "policy")
         return 0.125 if sum(tokens) else -math.inf
+
+    def first_tokens(self, batch: TrainBatch, order: TokenOrder, count: int) -> list[RowPointer]:
+        """The first tokens of an order."""
+        assert {"start_logprobs"} <= batch.columns.keys()
+        rows = int(batch.scalars["counted"].sum())
+        self._stage.call(f"policy.first_tokens {count} of {rows} rows, step {order.step}", "policy")
+        return _column("chosen", batch)
 
     def row_kl(self, batch: TrainBatch, estimator: str) -> np.ndarray:
         """The KL of rows: a tenth of their number."""

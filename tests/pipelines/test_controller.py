@@ -326,6 +326,28 @@ def test_several_steps_of_a_generation_start_from_its_own_log_probs(tmp_path: Pa
     assert set(played.cast.policy_model.batches[0].scalars["entropy_threshold"]) == {0.125}
 
 
+def test_a_loss_that_knows_its_whole_step_asks_before_each(tmp_path: Path) -> None:
+    """REAL asks how far each completion has moved, which is nowhere where the step follows the sampling;
+    KL-Cov which tokens are the first by covariance."""
+    settings = {"beta": 0, "max_steps": 2, "steps_per_generation": 2}
+    played = play(config(tmp_path / "real", loss_type="real", **settings), held_out=0)
+    scalars = "scalars advantage real_loss real_slope row_weight weight"
+    assert played.calls_of("policy.")[1:6] == [
+        "policy.logprobs 8",
+        "policy.logprobs 4",
+        "policy.row_kl 4, k1",
+        f"policy.start_step 0: rows 0 1 10 11; columns old_logprobs; {scalars}",
+        "policy.finish",
+    ]
+    batch = played.cast.policy_model.batches[0]
+    assert (np.sign(batch.scalars["real_slope"]) == -np.sign(batch.scalars["advantage"])).all()
+    once = play(config(tmp_path / "once", loss_type="real", beta=0, max_steps=1), held_out=0)
+    assert [c for c in once.calls_of("policy.") if "logprobs" in c.split(":")[0] or "row_kl" in c] == []
+    cov = play(config(tmp_path / "cov", loss_type="kl_cov", **settings), held_out=0)
+    assert "policy.first_tokens 1 of 4 rows, step 1" in cov.calls_of("policy.")
+    assert cov.cast.policy_model.batches[0].columns.keys() == {"old_logprobs", "cov_selected"}
+
+
 def milestones(played: Played) -> list[str]:
     """Steps, evaluations and checkpoints, in order."""
     kinds = {"policy.start_step": "step", "rollout.generate evaluation": "evaluate", "policy.save": "save"}

@@ -193,6 +193,7 @@ def combine_rewards(values: ArrayLike, weights: ArrayLike) -> NDArray[np.float64
 
     Returns:
         float64 [n]; NaN entries are skipped, and a row whose entries are all NaN stays NaN (not scorable).
+        Without any function every row has 0.
 
     Raises:
         ConfigError: there are not as many weights as reward functions.
@@ -205,7 +206,7 @@ def combine_rewards(values: ArrayLike, weights: ArrayLike) -> NDArray[np.float64
         )
     missing = np.isnan(table)
     total = np.where(missing, 0.0, table) @ weight
-    return np.where(missing.all(axis=1), np.nan, total)
+    return np.where(missing.all(axis=1) & (weight.size > 0), np.nan, total)
 
 
 def penalised_rewards(rewards: ArrayLike, kl: ArrayLike, beta: float) -> NDArray[np.float64]:

@@ -47,6 +47,7 @@ class LossInputs:
             "margin" (reward model), and quantities of the whole step, equal on every row.
         scores: float [n_rows] with gradient, the scalar head's on each row's last token, or None.
         values: float [N] with gradient, the critic's, or None.
+        divergence: float32 [N] in nats with gradient, of the policy's distribution from a teacher's, or None.
     """
 
     logprobs: Tensor
@@ -60,6 +61,7 @@ class LossInputs:
     row_values: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Tensor | None = None
     values: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class Loss:
         normaliser: how its token losses add up: a name of `aggregation.NORMALISERS`, or of a loss that adds
             up in the same way.
         in_words: settings -> what the plan says of its constants; None: nothing.
+        divergence_beta: settings -> which divergence from a teacher's distribution it needs
+            (`models.distribution`); None: it needs none.
         summary: what it does, for `--help`; of an online loss.
         paper: where it comes from.
         fixed: settings that this name stands for: their flags do not act.
@@ -140,6 +144,7 @@ class Loss:
     forward: Forward = "logprobs"
     normaliser: str = "rows"
     in_words: Callable[[Any], str] | None = None
+    divergence_beta: Callable[[Any], float] | None = None
     summary: str = ""
     paper: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from raytune_rl.config.rewards import RewardOptions
 from raytune_rl.config.rl import RLOptions, check_names
 from raytune_rl.config.rollout import RolloutOptions
 from raytune_rl.config.sft import SupervisedOptions
+from raytune_rl.config.teachers import TeacherOptions
 from raytune_rl.config.training import TrainingOptions
 from raytune_rl.config.tuner import TunerOptions
 from raytune_rl.errors import ConfigError
@@ -84,7 +85,13 @@ class PreferenceConfig(PreferenceOptions, _TrainConfig):
 
 
 class RLHFConfig(
-    OnlineGroupsOptions, RewardOptions, CorrectionOptions, RLOptions, RolloutOptions, _TrainConfig
+    OnlineGroupsOptions,
+    RewardOptions,
+    CorrectionOptions,
+    TeacherOptions,
+    RLOptions,
+    RolloutOptions,
+    _TrainConfig,
 ):
     """`raytune-rl rlhf`: reinforcement learning."""
 
@@ -95,6 +102,16 @@ class RLHFConfig(
     def mini_batches(self) -> int:
         """Optimizer steps that one pass over a generation makes where no flag says its size."""
         return 1
+
+    @property
+    def teachers_alone(self) -> bool:
+        """Whether rewards teach nothing."""
+        return self.advantage_estimator == "distill"
+
+    @property
+    def demonstrates(self) -> bool:
+        """Whether some generations are the answers of the data."""
+        return self.rlhf_type == "gkd" and self.lmbda < 1
 
     @property
     def own_reference(self) -> bool:
@@ -109,15 +126,20 @@ class RLHFConfig(
 
     @model_validator(mode="after")
     def _check_online(self) -> Self:
-        if self.num_generations < 2 and not self.WITH_CRITIC:
+        if self.num_generations < 2 and not self.WITH_CRITIC and not self.teachers_alone:
             raise ConfigError(
                 f"--num_generations {self.num_generations}: GRPO compares the completions of one prompt with "
                 "each "
                 "other, so it needs at least 2."
             )
-        if not self.reward_funcs and not self.reward_model:
+        if self.teachers_alone and not self.has_teachers:
+            raise ConfigError("--advantage_estimator distill needs somebody to learn from: --teacher_model.")
+        if self.loss_type == "gkd":
+            self._check_gkd()
+        if not self.reward_funcs and not self.reward_model and not self.teachers_alone:
             raise ConfigError(
-                "--reward_funcs is required: name at least one, such as accuracy, or give a --reward_model."
+                "--reward_funcs is required: name at least one, such as accuracy, or give a --reward_model; "
+                "or learn from a --teacher_model alone, by --advantage_estimator distill."
             )
         check_names(self.loss_type, self.advantage_estimator, self.external_plugins)
         if self.loss_type in (built_in := {loss.name: loss for loss in online_losses()}):
@@ -160,6 +182,20 @@ class RLHFConfig(
         if self.policy_workers is not None:
             grpo_batch_of(self, self.policy_workers)
         return self
+
+    def _check_gkd(self) -> None:
+        if not self.has_teachers:
+            raise ConfigError("--loss_type gkd needs somebody to learn from: --teacher_model.")
+        if len(self.teacher_model) > 1 and self.teacher_column is None:
+            raise ConfigError(
+                "--loss_type gkd takes the distribution of one teacher a row: name one --teacher_model, or "
+                "say whose a row is by --teacher_column."
+            )
+        if self.demonstrates and self.teacher_column is not None:
+            raise ConfigError(
+                f"--lmbda {self.lmbda:g} trains on answers of the data, which have no --teacher_column: use "
+                "--lmbda 1, or one teacher."
+            )
 
     def _check_lora_on_the_wire(self) -> None:
         if self.vllm_enable_lora and self.train_type != "lora":

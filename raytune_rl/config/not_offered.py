@@ -60,7 +60,6 @@ _ONE_RATE = "one --learning_rate holds for all that is trained"
 _DTYPE = "say --torch_dtype"
 _TEMPLATE = "the model's own configuration and chat template say it"
 _GYM = "--multi_turn_scheduler lets an environment of your own answer"
-_TEACHER = "distillation (GKD) is not built"
 
 NOT_BUILT: dict[str, str] = {
     # tuner
@@ -114,17 +113,17 @@ NOT_BUILT: dict[str, str] = {
     "chord_sft_dataset": "", "use_gym_env": _GYM, "gym_env": _GYM, "context_manager": _GYM,
     "completion_length_limit_scope": "each answer of several turns may have --max_completion_length tokens",
     "infer_backend": "answers come from vLLM", "use_liger_loss": "",
-    "advantage_reweight": "", "reference_free": "", "offload_teacher_model": _TEACHER,
+    "advantage_reweight": "", "reference_free": "", "offload_teacher_model": "",
+    "seq_kd": "let the teacher answer the prompts by raytune-rl infer, and give its answers as --dataset",
     "vllm_data_parallel_size": "use --rollout_workers", "vllm_pipeline_parallel_size": "",
     "vllm_disable_custom_all_reduce": "use --vllm_engine_kwargs", "vllm_quantization": "",
-    "offload_bridge": "", "teacher_model": _TEACHER, "teacher_adapters": _TEACHER,
-    "teacher_deepspeed": _TEACHER, "teacher_model_server": _TEACHER, "teacher_kl_coef": _TEACHER,
-    "lmbda": _TEACHER, "sft_alpha": _TEACHER, "seq_kd": _TEACHER, "gkd_logits_topk": _TEACHER,
+    "offload_bridge": "", "teacher_deepspeed": "teachers are asked by --teacher_workers, each with its model",
+    "teacher_model_server": "no server is contacted: --teacher_model is loaded by workers of the run",
 }  # fmt: skip
 """Name to what to do instead, or nothing."""
 
 NOT_BUILT_FAMILIES = {
-    "chord_": "", "gkd_": _TEACHER, "rlsd_": "", "sdar_": "", "teacher_": _TEACHER,
+    "chord_": "", "rlsd_": "", "sdar_": "",
 }  # fmt: skip
 """Beginnings of names of ms-swift's algorithms that are not here, to the same."""
 

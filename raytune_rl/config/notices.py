@@ -152,7 +152,12 @@ def _online(config: RLHFConfig) -> Iterable[str]:
             f"--eval_temperature 0: the {resolved.num_generations_eval(config)} completions of a held-out "
             "prompt will all be the same; --num_generations_eval 1 saves their time."
         )
-    if config.rlhf_type in RECIPES:
+    if config.rlhf_type == "gkd":
+        yield f"--rlhf_type gkd is distillation: {recipe_in_words('gkd')}, where you did not say otherwise."
+        if config.is_set("jsd_beta") and config.beta == 0:
+            jsd_beta = config.args()["jsd_beta"]  # a flag that the loss declares
+            yield f"the divergence from the teacher has --jsd_beta {jsd_beta:g} (ms-swift's --beta)."
+    elif config.rlhf_type in RECIPES:
         yield (
             f"--rlhf_type {config.rlhf_type} is grpo with {recipe_in_words(config.rlhf_type)}, where you did "
             "not say otherwise; the reward soft_overlong belongs to it too, but is your choice."
@@ -163,6 +168,10 @@ def _online(config: RLHFConfig) -> Iterable[str]:
             "kl_in_reward", "kl_estimator", "ref_model", "ref_adapters",
         )  # fmt: skip
         yield from _idle(config, without, "with --beta 0 there is no reference model")
+    if not config.has_teachers:
+        own = [name for name in type(config).model_fields if "teacher_" in name]
+        own += ["lmbda", "gkd_logits_topk"]
+        yield from _idle(config, own, "there is no --teacher_model")
     if not config.reward_model:
         own = [name for name in type(config).model_fields if "reward_model_" in name]
         yield from _idle(config, own, "there is no --reward_model")

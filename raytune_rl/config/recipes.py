@@ -14,6 +14,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "dynamic_sample": True,
         "overlong_filter": True,
     },
+    # Agarwal et al. 2024, "On-policy distillation of language models"; ms-swift's defaults.
+    "gkd": {"loss_type": "gkd", "advantage_estimator": "distill", "beta": 0.0, "num_generations": 1},
 }
 """`rlhf_type` -> the settings it stands for, each of which the user may override."""
 
@@ -21,9 +23,13 @@ OF_A_CLIP = ("epsilon_high",)
 """Settings that mean something else with `loss_type` cispo: its cap is no clip range, and has no default."""
 
 
-def with_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings, and those of the recipe that they name and do not override."""
+    settings = dict(given)
     recipe = RECIPES.get(str(settings.get("rlhf_type")), {})
+    if settings.get("rlhf_type") == "gkd" and "beta" in settings and "jsd_beta" not in settings:
+        # ms-swift's name; here --beta is the weight of a KL to the reference.
+        settings["jsd_beta"] = settings.pop("beta")
     if settings.get("loss_type") == "cispo":
         recipe = {name: value for name, value in recipe.items() if name not in OF_A_CLIP}
     return {**recipe, **settings}

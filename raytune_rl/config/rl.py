@@ -39,7 +39,8 @@ class RLOptions(AlgorithmFlags):
         "grpo",
         "Algorithm. grpo; dapo, which is grpo with DAPO's settings; ppo, which has flags of its own: "
         "raytune-rl rlhf --rlhf_type ppo --help; and so have dpo, kto, orpo, cpo, simpo and rm, which learn "
-        "from preferences in the data. gkd is not built yet.",
+        "from preferences in the data. gkd: distillation from a --teacher_model, on the policy's own answers "
+        "and on the data's.",
     )
     loss_type: str = _setting(
         "grpo",

@@ -5,13 +5,27 @@ Where each group has its own GPUs, and on a CPU, nobody ever has to move and eve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from raytune_rl.config import RLHFConfig
 from raytune_rl.groups import specs
 from raytune_rl.groups.fleet import RolloutGroup
 from raytune_rl.groups.learners import Learners
-from raytune_rl.groups.logprobs import ReferenceGroup
 from raytune_rl.groups.rewards import RewardModelGroup
 from raytune_rl.groups.sizes import Groups
+
+
+class Frozen(Protocol):
+    """Models that are only asked."""
+
+    def offload(self, weights: bool) -> None:
+        """Gives back what the allocators keep, and moves the weights to the CPU if they are wanted away."""
+        ...
+
+    def reload(self) -> None:
+        """Brings them back."""
+        ...
 
 
 class GPUSharing:
@@ -22,7 +36,7 @@ class GPUSharing:
         groups: Whether there is anything to share.
         learners: Hold the GPUs at first.
         rollout: Sleeps at first where it ever does: `groups.start_order` sees to that.
-        reference: A reference model of its own; moves as the policy's weights do.
+        frozen: A reference model of its own and teachers; they move as the policy's weights do.
         judges: Reward models, which score while the engines are awake, and so stay.
     """
 
@@ -32,7 +46,7 @@ class GPUSharing:
         groups: Groups,
         learners: Learners,
         rollout: RolloutGroup,
-        reference: ReferenceGroup | None = None,
+        frozen: Sequence[Frozen] = (),
         judges: RewardModelGroup | None = None,
     ) -> None:
         shared = groups.on_gpu and groups.colocated
@@ -40,7 +54,7 @@ class GPUSharing:
         self._weights = shared and config.offload_model
         self._optimizer = shared and config.offload_optimizer
         self._learners, self._rollout = learners, rollout
-        self._reference, self._judges = reference, judges
+        self._frozen, self._judges = frozen, judges
         self._awake, self._offloaded = not self._sleeps, False
 
     def to_policy(self) -> None:
@@ -50,8 +64,9 @@ class GPUSharing:
             self._awake = False
         if self._offloaded:
             self._learners.reload()
-            if self._weights and self._reference is not None:
-                self._reference.reload()
+            if self._weights:
+                for group in self._frozen:
+                    group.reload()
             self._offloaded = False
 
     def to_rollout(self) -> bool:
@@ -59,8 +74,8 @@ class GPUSharing:
         # Also with nothing to move: what the others' allocators keep is not free for an engine.
         if (self._sleeps or self._weights or self._optimizer) and not self._offloaded:
             self._learners.offload(self._weights, self._optimizer)
-            if self._reference is not None:
-                self._reference.offload(self._weights)
+            for group in self._frozen:
+                group.offload(self._weights)
             self._offloaded = True
         if self._sleeps and not self._awake and self._judges is not None:
             self._judges.empty_cache()

@@ -10,7 +10,7 @@ from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.errors import PlacementError
 from raytune_rl.groups import memory_plan, specs
 from raytune_rl.groups.memory_plan import GIB, DevicePlan, Engine, Process, Training
-from raytune_rl.groups.sizes import Groups
+from raytune_rl.groups.sizes import Groups, teacher_groups
 from raytune_rl.models.size import size_of
 from raytune_rl.protocol.model import ModelSize, ModelSpec, TunerSettings
 
@@ -31,12 +31,14 @@ class Sizes:
         policy: With what is trained.
         reference, critic: Where they are there.
         reward_models: One after the other.
+        teachers: Each a group of its own.
     """
 
     policy: ModelSize
     reference: ModelSize | None = None
     critic: ModelSize | None = None
     reward_models: tuple[ModelSize, ...] = ()
+    teachers: tuple[ModelSize, ...] = ()
 
 
 def measured(config: TrainConfig, groups: Groups) -> Sizes:
@@ -52,12 +54,15 @@ def measured(config: TrainConfig, groups: Groups) -> Sizes:
         other = getattr(config, "ref_model", None) or policy.path
         reference = size_of(replace(policy, path=other))
     judges: tuple[ModelSize, ...] = ()
+    teachers: tuple[ModelSize, ...] = ()
     if isinstance(config, RLHFConfig):
         judges = tuple(size_of(replace(policy, path=path), scalar=True) for path in config.reward_model)
+        if config.has_teachers:
+            teachers = tuple(size_of(spec) for spec in specs.teacher_specs(config, policy))
     if "critic" in groups:
         start = resolved.critic_start(cast(PPOConfig, config)) or policy.path
         critic = size_of(_based(replace(policy, path=start)), tuner, scalar=True)
-    return Sizes(size_of(policy, _for_size(tuner)), reference, critic, judges)
+    return Sizes(size_of(policy, _for_size(tuner)), reference, critic, judges, teachers)
 
 
 def _based(spec: ModelSpec) -> ModelSpec:
@@ -111,6 +116,9 @@ def device_plans(
         processes.insert(0, memory_plan.engine("rollout", SAMPLING, sizes.policy, engine))
     if sizes.reference is not None:
         processes.append(_scorer("reference", "reference log-probs", (sizes.reference,), how, groups))
+    for number, size in enumerate(sizes.teachers):
+        name = teacher_groups(cast(RLHFConfig, config))[number]
+        processes.append(_scorer(name, "teacher log-probs", (size,), how, groups))
     if sizes.critic is not None:
         critic = replace(training_of(config, groups, "critic"), quant_bits=None)
         processes.append(memory_plan.trainer("critic", "training the critic", sizes.critic, critic))
@@ -124,7 +132,7 @@ def device_plans(
 def _scorer(name: str, phase: str, models: Sequence[ModelSize], how: Training, groups: Groups) -> Process:
     largest = max(models, key=lambda size: size.parameters)
     whole = replace(largest, parameters=sum(size.parameters for size in models))
-    scored = memory_plan.scorer(name, phase, whole, replace(how, logits=name == "reference"))
+    scored = memory_plan.scorer(name, phase, whole, replace(how, logits=name != "reward_model"))
     return replace(scored, on_one_gpu=_beside(groups, name))
 
 

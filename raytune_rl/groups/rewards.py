@@ -62,6 +62,16 @@ class RewardModelGroup:
         return gather_scores(fetch_all(pending), members, len(trajectories))
 
 
+class NoRewards:
+    """For a run that learns from teachers alone: every completion is worth 0."""
+
+    def score(
+        self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState
+    ) -> RewardTable:
+        """A table without a column."""
+        return RewardTable((), (), np.zeros((len(trajectories), 0)), ())
+
+
 class Together:
     """Several scorers as one: their columns side by side, in the order of `--reward_weights`."""
 

@@ -20,6 +20,8 @@ from raytune_rl.runtime.placement import GroupSpec, find_homeless, make_layout, 
 
 T = TypeVar("T")
 
+TEACHER = "teacher"
+"""The role of all groups of teachers."""
 REWARD_WORKERS_AT_MOST = 4
 SERVED_WITH = 0.3
 """Share of a GPU, in Ray's books, of each group that sits beside the policy, which has the rest; it divides
@@ -91,7 +93,7 @@ def infer_groups(config: InferConfig, cluster: ClusterInfo) -> Groups:
 
 
 def online_groups(config: RLHFConfig, cluster: ClusterInfo, needs: Collection[str]) -> Groups:
-    """Policy, rollout, reference (where it is a model of its own), critic, reward, reward model.
+    """Policy, rollout, reference (where it is a model of its own), critic, reward, reward model, teachers.
 
     Args:
         config: Of the run.
@@ -117,7 +119,7 @@ def online_groups(config: RLHFConfig, cluster: ClusterInfo, needs: Collection[st
         GroupSpec(
             name,
             workers,
-            getattr(config, f"cpus_per_{name}_worker") or 0.0,
+            getattr(config, f"cpus_per_{_role(name)}_worker") or 0.0,
             gpus,
             "policy" if colocated and name not in ("policy", "reward") else None,
             _reserved_for(name, cluster),
@@ -142,12 +144,26 @@ def _beside(config: RLHFConfig, needs: Collection[str]) -> list[str]:
         "critic": "values" in needs,
         "reward_model": bool(config.reward_model),
     }
-    return [name for name, is_wanted in wanted.items() if is_wanted]
+    return [*(name for name, is_wanted in wanted.items() if is_wanted), *teacher_groups(config)]
+
+
+def teacher_groups(config: RLHFConfig) -> list[str]:
+    """A group for each teacher, in the order of `--teacher_model`."""
+    if not config.has_teachers:
+        return []
+    count = max(len(config.teacher_model), 1)
+    return [TEACHER] if count == 1 else [f"{TEACHER}_{number}" for number in range(count)]
+
+
+def _role(name: str) -> str:
+    """The role by whose name the flags of a group's size go."""
+    return TEACHER if name.startswith(TEACHER) else name
 
 
 def _asked(config: RLHFConfig, name: str) -> tuple[int | None, float | None]:
     """Workers of a group, and GPUs of each, as the user says."""
-    return getattr(config, f"{name}_workers"), getattr(config, f"gpus_per_{name}_worker")
+    role = _role(name)
+    return getattr(config, f"{role}_workers"), getattr(config, f"gpus_per_{role}_worker")
 
 
 def _per_node(config: Options, name: str) -> int | None:
@@ -215,7 +231,7 @@ def _sharing(config: RLHFConfig, cluster: ClusterInfo, beside: Sequence[str]) ->
         asks = " and ".join(
             f"{-(-workers // policy)} x {share:g} for {n}" for n, (workers, share) in counted.items()
         )
-        flags = [f"--gpus_per_{name}_worker" for name in ("policy", *names)]
+        flags = list(dict.fromkeys(f"--gpus_per_{_role(name)}_worker" for name in ("policy", *names)))
         raise ConfigError(
             f"colocated groups share one GPU, but {asks} leave {max(left, 0.0):g} of it for a policy worker"
             f"{f', which asks for {own:g}' if config.gpus_per_policy_worker else ''}: lower "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import ray
@@ -16,14 +17,15 @@ from raytune_rl.groups.fleet import RewardGroup, RolloutGroup
 from raytune_rl.groups.gpu_sharing import GPUSharing
 from raytune_rl.groups.learners import Learner, Learners
 from raytune_rl.groups.logprobs import AdapterOff, Reference, ReferenceGroup
-from raytune_rl.groups.rewards import RewardModelGroup, Scorer, Together
-from raytune_rl.groups.sizes import Groups
+from raytune_rl.groups.rewards import NoRewards, RewardModelGroup, Scorer, Together
+from raytune_rl.groups.sizes import Groups, teacher_groups
 from raytune_rl.groups.start_order import Part, start_in_turn, turns_of
+from raytune_rl.groups.teachers import Teacher, Teachers
 from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.groups.weight_store import WeightStore
 from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.protocol.data import PromptSet
-from raytune_rl.protocol.model import Settled
+from raytune_rl.protocol.model import ModelSpec, Settled
 from raytune_rl.protocol.train import LossSpec, TrainerSpec
 from raytune_rl.rewards.sandbox import memory_limit_bytes
 from raytune_rl.runtime.group import WorkerGroup, end
@@ -33,6 +35,7 @@ from raytune_rl.workers.reference import ReferenceWorker
 from raytune_rl.workers.reward import RewardWorker
 from raytune_rl.workers.reward_model import RewardModelWorker
 from raytune_rl.workers.rollout import RolloutWorker, rollout_env
+from raytune_rl.workers.teacher import TeacherWorker
 from raytune_rl.workers.trainer import TrainerWorker, trainer_env
 
 CRITIC = "critic"
@@ -76,6 +79,7 @@ class OnlineGroups:
         reference: Gives the log-probs for the KL; None without one.
         critic: Says what tokens are worth; None without one.
         store: Where published weights are found.
+        teachers: Add their opinion to the advantages; None without any.
     """
 
     sizes: Groups
@@ -87,6 +91,7 @@ class OnlineGroups:
     reference: Reference | None
     critic: CriticGroup | None
     store: WeightStore
+    teachers: Teachers | None = None
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,10 @@ class Starter:
         spec = specs.online_reference(self._setup.config, policy.model)
         return self._models("reference", ReferenceWorker, lambda _: {"spec": spec, "settings": policy.score})
 
+    def teacher(self, name: str, spec: ModelSpec, policy: TrainerSpec) -> WorkerGroup:
+        """Copies of one teacher."""
+        return self._models(name, TeacherWorker, lambda _: {"spec": spec, "settings": policy.score})
+
     def critic(self) -> TrainerWorld:
         """The critic's ranks."""
         setup = self._setup
@@ -246,7 +255,9 @@ class Starter:
 class Starting:
     """The groups as they start, one part after the other; see `start_order`."""
 
-    def __init__(self, starter: Starter, policy: TrainerSpec, timeout_s: float) -> None:
+    def __init__(
+        self, starter: Starter, policy: TrainerSpec, teachers: Mapping[str, ModelSpec], timeout_s: float
+    ) -> None:
         self.workers: dict[str, WorkerGroup] = {}
         self.worlds: dict[str, TrainerWorld] = {}
         self._make_workers: dict[str, Callable[[], WorkerGroup]] = {
@@ -254,6 +265,7 @@ class Starting:
             "reward": starter.reward_functions,
             "reward_model": starter.reward_models,
             "reference": lambda: starter.reference(policy),
+            **{name: partial(starter.teacher, name, spec, policy) for name, spec in teachers.items()},
         }
         self._make_worlds: dict[str, Callable[[], TrainerWorld]] = {
             "policy": lambda: starter.world("policy", policy),
@@ -307,11 +319,13 @@ def start_groups(
     store = start_store(setup.store_name, keep=1)
     stack.callback(end, store)
     starter, spec = Starter(setup, slots, stack), setup.policy
-    starting = Starting(starter, spec, config.start_timeout)
+    taught_by = dict(zip(teacher_groups(config), specs.teacher_specs(config, spec.model), strict=True))
+    starting = Starting(starter, spec, taught_by, config.start_timeout)
     start_in_turn(turns_of(sizes), starting, sleeps=specs.sleep_level(config, sizes) > 0)
     rollout, ranks = starting.workers["rollout"], starting.worlds["policy"]
     functions, models = starting.workers.get("reward"), starting.workers.get("reward_model")
     reference, critics = starting.workers.get("reference"), starting.worlds.get("critic")
+    teachers = [starting.workers[name] for name in teacher_groups(config)]
     judges = [group for group in (functions, models) if group is not None]
     for started in (*judges, rollout):
         started.call("ping", what="starting", timeout_s=config.start_timeout)
@@ -326,9 +340,15 @@ def start_groups(
             say(f"Note: critic: {notice}")
     for notice in settled[0].notices if settled else ():
         say(f"Note: reference: {notice}")
+    layouts = []
+    for group in teachers:
+        ready: list[Settled] = group.call("ping", what="starting", timeout_s=config.start_timeout)
+        layouts.append(ready[0].layout)
+        for notice in ready[0].notices:
+            say(f"Note: {group.name}: {notice}")
     # A reference that moves is what it is by its past, and the policy is one world: neither can be replaced.
     unmoving = [] if reference is None or config.sync_ref_model else [reference]
-    for stateless in (*judges, *unmoving):
+    for stateless in (*judges, *unmoving, *teachers):
         stateless.replace_lost(config.start_timeout, lost)
     rollout.replace_lost(config.start_timeout, lost, {"load_weights": (None,)})
     engines = RolloutGroup(
@@ -341,12 +361,19 @@ def start_groups(
     scorers: list[Scorer] = [] if functions is None else [RewardGroup(functions)]
     reward_models = None if models is None else RewardModelGroup(models)
     scorers += [] if reward_models is None else [reward_models]
+    scorers = scorers or [NoRewards()]
     own_reference: ReferenceGroup | None = None
     if reference is not None:
         own_reference = ReferenceGroup(reference, ranks.max_tokens, settled[0].layout)
     reference_scorer: Reference | None = own_reference
     if reference is None and "ref_logprobs" in setup.needs:
         reference_scorer = AdapterOff(policy)
+    advisers = [
+        Teacher(group, coefficient, layout)
+        for group, coefficient, layout in zip(teachers, teacher_coefficients(config), layouts, strict=True)
+    ]
+    taught = Teachers(advisers, ranks.max_tokens) if advisers else None
+    frozen = [group for group in (own_reference, taught) if group is not None]
     learners = learners_of(ranks, critics, config, in_turn=sizes.on_gpu and sizes.colocated)
     return OnlineGroups(
         sizes,
@@ -354,11 +381,21 @@ def start_groups(
         learners,
         engines,
         Together(scorers),
-        GPUSharing(config, sizes, learners, engines, own_reference, reward_models),
+        GPUSharing(config, sizes, learners, engines, frozen, reward_models),
         reference_scorer,
         None if critics is None else CriticGroup(critics),
         WeightStore(store, config.step_timeout),
+        taught,
     )
+
+
+def teacher_coefficients(config: RLHFConfig) -> list[float]:
+    """The weight of each teacher's part of an advantage, in the order of `--teacher_model`."""
+    count = len(teacher_groups(config))
+    if config.teacher_column is not None:
+        return [config.teacher_kl_coef] * count
+    weights = config.teacher_weights or (1.0,) * count
+    return [config.teacher_kl_coef * weight / sum(weights) for weight in weights]
 
 
 def learners_of(

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from raytune_rl.groups.sizes import Groups
+from raytune_rl.groups.sizes import TEACHER, Groups
 
 ORDER = ("rollout", "policy", "critic", "reference", "reward_model")
-"""Groups that hold a model, as they start on GPUs that they share."""
+"""Groups that hold a model, as they start on GPUs that they share; teachers are the last."""
 MEETING = ("policy", "critic")
 """Groups whose ranks meet as they start: whoever begins them waits a little."""
 
@@ -55,9 +55,11 @@ def turns_of(sizes: Groups) -> list[Turn]:
     everyone = tuple(Part(spec.name, tuple(range(spec.workers))) for spec in specs)
     if not (sizes.on_gpu and sizes.colocated):
         return [everyone]
-    turns = [tuple(part for part in everyone if part.group not in ORDER)]  # they have no GPU
+    models = [name for name in ORDER if name in sizes]
+    models += [spec.name for spec in specs if spec.name.startswith(TEACHER)]
+    turns = [tuple(part for part in everyone if part.group not in models)]  # they have no GPU
     gpus = sizes["policy"].workers  # worker i of every group sits beside policy rank i modulo their number
-    for name in (name for name in ORDER if name in sizes):
+    for name in models:
         ranks = range(sizes[name].workers)
         turns += [(Part(name, tuple(ranks[first : first + gpus])),) for first in range(0, len(ranks), gpus)]
     return [turn for turn in turns if turn]

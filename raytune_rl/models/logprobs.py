@@ -30,11 +30,17 @@ class TokenLogprobs(NamedTuple):
         logprobs: float32 [M], log softmax(logits / temperature) at the target, with gradient.
         entropy: float32 [M] in nats of that distribution, with gradient, or None when it was not asked for.
         correct: bool [M], no logit is larger than the target's.
+        divergence: float32 [M] in nats, to a teacher's distribution, with gradient, or None when there is
+            none (`distribution.token_divergence`).
+        top: ids, int64 [M, k], and log-probs, float32 [M, k], of the likeliest tokens, or None when they were
+            not asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
     correct: Tensor
+    divergence: Tensor | None = None
+    top: tuple[Tensor, Tensor] | None = None
 
 
 def default_chunk_tokens(vocab_size: int) -> int:
@@ -77,19 +83,32 @@ def token_logprobs(
     Raises:
         ConfigError: `temperature` or `chunk_tokens` is not positive.
     """
-    if not temperature > 0:
-        raise ConfigError(f"temperature is {temperature}; log-probs need a temperature above 0")
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
-    shape = _LogitShape(
-        1.0 / temperature, softcap, 1.0 if logit_scale is None else logit_scale, disallowed_token_ids
-    )
+    shape = logit_shape(temperature, softcap, logit_scale, disallowed_token_ids)
     if _is_plain_linear(head) and not torch.is_autocast_enabled(hidden.device.type):
         logprobs, entropy, correct = _LinearHead.apply(
             hidden, head.weight, head.bias, targets, shape, chunk_tokens, with_entropy
         )
         return TokenLogprobs(logprobs, entropy if with_entropy else None, correct)
     return _checkpointed(hidden, head, targets, shape, chunk_tokens, with_entropy)
+
+
+def logit_shape(
+    temperature: float,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    disallowed_token_ids: tuple[int, ...] = (),
+) -> LogitShape:
+    """What becomes of a head's output before the softmax; arguments as in `token_logprobs`.
+
+    Raises:
+        ConfigError: `temperature` is not positive.
+    """
+    if not temperature > 0:
+        raise ConfigError(f"temperature is {temperature}; log-probs need a temperature above 0")
+    scale = 1.0 if logit_scale is None else logit_scale
+    return LogitShape(1.0 / temperature, softcap, scale, disallowed_token_ids)
 
 
 def _is_plain_linear(head: nn.Module) -> bool:
@@ -103,7 +122,7 @@ def _is_plain_linear(head: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class _LogitShape:
+class LogitShape:
     """The change of the head's output before the softmax, in place, and its derivative."""
 
     inverse_temperature: float
@@ -142,7 +161,7 @@ class _Logits:
     product."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: _LogitShape, chunk_tokens: int
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: LogitShape, chunk_tokens: int
     ) -> None:
         self.hidden, self.weight, self.bias, self.shape = hidden, weight, bias, shape
         rows = min(hidden.shape[0], chunk_tokens)
@@ -173,7 +192,7 @@ class _LinearHead(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        shape: _LogitShape,
+        shape: LogitShape,
         chunk_tokens: int,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,7 +232,7 @@ class _LinearHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: Any) -> tuple:
         hidden, weight, bias, targets, log_z, entropy, kept = ctx.saved_tensors
-        shape: _LogitShape = ctx.shape
+        shape: LogitShape = ctx.shape
         grad_entropy = grad_entropy if ctx.with_entropy else None
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -253,7 +272,7 @@ def _checkpointed(
     hidden: Tensor,
     head: nn.Module,
     targets: Tensor,
-    shape: _LogitShape,
+    shape: LogitShape,
     chunk_tokens: int,
     with_entropy: bool,
 ) -> TokenLogprobs:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.borders import accepts_borders, borders_of
-from raytune_rl.models.logprobs import TokenLogprobs, default_chunk_tokens, token_logprobs
+from raytune_rl.models.distribution import TeacherDistribution, token_divergence, top_logprobs
+from raytune_rl.models.logprobs import TokenLogprobs, default_chunk_tokens, logit_shape, token_logprobs
 from raytune_rl.models.positions import positions_with_videos
 from raytune_rl.models.prefix_attention import Groups, short_mask
 from raytune_rl.models.sharding import shape_of
@@ -66,6 +67,8 @@ class TokenScorer(nn.Module):
         with_entropy: bool = False,
         disallowed_token_ids: tuple[int, ...] = (),
         shared: Groups = (),
+        teacher: TeacherDistribution | None = None,
+        top: int = 0,
         **model_inputs: Any,
     ) -> TokenLogprobs:
         """Log-probs of the loss tokens.
@@ -82,6 +85,8 @@ class TokenScorer(nn.Module):
             disallowed_token_ids: tokens that sampling never gives.
             shared: of rows that share their beginnings, how they lie (`prefix_attention`), with
                 `attention_mask=None`; empty: they share none.
+            teacher: also return the divergence from it.
+            top: also return so many of the likeliest tokens.
             **model_inputs: passed to the backbone (pixel_values, image_grid_thw, ...).
 
         Returns:
@@ -102,9 +107,10 @@ class TokenScorer(nn.Module):
         )
         states = output.last_hidden_state
         hidden = states.reshape(-1, states.shape[-1])[predict_index]
-        return token_logprobs(
+        head = inner.get_output_embeddings()
+        scored = token_logprobs(
             hidden,
-            inner.get_output_embeddings(),
+            head,
             targets,
             temperature,
             self.chunk_tokens,
@@ -113,6 +119,16 @@ class TokenScorer(nn.Module):
             self.logit_scale,
             disallowed_token_ids,
         )
+        if teacher is None and not top:
+            return scored
+        shape = logit_shape(temperature, self.softcap, self.logit_scale, disallowed_token_ids)
+        if teacher is not None:
+            scored = scored._replace(
+                divergence=token_divergence(hidden, head, shape, teacher, self.chunk_tokens)
+            )
+        if top:
+            scored = scored._replace(top=top_logprobs(hidden, head, shape, top, self.chunk_tokens))
+        return scored
 
     def can_tell_borders(self) -> bool:
         """See `accepts_borders`."""

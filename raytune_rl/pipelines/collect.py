@@ -16,6 +16,7 @@ from raytune_rl.algorithms.experience import Experience, fill_with_signal, known
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.data.sampler import BatchPlan, stretch
 from raytune_rl.groups.start import Samplers
+from raytune_rl.pipelines.demonstrations import Demonstrations
 from raytune_rl.pipelines.position import PromptDraw
 from raytune_rl.pipelines.reward_notices import RewardNotices
 from raytune_rl.pipelines.run_state import RunState
@@ -36,11 +37,13 @@ class Collected:
         kept: What is trained on.
         replaced: Groups without a signal that fresh ones took the place of.
         metrics: Of dynamic sampling; empty without it.
+        demonstrated: It is answers of the data, not of the policy.
     """
 
     kept: Experience
     replaced: Experience | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    demonstrated: bool = False
 
 
 class Collector:
@@ -54,6 +57,7 @@ class Collector:
         state: Of the run; what becomes of prompts is counted there.
         credit: Says which groups teach anything.
         say: Tells the user a sentence.
+        demonstrations: Answers of the data that some generations consist of; None without any.
     """
 
     def __init__(
@@ -65,7 +69,9 @@ class Collector:
         state: RunState,
         credit: Credit,
         say: Callable[[str], None],
+        demonstrations: Demonstrations | None = None,
     ) -> None:
+        self._demonstrations = demonstrations
         self._config, self._groups, self._prompts, self._say = config, groups, prompts, say
         self._state, self._credit = state, credit
         order = BatchPlan(len(prompts), prompts_per_generation, config.data_seed, config.dataset_shuffle)
@@ -79,7 +85,11 @@ class Collector:
         self._state.prompt_counts[outcome] += len(groups.groups) - failed
 
     def collect(self, generation: int, version: int, state: TrainerState, timer: StepTimer) -> Collected:
-        """Samples and scores a generation with a weight version."""
+        """Samples and scores a generation with a weight version; or takes it from the data, where due."""
+        shown = self._demonstrations
+        if shown is not None and shown.due(generation):
+            self._state.data = self._draw.state()
+            return Collected(shown.of(generation, version), demonstrated=True)
 
         def round_of(prompts: Sequence[int], seeds: int) -> Experience:
             self._state.prompt_counts["dispatched"] += len(prompts)

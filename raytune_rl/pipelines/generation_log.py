@@ -49,6 +49,8 @@ class GenerationLog:
         """
         kept = collected.kept
         metrics = {**report.batch_metrics(kept), **credited.metrics, **collected.metrics}
+        if self._config.demonstrates:
+            metrics["gkd/on_policy"] = float(not collected.demonstrated)
         if not self._credit.has_signal(kept):
             self._state.silent_generations += 1
             if self._state.silent_generations == 1:
@@ -57,7 +59,7 @@ class GenerationLog:
                     f"such "
                     "generations are only counted."
                 )
-        if self._config.log_completions:
+        if self._config.log_completions and not collected.demonstrated:
             timeout = self._config.step_timeout
             prompts = fetch(Pending(self._prompts.texts, "the object store", "reading prompts", timeout))
             for part, of in ((kept, credited.advantages), (collected.replaced, None)):

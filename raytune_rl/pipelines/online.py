@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from raytune_rl.algorithms.aggregation import lengths_in_loss, row_weights
 from raytune_rl.algorithms.before_step import OnlineStep
 from raytune_rl.algorithms.credit.base import Credit, Credited
+from raytune_rl.algorithms.losses.gkd import TEACHER_COLUMNS
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
 from raytune_rl.errors import ConfigError
@@ -30,6 +32,7 @@ from raytune_rl.groups.start import OnlineGroups, OnlineSetup, start_groups
 from raytune_rl.multi_turn.scheduler import make_scheduler
 from raytune_rl.pipelines import dry_run, memory, report
 from raytune_rl.pipelines.collect import Collected, Collector
+from raytune_rl.pipelines.demonstrations import Demonstrations, demonstrations_of
 from raytune_rl.pipelines.engine_guard import METRIC, EngineGuard
 from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, note, stage
@@ -90,6 +93,16 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         )
         specs.check_readable(config, train.account.media)
         schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
+        demonstrations = None
+        if config.demonstrates:
+            with stage("reading the answers of the data") as tell:
+                demonstrations = demonstrations_of(
+                    config,
+                    schedule.batch.prompts_per_generation * schedule.batch.num_generations,
+                    resume_point.run_dir.quarantine_jsonl.with_name("quarantine.answers.jsonl"),
+                    one_machine=cluster.started_here,
+                    tell=tell,
+                )
         schedule, resized = generations_go_on(schedule, len(train), resume_point, config.max_steps)
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)
         max_model_len = check_lengths(
@@ -140,7 +153,9 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
                 media=media,
             )
             actors = start_groups(setup, slots, stack, controlled.say, lost)
-            online = OnlineRun(config, algorithm, schedule, train, held_out, controlled, state, actors)
+            online = OnlineRun(
+                config, algorithm, schedule, train, held_out, controlled, state, actors, demonstrations
+            )
             online.restore(resume_point)
         with controlled.watched():
             online.train()
@@ -162,6 +177,7 @@ class OnlineRun:
         run: Directory, log, display and checkpoints.
         state: What the run has come to.
         actors: The groups.
+        demonstrations: Answers of the data that some generations consist of; None without any.
     """
 
     def __init__(
@@ -174,13 +190,21 @@ class OnlineRun:
         run: Run,
         state: RunState,
         actors: OnlineGroups,
+        demonstrations: Demonstrations | None = None,
     ) -> None:
         self.config, self.algorithm, self.schedule = config, algorithm, schedule
         self.prompts, self.held_out = prompts, held_out if resolved.eval_strategy(config) != "no" else None
         self.run, self.state, self.actors = run, state, actors
         self.credit: Credit = algorithm.credit
         self.collector = Collector(
-            config, actors, prompts, schedule.batch.prompts_per_generation, state, self.credit, run.say
+            config,
+            actors,
+            prompts,
+            schedule.batch.prompts_per_generation,
+            state,
+            self.credit,
+            run.say,
+            demonstrations,
         )
         self.generation_log = GenerationLog(config, self.credit, run.completions, prompts, state, run.say)
         restarts = partial(state.lost_workers.__getitem__, "rollout")
@@ -236,10 +260,27 @@ class OnlineRun:
         if actors.reference is not None:
             with timer.phase("reference"):
                 batch = batch.with_columns(ref_logprobs=actors.reference.logprobs(trajectories).columns)
-        if not self.schedule.batch.on_policy or "old_logprobs" in self.credit.needs:
+        teachers = actors.teachers
+        distils = not self.algorithm.needs.isdisjoint(TEACHER_COLUMNS)
+        advises = teachers is not None and not distils
+        if not self.schedule.batch.on_policy or "old_logprobs" in self.credit.needs or advises:
             with timer.phase("train"):
                 batch = batch.with_columns(old_logprobs=actors.policy.logprobs(trajectories).columns)
-        return self.credit.assign(experience, batch, RunModels(actors.policy, actors.critic, timer))
+        credited = self.credit.assign(experience, batch, RunModels(actors.policy, actors.critic, timer))
+        if teachers is None:
+            return credited
+        with timer.phase("teacher"):
+            whose = self.whose(experience.batch)
+            if advises:
+                return teachers.advise(batch, credited, whose)
+            known = teachers.distributions(credited.batch, whose, self.config.gkd_logits_topk or 0)
+            given = [float(collected.demonstrated)] * len(known)
+            return replace(credited, batch=known.with_scalars(off_policy=given))
+
+    def whose(self, trajectories: Sequence[Trajectory]) -> NDArray[np.int64] | None:
+        """The teacher of each completion; None where all teachers judge all of them."""
+        teacher = self.prompts.values.get("teacher")
+        return None if teacher is None else teacher[[t.prompt for t in trajectories]].astype(np.int64)
 
     def optimizer_steps(self, size: int) -> list[slice]:
         """The parts of a generation batch that make one optimizer step each, over all iterations."""

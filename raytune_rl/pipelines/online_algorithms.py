@@ -13,6 +13,7 @@ from functools import partial
 from raytune_rl.algorithms.aggregation import normaliser_of
 from raytune_rl.algorithms.before_step import OnlineStep, StepModels, StepValues
 from raytune_rl.algorithms.credit.base import Credit, get_credit, is_built_in_credit
+from raytune_rl.algorithms.losses.gkd import GKD, TEACHER_COLUMNS
 from raytune_rl.algorithms.registry import Loss, get_loss, is_built_in_loss
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.algorithms import credit_settings, loss_settings
@@ -83,6 +84,8 @@ def credit_of(config: RLHFConfig) -> Credit:
             f"--kl_in_reward true: --advantage_estimator {name} takes no KL off the reward; leave it out, "
             "and the KL is a term of the loss."
         )
+    if "teacher_advantages" in credit.needs and not config.has_teachers:
+        raise ConfigError(f"--advantage_estimator {name} needs somebody to learn from: --teacher_model.")
     if "ref_logprobs" in credit.needs and config.beta == 0:
         raise ConfigError(f"--advantage_estimator {name} needs a reference model: --beta must be over 0.")
     return credit
@@ -91,6 +94,7 @@ def credit_of(config: RLHFConfig) -> Credit:
 def _check_columns(config: RLHFConfig, loss: Loss, needed: set[str]) -> None:
     known_columns = {"old_logprobs", "rollout_logprobs"}
     known_columns |= {"ref_logprobs"} if config.beta > 0 else set()
+    known_columns |= {*TEACHER_COLUMNS} if config.has_teachers else set()
     known_columns |= {"entropy", "entropy_threshold"} if config.top_entropy_quantile < 1 else set()
     known_columns |= set() if loss.before_step is None else loss.before_step.gives
     if missing := needed - known_columns:
@@ -109,6 +113,8 @@ def in_words(config: RLHFConfig, algorithm: Algorithm) -> list[tuple[str, str]]:
         ("importance ratio", f"of the {level.replace('_', ', by ')}"),
         ("advantage", algorithm.credit.in_words()),
     ]
+    if config.has_teachers:
+        rows.append(("teachers", _teachers(config)))
     if config.beta > 0:
         where = "off the reward" if resolved.kl_in_reward(config) else "in the loss"
         rows.append(("KL", f"{resolved.kl_estimator(config)} {where}, beta {config.beta:g}"))
@@ -126,6 +132,17 @@ def in_words(config: RLHFConfig, algorithm: Algorithm) -> list[tuple[str, str]]:
     if config.dynamic_sample:
         rows.append(("dynamic sampling", f"up to {config.max_resample_times} further draws a generation"))
     return rows
+
+
+def _teachers(config: RLHFConfig) -> str:
+    models = " and ".join(config.teacher_model or (f"{config.model} with {config.teacher_adapters[0]}",))
+    chosen = f", by the column {config.teacher_column}" if config.teacher_column else ""
+    if config.loss_type == GKD.name:
+        own = (
+            f", on the policy's own answers with probability {config.lmbda:g}" if config.demonstrates else ""
+        )
+        return f"{models}{chosen}, its distribution{own}"
+    return f"{models}{chosen}: reverse KL a token, coefficient {config.teacher_kl_coef:g}"
 
 
 def _reference(config: RLHFConfig) -> str:

@@ -17,7 +17,7 @@ from raytune_rl.config import PreferenceConfig, RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, SFTSchedule
 from raytune_rl.config.commands import TrainConfig
 from raytune_rl.groups import lora_sync, specs
-from raytune_rl.groups.sizes import Groups
+from raytune_rl.groups.sizes import Groups, teacher_groups
 from raytune_rl.pipelines.online_algorithms import Algorithm, in_words
 from raytune_rl.prepare.sets import quarantined
 from raytune_rl.protocol.data import Account, PromptSet
@@ -67,6 +67,7 @@ def online_plan(
         "policy": trainer(config, groups),
         "rollout": f"vLLM, weights arrive {arrive}",
         "reference": "for the KL term",
+        **dict.fromkeys(teacher_groups(config), "frozen, judges every token"),
         "critic": "DeepSpeed, predicts what the rest of a completion will earn",
         "reward": " + ".join(config.reward_funcs),
         "reward_model": " + ".join(config.reward_model),

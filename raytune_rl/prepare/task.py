@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.config.commands import TrainConfig
 from raytune_rl.data.example import Task
@@ -75,7 +78,9 @@ def _encoded_prompts(
     facts = model_facts(config)
     tokenizer = facts.tokenizer
     if config.own_reference and config.ref_model:
-        check_vocabulary(tokenizer, config.ref_model, config)
+        check_vocabulary(tokenizer, config.ref_model, config, "--ref_model")
+    for teacher in config.teacher_model:
+        check_vocabulary(tokenizer, teacher, config, "--teacher_model")
     media = MediaSettings(facts.media, places.root, places.inline) if facts.media else None
     bad_rows = _quarantines(config, quarantine)
     for stale in bad_rows:  # of an earlier start of the same run
@@ -105,7 +110,10 @@ def _encoded_prompts(
         texts = tokenizer.batch_decode([shown[i].tolist() for i in range(len(shown))])
         extra = {**encoded.extra, **conversations([examples[i] for i in encoded.index])}
         account = replace(_account(report, encoded, facts, left_out), columns=tuple(extra))
-        yield (encoded.prompts.lengths, account), columns, extra, texts
+        values = {}
+        if config.teacher_column is not None:
+            values["teacher"] = teacher_of_rows(extra, config.teacher_column, config.teacher_model)
+        yield (encoded.prompts.lengths, account, values), columns, extra, texts
 
 
 def encode_rows_task(
@@ -139,7 +147,7 @@ def _encoded_sets(
     for path in bad_rows.values():  # of an earlier start of the same run
         path.unlink(missing_ok=True)
     if isinstance(config, PreferenceConfig) and config.own_reference and config.ref_model:
-        check_vocabulary(model_facts(config).tokenizer, config.ref_model, config)
+        check_vocabulary(model_facts(config).tokenizer, config.ref_model, config, "--ref_model")
     key = _key(config, task, places, tell)
     if key is None:
         return [encoded for _, encoded in _encode(config, task, bad_rows, places, None, tell)]
@@ -287,21 +295,66 @@ def model_facts(config: TrainConfig) -> ModelFacts:
     return ModelFacts(processor.tokenizer, positions, takes_media, traits_of(model), media, tokens)
 
 
-def check_vocabulary(tokenizer: Any, ref_model: str, config: TrainConfig) -> None:
-    """A reference is asked about the policy's own tokens, so it must mean the same by them.
+def check_vocabulary(tokenizer: Any, model: str, config: TrainConfig, flag: str) -> None:
+    """A reference or teacher is asked about the policy's own tokens, so it must mean the same by them. It may
+    know more of them, and lack added ones for which its embedding has an empty place.
+
+    Args:
+        tokenizer: The policy's.
+        model: The other model.
+        config: Of the run.
+        flag: It named that model.
 
     Raises:
         ConfigError: It does not.
     """
     from raytune_rl.models import load
 
-    path = load.resolve_path(ref_model, use_hf=config.use_hf)
-    theirs = load.load_tokenizer(path, trust_remote_code=config.trust_remote_code).get_vocab()
-    if theirs != tokenizer.get_vocab():
+    path, trust = load.resolve_path(model, use_hf=config.use_hf), config.trust_remote_code
+    theirs = load.load_tokenizer(path, trust_remote_code=trust).get_vocab()
+    places = load.load_config(path, trust_remote_code=trust).get_text_config().vocab_size
+    added, taken = tokenizer.get_added_vocab(), set(theirs.values())
+    for piece, number in tokenizer.get_vocab().items():
+        known = theirs.get(piece)
+        has_place = number < places and number not in taken
+        if known == number or (known is None and piece in added and has_place):
+            continue
+        there = "none there" if known is None else f"number {known} there"
         raise ConfigError(
-            f"--ref_model {ref_model} has another vocabulary than --model {config.model}: the same token "
-            "means something else to it. Take a reference of the same family."
+            f"{flag} {model} has another vocabulary than --model {config.model}: the piece {piece!r}, number "
+            f"{number} here, is {there}, so the same token means something else to it. Take a model of the "
+            "same family."
         )
+
+
+def teacher_of_rows(
+    extra: Mapping[str, Sequence[Any]], column: str, teachers: Sequence[str]
+) -> NDArray[np.float64]:
+    """The number of each row's teacher, float64 `[n]`.
+
+    Args:
+        extra: The data's columns.
+        column: It has the teacher, by number or as in `teachers`.
+        teachers: `--teacher_model`.
+
+    Raises:
+        ConfigError: The data has no such column, or a row names nobody.
+    """
+    if column not in extra:
+        raise ConfigError(
+            f"--teacher_column {column}: the data has no such column, only {', '.join(sorted(extra))}."
+        )
+    numbers = {**{str(number): number for number in range(len(teachers))}}
+    numbers |= {name: number for number, name in enumerate(teachers)}
+    found = [numbers.get(str(value)) for value in extra[column]]
+    if None in found:
+        row = found.index(None)
+        raise ConfigError(
+            f"--teacher_column {column}: row {row + 1} of the prompts has {extra[column][row]!r}, which is "
+            f"none of the {len(teachers)} teachers: write its number, from 0, or its name as in "
+            "--teacher_model."
+        )
+    return np.array(found, dtype=np.float64)
 
 
 def quarantine_dropped(dropped: Any, path: Path, held: set[tuple[str, int]] | None = None) -> Path | None:

@@ -93,6 +93,7 @@ class PromptSet:
         texts: Reference to the prompts as text, for the completion log.
         lengths: Tokens of each prompt, int64 `[n]`.
         account: What became of the rows.
+        values: By name, what the data says of each row, float64 `[n]`, such as "teacher".
     """
 
     columns: Any
@@ -100,6 +101,7 @@ class PromptSet:
     texts: Any
     lengths: NDArray[np.int64]
     account: Account
+    values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +13,7 @@ from raytune_rl.protocol.model import ModelSpec, ScoreSettings, Settled
 from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.weights import read
-from raytune_rl.workers import scoring
-from raytune_rl.workers.offload import Frozen, empty_cache
+from raytune_rl.workers.frozen import FrozenModel
 from raytune_rl.workers.saving import writing
 
 
@@ -28,38 +25,23 @@ class ReferenceWorker:
     """
 
     def __init__(self, spec: ModelSpec, settings: ScoreSettings) -> None:
-        from raytune_rl.models.tuner import apply_tuner
-        from raytune_rl.protocol.model import TunerSettings
-        from raytune_rl.workers import isolation
-
-        loaded = scoring.load(spec)
-        model: Any = loaded.model
-        if spec.adapters:
-            model = apply_tuner(model, TunerSettings(lora_dropout=0.0), scoring.adapters(spec)).model
-        self._media = scoring.media_collator(spec, loaded, always=False)
-        self._settings = settings
-        self._scorer = scoring.scorer_of(model, "logprobs").eval().requires_grad_(False)
-        self._settled = isolation.settle(self._scorer, spec.layout, spec.packing_flag)
-        self._spec = replace(spec, layout=self._settled.layout)
-        self._frozen = Frozen(self._scorer.parameters())
+        self._model = FrozenModel(spec, settings)
 
     def ping(self) -> Settled:
         """Proves that the model is loaded; how its rows are laid out."""
-        return self._settled
+        return self._model.settled
 
     def logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """See `scoring.score`."""
-        return scoring.score(self._scorer, batch, self._spec, self._settings, self._media)
+        return self._model.logprobs(batch)
 
     def offload(self, weights: bool) -> None:
         """Moves its weights to the CPU if they are wanted away, and gives back what the allocator keeps."""
-        if weights:
-            self._frozen.away()
-        empty_cache()
+        self._model.offload(weights)
 
     def reload(self) -> None:
         """Brings back what `offload` moved."""
-        self._frozen.back()
+        self._model.reload()
 
     def mix(self, manifest: Manifest, share: float) -> None:
         """Moves every weight towards a published version: ref <- share * policy + (1 - share) * ref.
@@ -71,17 +53,17 @@ class ReferenceWorker:
 
         from raytune_rl.models.weights import export_tensors
 
-        own = dict(export_tensors(self._scorer, "full"))
-        in_place = {p.data_ptr() for p in self._scorer.parameters()}
+        own = dict(export_tensors(self._model.scorer, "full"))
+        in_place = {p.data_ptr() for p in self._model.scorer.parameters()}
         with torch.no_grad():
-            for name, published in read(manifest, self._settings.timeout_s):
+            for name, published in read(manifest, self._model.settings.timeout_s):
                 own_tensor = own.pop(name, None)
                 if own_tensor is None or own_tensor.data_ptr() not in in_place:
                     raise ModelError(
                         f"--sync_ref_model: {name} has another form in memory; it cannot be mixed"
                     )
                 own_tensor.lerp_(published.to(own_tensor), share)
-        self._frozen.changed()
+        self._model.changed()
         if own:
             raise ModelError(f"--sync_ref_model: the policy does not publish {sorted(own)[0]}")
 
@@ -89,7 +71,7 @@ class ReferenceWorker:
         """Writes the weights, for `load`."""
         from safetensors.torch import save_file
 
-        tensors = {name: p.detach().cpu().clone() for name, p in self._scorer.named_parameters()}
+        tensors = {name: p.detach().cpu().clone() for name, p in self._model.scorer.named_parameters()}
         with writing(directory):
             Path(directory).mkdir()
             save_file(tensors, Path(directory) / "model.safetensors")
@@ -111,6 +93,6 @@ class ReferenceWorker:
             )
         saved = load_file(path)
         with torch.no_grad():
-            for name, parameter in self._scorer.named_parameters():
+            for name, parameter in self._model.scorer.named_parameters():
                 parameter.copy_(saved[name])
-        self._frozen.changed()
+        self._model.changed()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raytune_rl.algorithms.losses.gkd import TEACHER_COLUMNS
 from raytune_rl.data.media_table import ROW_COLUMN
 from raytune_rl.data.read_rows import ReadRows
 from raytune_rl.errors import ModelError
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from raytune_rl.algorithms.metrics import MetricSums
     from raytune_rl.algorithms.moments import Moments
     from raytune_rl.data.collate import MicroBatch
+    from raytune_rl.models.distribution import TeacherDistribution
 
 
 def trainer_env(threads: int, on_gpu: bool) -> dict[str, str]:
@@ -235,7 +237,6 @@ class TrainerWorker:
 
         spec = self._spec
         micro = scoring.micro_batch(rows, members, spec.model.layout, self._media)
-        outputs = self._forward(micro)
         extra = [name for name in batch.places if name not in ("", ROW_COLUMN)]
         columns = {name: scoring.extra_column(rows, members, name) for name in extra}
         # A rank without rows has no column either, but its loss may ask for one.
@@ -244,6 +245,7 @@ class TrainerWorker:
         if sampled or (wanted and not len(batch)):
             columns["rollout_logprobs"] = scoring.flat_column(rows, members, "logprobs")
         values = self._row_values(batch, members)
+        outputs = self._forward(micro, self._teacher(columns, len(micro.targets)))
         advantages = columns.pop("advantages", None)
         if advantages is None and "advantage" in values:
             advantages = values["advantage"][micro.row_of].float()
@@ -270,7 +272,21 @@ class TrainerWorker:
             )
         return loss, metrics, micro.input_ids.numel()
 
-    def _forward(self, micro: MicroBatch) -> dict[str, Any]:
+    def _teacher(self, columns: dict[str, Tensor], count: int) -> TeacherDistribution | None:
+        """Takes a teacher's distributions at `count` tokens out of the columns, if the loss needs them."""
+        if self._loss.divergence_beta is None:
+            return None
+        import torch
+
+        from raytune_rl.models.distribution import TeacherDistribution
+
+        ids, logprobs = (columns.pop(name, torch.empty(0)) for name in TEACHER_COLUMNS)
+        k = max(len(ids) // max(count, 1), 1)  # a rank without rows has no column either
+        return TeacherDistribution(
+            ids.view(count, k).long(), logprobs.view(count, k), self._loss.divergence_beta(self._settings)
+        )
+
+    def _forward(self, micro: MicroBatch, teacher: TeacherDistribution | None) -> dict[str, Any]:
         """The model's outputs, under the names that `LossInputs` has for it."""
         import torch
 
@@ -283,11 +299,13 @@ class TrainerWorker:
             temperature=spec.score.temperature,
             with_entropy=spec.with_entropy,
             disallowed_token_ids=spec.score.disallowed_token_ids,
+            teacher=teacher,
         )
         return {
             "logprobs": scored.logprobs,
             "entropy": None if scored.entropy is None else scored.entropy.detach(),
             "correct": scored.correct,
+            "divergence": scored.divergence,
         }
 
     def _row_values(self, batch: RowBatch, members: tuple[int, ...]) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def read_in_families() -> set[str]:
     """Settings that are read by names that are put together: group sizes, settings of losses, arguments of
     rewards.
     """
-    groups = ("policy", "rollout", "reference", "critic", "reward", "reward_model")
+    groups = ("policy", "rollout", "reference", "critic", "reward", "reward_model", "teacher")
     sizes = {n.format(g) for g in groups for n in ("{}_workers", "gpus_per_{}_worker", "cpus_per_{}_worker")}
     losses = {f.name for name in registry.loss_names() for f in fields(registry.get_loss(name).settings_type)}
     rewards = {n for reward in orms.values() for n in inspect.signature(reward.__init__).parameters}

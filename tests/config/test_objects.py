@@ -83,7 +83,15 @@ WRONG = [
     ({"gpus_per_policy_worker": 1.5}, "--gpus_per_policy_worker 1.5"),
 ]
 WRONG_RL = [
-    ({"rlhf_type": "gkd"}, "--rlhf_type gkd is not built yet"),
+    ({"rlhf_type": "gkd"}, "needs somebody to learn from"),
+    (
+        {"rlhf_type": "gkd", "teacher_model": ["a", "b"]},
+        "takes the distribution of one teacher a row",
+    ),
+    (
+        {"rlhf_type": "gkd", "teacher_model": ["a", "b"], "teacher_column": "whose"},
+        "which have no --teacher_column",
+    ),
     ({"rlhf_type": "dpo"}, "its settings are a PreferenceConfig"),
     ({"num_generations": 1}, "needs at least 2"),
     ({"temperature": 0}, "--temperature: 0 must be at least 0.01"),

@@ -65,7 +65,9 @@ def shared(
     config = RLHFConfig(model="m", dataset="d", reward_funcs="accuracy", **settings)
     groups = online_groups(config, GPU, ())
     held: Any = device
-    return GPUSharing(config, groups, held, held, cast(Any, reference), cast(Any, judge))
+    return GPUSharing(
+        config, groups, held, held, [] if reference is None else [cast(Any, reference)], cast(Any, judge)
+    )
 
 
 def test_nobody_takes_memory_before_it_was_given() -> None:

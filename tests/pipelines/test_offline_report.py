@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +103,18 @@ def test_a_lead_is_worked_out_where_rows_are_no_pairs() -> None:
 def test_a_reference_must_mean_the_same_by_a_token(tmp_path: Path) -> None:
     config = PreferenceConfig(model="m", dataset="d", ref_model="r")
     own = load_tokenizer(make_tiny_model(tmp_path / "own", hidden=64, layers=1))
-    check_vocabulary(own, str(tmp_path / "own"), config)
+    check = partial(check_vocabulary, model=str(tmp_path / "own"), config=config, flag="--ref_model")
+    check(own)
+    more = load_tokenizer(tmp_path / "own")
+    more.add_tokens(["<another>"])
+    with pytest.raises(ConfigError, match="<another>"):
+        check(more)
+    settings = tmp_path / "own" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"vocab_size": 520}))
+    check(more)  # its embedding has an empty place for it
     other = load_tokenizer(tmp_path / "own")
-    other.add_tokens(["<another>"])
+    other.add_tokens(["<different>"])
     other.save_pretrained(tmp_path / "own")
-    with pytest.raises(ConfigError, match="another vocabulary"):
-        check_vocabulary(own, str(tmp_path / "own"), config)
+    check(own)  # it may know more
+    with pytest.raises(ConfigError, match=r"another vocabulary .* '<another>', number"):
+        check(more)

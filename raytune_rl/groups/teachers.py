@@ -1,0 +1,149 @@
+"""The teachers as the pipelines see them: advantages in, advantages with the teachers' part out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.algorithms.credit.base import Credited
+from raytune_rl.algorithms.losses.gkd import TEACHER_COLUMNS
+from raytune_rl.data.media_table import ROW_COLUMN
+from raytune_rl.data.microbatch import plan_micro_batches
+from raytune_rl.groups.world import rank_share
+from raytune_rl.protocol.rows import RowPointer, TrainBatch
+from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.wait import Pending, settle
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One teacher.
+
+    Attributes:
+        workers: Its copies.
+        coefficient: Weight of its part of the advantage.
+        layout: "padded" or "packed".
+    """
+
+    workers: WorkerGroup
+    coefficient: float
+    layout: str
+
+
+class Teachers:
+    """All of them.
+
+    Args:
+        teachers: They, in the order of `--teacher_model`.
+        max_tokens: Token budget of a micro-batch.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher], max_tokens: int) -> None:
+        self._teachers, self._max_tokens = teachers, max_tokens
+
+    def advise(self, batch: TrainBatch, credited: Credited, whose: NDArray[np.int64] | None) -> Credited:
+        """Advantages with the teachers' part, one a token, as the column "advantages" of the batch.
+
+        Args:
+            batch: The rows, with the column "old_logprobs".
+            credited: What they earned otherwise.
+            whose: The teacher of each row, int64 `[n]`; None: all teachers judge every row.
+        """
+        rows = TrainBatch(batch.rows, batch.lengths, batch.keep({"old_logprobs", ROW_COLUMN}).columns)
+        rows = rows.with_scalars(advantage=credited.advantages)
+        earned = dict(enumerate(credited.batch.columns.get("advantages", ())))
+        sums, kl, judged = np.zeros((len(batch), 3)), 0.0, 0.0
+        for judges in self._at_once(len(batch), whose):
+            asked = [
+                (own, self._ask(t, _with_earned(rows, own, earned), "advise", t.coefficient))
+                for t, own in judges
+            ]
+            for own, calls in asked:
+                columns, answers = _answered(calls, len(own))
+                earned |= dict(zip(own, columns, strict=True))
+                sums[own] = answers
+                kl, judged = kl + float(answers[:, 0].sum()), judged + float(answers[:, 2].sum())
+        return Credited(
+            credited.batch.with_columns(advantages=[earned[row] for row in range(len(batch))]),
+            (sums[:, 1] / np.maximum(sums[:, 2], 1)).astype(np.float32),
+            {**credited.metrics, "teacher_kl": kl / max(judged, 1.0)},
+        )
+
+    def offload(self, weights: bool) -> None:
+        """Gives back what the allocators keep, and moves the weights to the CPU if they are wanted away."""
+        for teacher in self._teachers:
+            teacher.workers.call("offload", weights, what="offloading a teacher")
+
+    def reload(self) -> None:
+        """Brings them back."""
+        for teacher in self._teachers:
+            teacher.workers.call("reload", what="reloading a teacher")
+
+    def distributions(self, batch: TrainBatch, whose: NDArray[np.int64] | None, k: int) -> TrainBatch:
+        """The batch with the teachers' likeliest tokens (`losses.gkd.TEACHER_COLUMNS`).
+
+        Args:
+            batch: The rows.
+            whose: The teacher of each row, int64 `[n]`; None: there is one teacher.
+            k: So many tokens; 0: as many as `FrozenModel.usual_top` says.
+        """
+        rows = TrainBatch(batch.rows, batch.lengths, batch.keep({ROW_COLUMN}).columns)
+        places: dict[int, RowPointer] = {}
+        (judges,) = self._at_once(len(batch), whose)
+        asked = [(own, self._ask(t, rows.part(own), "distributions", k)) for t, own in judges]
+        for own, calls in asked:
+            done, _ = settle([call for call, _ in calls])
+            for call, (_, part) in zip(done, calls, strict=True):
+                places |= {own[row]: RowPointer(call.ref[1], number) for number, row in enumerate(part)}
+        column = [places[row] for row in range(len(batch))]
+        return batch.with_columns(**dict.fromkeys(TEACHER_COLUMNS, column))
+
+    def _at_once(self, count: int, whose: NDArray[np.int64] | None) -> list[list[tuple[Teacher, list[int]]]]:
+        """Who is asked about which rows, one list after the other: where all judge every row, each adds to
+        what the one before it said.
+        """
+        if whose is None:
+            return [[(teacher, list(range(count)))] for teacher in self._teachers]
+        parts = [(t, np.flatnonzero(whose == number).tolist()) for number, t in enumerate(self._teachers)]
+        return [[(teacher, own) for teacher, own in parts if own]]
+
+    def _ask(
+        self, teacher: Teacher, rows: TrainBatch, method: str, setting: float
+    ) -> list[tuple[Pending, list[int]]]:
+        schedule = plan_micro_batches(
+            rows.lengths.tolist(),
+            world_size=len(teacher.workers),
+            max_tokens=self._max_tokens,
+            layout=teacher.layout,  # type: ignore[arg-type]
+        )
+        calls = []
+        for rank in range(len(teacher.workers)):
+            share = rank_share(schedule, rank, rows)
+            if share.rows:
+                what = f"an opinion of {len(share.rows)} rows"
+                call = teacher.workers.submit(rank, method, share.batch, setting, what=what, returns=2)
+                calls.append((call, share.rows))
+        return calls
+
+
+def _with_earned(rows: TrainBatch, own: list[int], earned: dict[int, RowPointer]) -> TrainBatch:
+    part = rows.part(own)
+    if own[0] not in earned:
+        return part
+    return part.with_columns(advantages=[earned[row] for row in own])
+
+
+def _answered(
+    calls: Sequence[tuple[Pending, list[int]]], count: int
+) -> tuple[list[RowPointer], NDArray[np.float64]]:
+    """Where each row's advantages lie, and what was told of it."""
+    columns: dict[int, RowPointer] = {}
+    sums = np.zeros((count, 3))
+    done, answers = settle([call for call, _ in calls])
+    for call, told, (_, own) in zip(done, answers, calls, strict=True):
+        sums[own] = told
+        columns |= {row: RowPointer(call.ref[1], number) for number, row in enumerate(own)}
+    return [columns[row] for row in range(count)], sums

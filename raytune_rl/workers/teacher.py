@@ -1,0 +1,77 @@
+"""The teacher worker: what a frozen model would have said to every token that the policy sampled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_rl.algorithms.distillation import advantages
+from raytune_rl.algorithms.losses.gkd import TEACHER_COLUMNS
+from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings, Settled
+from raytune_rl.protocol.rows import RowBatch
+from raytune_rl.workers.frozen import FrozenModel
+from raytune_rl.workers.scoring import read_rows
+
+
+class TeacherWorker:
+    """A copy of a teacher. It has no state of its own."""
+
+    def __init__(self, spec: ModelSpec, settings: ScoreSettings) -> None:
+        self._model = FrozenModel(spec, settings)
+
+    def ping(self) -> Settled:
+        """Proves that the model is loaded; how its rows are laid out."""
+        return self._model.settled
+
+    def offload(self, weights: bool) -> None:
+        """See `FrozenModel.offload`."""
+        self._model.offload(weights)
+
+    def reload(self) -> None:
+        """Brings back what `offload` moved."""
+        self._model.reload()
+
+    def advise(self, batch: RowBatch, coefficient: float) -> tuple[NDArray[np.float64], Columns]:
+        """Adds this teacher's part to the advantages of rows; see `algorithms.distillation.advantages`.
+
+        Args:
+            batch: Rows with the extra column "old_logprobs", and what they earned so far: the extra column
+                "advantages", else the scalar "advantage".
+            coefficient: Weight of this teacher's part.
+
+        Returns:
+            Of each row the sums over its tokens of the reverse KL's estimate, nats, and of the new
+            advantages, and how many tokens it has, float64 `[n, 3]`; and {"advantages": Ragged float32}.
+        """
+        _, scored = self._model.logprobs(batch)
+        rows = read_rows(batch, self._model.settings.timeout_s)
+        own: Ragged = scored["logprobs"]  # type: ignore[assignment]
+        sums, made = np.zeros((len(batch), 3)), []
+        for row in range(len(batch)):
+            old = rows.extra("old_logprobs", row)
+            earned = (
+                rows.extra("advantages", row)
+                if rows.has_extra("advantages")
+                else np.full(len(old), batch.scalars["advantage"][row], dtype=np.float32)
+            )
+            new = advantages(earned, own[row], old, coefficient)
+            made.append(new)
+            sums[row] = (old.astype(np.float64) - own[row]).sum(), new.sum(dtype=np.float64), len(old)
+        return sums, {"advantages": Ragged.from_rows(made, np.float32)}
+
+    def distributions(self, batch: RowBatch, k: int) -> tuple[int, Columns]:
+        """What this teacher would have said at every token of rows.
+
+        Returns:
+            The number of rows, and the columns `losses.gkd.TEACHER_COLUMNS`: ids as Ragged int32 and
+            log-probs as Ragged float32 of its k likeliest tokens, one token after the other.
+        """
+        ids: list[Any] = [None] * len(batch)
+        logprobs: list[Any] = [None] * len(batch)
+        for row, own_ids, own_logprobs in self._model.likeliest(batch, k or self._model.usual_top):
+            ids[row], logprobs[row] = own_ids.ravel(), own_logprobs.ravel()
+        made = Ragged.from_rows(ids, np.int32), Ragged.from_rows(logprobs, np.float32)
+        return len(batch), dict(zip(TEACHER_COLUMNS, made, strict=True))

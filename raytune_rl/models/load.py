@@ -130,7 +130,6 @@ def load_model(
         options["attn_implementation"] = attention
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization, chosen)
-        options["device_map"] = {"": str(where)}
     kind = scalar_class(config) if scalar else auto_class(config)
     examined: Examined | None = None
     try:
@@ -143,6 +142,9 @@ def load_model(
                 examined = None
             else:  # before any rank waits for another
                 new_head = _check_weights(examined.info, local, scalar, notices)
+        if quantization is not None or (examined is None and where.type != "cpu"):
+            # Tensor by tensor from the file to the device: eight ranks of a machine would fill its memory.
+            options["device_map"] = {"": str(where)}
         with zero_init(zero3, chosen) if zero3 is not None and examined else nullcontext():
             model, info = kind.from_pretrained(local, output_loading_info=True, **options)
     except _LOAD_ERRORS as error:

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 FORWARDED_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_")
 FORWARDED = frozenset(
     {
-        "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT",
+        "FLASHINFER_WORKSPACE_BASE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+        "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT",
         "VLLM_USE_FLASHINFER_SAMPLER", "VLLM_USE_V2_MODEL_RUNNER",
     }
 )  # fmt: skip
 """What a user sets for the libraries in the workers: the actors of a joined cluster have their nodes'
 environment, not his shell's."""
+ALL_SEEN = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+"""By which Ray would let a worker see all GPUs of its node."""
 PINNED = "pinned_max_round_threshold_mb:1"
 
 
@@ -22,7 +25,9 @@ def worker_env(own: Mapping[str, str], gpus: float, environ: Mapping[str, str]) 
     Args:
         own: What its role needs, which goes before what the user's shell has.
         gpus: GPUs that it has. A worker without any sees none: Ray 2.60 leaves CUDA_VISIBLE_DEVICES as the
-            node has it (`ray/_private/utils.py`, `set_visible_accelerator_ids`).
+            node has it (`ray/_private/utils.py`, `set_visible_accelerator_ids`). Any other sees its own and
+            no more, so that device 0, and LOCAL_RANK 0, is right in each: also where a node's environment
+            tells Ray to leave the variable alone.
         environ: The driver's.
     """
     given = {
@@ -30,7 +35,7 @@ def worker_env(own: Mapping[str, str], gpus: float, environ: Mapping[str, str]) 
         for name, value in environ.items()
         if name.startswith(FORWARDED_PREFIXES) or name in FORWARDED
     }
-    return {**given, **own, **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
+    return {**given, **own, **({ALL_SEEN: "0"} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
 
 
 def pinned_as_asked(environ: Mapping[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 
@@ -16,7 +17,11 @@ TIMEOUT_S = 30.0
 
 
 def here() -> list[int]:
-    """Bytes of each GPU of this machine; empty where there is none, or no driver that tells."""
+    """Bytes of each GPU of this machine; empty where there is none, or no driver that tells. Of parts of GPUs
+    (MIG) the driver tells the size of the whole, which is nobody's here.
+    """
+    if "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+        return []
     try:
         told = subprocess.run(QUERY, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):

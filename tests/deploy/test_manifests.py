@@ -354,6 +354,12 @@ def test_images_install_the_lock_and_do_not_run_as_root(extra: str) -> None:
         for needed in ("setuptools", "wheel", "packaging", "psutil", "ninja"):  # by its build, undeclared
             assert f"\n{needed}==" in lock, needed
         assert str(Requirement(wanted["flash-attn"][0])) in steps[flash]
+        assert "ARG FLASH_ATTN=0" in steps, "its build on this torch is not known to work"
+        packages = next(step for step in steps if "apt-get install" in step).split()
+        assert {"build-essential", "python3-dev"} <= set(packages), "Triton compiles against Python's headers"
+        caches = dict(re.findall(r"(\w*(?:CACHE|WORKSPACE)\w*)=(\S+)", code))
+        assert caches.keys() >= {"VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"}
+        assert all(place.startswith("/data/cache") for place in caches.values()), "on the volume"
     assert "/etc/profile.d/" in code, "a login shell must find ray, too"
     assert " wget" in code, "KubeRay's probes call it"
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig
+from transformers import AutoModelForCausalLM, BertConfig
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.hub import resolve_path
@@ -41,6 +41,25 @@ def test_a_chosen_dtype_is_kept(saved: Path, dtype: Any) -> None:
     loaded = load_model(str(saved), dtype=dtype)
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.notices == ()
+
+
+def test_weights_go_to_a_device_tensor_by_tensor(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Straight from the file, as Transformers does with a device map; here to a device that holds none."""
+    asked: list[Any] = []
+    real = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(path: str, **options: Any) -> Any:
+        asked.append(options.get("device_map"))
+        return real(path, **{**options, "device_map": {"": "cpu"}})
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    on_device = load_model(str(saved), device="meta", dtype="float32").model
+    on_cpu = load_model(str(saved)).model  # here through a device map too
+    assert asked == [{"": "meta"}, None]
+    assert {p.device.type for p in on_device.parameters()} == {"meta"}
+    monkeypatch.undo()
+    plain = load_model(str(saved)).model
+    assert all(torch.equal(p, q) for p, q in zip(on_cpu.parameters(), plain.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("asked", ["flash_attn", "flash_attention_2", "flash_attention_3"])

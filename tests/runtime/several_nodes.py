@@ -7,6 +7,7 @@ because a cluster of several logical nodes cannot share one with other tests.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,9 +30,11 @@ EACH: dict[str, Any] = {
 class Place:
     """A worker that says where it is."""
 
-    def where(self) -> tuple[str, list[str]]:
+    def where(self) -> tuple[str, list[str], str | None]:
+        """Node, GPUs in Ray's books, and what its libraries see of them."""
         context = ray.get_runtime_context()
-        return context.get_node_id(), context.get_accelerator_ids()["GPU"]
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return context.get_node_id(), context.get_accelerator_ids()["GPU"], seen
 
 
 def config(**settings: Any) -> RLHFConfig:
@@ -54,19 +57,38 @@ def refusal() -> str:
         return str(error)
 
 
-def workers() -> list[tuple[str, list[str]]]:
-    """The devices that real actors see that share a GPU, two by two, over all nodes."""
-    groups = [
-        GroupSpec("policy", 4, cpus=0.1, gpus=0.6),
-        GroupSpec("rollout", 4, cpus=0.1, gpus=0.4, colocate_with="policy"),
-    ]
+def seen_by(groups: Sequence[GroupSpec]) -> dict[str, list[tuple[str, list[str], str | None]]]:
+    """What real actors see, by group."""
     with reserve(groups, 60) as slots:
-        seen = []
+        seen = {}
         for spec in groups:
             group = WorkerGroup(spec, slots[spec.name], Place, lambda _: {}, timeout_s=120)
-            seen += group.call("where")
+            seen[spec.name] = group.call("where")
             group.shutdown()
         return seen
+
+
+def workers() -> dict[str, list[tuple[str, list[str], str | None]]]:
+    """The devices of actors that share a GPU, two by two, over all nodes."""
+    return seen_by(
+        [
+            GroupSpec("policy", 4, cpus=0.1, gpus=0.6),
+            GroupSpec("rollout", 4, cpus=0.1, gpus=0.4, colocate_with="policy"),
+        ]
+    )
+
+
+def apart() -> dict[str, list[tuple[str, list[str], str | None]]]:
+    """The devices of actors that have their own, of engines over two, and of one that has none."""
+    # As in a shell that says what Ray itself would say: each process sees its own all the same.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "0,1", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    return seen_by(
+        [
+            GroupSpec("policy", 2, cpus=0.1, gpus=1),
+            GroupSpec("rollout", 2, cpus=0.1, gpus=2),
+            GroupSpec("reward", 1, cpus=0.1),
+        ]
+    )
 
 
 def main() -> None:
@@ -84,6 +106,7 @@ def main() -> None:
             "per_node": reserved(online_groups(config(**EACH), info, {"ref_logprobs"}).specs),
             "refused": refusal(),
             "workers": workers(),
+            "apart_seen": apart(),
             "given_back": describe().nodes == before,
         }
         print("FOUND " + json.dumps(found))

@@ -82,10 +82,20 @@ def test_apart_no_two_workers_share_a_bundle(found: dict[str, Any]) -> None:
 
 
 def test_workers_that_share_a_gpu_see_the_same_one(found: dict[str, Any]) -> None:
-    policy, rollout = found["workers"][:4], found["workers"][4:]
+    policy, rollout = found["workers"]["policy"], found["workers"]["rollout"]
     assert policy == rollout
-    assert all(len(gpus) == 1 for _, gpus in policy)
-    assert len({(node, *gpus) for node, gpus in policy}) == 4, "and no other pair sees it"
+    assert all(gpus == [seen] for _, gpus, seen in policy)
+    assert len({(node, seen) for node, _, seen in policy}) == 4, "and no other pair sees it"
+
+
+def test_a_process_sees_the_gpus_that_are_its_own(found: dict[str, Any]) -> None:
+    """Device 0 of every process is its own, so LOCAL_RANK is 0; an engine over two has both."""
+    seen = found["apart_seen"]
+    assert all(gpus == [own] for _, gpus, own in seen["policy"])
+    assert all(len(gpus) == 2 and ",".join(gpus) == own for _, gpus, own in seen["rollout"])
+    taken = [(node, gpu) for role in ("policy", "rollout") for node, gpus, _ in seen[role] for gpu in gpus]
+    assert len(set(taken)) == 6
+    assert seen["reward"][0][1:] == [[], ""]
 
 
 def test_what_can_never_fit_is_refused(found: dict[str, Any]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from raytune_rl.runtime.device_env import PINNED, pinned_as_asked, worker_env
+from raytune_rl.runtime.device_env import ALL_SEEN, PINNED, pinned_as_asked, worker_env
 from raytune_rl.workers.rollout import rollout_env
 from raytune_rl.workers.trainer import trainer_env
 
 
 def test_who_has_no_gpu_sees_none() -> None:
     assert worker_env({}, 0, {"CUDA_VISIBLE_DEVICES": "0,1"}) == {"CUDA_VISIBLE_DEVICES": ""}
-    assert worker_env({}, 0.3, {"CUDA_VISIBLE_DEVICES": "0,1"}) == {}  # Ray's to say
+    assert worker_env({}, 0.3, {"CUDA_VISIBLE_DEVICES": "0,1"}) == {ALL_SEEN: "0"}  # Ray's to say
 
 
 def test_a_shells_settings_for_libraries_are_passed_on_and_nothing_else() -> None:
@@ -20,6 +20,7 @@ def test_a_shells_settings_for_libraries_are_passed_on_and_nothing_else() -> Non
     }  # fmt: skip
     assert worker_env({"NCCL_DEBUG": "WARN"}, 1, {**shell, "NCCL_DEBUG": "INFO"}) == {
         "NCCL_SOCKET_IFNAME": "eth0", "VLLM_USE_V2_MODEL_RUNNER": "0", "NCCL_DEBUG": "WARN",
+        ALL_SEEN: "0",
     }  # fmt: skip
 
 

@@ -95,6 +95,9 @@ def training_of(config: TrainConfig, groups: Groups, name: str = "policy") -> Tr
         offload_model=shared and getattr(config, "offload_model", False),
         offload_optimizer=shared and getattr(config, "offload_optimizer", False),
         logits=name == "policy",
+        narrow_adapters=specs.dtype(config, groups.on_gpu) in ("bfloat16", "bf16")
+        and deepspeed.stage(config.deepspeed) < 3
+        and not config.use_dora,
     )
 
 

@@ -50,6 +50,7 @@ class Training:
         cpu_weights: ZeRO-3 keeps the weights on the CPU.
         offload_model, offload_optimizer: What goes to the CPU while others need the GPU.
         logits: There is a head over the vocabulary.
+        narrow_adapters: They are in 16 bits as their base is, not in float32.
     """
 
     ranks: int
@@ -63,6 +64,11 @@ class Training:
     offload_model: bool = False
     offload_optimizer: bool = False
     logits: bool = True
+    narrow_adapters: bool = False
+
+    def adapter_bytes(self) -> int:
+        """Of an adapter's parameter."""
+        return self.bytes_each if self.narrow_adapters else 4
 
 
 @dataclass(frozen=True)
@@ -147,8 +153,8 @@ def trainer(group: str, phase: str, size: ModelSize, how: Training) -> Process:
     weights = {"weights": _weights(size, how)}
     context = {"CUDA context": _context(how.ranks)}
     grads = _gradients(size, how)
-    # The step makes float32 of its share of the gradient, and torch's AdamW as much again for a while.
-    step = 0 if how.cpu_optimizer else 2 * 4 * size.trained // of_world
+    # The step makes one array in float32 of its share of the gradient.
+    step = 0 if how.cpu_optimizer else 4 * size.trained // of_world
     backward = {
         "gradients": grads,
         "activations": activations(size, how),
@@ -234,7 +240,7 @@ def _weights(size: ModelSize, how: Training) -> int:
         base += (size.parameters - size.linear) * 4  # PEFT turns the rest of a quantised model to float32
     else:
         base = size.parameters * how.bytes_each
-    adapter = (size.trained - size.trained_16_bit) * 4
+    adapter = (size.trained - size.trained_16_bit) * how.adapter_bytes()
     if how.stage < 3:
         return base + adapter
     live = min(LIVE, size.parameters) * how.bytes_each
@@ -243,7 +249,7 @@ def _weights(size: ModelSize, how: Training) -> int:
 
 def _gradients(size: ModelSize, how: Training) -> int:
     bits16 = size.trained_16_bit * how.bytes_each
-    whole = bits16 + (size.trained - size.trained_16_bit) * 4
+    whole = bits16 + (size.trained - size.trained_16_bit) * how.adapter_bytes()
     if how.stage < 2:
         return whole
     bucket = whole * min(BUCKET, size.trained) // max(size.trained, 1)
@@ -253,7 +259,8 @@ def _gradients(size: ModelSize, how: Training) -> int:
 
 def activations(size: ModelSize, how: Training) -> int:
     """Memory that a forward pass keeps for its backward, and that the backward makes on its way."""
-    layer = _layer_bytes(size, how.bytes_each, adapter=size.trained > size.trained_16_bit)
+    wide = size.trained > size.trained_16_bit and not how.narrow_adapters
+    layer = _layer_bytes(size, how.bytes_each, adapter=wide)
     if not how.checkpointing:
         return how.tokens * layer * size.layers
     return how.tokens * (size.layers * size.hidden * how.bytes_each + layer)

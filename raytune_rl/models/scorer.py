@@ -28,9 +28,11 @@ class TokenScorer(nn.Module):
         model: the model as given; its tuner layers are active inside the backbone.
         chunk_tokens: tokens per pass through the head.
         tells_borders: whether layers are told where packed rows begin, beside the position ids.
+        masks_padding: whether layers are told of the padding behind rows, which a causal model does not see.
     """
 
     tells_borders = False
+    masks_padding = True
 
     def __init__(self, model: nn.Module, chunk_tokens: int | None = None) -> None:
         """Looks up backbone and head.
@@ -101,7 +103,7 @@ class TokenScorer(nn.Module):
         output = inner.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=short_mask(shared) if shared else attention_mask,
+            attention_mask=short_mask(shared) if shared else self._mask(attention_mask, model_inputs),
             use_cache=False,
             **model_inputs,
         )
@@ -129,6 +131,10 @@ class TokenScorer(nn.Module):
         if top:
             scored = scored._replace(top=top_logprobs(hidden, head, shape, top, self.chunk_tokens))
         return scored
+
+    def _mask(self, given: Tensor | None, model_inputs: dict[str, Any]) -> Tensor | None:
+        """With media the model makes positions of its mask; a text's padding may go without."""
+        return given if self.masks_padding or model_inputs else None
 
     def can_tell_borders(self) -> bool:
         """See `accepts_borders`."""

@@ -48,8 +48,8 @@ def start_engine(module: torch.nn.Module, spec: OptimizerSpec, dtype: torch.dtyp
         lr=spec.learning_rate,
         betas=spec.betas,
         eps=spec.epsilon,
-        # One pass over memory; on a CPU, torch's default makes fresh arrays as large as the model.
-        fused=True if all(p.device.type == "cpu" for p in trainable) else None,
+        # One pass over memory: torch's default makes fresh arrays as large as what a rank trains.
+        fused=True if all(p.device.type in ("cpu", "cuda") for p in trainable) else None,
     )
     # Buckets larger than the model only cost memory.
     preferred: dict[str, Any] = {

@@ -71,7 +71,24 @@ def settle(scorer: TokenScorer | ScalarScorer, layout: str, flag: str = "") -> S
             f"up to {padded:.2g}, and {limit:g} is rounding): it does not leave padding out, and cannot be "
             "trained in micro-batches"
         )
+    sdpa = inner.config._attn_implementation == "sdpa"
+    if isinstance(scorer, TokenScorer) and sdpa and _device(scorer).type == "cuda":
+        leave_mask_out(scorer)
     return Settled("padded", notices)
+
+
+def leave_mask_out(scorer: TokenScorer) -> None:
+    """Makes a scorer go without the mask of padding, where rows stay as they are alone: padding stands behind
+    them, and a causal model does not look there. Without a mask torch takes its flash kernel, which keeps no
+    scores.
+    """
+    scorer.masks_padding = False
+    scorer.masks_padding = not gap(scorer, "padded") <= tolerance(scorer)
+
+
+def _device(scorer: TokenScorer | ScalarScorer) -> torch.device:
+    device: torch.device = hf_model(scorer).get_input_embeddings().weight.device
+    return device
 
 
 def tolerance(scorer: TokenScorer | ScalarScorer) -> float:
@@ -107,8 +124,7 @@ def gap(scorer: TokenScorer | ScalarScorer, layout: str) -> float:
 
 def _read(scorer: TokenScorer | ScalarScorer, rows: Sequence[NDArray], layout: Layout) -> Tensor:
     masks = [np.arange(len(row)) > 0 for row in rows]
-    device = hf_model(scorer).get_input_embeddings().weight.device
-    micro = collate(rows, masks, layout=layout, pad_token_id=0).to(device)
+    micro = collate(rows, masks, layout=layout, pad_token_id=0).to(_device(scorer))
     seen = (micro.input_ids, micro.position_ids, micro.attention_mask)
     if isinstance(scorer, TokenScorer):
         return scorer(*seen, micro.predict_index, micro.targets).logprobs

@@ -184,7 +184,8 @@ def _sharded_partitions(optimizer: Any, create: bool) -> Iterator[tuple[Tensor, 
 def _state(optimizer: torch.optim.Optimizer, tensor: Tensor, create: bool) -> dict[str, Tensor]:
     state: dict[str, Tensor] = optimizer.state[tensor]
     if create and not state:
-        state["step"] = torch.zeros(())
+        # Where AdamW in one pass looks for it (torch 2.13, `optim/adam.py`, `_init_group`).
+        state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
         state["exp_avg"] = torch.zeros_like(tensor)
         state["exp_avg_sq"] = torch.zeros_like(tensor)
     return state

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from raytune_rl.protocol.weights import TensorEntry
 from raytune_rl.runtime.weights import plan_buckets, to_arrays
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from raytune_rl.models.weights import Gather, WeightExporter
 
 
@@ -18,6 +21,35 @@ UNTIED = (
     "--modules_to_save; or merge an adapter of --adapters first, which writes a model that does not tie "
     "them: raytune-rl export --adapters ADAPTER --merge_lora true --output_dir MERGED; then --model MERGED"
 )
+
+
+class HostBuffer:
+    """Memory of the host into which tensors of a GPU are copied: all at once, one after the other, into one
+    block that is kept. Fresh pageable memory is several times slower to copy to, and each copy is waited for.
+
+    Args:
+        entries: What is copied, in the order in which it lies there.
+        pinned: Whether the GPU copies into it by itself.
+    """
+
+    def __init__(self, entries: Sequence[TensorEntry], pinned: bool) -> None:
+        import torch
+
+        self._places: dict[str, Tensor] = {}
+        starts, size = [], 0
+        for entry in entries:
+            width = getattr(torch, entry.dtype).itemsize
+            size += -size % width
+            starts.append(size)
+            size += entry.nbytes
+        block = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        for entry, start in zip(entries, starts, strict=True):
+            part = block[start : start + entry.nbytes].view(getattr(torch, entry.dtype))
+            self._places[entry.name] = part.view(entry.shape)
+
+    def take(self, name: str, tensor: Tensor) -> Tensor:
+        """Begins to copy a tensor; it has arrived once the device is synchronised."""
+        return self._places[name].copy_(tensor.detach(), non_blocking=True)
 
 
 class Publisher:
@@ -34,6 +66,7 @@ class Publisher:
         self._gather = gather
         self._rank = rank
         self._world_size = world_size
+        self._buffer: HostBuffer | None = None
 
     def index(self) -> tuple[tuple[TensorEntry, ...], ...]:
         """The buckets this rank publishes: each a tuple of entries. Ranks share the work bucket by bucket."""
@@ -48,15 +81,22 @@ class Publisher:
         """The present weights: how many buckets, then each bucket of `index` as a list of flat uint8
         arrays.
         """
-        own_names = {entry.name for bucket in self._share for entry in bucket}
+        import torch
+
+        own = {entry.name: entry for bucket in self._share for entry in bucket}
+        tensors: dict[str, Tensor] = {}
         # At once, because a sharded tensor is whole only here, and merged ones would fill a GPU.
-        tensors = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in self._exporter.tensors(own_names, self._gather)
-        }
-        wrong = [e for bucket in self._share for e in bucket if TensorEntry.of(e.name, tensors[e.name]) != e]
-        if wrong:
-            raise RuntimeError(f"weight {wrong[0].name} changed its shape or type since the index was made")
+        for name, tensor in self._exporter.tensors(set(own), self._gather):
+            if TensorEntry.of(name, tensor) != own[name]:
+                raise RuntimeError(f"weight {name} changed its shape or type since the index was made")
+            if tensor.is_cuda:
+                if self._buffer is None:
+                    self._buffer = HostBuffer(list(own.values()), pinned=True)
+                tensors[name] = self._buffer.take(name, tensor)
+            else:
+                tensors[name] = tensor.detach().cpu().contiguous()
+        if self._buffer is not None:
+            torch.cuda.synchronize()
         return len(self._share), *(
             to_arrays(tensors[entry.name] for entry in bucket) for bucket in self._share
         )

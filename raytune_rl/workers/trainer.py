@@ -116,7 +116,7 @@ class TrainerWorker:
         from raytune_rl.models.adapters import head_of_its_own
         from raytune_rl.models.load import DTYPES, enable_gradient_checkpointing, load_tokenizer
         from raytune_rl.models.sharding import is_sharded
-        from raytune_rl.models.tuner import apply_tuner, trains_vision
+        from raytune_rl.models.tuner import apply_tuner, narrow_adapters, trains_vision
         from raytune_rl.models.weights import WeightExporter, whole
         from raytune_rl.rewards.plugins import load_plugins
         from raytune_rl.workers import isolation
@@ -134,6 +134,10 @@ class TrainerWorker:
         loaded = scoring.load(spec.model, self._loss.forward, zero if sharded else None)
         own_head = head_of_its_own(loaded.model)  # its files have one, and so the engine's
         tuned = apply_tuner(loaded.model, spec.tuner, scoring.adapters(spec.model))
+        wanted_dtype = spec.model.dtype
+        computes_in = loaded.model.dtype if wanted_dtype is None else DTYPES[wanted_dtype]
+        if scoring.device().type == "cuda" and computes_in == torch.bfloat16:
+            narrow_adapters(tuned.model, computes_in)
         if spec.gradient_checkpointing:
             enable_gradient_checkpointing(tuned.model)
         scorer = scoring.scorer_of(tuned.model, self._loss.forward)
@@ -150,8 +154,6 @@ class TrainerWorker:
         alone = exporter is None or exporter.mode == "adapter"
         if exporter is not None and not alone and exporter.unties != (spec.untied or own_head):
             raise ModelError(publishing.UNTIED)
-        wanted_dtype = spec.model.dtype
-        computes_in = loaded.model.dtype if wanted_dtype is None else DTYPES[wanted_dtype]
         self._engine, self._rate = start_engine(scorer, spec.optimizer, computes_in)
         if cut:
             scorer.verify()

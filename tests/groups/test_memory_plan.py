@@ -177,10 +177,10 @@ def test_what_cannot_fit_is_refused_with_the_flags_that_help() -> None:
 
 
 def test_what_may_not_fit_is_said() -> None:
-    config = sft(max_tokens_per_micro_batch=16384)
+    config = sft(max_tokens_per_micro_batch=24576)
     (doubt,) = check_memory(config, groups_of(config, 1), Sizes(llm()), 24 * GIB)
     assert "may run out of GPU memory: training the policy needs about" in doubt
-    assert "Set --max_tokens_per_micro_batch 4096" in doubt
+    assert "Set --max_tokens_per_micro_batch 6144" in doubt
     assert check_memory(sft(), groups_of(sft(), 1), Sizes(llm()), 24 * GIB) == []
 
 

@@ -99,6 +99,23 @@ def test_a_critics_new_head_does_not_hide_what_its_rows_see() -> None:
     assert isolation.settle(ScalarScorer(right, skips_padding=True), "packed").layout == "packed"
 
 
+@pytest.mark.parametrize("family", [*WHOLE, *SEEN])
+def test_padding_needs_no_mask_where_nothing_looks_back_from_it(family: str) -> None:
+    scorer = TokenScorer(model(*{**WHOLE, **SEEN}[family]))
+    isolation.leave_mask_out(scorer)
+    assert not scorer.masks_padding
+    assert isolation.gap(scorer, "padded") < 1e-4
+
+
+def test_media_keep_their_mask() -> None:
+    scorer = TokenScorer(model(*WHOLE["llama"]))
+    mask = torch.ones(1, 3, dtype=torch.long)
+    assert scorer._mask(mask, {}) is mask
+    scorer.masks_padding = False
+    assert scorer._mask(mask, {}) is None
+    assert scorer._mask(mask, {"pixel_values": mask}) is mask
+
+
 class Polluted(torch.nn.Module):
     """An embedding that takes padding for text: the mean over all of a row's positions."""
 
@@ -116,6 +133,9 @@ def test_a_model_that_reads_padding_is_refused() -> None:
     broken.set_input_embeddings(Polluted(broken.get_input_embeddings()))
     with pytest.raises(ModelError, match="model type 'llama' gives a row beside a longer one other"):
         isolation.settle(TokenScorer(broken), "padded")
+    scorer = TokenScorer(broken)
+    isolation.leave_mask_out(scorer)
+    assert scorer.masks_padding
 
 
 @pytest.mark.parametrize(("dtype", "layout"), [(torch.bfloat16, "packed"), (torch.bfloat16, "padded")])

@@ -16,6 +16,7 @@ from raytune_rl.config.data import DataOptions
 from raytune_rl.config.model import ModelOptions
 from raytune_rl.config.ppo import PPOOptions
 from raytune_rl.config.preference import PreferenceOptions
+from raytune_rl.config.prefix_sharing import PrefixSharingOptions
 from raytune_rl.config.rewards import RewardOptions
 from raytune_rl.config.rl import RLOptions, check_names
 from raytune_rl.config.rollout import RolloutOptions
@@ -78,7 +79,7 @@ class SFTConfig(SupervisedOptions, _TrainConfig):
         return self.streaming
 
 
-class PreferenceConfig(PreferenceOptions, _TrainConfig):
+class PreferenceConfig(PreferenceOptions, PrefixSharingOptions, _TrainConfig):
     """`raytune-rl rlhf --rlhf_type dpo`, and kto, orpo, cpo, simpo, rm: preferences in the data."""
 
     COMMAND: ClassVar[str] = "rlhf --rlhf_type dpo"
@@ -91,6 +92,7 @@ class RLHFConfig(
     TeacherOptions,
     RLOptions,
     RolloutOptions,
+    PrefixSharingOptions,
     _TrainConfig,
 ):
     """`raytune-rl rlhf`: reinforcement learning."""

@@ -106,6 +106,8 @@ def _preference(config: PreferenceConfig) -> Iterable[str]:
     yield from _idle(config, idle, f"no part of --rlhf_type {config.rlhf_type}")
     if not config.external_plugins:
         yield from _idle(config, ("loss_args",), "it is for a loss of --external_plugins")
+    if config.rlhf_type == "rm":
+        yield from _idle(config, ("prefix_sharing",), "a reward model reads each side of a pair as a whole")
     kinds = config.loss_type
     alpha = config.f_divergence_type == "alpha_divergence"
     for kind, used, name, owner in (

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.data.channels import channel_of, channel_values
 from raytune_rl.data.chat import ChatTemplate
+from raytune_rl.data.common_prefix import common_prefix
 from raytune_rl.data.encode_rows import EncodedRow, Failure, Job, LossScale, Truncation, encode_chunk
 from raytune_rl.data.example import Example, RowError
 from raytune_rl.data.mapped import RaggedWriter, int_array
@@ -29,6 +30,7 @@ from raytune_rl.data.model_tokens import ModelTokens
 from raytune_rl.data.parallel import map_chunks
 from raytune_rl.errors import ConfigError, DataError
 from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.protocol.data import SHARED
 
 _LOOKED_AT = 64
 """Examples that tell whether a data set has media."""
@@ -86,7 +88,8 @@ class EncodedSFT:
         loss_mask: Ragged bool with the offsets of `tokens`; at least one True a row, never at its index 0.
         loss_lengths: Tokens of each row that are trained on, int64 `[n]`.
         index, dropped, notices, media: As in `EncodedPrompts`.
-        values: What the data says of each row, by name, float64 `[n]`: "label", "margin".
+        values: What the data says of each row, by name, float64 `[n]`: "label", "margin"; and
+            `protocol.data.SHARED`, where an example is several rows.
     """
 
     tokens: Ragged
@@ -268,6 +271,7 @@ class RowWriter:
         self._mask = RaggedWriter("loss_mask", np.bool_, folder)
         self._media = MediaWriter(folder)
         self._trained = array("q")
+        self._shared = array("q")
         self._index = array("q")
 
     def append(self, number: int, *rows: EncodedRow) -> None:
@@ -275,6 +279,8 @@ class RowWriter:
         self._index.append(number)
         self.cut += any(row.cut for row in rows)
         self._unwritten.update({key for row in rows for key in row.unwritten})
+        if len(rows) > 1:
+            self._shared.extend([common_prefix([row.tokens for row in rows])] * len(rows))
         for row in rows:
             self._tokens.append(row.tokens)
             self._mask.append(row.mask)
@@ -293,6 +299,7 @@ class RowWriter:
             DataError: Every example was dropped.
         """
         some_left(self._index, self.dropped, units)
+        shared = {SHARED: int_array(self._shared).astype(np.float64)} if self._shared else {}
         return EncodedSFT(
             tokens=self._tokens.close(),
             loss_mask=self._mask.close(),
@@ -301,7 +308,7 @@ class RowWriter:
             dropped=tuple(self.dropped),
             notices=(*notices, *unwritten_notices(self._unwritten, units)),
             media=self._media.close(),
-            values=values or {},
+            values={**(values or {}), **shared},
         )
 
 

@@ -48,10 +48,15 @@ class Schedule:
     Attributes:
         ranks: `ranks[r][k]` are the rows of micro-batch `k` on rank `r`; `()` is a dummy micro-batch.
         tokens: `tokens[r][k]` is what that micro-batch costs in tokens, padding included.
+        shares: Whether micro-batches are made to be laid out with what rows have in common once
+            (`data.prefix_plan`).
+        saved_tokens: Tokens of rows that are then not computed again.
     """
 
     ranks: tuple[tuple[MicroBatchRows, ...], ...]
     tokens: tuple[tuple[int, ...], ...]
+    shares: bool = False
+    saved_tokens: int = 0
 
     @property
     def n_micro_batches(self) -> int:
@@ -124,6 +129,19 @@ def plan_micro_batches(
     dealt = [_deal(plan, world_size, sizes, cost, layout, together) for plan in plans]
     fixed = FIXED_COST * max_tokens
     return min(dealt, key=lambda plan: plan[0] + fixed * plan[1].n_micro_batches)[1]
+
+
+def duration(plan: Schedule, max_tokens: int) -> float:
+    """How long a plan takes, in tokens: of each position the costliest micro-batch of any rank, as they wait
+    for each other there, and a fixed cost."""
+    fixed = FIXED_COST * max_tokens
+    return sum(max(costs) + fixed for costs in zip(*plan.tokens, strict=True))
+
+
+def least_duration(lengths: NDArray[np.int64], world_size: int, max_tokens: int) -> float:
+    """Less than any plan of rows takes that computes each of their tokens."""
+    tokens = int(lengths.sum()) / world_size
+    return tokens + FIXED_COST * tokens
 
 
 def _check(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from numpy.typing import NDArray
 
 from raytune_rl.protocol.columns import Columns, Ragged
-from raytune_rl.protocol.rows import RowBatch
+from raytune_rl.protocol.rows import Prefixes, RowBatch
 
 
 class ReadRows:
@@ -16,6 +16,11 @@ class ReadRows:
     def __init__(self, batch: RowBatch, objects: Sequence[Columns]) -> None:
         self._batch = batch
         self._objects = objects
+
+    @property
+    def prefixes(self) -> Prefixes | None:
+        """By which rows share what they begin with; None where each is laid out whole."""
+        return self._batch.prefixes
 
     def has(self, name: str) -> bool:
         """Whether the rows' own objects have the column. A batch without rows has none."""

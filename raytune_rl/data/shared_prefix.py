@@ -14,26 +14,14 @@ import torch
 from numpy.typing import NDArray
 
 from raytune_rl.data.collate import MicroBatch, check_rows
-
-
-def common_prefix(rows: Sequence[NDArray], at_most: int) -> int:
-    """How many leading tokens all rows have in common, up to `at_most`, and one less than the shortest has:
-    every row keeps a token of its own."""
-    length = min(at_most, *(len(row) - 1 for row in rows))
-    first = rows[0][:length]
-    for row in rows[1:]:
-        differ = np.flatnonzero(row[:length] != first)
-        if len(differ):
-            length = int(differ[0])
-            first = first[:length]
-    return length
+from raytune_rl.data.common_prefix import common_prefix
 
 
 def collate_shared(
     tokens: Sequence[NDArray],
     loss_masks: Sequence[NDArray],
-    groups: Sequence[int],
-    prefixes: Sequence[int],
+    groups: Sequence[int] | NDArray[np.int64],
+    prefixes: Sequence[int] | NDArray[np.int64],
     *,
     pad_token_id: int,
 ) -> MicroBatch:
@@ -103,7 +91,7 @@ def collate_shared(
 
 
 def _apart(
-    members: dict[int, list[int]], tokens: Sequence[NDArray], prefixes: Sequence[int]
+    members: dict[int, list[int]], tokens: Sequence[NDArray], prefixes: Sequence[int] | NDArray[np.int64]
 ) -> list[list[int]]:
     """The groups, and each row alone of those that have nothing in common."""
     found: list[list[int]] = []
@@ -112,7 +100,9 @@ def _apart(
     return found
 
 
-def _shared_by(rows: Sequence[int], tokens: Sequence[NDArray], prefixes: Sequence[int]) -> int:
+def _shared_by(
+    rows: Sequence[int], tokens: Sequence[NDArray], prefixes: Sequence[int] | NDArray[np.int64]
+) -> int:
     if len(rows) == 1:
         return len(tokens[rows[0]])
     return common_prefix([tokens[row] for row in rows], min(int(prefixes[row]) for row in rows))

@@ -30,7 +30,7 @@ class CriticGroup:
 
     def values(self, batch: TrainBatch) -> list[RowPointer]:
         """The value of every token under the present weights: where each row's {"values"} lies."""
-        rows_batch = TrainBatch(batch.rows, batch.lengths, batch.keep({ROW_COLUMN}).columns)
+        rows_batch = batch.keep({ROW_COLUMN}).without_scalars()
         return self.world.columns("values", self.world.shares(rows_batch))[0]
 
     def estimate(

@@ -18,7 +18,7 @@ from raytune_rl.errors import RaytuneError
 from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.rewards import Failure, RewardTable, Scores, TrainerState
 from raytune_rl.protocol.rollout import Sampling
-from raytune_rl.protocol.rows import RowPointer, TrainBatch
+from raytune_rl.protocol.rows import Prefixes, RowPointer, TrainBatch
 from raytune_rl.protocol.trajectory import EpisodeFacts, EpisodeRequest, Trajectory
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, fetch_all, settle
@@ -183,12 +183,17 @@ def _trajectory(
 
 
 def batch_of(trajectories: Sequence[Trajectory]) -> TrainBatch:
-    """Where the rows of trajectories lie, and the media of their prompts if the data has any."""
+    """Where the rows of trajectories lie, and the media of their prompts if the data has any. Those of one
+    prompt begin with it."""
     places = [t.media for t in trajectories if t.media is not None]
     return TrainBatch(
         [t.data for t in trajectories],
         np.array([t.length for t in trajectories], dtype=np.int64),
         {ROW_COLUMN: places} if places else {},
+        prefixes=Prefixes(
+            np.array([t.prompt for t in trajectories], dtype=np.int64),
+            np.array([t.episode.prompt_tokens for t in trajectories], dtype=np.int64),
+        ),
     )
 
 

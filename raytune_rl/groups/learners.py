@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from raytune_rl.data.media_table import ROW_COLUMN
@@ -36,7 +36,7 @@ class Learner:
         """Its part of a step; `taken` are all columns that one learner alone gets."""
         columns = step.columns.keys() - taken if self.takes is None else self.takes | {ROW_COLUMN}
         scalars = {n: v for n, v in step.scalars.items() if self.scalars is None or n in self.scalars}
-        own_batch = TrainBatch(step.rows, step.lengths, step.keep(columns).columns, scalars)
+        own_batch = replace(step.keep(columns), scalars=scalars)
         return (
             own_batch if self.weight == 1 else own_batch.with_scalars(weight=scalars["weight"] * self.weight)
         )

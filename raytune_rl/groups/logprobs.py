@@ -10,8 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from raytune_rl.data.media_table import ROW_COLUMN
-from raytune_rl.data.microbatch import plan_micro_batches
+from raytune_rl.data.prefix_plan import Budget, plan_step
 from raytune_rl.groups.world import rank_share
+from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import RowLogprobs
 from raytune_rl.protocol.weights import Manifest
@@ -23,7 +24,7 @@ def score_rows(
     group: WorkerGroup,
     batch: TrainBatch,
     max_tokens: int,
-    layout: str,
+    settled: Settled,
     *,
     collective: bool = False,
     method: str = "logprobs",
@@ -34,17 +35,12 @@ def score_rows(
         group: Policy or reference.
         batch: The rows. Of its columns the media alone are read.
         max_tokens: Token budget of a micro-batch.
-        layout: "padded" or "packed".
+        settled: How rows are laid out.
         collective: Every worker must take part even without rows (a sharded model).
         method: What the workers call it.
     """
-    rows_batch = TrainBatch(batch.rows, batch.lengths, batch.keep({ROW_COLUMN}).columns)
-    schedule = plan_micro_batches(
-        batch.lengths.tolist(),
-        world_size=len(group),
-        max_tokens=max_tokens,
-        layout=layout,  # type: ignore[arg-type]
-    )
+    rows_batch = batch.keep({ROW_COLUMN}).without_scalars()
+    schedule = plan_step(batch.lengths, batch.prefixes, Budget.of(settled, len(group), max_tokens))
     pending: list[Pending] = []
     shares: list[list[int]] = []
     for rank in range(len(group)):
@@ -99,17 +95,17 @@ class ReferenceGroup:
     Args:
         group: The started workers.
         max_tokens: Token budget of a micro-batch.
-        layout: "padded" or "packed".
+        settled: How rows are laid out.
     """
 
-    def __init__(self, group: WorkerGroup, max_tokens: int, layout: str) -> None:
+    def __init__(self, group: WorkerGroup, max_tokens: int, settled: Settled) -> None:
         self.workers = group
         self._max_tokens = max_tokens
-        self._layout = layout
+        self._settled = settled
 
     def logprobs(self, batch: TrainBatch) -> RowLogprobs:
         """Log-probs of every row."""
-        return score_rows(self.workers, batch, self._max_tokens, self._layout)
+        return score_rows(self.workers, batch, self._max_tokens, self._settled)
 
     def offload(self, weights: bool) -> None:
         """Gives back what the allocators keep, and moves the weights to the CPU if they are wanted away."""

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from raytune_rl.algorithms.losses.ppo import ValueSettings
-from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, deepspeed, resolved
+from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
 from raytune_rl.config.commands import TrainConfig
 from raytune_rl.data.media_tags import MODALITIES
 from raytune_rl.errors import ConfigError
@@ -16,7 +16,7 @@ from raytune_rl.groups import lora_sync
 from raytune_rl.groups.sizes import Groups
 from raytune_rl.protocol.data import MediaCounts
 from raytune_rl.protocol.media import MediaLimits, Modality
-from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings, Sharing, TunerSettings
 from raytune_rl.protocol.rewards import RewardModelSpec
 from raytune_rl.protocol.rollout import GPU_SHARE, EngineSpec, MultiTurnSpec, Sampling
 from raytune_rl.protocol.train import OptimizerSpec, TrainerSpec
@@ -53,6 +53,7 @@ def model_spec(
         media_threads=1 if config.dataloader_num_workers is None else config.dataloader_num_workers,
         packing_flag=packing_flag(config),
         own_dropout=config.SUPERVISED,
+        sharing=sharing(config, takes_media),
     )
 
 
@@ -116,6 +117,14 @@ def layout(config: TrainConfig, on_gpu: bool, takes_media: bool = False) -> str:
         else config.padding_free
     )
     return "packed" if packed else "padded"
+
+
+def sharing(config: TrainConfig, takes_media: bool) -> Sharing:
+    """Whether rows that begin alike share that part: completions of one prompt, and the sides of a pair. A
+    reward model reads whole rows."""
+    if isinstance(config, SFTConfig) or (isinstance(config, PreferenceConfig) and config.rlhf_type == "rm"):
+        return "false"
+    return "false" if takes_media and config.prefix_sharing == "auto" else config.prefix_sharing
 
 
 def packing_flag(config: TrainConfig) -> str:

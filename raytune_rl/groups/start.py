@@ -340,10 +340,10 @@ def start_groups(
             say(f"Note: critic: {notice}")
     for notice in settled[0].notices if settled else ():
         say(f"Note: reference: {notice}")
-    layouts = []
+    layouts: list[Settled] = []
     for group in teachers:
         ready: list[Settled] = group.call("ping", what="starting", timeout_s=config.start_timeout)
-        layouts.append(ready[0].layout)
+        layouts.append(ready[0])
         for notice in ready[0].notices:
             say(f"Note: {group.name}: {notice}")
     # A reference that moves is what it is by its past, and the policy is one world: neither can be replaced.
@@ -364,7 +364,7 @@ def start_groups(
     scorers = scorers or [NoRewards()]
     own_reference: ReferenceGroup | None = None
     if reference is not None:
-        own_reference = ReferenceGroup(reference, ranks.max_tokens, settled[0].layout)
+        own_reference = ReferenceGroup(reference, ranks.max_tokens, settled[0])
     reference_scorer: Reference | None = own_reference
     if reference is None and "ref_logprobs" in setup.needs:
         reference_scorer = AdapterOff(policy)

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from raytune_rl.algorithms.credit.base import Credited
 from raytune_rl.algorithms.losses.gkd import TEACHER_COLUMNS
 from raytune_rl.data.media_table import ROW_COLUMN
-from raytune_rl.data.microbatch import plan_micro_batches
+from raytune_rl.data.prefix_plan import Budget, plan_step
 from raytune_rl.groups.world import rank_share
+from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, settle
@@ -25,12 +26,12 @@ class Teacher:
     Attributes:
         workers: Its copies.
         coefficient: Weight of its part of the advantage.
-        layout: "padded" or "packed".
+        settled: How its rows are laid out.
     """
 
     workers: WorkerGroup
     coefficient: float
-    layout: str
+    settled: Settled
 
 
 class Teachers:
@@ -52,7 +53,7 @@ class Teachers:
             credited: What they earned otherwise.
             whose: The teacher of each row, int64 `[n]`; None: all teachers judge every row.
         """
-        rows = TrainBatch(batch.rows, batch.lengths, batch.keep({"old_logprobs", ROW_COLUMN}).columns)
+        rows = batch.keep({"old_logprobs", ROW_COLUMN}).without_scalars()
         rows = rows.with_scalars(advantage=credited.advantages)
         earned = dict(enumerate(credited.batch.columns.get("advantages", ())))
         sums, kl, judged = np.zeros((len(batch), 3)), 0.0, 0.0
@@ -90,7 +91,7 @@ class Teachers:
             whose: The teacher of each row, int64 `[n]`; None: there is one teacher.
             k: So many tokens; 0: as many as `FrozenModel.usual_top` says.
         """
-        rows = TrainBatch(batch.rows, batch.lengths, batch.keep({ROW_COLUMN}).columns)
+        rows = batch.keep({ROW_COLUMN}).without_scalars()
         places: dict[int, RowPointer] = {}
         (judges,) = self._at_once(len(batch), whose)
         asked = [(own, self._ask(t, rows.part(own), "distributions", k)) for t, own in judges]
@@ -113,12 +114,8 @@ class Teachers:
     def _ask(
         self, teacher: Teacher, rows: TrainBatch, method: str, setting: float
     ) -> list[tuple[Pending, list[int]]]:
-        schedule = plan_micro_batches(
-            rows.lengths.tolist(),
-            world_size=len(teacher.workers),
-            max_tokens=self._max_tokens,
-            layout=teacher.layout,  # type: ignore[arg-type]
-        )
+        budget = Budget.of(teacher.settled, len(teacher.workers), self._max_tokens)
+        schedule = plan_step(rows.lengths, rows.prefixes, budget)
         calls = []
         for rank in range(len(teacher.workers)):
             share = rank_share(schedule, rank, rows)

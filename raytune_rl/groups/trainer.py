@@ -53,7 +53,7 @@ class PolicyGroup:
 
     def _scored(self, batch: TrainBatch, method: str) -> RowLogprobs:
         world = self.world
-        return score_rows(world.group, batch, world.max_tokens, world.layout, collective=True, method=method)
+        return score_rows(world.group, batch, world.max_tokens, world.settled, collective=True, method=method)
 
     def entropy_threshold(self, batch: TrainBatch, tokens: Sequence[int], share: float) -> float:
         """The entropy that a token of these rows must have to be among the top `share` of them, nats.

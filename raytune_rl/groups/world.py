@@ -6,7 +6,7 @@ hold one (`groups.trainer.PolicyGroup`, `groups.critic.CriticGroup`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +16,16 @@ from numpy.typing import NDArray
 
 from raytune_rl.algorithms.metrics import MetricSums, merge_all
 from raytune_rl.algorithms.registry import get_loss
-from raytune_rl.data.microbatch import Schedule, plan_micro_batches
+from raytune_rl.data.microbatch import Schedule
+from raytune_rl.data.prefix_plan import Budget, plan_step
+from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import RowBatch, RowPointer, TrainBatch
 from raytune_rl.protocol.train import StepReport, TrainerFacts, TrainerSpec, TrainResult
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, acknowledge, fetch, fetch_all
+
+TOKENS_SAVED = "prefix_sharing/tokens_saved"
+"""Name of the metric: tokens of a step's rows that were not computed, as other rows begin with them too."""
 
 
 class StepInFlight(Protocol):
@@ -71,11 +76,16 @@ class Share:
 @dataclass(frozen=True)
 class _Running:
     calls: Sequence[Pending]
+    planned: Mapping[str, float]
 
     def finish(self) -> StepReport:
         results: list[TrainResult] = fetch_all(list(self.calls))
         metrics = merge_all(r.metrics for r in results).result()
-        metrics |= {"grad_norm": results[0].grad_norm, "learning_rate": results[0].learning_rate}
+        metrics |= {
+            **self.planned,
+            "grad_norm": results[0].grad_norm,
+            "learning_rate": results[0].learning_rate,
+        }
         return StepReport(metrics, sum(r.tokens for r in results), max(r.memory_gib for r in results))
 
 
@@ -93,7 +103,7 @@ class TrainerWorld:
         self, group: WorkerGroup, spec: TrainerSpec, max_tokens: int, start_timeout_s: float
     ) -> None:
         self.group, self.spec, self.max_tokens = group, spec, max_tokens
-        self.layout = spec.model.layout
+        self.settled = Settled(spec.model.layout)
         self._together = 2 if get_loss(spec.loss).rows == "pairs" else 1
         host, port = fetch(group.submit(0, "open_store", start_timeout_s, timeout_s=start_timeout_s))
         self._joining = [
@@ -112,7 +122,7 @@ class TrainerWorld:
     def ready(self) -> TrainerFacts:
         """Waits until every rank has loaded; returns what rank 0 tells."""
         facts: TrainerFacts = fetch_all(self._joining)[0]
-        self.layout = facts.layout
+        self.settled = Settled(facts.layout, sharing=facts.sharing)
         return facts
 
     def __len__(self) -> int:
@@ -126,12 +136,14 @@ class TrainerWorld:
             batch: Its rows; the scalars "weight" and "row_weight" carry the global normaliser.
             step: Number of the step, from 0.
         """
-        return _Running(
-            [
-                self.group.submit(rank, "train_step", share.batch, step, what=f"training step {step + 1}")
-                for rank, share in enumerate(self.shares(batch))
-            ]
-        )
+        schedule = self._plan(batch)
+        shares = [rank_share(schedule, rank, batch) for rank in range(len(self))]
+        calls = [
+            self.group.submit(rank, "train_step", share.batch, step, what=f"training step {step + 1}")
+            for rank, share in enumerate(shares)
+        ]
+        known = batch.prefixes is not None and self.settled.sharing != "false"
+        return _Running(calls, {TOKENS_SAVED: float(schedule.saved_tokens)} if known else {})
 
     def train(self, batch: TrainBatch, step: int) -> StepReport:
         """One optimizer step; arguments as in `start_step`."""
@@ -149,14 +161,15 @@ class TrainerWorld:
             batch: The rows.
             lengths: What the work is balanced by, int `[n]`; None: tokens.
         """
-        schedule = plan_micro_batches(
-            (batch.lengths if lengths is None else lengths).tolist(),
-            world_size=len(self.group),
-            max_tokens=self.max_tokens,
-            layout=self.layout,  # type: ignore[arg-type]
-            together=self._together,
-        )
+        schedule = self._plan(batch, lengths)
         return [rank_share(schedule, rank, batch) for rank in range(len(self.group))]
+
+    def _plan(self, batch: TrainBatch, lengths: NDArray[np.int64] | None = None) -> Schedule:
+        """The micro-batches of every rank; arguments as in `shares`."""
+        budget = Budget.of(self.settled, len(self.group), self.max_tokens, self._together)
+        if lengths is not None:
+            return plan_step(lengths, None, budget)
+        return plan_step(batch.lengths, batch.prefixes, budget)
 
     def ask(self, method: str, shares: Sequence[Share], *args: Any, what: str | None = None) -> list[Any]:
         """Asks every rank about its share; the answers in the order of ranks."""
@@ -204,4 +217,4 @@ def rank_share(schedule: Schedule, rank: int, batch: TrainBatch) -> Share:
     own_rows = [row for micro in schedule.ranks[rank] for row in micro]
     local = {row: number for number, row in enumerate(own_rows)}
     micro_batches = [tuple(local[row] for row in micro) for micro in schedule.ranks[rank]]
-    return Share(batch.part(own_rows).message(micro_batches), own_rows)
+    return Share(batch.part(own_rows).message(micro_batches, shares=schedule.shares), own_rows)

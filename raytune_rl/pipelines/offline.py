@@ -40,7 +40,7 @@ from raytune_rl.pipelines.scored import Score, ScoredSet
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
 from raytune_rl.prepare.sets import token_sets
 from raytune_rl.prepare.stream import Stream, held_out_of
-from raytune_rl.protocol.data import TokenSet
+from raytune_rl.protocol.data import SHARED, TokenSet
 from raytune_rl.protocol.media import Modality
 from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import TrainBatch
@@ -263,7 +263,7 @@ class OfflineRun:
             for notice in settled[0].notices:
                 self.run.say(f"Note: reference: {notice}")
             group.replace_lost(config.start_timeout, lambda _, message: self.run.say(f"Note: {message}"))
-            self._score(lambda batch: score_rows(group, batch, budget, settled[0].layout), len(group))
+            self._score(lambda batch: score_rows(group, batch, budget, settled[0]), len(group))
         finally:
             group.shutdown()
 
@@ -354,7 +354,7 @@ class OfflineRun:
         """Scalars of each row of a batch for the loss: weights, and what it must know of the whole."""
         objective, rows = self.objective, self.trained(units)
         scalars = dict(objective.shape.weights(data.rows.loss_lengths[rows]))
-        scalars |= {name: values[rows] for name, values in data.rows.values.items()}
+        scalars |= {name: values[rows] for name, values in data.rows.values.items() if name != SHARED}
         scalars |= {name: FROM_ORDER[name](len(rows)) for name in objective.row_values if name in FROM_ORDER}
         if self.asks_policy:
             sums = self.sums(data, units)

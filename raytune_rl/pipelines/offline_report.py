@@ -10,18 +10,21 @@ import numpy as np
 from raytune_rl.config import PreferenceConfig, SFTConfig
 from raytune_rl.config.batching import SFTSchedule
 from raytune_rl.data.packing import Packs
+from raytune_rl.groups import specs
 from raytune_rl.groups.sizes import Groups
 from raytune_rl.pipelines.report import (
+    SHARED_PROMPTS,
     cluster_section,
     data_section,
     epochs_not_reached,
     group_plans,
     next_commands,
     output_section,
+    sharing_in_words,
     trainer,
 )
 from raytune_rl.prepare.sets import quarantined
-from raytune_rl.protocol.data import Account, TokenSet
+from raytune_rl.protocol.data import SHARED, Account, TokenSet
 from raytune_rl.tracking.plan import RunPlan, Section
 from raytune_rl.tracking.summary import Change, RunSummary
 
@@ -63,6 +66,8 @@ def plan_of(
         rows.append(("labels", f"{desirable:,} desirable, {len(labels) - desirable:,} undesirable"))
         if desirable in (0, len(labels)):
             notices = [*notices, "all rows have the same label, so there is nothing to tell apart"]
+    if SHARED in train.values and len(shape.trained) > 1:
+        rows.append((SHARED_PROMPTS, _shared_prompts(config, train)))
     if objective.needs_reference:
         rows.append(("reference", _reference(config)))
     inside = {"policy": trainer(config, groups), "reference": "until its log-probs are known"}
@@ -83,6 +88,13 @@ def plan_of(
         ],
         [*notices, *epochs_not_reached(config, schedule)],
     )
+
+
+def _shared_prompts(config: OfflineConfig, train: TokenSet) -> str:
+    """How what both sides of a pair begin with is computed."""
+    if isinstance(config, SFTConfig) or specs.sharing(config, train.account.takes_media) == "false":
+        return "computed for each side of a pair"
+    return sharing_in_words(config.prefix_sharing, float(train.values[SHARED][::2].sum()), "an epoch")
 
 
 def _reference(config: OfflineConfig) -> str:

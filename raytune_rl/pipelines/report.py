@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.algorithms.experience import Experience
 from raytune_rl.config import PreferenceConfig, RLHFConfig, resolved
-from raytune_rl.config.batching import GRPOSchedule, SFTSchedule
+from raytune_rl.config.batching import GRPOBatch, GRPOSchedule, SFTSchedule
 from raytune_rl.config.commands import TrainConfig
 from raytune_rl.groups import lora_sync, specs
 from raytune_rl.groups.sizes import Groups, teacher_groups
@@ -102,12 +102,35 @@ def online_plan(
             data_section(
                 train.account, len(train), held_out.account if held_out else None, len(held_out or ())
             ),
-            generation.section(),
+            with_row(generation.section(), _shared_prompts(config, train, batch)),
             Section("Algorithm", in_words(config, algorithm)),
             output_section(config, resume_point, schedule),
         ],
         [*notices, *epochs_not_reached(config, schedule), *extra],
     )
+
+
+def _shared_prompts(config: RLHFConfig, train: PromptSet, batch: GRPOBatch) -> str:
+    """How prompts are computed in training."""
+    if specs.sharing(config, train.account.takes_media) == "false":
+        return "computed for each completion in training"
+    mean = float(np.mean(train.lengths))
+    saved = batch.prompts_per_generation * (batch.num_generations - 1) * mean
+    return sharing_in_words(config.prefix_sharing, saved, "a generation")
+
+
+def sharing_in_words(sharing: str, tokens: float, span: str) -> str:
+    """How many tokens are not computed again, where rows share what they can."""
+    when = "where that is sooner" if sharing == "auto" else "always"
+    return f"computed once for all that begin with them, {when}: up to {tokens:,.0f} tokens {span} saved"
+
+
+def with_row(section: Section, shared_prompts: str) -> Section:
+    """A section that also says how prompts are computed."""
+    return Section(section.title, [*section.rows, (SHARED_PROMPTS, shared_prompts)])
+
+
+SHARED_PROMPTS = "shared prompts"
 
 
 def trainer(config: TrainConfig, groups: Groups) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.protocol.media import Modality
 from raytune_rl.protocol.model import Traits
-from raytune_rl.protocol.rows import RowPointer, TrainBatch
+from raytune_rl.protocol.rows import Prefixes, RowPointer, TrainBatch
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,10 @@ class PromptSet:
         return RowPointer(self.columns, row) if self.account.media.shown else None
 
 
+SHARED = "shared_tokens"
+"""Name of the value: with how many tokens both rows of a unit begin alike."""
+
+
 @dataclass(frozen=True)
 class TokenSet:
     """Tokenized conversations.
@@ -121,7 +125,8 @@ class TokenSet:
         lengths: Tokens of each row, int64 `[n]`.
         loss_lengths: Of those, the ones trained on, int64 `[n]`.
         account: What became of the rows.
-        values: By name, what the data says of each row, float64 `[n]`, such as "label".
+        values: By name, what the data says of each row, float64 `[n]`, such as "label"; and `SHARED`, where
+            a unit is two rows.
     """
 
     columns: Any
@@ -135,4 +140,9 @@ class TokenSet:
 
     def batch(self, rows: Sequence[int]) -> TrainBatch:
         """Some of the rows."""
-        return TrainBatch([RowPointer(self.columns, row) for row in rows], self.lengths[list(rows)])
+        index = np.asarray(rows, dtype=np.int64)
+        shared = self.values.get(SHARED)
+        prefixes = None if shared is None else Prefixes(index // 2, shared[index].astype(np.int64))
+        return TrainBatch(
+            [RowPointer(self.columns, int(row)) for row in rows], self.lengths[index], prefixes=prefixes
+        )

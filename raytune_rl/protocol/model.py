@@ -7,6 +7,10 @@ from typing import Literal
 
 from raytune_rl.protocol.media import NO_LIMITS, MediaLimits, Modality
 
+Sharing = Literal["auto", "true", "false"]
+"""Whether what rows have in common at their beginning is computed once: where it pays, wherever it can be, or
+never."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -28,6 +32,7 @@ class ModelSpec:
         packing_flag: By which the user asked for the packed layout; empty: it is a default, and padded rows
             do as well.
         own_dropout: Whether training has the dropout of the model's config.
+        sharing: Whether rows that begin alike share that part, if the model can.
     """
 
     path: str
@@ -44,6 +49,7 @@ class ModelSpec:
     liger: bool = False
     packing_flag: str = ""
     own_dropout: bool = False
+    sharing: Sharing = "false"
 
 
 @dataclass(frozen=True)
@@ -97,10 +103,12 @@ class Settled:
     Attributes:
         layout: "padded" or "packed".
         notices: What the user is to know of it.
+        sharing: As in `ModelSpec`; "false" where the model cannot.
     """
 
     layout: str
     notices: tuple[str, ...] = ()
+    sharing: Sharing = "false"
 
 
 @dataclass(frozen=True)

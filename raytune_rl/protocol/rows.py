@@ -6,7 +6,7 @@ those and reads the arrays from the object store by itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,26 @@ class RowPointer:
 
 
 @dataclass(frozen=True)
+class Prefixes:
+    """Which rows begin with the same tokens.
+
+    Attributes:
+        groups: A number for each row, int64 `[n]`; rows of one number begin alike.
+        lengths: Leading tokens of each row of which that is said, int64 `[n]`.
+    """
+
+    groups: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def part(self, rows: NDArray[np.int64]) -> Prefixes:
+        """Those of some rows."""
+        return Prefixes(self.groups[rows], self.lengths[rows])
+
+
+@dataclass(frozen=True)
 class RowBatch:
     """The rows one worker is to read.
 
@@ -33,12 +53,15 @@ class RowBatch:
             "ref_logprobs".
         scalars: Name -> float64 `[n]`, one value a row, such as "weight" and "advantage".
         micro_batches: Row numbers of each micro-batch; an empty one is run for the collectives' sake.
+        prefixes: By which micro-batches are laid out with what rows have in common once; None: they are laid
+            out row by row.
     """
 
     refs: tuple[Any, ...]
     places: Mapping[str, NDArray[np.int32]]
     scalars: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     micro_batches: tuple[tuple[int, ...], ...] = ()
+    prefixes: Prefixes | None = None
 
     def __len__(self) -> int:
         return len(self.places[""])
@@ -56,6 +79,7 @@ class TrainBatch:
             computed later ("ref_logprobs", "old_logprobs", "advantages", ...) and the media of online RL.
         scalars: By name, one number a row, float64 `[n]`; "weight" and "row_weight" carry the normaliser of
             the whole step.
+        prefixes: Which rows begin alike, where that is known.
 
     Raises:
         ValueError: A column, the lengths or a scalar has another number of rows.
@@ -65,9 +89,12 @@ class TrainBatch:
     lengths: NDArray[np.int64]
     columns: Mapping[str, Sequence[RowPointer]] = field(default_factory=dict)
     scalars: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    prefixes: Prefixes | None = None
 
     def __post_init__(self) -> None:
-        parts = {"lengths": self.lengths, **self.columns, **self.scalars}
+        parts: dict[str, Sized] = {"lengths": self.lengths, **self.columns, **self.scalars}
+        if self.prefixes is not None:
+            parts["prefixes"] = self.prefixes
         for name, part in parts.items():
             if len(part) != len(self.rows):
                 raise ValueError(f"column {name!r} has {len(part)} rows for a batch of {len(self.rows)}")
@@ -84,6 +111,7 @@ class TrainBatch:
             self.lengths[index],
             {name: [pointers[row] for row in numbers] for name, pointers in self.columns.items()},
             {name: np.asarray(values, dtype=np.float64)[index] for name, values in self.scalars.items()},
+            None if self.prefixes is None else self.prefixes.part(index),
         )
 
     def with_columns(self, **columns: Sequence[RowPointer]) -> TrainBatch:
@@ -95,6 +123,10 @@ class TrainBatch:
         given = {name: np.asarray(values, dtype=np.float64) for name, values in scalars.items()}
         return replace(self, scalars={**self.scalars, **given})
 
+    def without_scalars(self) -> TrainBatch:
+        """The same without numbers of rows."""
+        return replace(self, scalars={})
+
     def keep(self, columns: Collection[str]) -> TrainBatch:
         """The same without the columns that are not named; a name that it does not have is no mistake."""
         return replace(
@@ -105,11 +137,12 @@ class TrainBatch:
         """The same without these columns."""
         return self.keep(self.columns.keys() - set(columns))
 
-    def message(self, micro_batches: Sequence[Sequence[int]] = ()) -> RowBatch:
+    def message(self, micro_batches: Sequence[Sequence[int]] = (), *, shares: bool = False) -> RowBatch:
         """The message to a worker: every object is named once.
 
         Args:
             micro_batches: Row numbers of each.
+            shares: Whether what rows have in common is computed once.
         """
         index: dict[Any, int] = {}
 
@@ -119,4 +152,7 @@ class TrainBatch:
 
         places = {"": place(self.rows)}
         places |= {name: place(pointers) for name, pointers in self.columns.items()}
-        return RowBatch(tuple(index), places, dict(self.scalars), tuple(tuple(m) for m in micro_batches))
+        prefixes = self.prefixes if shares else None
+        return RowBatch(
+            tuple(index), places, dict(self.scalars), tuple(tuple(m) for m in micro_batches), prefixes
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
+from raytune_rl.protocol.model import ModelSpec, ScoreSettings, Sharing, TunerSettings
 from raytune_rl.protocol.rows import RowPointer
 
 
@@ -82,6 +82,7 @@ class TrainerFacts:
         dtype: Of the weights.
         layout: Of micro-batches, "padded" or "packed": the one asked for, or what the model can do instead.
         notices: Lines for the user.
+        sharing: Whether rows that begin alike share that part; "false" where the model cannot.
     """
 
     trainable: int
@@ -89,6 +90,7 @@ class TrainerFacts:
     dtype: str
     layout: str
     notices: tuple[str, ...] = field(default=())
+    sharing: Sharing = "false"
 
 
 @dataclass(frozen=True)

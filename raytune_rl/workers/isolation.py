@@ -1,4 +1,5 @@
-"""Whether the rows of a micro-batch see each other, or the padding: asked of every model when it is loaded.
+"""Whether the rows of a micro-batch see each other, or the padding, and whether they can share what they
+begin with: asked of every model when it is loaded.
 
 Not every architecture of Transformers keeps packed rows apart: some make their attention mask without
 position ids, and recurrent and convolution layers run over the borders unless a kernel knows them. A row
@@ -8,19 +9,23 @@ must have the log-probs that it has alone, or training would be silently wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raytune_rl.data.collate import collate
+from raytune_rl.data.collate import MicroBatch, collate
+from raytune_rl.data.shared_prefix import collate_shared
 from raytune_rl.errors import ModelError
+from raytune_rl.models.hub import first_line
+from raytune_rl.models.prefix_attention import let_share, take_back
 from raytune_rl.models.scalar import ScalarScorer
 from raytune_rl.models.scorer import TokenScorer
 from raytune_rl.models.sharding import shape_of
 from raytune_rl.models.unwrap import hf_model
-from raytune_rl.protocol.model import Settled
+from raytune_rl.protocol.model import ModelSpec, Settled, Sharing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,6 +96,75 @@ def _device(scorer: TokenScorer | ScalarScorer) -> torch.device:
     return device
 
 
+def settle_rows(scorer: TokenScorer | ScalarScorer, spec: ModelSpec, with_media: bool) -> Settled:
+    """How a model's rows are laid out, and whether those that begin alike share that part: `settle` and
+    `settle_sharing` together."""
+    settled = settle(scorer, spec.layout, spec.packing_flag)
+    sharing, why_not = settle_sharing(scorer, spec.sharing, with_media)
+    return replace(settled, notices=settled.notices + why_not, sharing=sharing)
+
+
+def settle_sharing(
+    scorer: TokenScorer | ScalarScorer, wanted: Sharing, with_media: bool = False
+) -> tuple[Sharing, tuple[str, ...]]:
+    """Whether rows that begin alike share that part: a collective, if the model is cut into shares.
+
+    Args:
+        scorer: as in `settle`; its model gets the attention for it.
+        wanted: by the user, or for him.
+        with_media: whether its rows have media.
+
+    Returns:
+        What is wanted, or "false" where the model cannot, and then a line that says why.
+
+    Raises:
+        ModelError: "true" is wanted, and the model cannot.
+    """
+    if wanted == "false":
+        return "false", ()
+    inner = hf_model(scorer)
+    why = "rows of a model that takes media do not share theirs yet" if with_media else let_share(inner)
+    if not why:
+        why = _fails_to_share(scorer)
+        if not why:
+            return wanted, ()
+        take_back(inner)
+    notice = (
+        f"each row computes its prompt for itself: model type '{inner.config.model_type}' cannot share it"
+    )
+    if wanted == "true":
+        raise ModelError(f"--prefix_sharing true: {notice} ({why}). Leave the flag out")
+    return "false", (f"{notice} ({why})",)
+
+
+def _fails_to_share(scorer: TokenScorer | ScalarScorer) -> str:
+    """Why the rows that share are not as alone; empty if they are."""
+    try:
+        found = shared_gap(scorer)
+    except Exception as error:  # noqa: BLE001 (any model's own code, called as its authors did not foresee)
+        return first_line(error)
+    limit = tolerance(scorer)
+    return "" if found <= limit else f"log-probs differ by up to {found:.2g}, and {limit:g} is rounding"
+
+
+@torch.no_grad()
+def shared_gap(scorer: TokenScorer | ScalarScorer) -> float:
+    """The largest difference between what rows that share give and what each gives alone."""
+    first, second = _rows(scorer)
+    rows = [first, np.concatenate([first[:8], second[:3]]), second, np.concatenate([first[:8], second[2:]])]
+    masks = [np.arange(len(row)) > 0 for row in rows]
+    micro = collate_shared(rows, masks, [0, 0, 1, 0], [8, 8, 8, 8], pad_token_id=0)
+    was_training = scorer.training
+    scorer.eval()
+    try:
+        together = _states_of(scorer, micro)
+        alone = torch.cat([_read(scorer, [row], "padded") for row in rows])
+    finally:
+        scorer.train(was_training)
+    difference = (together - alone).abs().max().item()
+    return difference if difference == difference else float("inf")
+
+
 def tolerance(scorer: TokenScorer | ScalarScorer) -> float:
     """See `TOLERANCE`; by the type that the model computes in."""
     return TOLERANCE.get(hf_model(scorer).dtype, TOLERANCE[torch.bfloat16])
@@ -124,11 +198,15 @@ def gap(scorer: TokenScorer | ScalarScorer, layout: str) -> float:
 
 def _read(scorer: TokenScorer | ScalarScorer, rows: Sequence[NDArray], layout: Layout) -> Tensor:
     masks = [np.arange(len(row)) > 0 for row in rows]
-    micro = collate(rows, masks, layout=layout, pad_token_id=0).to(_device(scorer))
+    return _states_of(scorer, collate(rows, masks, layout=layout, pad_token_id=0))
+
+
+def _states_of(scorer: TokenScorer | ScalarScorer, micro: MicroBatch) -> Tensor:
+    micro = micro.to(_device(scorer))
     seen = (micro.input_ids, micro.position_ids, micro.attention_mask)
     if isinstance(scorer, TokenScorer):
-        return scorer(*seen, micro.predict_index, micro.targets).logprobs
-    states = scorer.states(*seen, micro.predict_index).float()
+        return scorer(*seen, micro.predict_index, micro.targets, shared=micro.shared).logprobs
+    states = scorer.states(*seen, micro.predict_index, micro.shared).float()
     return states / states.square().mean(-1, keepdim=True).sqrt()
 
 

@@ -174,14 +174,20 @@ def _media(rows: ReadRows, row: int) -> list[Medium]:
 def micro_batch(
     rows: ReadRows, members: Sequence[int], layout: str, media: MediaCollator | None = None
 ) -> MicroBatch:
-    """Collates the rows of one micro-batch on this worker's device."""
+    """Collates the rows of one micro-batch on this worker's device; what rows have in common stands once
+    where the batch says so."""
     from raytune_rl.data.collate import collate
+    from raytune_rl.data.shared_prefix import collate_shared
 
     tokens = [rows.column("tokens", row) for row in members]
     masks = [rows.column("loss_mask", row) for row in members]
     if media is not None:
         shown = [_media(rows, row) for row in members]
         return media.collate(tokens, masks, shown, pad_token_id=PAD).to(device())
+    if rows.prefixes is not None:
+        own = rows.prefixes.part(np.asarray(members, dtype=np.int64))
+        micro = collate_shared(tokens, masks, own.groups, own.lengths, pad_token_id=PAD)
+        return micro.to(device())
     return collate(tokens, masks, layout=layout, pad_token_id=PAD).to(device())  # type: ignore[arg-type]
 
 
@@ -217,6 +223,7 @@ def forward_inputs(micro: MicroBatch, forward: Forward = "logprobs") -> dict[str
         "position_ids": micro.position_ids,
         "attention_mask": micro.attention_mask,
         **wanted[forward],
+        **({"shared": micro.shared} if micro.shared else {}),
         **micro.model_inputs,
     }
 

@@ -157,7 +157,7 @@ class TrainerWorker:
         self._engine, self._rate = start_engine(scorer, spec.optimizer, computes_in)
         if cut:
             scorer.verify()
-        settled = isolation.settle(scorer, spec.model.layout, spec.model.packing_flag)
+        settled = isolation.settle_rows(scorer, spec.model, self._media is not None)
         self._spec = replace(spec, model=replace(spec.model, layout=settled.layout))
         self._offload = Offload(self._engine)
         self._gather = gathered if shards_parameters(self._engine) else whole
@@ -171,7 +171,7 @@ class TrainerWorker:
         if loaded.new_head and not spec.model.adapters:
             start = "starts at 0" if self._loss.forward == "values" else "has random weights"
             notices += (f"the head that gives {self._loss.forward} is new and {start}",)
-        return TrainerFacts(tuned.trainable, tuned.total, dtype, settled.layout, notices)
+        return TrainerFacts(tuned.trainable, tuned.total, dtype, settled.layout, notices, settled.sharing)
 
     # -- training
     # ---------------------------------------------------------------------------------------------

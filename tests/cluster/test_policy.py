@@ -28,12 +28,13 @@ from raytune_rl.algorithms.pairs import PAIR, pair_numbers
 from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.config import deepspeed
 from raytune_rl.data.microbatch import plan_micro_batches
+from raytune_rl.data.prefix_plan import Budget, plan_step
 from raytune_rl.errors import CheckpointError, WorkerFailedError
 from raytune_rl.groups.trainer import PolicyGroup
-from raytune_rl.groups.world import TrainerWorld, rank_share
+from raytune_rl.groups.world import TOKENS_SAVED, TrainerWorld, rank_share
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, TunerSettings
-from raytune_rl.protocol.rows import RowPointer, TrainBatch
+from raytune_rl.protocol.rows import Prefixes, RowPointer, TrainBatch
 from raytune_rl.protocol.train import OptimizerSpec, TrainerSpec
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.group import WorkerGroup
@@ -75,11 +76,13 @@ class InspectedPolicy(TrainerWorker):
 
 
 def rows() -> tuple[Columns, list[int], np.ndarray]:
-    """Trajectories of very different lengths, with log-probs of another policy, and advantages."""
+    """Trajectories of very different lengths, four a prompt, with log-probs of another policy, and
+    advantages."""
     rng = np.random.default_rng(7)
-    prompts = rng.integers(4, 12, ROWS)
+    of_groups = [rng.integers(5, 300, length) for length in rng.integers(4, 12, ROWS // 4)]
     completions = rng.integers(1, 40, ROWS)
-    tokens = [rng.integers(5, 300, p + c) for p, c in zip(prompts, completions, strict=True)]
+    prompts = [len(of_groups[row // 4]) for row in range(ROWS)]
+    tokens = [np.append(of_groups[row // 4], rng.integers(5, 300, completions[row])) for row in range(ROWS)]
     columns: Columns = {
         "tokens": Ragged.from_rows(tokens, np.int32),
         "loss_mask": Ragged.from_rows(
@@ -90,9 +93,15 @@ def rows() -> tuple[Columns, list[int], np.ndarray]:
     return columns, [int(c) for c in completions], rng.normal(size=ROWS)
 
 
+def prefixes_of(columns: Columns) -> Prefixes:
+    masks = columns["loss_mask"]
+    prompts = [int(np.argmax(masks[row])) for row in range(ROWS)]  # type: ignore[index]
+    return Prefixes(np.arange(ROWS) // 4, np.array(prompts))
+
+
 def spec(tiny: Tiny) -> TrainerSpec:
     return TrainerSpec(
-        model=ModelSpec(str(tiny.tied), "float32", None, "padded"),
+        model=ModelSpec(str(tiny.tied), "float32", None, "padded", sharing="true"),
         tuner=TunerSettings(tuner_type="full"),
         optimizer=OptimizerSpec(1e-2, "constant", 0, 10, (0.9, 0.95), 1e-8, 0.1, 1.0, deepspeed.load(None)),
         loss="grpo",
@@ -171,20 +180,26 @@ class World:
         ref = ray.put(columns)
         pointers = [RowPointer(ref, i) for i in range(ROWS)]
         totals = columns["tokens"].lengths.tolist()  # type: ignore[union-attr]
-        schedule = plan_micro_batches(
-            totals,
-            world_size=len(self.group),
-            max_tokens=max_tokens,
-            layout=layout,  # type: ignore[arg-type]
-            max_rows=max_rows,
-            together=2 if case and get_loss(case.loss).rows == "pairs" else 1,
-        )
+        together = 2 if case and get_loss(case.loss).rows == "pairs" else 1
+        prefixes = prefixes_of(columns)
+        if layout == "shared":
+            budget = Budget(len(self.group), max_tokens, "padded", "true", together)
+            schedule = plan_step(np.array(totals), prefixes, budget)
+        else:
+            schedule = plan_micro_batches(
+                totals,
+                world_size=len(self.group),
+                max_tokens=max_tokens,
+                layout=layout,  # type: ignore[arg-type]
+                max_rows=max_rows,
+                together=together,
+            )
         scalars = {"weight": row_weights(lengths, "grpo"), "advantage": advantages}
         extra = {"ref_logprobs": pointers}
         if case is not None:
             scalars |= case.weights(np.array(lengths))
             extra |= dict.fromkeys(case.extra, pointers)
-        batch = TrainBatch(pointers, np.asarray(totals), extra, scalars)
+        batch = TrainBatch(pointers, np.asarray(totals), extra, scalars, prefixes)
         return [rank_share(schedule, r, batch).batch for r in range(len(self.group))]
 
     def gradient(
@@ -239,12 +254,16 @@ def test_gradient_does_not_depend_on_how_the_step_is_cut(worlds: dict[int, World
         (1, 10_000, "padded", 8),
         (1, 10_000, "packed", None),
         (1, 128, "packed", None),
+        (1, 10_000, "shared", None),
+        (1, 96, "shared", None),
     ]
     cuts += [
         (2, 10_000, "padded", None),
         (2, 64, "padded", None),
         (2, 10_000, "padded", 1),
         (2, 128, "packed", None),
+        (2, 10_000, "shared", None),
+        (2, 64, "shared", None),
     ]
     for size, max_tokens, layout, max_rows in cuts:
         assert_same(whole, worlds[size].gradient(max_tokens, layout, max_rows))
@@ -252,11 +271,12 @@ def test_gradient_does_not_depend_on_how_the_step_is_cut(worlds: dict[int, World
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_loss_depends_on_how_its_step_is_cut(worlds: dict[int, World], name: str) -> None:
-    """One micro-batch of one rank against several, packed, of one and of two ranks."""
+    """One micro-batch of one rank against several, packed and with shared prompts, of one and of two
+    ranks."""
     whole = worlds[1].gradient(10_000, "padded", case=CASES[name])
     size = max(float(np.abs(g).max()) for g in whole.values())
     assert size > 1e-3
-    for ranks, layout in ((1, "packed"), (2, "padded"), (2, "packed")):
+    for ranks, layout in ((1, "packed"), (2, "padded"), (2, "packed"), (1, "shared"), (2, "shared")):
         cut = worlds[ranks].gradient(96, layout, case=CASES[name])
         assert_same(whole, cut, 1e-6 * max(size, 1.0))
 
@@ -339,6 +359,29 @@ def test_a_reference_moves_towards_the_policy_and_comes_back(
         np.testing.assert_array_equal(parameter.detach().numpy(), start[name])
     with pytest.raises(CheckpointError, match="saved without --sync_ref_model"):
         reference.load(str(tmp_path))
+
+
+def test_log_probs_and_a_step_are_the_same_with_shared_prompts(worlds: dict[int, World]) -> None:
+    columns, lengths, advantages = rows()
+    ref = ray.put(columns)
+    pointers = [RowPointer(ref, i) for i in range(ROWS)]
+    totals = columns["tokens"].lengths  # type: ignore[union-attr]
+    apart = TrainBatch(
+        pointers,
+        totals,
+        {"ref_logprobs": pointers},
+        {"weight": row_weights(lengths, "grpo"), "advantage": advantages},
+    )
+    alike = replace(apart, prefixes=prefixes_of(columns))
+    once = sum(int(np.argmax(columns["loss_mask"][row])) for row in range(0, ROWS, 4))  # type: ignore[index]
+    for world in worlds.values():
+        assert world.policy.world.settled.sharing == "true"
+        scored, shared = world.policy.logprobs(apart), world.policy.logprobs(alike)
+        np.testing.assert_allclose(shared.sums, scored.sums, rtol=0, atol=1e-4)
+    step = worlds[1].policy.world.train(alike, 0)
+    assert step.tokens == sum(lengths) + once
+    assert step.metrics[TOKENS_SAVED] == sum(totals) - step.tokens
+    assert TOKENS_SAVED not in worlds[2].policy.world.train(apart, 0).metrics
 
 
 # Of log pi - log pi_ref, as long as none is clamped.

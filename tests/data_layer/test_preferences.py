@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from raytune_rl.data.common_prefix import common_prefix
 from raytune_rl.data.encode_preferences import encode_labelled, encode_pairs
 from raytune_rl.data.example import Row, RowError
 from raytune_rl.data.formats import Converter
 from raytune_rl.errors import DataError
+from raytune_rl.protocol.data import SHARED
 
 USER = {"role": "user", "content": "Sum?"}
 GOOD, BAD = {"role": "assistant", "content": "42."}, {"role": "assistant", "content": "It is calm today."}
@@ -142,7 +144,18 @@ def test_margins_travel_with_both_sides(chatml):
     graded = convert({"query": "Sum?", "response": "a", "rejected_response": "b", "margin": 2})
     found = encode_pairs([graded, pair("c", "d")], chatml)
     assert found.values["margin"].tolist() == [2, 2, 0, 0]
-    assert encode_pairs([pair("c", "d")], chatml).values == {}
+    assert encode_pairs([pair("c", "d")], chatml).values.keys() == {SHARED}
+
+
+def test_what_both_rows_of_a_unit_begin_with_is_counted(chatml):
+    pairs = encode_pairs([pair("c c", "d"), pair("c c", "c d")], chatml)
+    for unit in (0, 2):
+        both = [pairs.tokens[unit], pairs.tokens[unit + 1]]
+        shared = int(pairs.values[SHARED][unit])
+        assert pairs.values[SHARED][unit + 1] == shared == common_prefix(both)
+        assert (both[0][:shared] == both[1][:shared]).all()
+        assert both[0][shared] != both[1][shared]
+        assert shared >= int(pairs.loss_mask[unit].argmax())
 
 
 def labelled(question, answer, label):

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from raytune_rl.data.shared_prefix import collate_shared, common_prefix
+from raytune_rl.data.common_prefix import common_prefix
+from raytune_rl.data.shared_prefix import collate_shared
 
 
 def arrays(rows, dtype=np.int32):
@@ -40,7 +41,7 @@ def test_only_what_is_the_same_is_shared():
 
 def test_the_longest_common_beginning():
     rows = arrays([[1, 2, 3, 4], [1, 2, 3], [1, 2, 9, 9]])
-    assert common_prefix(rows, 9) == 2 == common_prefix(rows[:2], 9)
+    assert common_prefix(rows) == 2 == common_prefix(rows[:2], 9)
     assert common_prefix(rows, 1) == 1
     assert common_prefix(arrays([[1], [1, 2]]), 5) == 0
 

@@ -16,6 +16,7 @@ from raytune_rl.groups import teachers
 from raytune_rl.groups.start import teacher_coefficients
 from raytune_rl.groups.teachers import Teacher, Teachers
 from raytune_rl.prepare.task import teacher_of_rows
+from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import RowBatch, RowPointer, TrainBatch
 from raytune_rl.runtime.wait import Pending
 
@@ -53,7 +54,7 @@ def advised(whose: list[int] | None, *numbers: float) -> tuple[Credited, list[Co
     rows = [RowPointer("tokens", row) for row in range(4)]
     batch = TrainBatch(rows, LENGTHS).with_columns(old_logprobs=rows)
     copies = [Copies(number, 2) for number in numbers]
-    made = Teachers([Teacher(one, 0.5, "padded") for one in copies], max_tokens=64)  # type: ignore[arg-type]
+    made = Teachers([Teacher(one, 0.5, Settled("padded")) for one in copies], max_tokens=64)  # type: ignore[arg-type]
     earned = Credited(batch, np.zeros(4, dtype=np.float32), {"reward_std": 0.25})
     return made.advise(batch, earned, None if whose is None else np.array(whose)), copies
 

@@ -175,3 +175,40 @@ def test_layers_that_can_be_told_are() -> None:
     scorer = TokenScorer(lfm)
     assert isolation.settle(scorer, "packed", "--packing true").layout == "packed"
     assert scorer.tells_borders
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "qwen3_moe", "gpt2"])
+def test_rows_that_begin_alike_share_it(family: str) -> None:
+    scorer = TokenScorer(model(*WHOLE[family])).train()
+    assert isolation.settle_sharing(scorer, "auto") == ("auto", ())
+    assert isolation.shared_gap(scorer) < 1e-4
+    assert scorer.training
+    assert isolation.settle(scorer, "packed", "--packing true").layout == "packed"
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "falcon", "bloom"])
+def test_models_that_cannot_share_compute_each_row_for_itself(family: str) -> None:
+    scorer = TokenScorer(model(*SEEN[family]))
+    before = scorer.model.config._attn_implementation
+    sharing, notices = isolation.settle_sharing(scorer, "auto")
+    assert sharing == "false"
+    assert f"model type '{family}' cannot share it" in notices[0]
+    assert scorer.model.config._attn_implementation == before
+    assert isolation.gap(scorer, "padded") < 1e-4
+    with pytest.raises(ModelError, match="--prefix_sharing true: each row computes its prompt for itself"):
+        isolation.settle_sharing(scorer, "true")
+    assert isolation.settle_sharing(scorer, "false") == ("false", ())
+
+
+def test_a_model_that_mixes_rows_does_not_share() -> None:
+    broken = model(*WHOLE["llama"])
+    broken.set_input_embeddings(Polluted(broken.get_input_embeddings()))
+    sharing, notices = isolation.settle_sharing(TokenScorer(broken), "auto")
+    assert sharing == "false"
+    assert "log-probs differ by up to" in notices[0]
+
+
+def test_a_critics_rows_share() -> None:
+    critic = model("Qwen2", {**SMALL, "num_labels": 1}, "ForSequenceClassification")
+    critic.score.weight.data.zero_()
+    assert isolation.settle_sharing(ScalarScorer(critic), "true") == ("true", ())

@@ -21,7 +21,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test demo bench families clean uv
+.PHONY: help setup lock check test faults demo bench families clean uv
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -60,6 +60,9 @@ check: setup ## lint, format, types, import floors, lock files
 
 test: setup ## every test
 	$(BIN)/python -m pytest
+
+faults: setup ## kill every part of a run at every phase, and compare what it comes to (an hour)
+	$(BIN)/python -m pytest -m "cluster or faults" tests/faults
 
 demo: setup ## SFT, then GRPO, on a tiny model: the whole stack on this machine
 	$(BIN)/python examples/demo.py

@@ -53,8 +53,26 @@ class WorkerDiedError(RaytuneError):
     """An actor ended while its answer was awaited."""
 
 
+class WorkerHungError(WorkerDiedError):
+    """An actor gives no sign of life, or a group of them makes no progress: taken for dead."""
+
+
+class RestartsUsedUpError(WorkerDiedError):
+    """Workers were lost more often than they may be; the message lists when, who and at what."""
+
+
+class SnapshotMissingError(WorkerDiedError):
+    """A rank of a world was lost that no snapshot of it outlives."""
+
+
 class NodeLostError(RaytuneError):
-    """A node that held workers, or the cluster's head, is gone."""
+    """A node that held workers, or the cluster's head, is gone.
+
+    Attributes:
+        survivable: Whether other nodes are left to go on with.
+    """
+
+    survivable = True
 
 
 class WorkerFailedError(RaytuneError):

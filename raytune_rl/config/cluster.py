@@ -88,6 +88,26 @@ class PolicyGroupOptions(ClusterOptions):
         "With --dry_run true: GPUs of a cluster that is not there, node by node: 8x80GiB,8x80GiB. Not set: "
         "this machine, or the cluster of --ray_address.",
     )
+    snapshot_steps: int | None = _setting(
+        None,
+        "Optimizer steps from one snapshot of the policy (and of a critic) in the object store to the next: "
+        "where a lost rank starts anew from, the steps since being done again. Not set: each step, or as "
+        "often as it costs under 5% of the time, where snapshots fill up to a third of the store. 0: none, "
+        "and a lost rank ends the run.",
+        ge=0,
+    )
+    max_restarts: int = _setting(
+        10,
+        "How often the ranks of policy or critic may be started anew in a run after one was lost or hung. "
+        "Failures of data do not count. 0: the first loss ends the run.",
+        ge=0,
+    )
+    hang_timeout: float = _setting(
+        60.0,
+        "Seconds without a sign of life after which a rank of policy or critic is taken for dead. One that "
+        "works slowly gives signs. 0: only --step_timeout counts.",
+        ge=0,
+    )
     policy_workers: int | None = _setting(
         None,
         "Ranks that train the policy. Not set: NPROC_PER_NODE, else chosen from what the cluster has.",

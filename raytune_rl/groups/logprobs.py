@@ -4,8 +4,9 @@ KL.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -89,6 +90,39 @@ class AdapterOff:
         return self._policy.base_logprobs(batch)
 
 
+class Moves:
+    """What a copy that is started anew must be told to be as the others, which have moved.
+
+    The weights after a move are kept in the object store, where the driver owns them.
+
+    Args:
+        group: The copies.
+        start_timeout_s: Deadline of a start.
+        tell: Told of each loss.
+    """
+
+    def __init__(self, group: WorkerGroup, start_timeout_s: float, tell: Callable[[str, str], None]) -> None:
+        self._group, self._start_timeout_s, self._tell = group, start_timeout_s, tell
+        self._now: dict[str, tuple[Any, ...]] = {}
+
+    def loaded(self, directory: Path) -> None:
+        """All are what a checkpoint says."""
+        self._become({"load": (str(directory),)})
+
+    def mixed(self, manifest: Manifest, share: float) -> None:
+        """All have moved towards a version. Who is lost before the new weights are kept moves from the old
+        ones."""
+        self._become({**self._now, "mix": (manifest, share)})
+        (kept,) = settle(
+            [self._group.submit(0, "weights", what="keeping the reference's weights", returns=2)]
+        )[0]
+        self._become({"become": (kept.ref[1],)})
+
+    def _become(self, now: dict[str, tuple[Any, ...]]) -> None:
+        self._now = now
+        self._group.replace_lost(self._start_timeout_s, self._tell, now)
+
+
 class ReferenceGroup:
     """M copies that answer as one.
 
@@ -96,10 +130,13 @@ class ReferenceGroup:
         group: The started workers.
         max_tokens: Token budget of a micro-batch.
         settled: How rows are laid out.
+        moves: Of a reference that follows the policy.
     """
 
-    def __init__(self, group: WorkerGroup, max_tokens: int, settled: Settled) -> None:
-        self.workers = group
+    def __init__(
+        self, group: WorkerGroup, max_tokens: int, settled: Settled, moves: Moves | None = None
+    ) -> None:
+        self.workers, self._moves = group, moves
         self._max_tokens = max_tokens
         self._settled = settled
 
@@ -118,6 +155,8 @@ class ReferenceGroup:
     def mix(self, manifest: Manifest, share: float) -> None:
         """Every copy moves its weights towards those of a published version."""
         self.workers.call("mix", manifest, share, what="mixing the policy into the reference")
+        if self._moves is not None:
+            self._moves.mixed(manifest, share)
 
     def save(self, directory: Path) -> None:
         """Writes the weights of one copy: all are the same."""
@@ -126,3 +165,5 @@ class ReferenceGroup:
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote, in every copy."""
         self.workers.call("load", str(directory), what="restoring the reference")
+        if self._moves is not None:
+            self._moves.loaded(directory)

@@ -16,7 +16,8 @@ from raytune_rl.groups.critic import CriticGroup
 from raytune_rl.groups.fleet import RewardGroup, RolloutGroup
 from raytune_rl.groups.gpu_sharing import GPUSharing
 from raytune_rl.groups.learners import Learner, Learners
-from raytune_rl.groups.logprobs import AdapterOff, Reference, ReferenceGroup
+from raytune_rl.groups.logprobs import AdapterOff, Moves, Reference, ReferenceGroup
+from raytune_rl.groups.restarts import RecoveryRules
 from raytune_rl.groups.rewards import NoRewards, RewardModelGroup, Scorer, Together
 from raytune_rl.groups.sizes import Groups, teacher_groups
 from raytune_rl.groups.start_order import Part, start_in_turn, turns_of
@@ -28,9 +29,8 @@ from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.model import ModelSpec, Settled
 from raytune_rl.protocol.train import LossSpec, TrainerSpec
 from raytune_rl.rewards.sandbox import memory_limit_bytes
-from raytune_rl.runtime.group import WorkerGroup, end
+from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import fetch_all
-from raytune_rl.runtime.weights import start_store
 from raytune_rl.workers.reference import ReferenceWorker
 from raytune_rl.workers.reward import RewardWorker
 from raytune_rl.workers.reward_model import RewardModelWorker
@@ -157,10 +157,13 @@ class Starter:
         setup: Of the run.
         slots: Reserved places by group.
         stack: Ends the actors.
+        rules: How the loss of a rank is treated.
     """
 
-    def __init__(self, setup: OnlineSetup, slots: Mapping[str, Any], stack: ExitStack) -> None:
-        self._setup, self._slots, self._stack = setup, slots, stack
+    def __init__(
+        self, setup: OnlineSetup, slots: Mapping[str, Any], stack: ExitStack, rules: RecoveryRules
+    ) -> None:
+        self._setup, self._slots, self._stack, self._rules = setup, slots, stack, rules
 
     def group(self, name: str, worker: type, make: Any, env: Mapping[str, str]) -> WorkerGroup:
         """The workers of one role; `make` gives the arguments of the worker of a rank."""
@@ -189,7 +192,7 @@ class Starter:
             name, TrainerWorker, lambda rank: {"spec": spec, "rank": rank, "world_size": ranks}
         )
         budget = specs.max_tokens(config, sizes.on_gpu)
-        return TrainerWorld(workers, spec, budget, config.start_timeout)
+        return TrainerWorld(workers, spec, budget, config.start_timeout, self._rules)
 
     def rollout(self) -> WorkerGroup:
         """The engines."""
@@ -302,7 +305,7 @@ def start_groups(
     setup: OnlineSetup,
     slots: Mapping[str, Any],
     stack: ExitStack,
-    say: Callable[[str], None],
+    rules: RecoveryRules,
     lost: Callable[[str, str], None],
 ) -> OnlineGroups:
     """Starts all actors, at once unless they share GPUs, and waits for them.
@@ -311,14 +314,14 @@ def start_groups(
         setup: Of the run.
         slots: Reserved places by group.
         stack: Ends the actors.
-        say: Tells the user a sentence.
+        rules: How the loss of a rank is treated.
         lost: Told the name of a group that lost a worker and goes on, and a sentence about it.
     """
     config, sizes, account = setup.config, setup.sizes, setup.prompts.account
     # Every engine has the newest version before the next is made: an older one would only fill the memory.
-    store = start_store(setup.store_name, keep=1)
-    stack.callback(end, store)
-    starter, spec = Starter(setup, slots, stack), setup.policy
+    store = WeightStore(setup.store_name, 1, config.step_timeout, rules)
+    stack.callback(store.end)
+    starter, spec, say = Starter(setup, slots, stack, rules), setup.policy, rules.say
     taught_by = dict(zip(teacher_groups(config), specs.teacher_specs(config, spec.model), strict=True))
     starting = Starting(starter, spec, taught_by, config.start_timeout)
     start_in_turn(turns_of(sizes), starting, sleeps=specs.sleep_level(config, sizes) > 0)
@@ -346,9 +349,7 @@ def start_groups(
         layouts.append(ready[0])
         for notice in ready[0].notices:
             say(f"Note: {group.name}: {notice}")
-    # A reference that moves is what it is by its past, and the policy is one world: neither can be replaced.
-    unmoving = [] if reference is None or config.sync_ref_model else [reference]
-    for stateless in (*judges, *unmoving, *teachers):
+    for stateless in (*judges, *([] if reference is None else [reference]), *teachers):
         stateless.replace_lost(config.start_timeout, lost)
     rollout.replace_lost(config.start_timeout, lost, {"load_weights": (None,)})
     engines = RolloutGroup(
@@ -364,7 +365,8 @@ def start_groups(
     scorers = scorers or [NoRewards()]
     own_reference: ReferenceGroup | None = None
     if reference is not None:
-        own_reference = ReferenceGroup(reference, ranks.max_tokens, settled[0])
+        moves = Moves(reference, config.start_timeout, lost) if config.sync_ref_model else None
+        own_reference = ReferenceGroup(reference, ranks.max_tokens, settled[0], moves)
     reference_scorer: Reference | None = own_reference
     if reference is None and "ref_logprobs" in setup.needs:
         reference_scorer = AdapterOff(policy)
@@ -384,7 +386,7 @@ def start_groups(
         GPUSharing(config, sizes, learners, engines, frozen, reward_models),
         reference_scorer,
         None if critics is None else CriticGroup(critics),
-        WeightStore(store, config.step_timeout),
+        store,
         taught,
     )
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,8 @@ from raytune_rl.groups.logprobs import score_rows
 from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import RowLogprobs, TokenOrder, TrainerFacts
-from raytune_rl.protocol.weights import Manifest, TensorEntry
-from raytune_rl.runtime.wait import acknowledge, fetch
+from raytune_rl.protocol.weights import Manifest
+from raytune_rl.runtime.wait import acknowledge, fetch_all
 from raytune_rl.runtime.weights import collect_index
 
 
@@ -29,15 +30,11 @@ class PolicyGroup:
 
     def __init__(self, world: TrainerWorld) -> None:
         self.world = world
-        self._index: list[tuple[tuple[TensorEntry, ...], ...]] = []
         self._adapter_config: str | None = None
 
     def ready(self) -> TrainerFacts:
         """Waits until every rank has loaded; returns what rank 0 tells."""
-        facts = self.world.ready()
-        if self.world.spec.publish_mode is not None:
-            self._index = self.world.group.call("weight_index")
-        return facts
+        return self.world.ready()
 
     def logprobs(self, batch: TrainBatch) -> RowLogprobs:
         """Log-probs of every row under the present weights."""
@@ -53,7 +50,12 @@ class PolicyGroup:
 
     def _scored(self, batch: TrainBatch, method: str) -> RowLogprobs:
         world = self.world
-        return score_rows(world.group, batch, world.max_tokens, world.settled, collective=True, method=method)
+        return world.run(
+            f"log-probs of {len(batch)} rows",
+            lambda: score_rows(
+                world.group, batch, world.max_tokens, world.settled, collective=True, method=method
+            ),
+        )
 
     def entropy_threshold(self, batch: TrainBatch, tokens: Sequence[int], share: float) -> float:
         """The entropy that a token of these rows must have to be among the top `share` of them, nats.
@@ -122,20 +124,28 @@ class PolicyGroup:
 
         Ranks without a bucket take part too: they may hold a share of the others'.
         """
-        group = self.world.group
-        pending = [
-            group.submit(rank, "publish", what=f"publishing weights {version}", returns=1 + len(buckets))
-            for rank, buckets in enumerate(self._index)
-        ]
-        acknowledge(pending)
-        refs = [ref for p in pending if isinstance(p.ref, list) for ref in p.ref[1:]]
-        adapter = self.world.spec.publish_mode == "adapter"
+        world, adapter = self.world, self.world.spec.publish_mode == "adapter"
+        refs = world.run(f"publishing weights {version}", lambda: self._buckets(version))
         if adapter and self._adapter_config is None:
-            self._adapter_config = fetch(group.submit(0, "adapter_config"))
+            self._adapter_config = world.run(
+                "reading the adapter's configuration",
+                lambda: fetch_all([world.group.submit(0, "adapter_config")])[0],
+            )
+        world.keep()
         return Manifest(
             version,
             "adapter" if adapter else "full",
             tuple(refs),
-            collect_index(self._index),
+            collect_index(self.world.weight_index),
             self._adapter_config,
         )
+
+    def _buckets(self, version: int) -> list[Any]:
+        pending = [
+            self.world.group.submit(
+                rank, "publish", what=f"publishing weights {version}", returns=1 + len(buckets)
+            )
+            for rank, buckets in enumerate(self.world.weight_index)
+        ]
+        acknowledge(pending)
+        return [ref for p in pending if isinstance(p.ref, list) for ref in p.ref[1:]]

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from raytune_rl.config.commands import TrainConfig
 from raytune_rl.errors import CheckpointError
+from raytune_rl.pipelines.recovery import FaultLog
 from raytune_rl.pipelines.resume_point import ResumePoint
 from raytune_rl.redaction import redact_text
 from raytune_rl.runtime.signals import HANDLED, set_handlers
@@ -135,6 +136,7 @@ class Run:
         self._record = CheckpointRecord.from_state(resume_point.state, resume_point.run_dir)
         self.console = Console()
         self._origin = resume_point
+        self.faults = FaultLog(self.dir.faults_jsonl, self.say)
         self.completions = CompletionLog(resume_point.run_dir, resume_step=resume_point.resume_step)
 
     def say(self, message: Any) -> None:
@@ -177,7 +179,7 @@ class Run:
         number that is not finite always gets one."""
         self.step += 1
         times = self.timer.finish()
-        line = {**metrics, **times.metrics()}
+        line = {**metrics, **self.faults.metrics(), **times.metrics()}
         self.last_metrics = dict(line)
         if not self.first_metrics:
             self.first_metrics = {k: float(v) for k, v in line.items()}

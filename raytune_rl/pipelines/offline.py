@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,17 @@ from raytune_rl.data.sampler import BatchPlan
 from raytune_rl.errors import ConfigError
 from raytune_rl.groups import specs
 from raytune_rl.groups.logprobs import score_rows
+from raytune_rl.groups.restarts import RecoveryRules
 from raytune_rl.groups.sizes import Groups, offline_groups
 from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.groups.world import TrainerWorld
 from raytune_rl.pipelines import dry_run, memory, offline_report, report
+from raytune_rl.pipelines.going_on import going_on
 from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.objective import Objective
 from raytune_rl.pipelines.position import Position, goes_on
+from raytune_rl.pipelines.recovery import rules_of
 from raytune_rl.pipelines.resume_point import open_run
 from raytune_rl.pipelines.scored import Score, ScoredSet
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
@@ -67,6 +71,11 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
     Raises:
         RaytuneError: By name, whatever went wrong.
     """
+    return going_on(config, partial(_run, objective=objective, notices=notices))
+
+
+def _run(config: OfflineConfig, objective: Objective, notices: Sequence[str]) -> RunResult:
+    """A run from its beginning, or a checkpoint, to its end."""
     dry_run.refuse(config)
     config = made_absolute(config)
     with ExitStack() as stack:
@@ -107,7 +116,8 @@ def run(config: OfflineConfig, objective: Objective, notices: Sequence[str] = ()
             raise no_room
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
         with stage("starting the actors"):
-            started.start(slots, stack)
+            rules = rules_of(config, started.run.faults, cluster.object_store_bytes, 1)
+            started.start(slots, stack, rules)
         if objective.needs_reference:
             with stage("taking log-probs under the reference"):
                 started.score_by_reference(slots)
@@ -203,7 +213,7 @@ class OfflineRun:
     # -- starting
     # ---------------------------------------------------------------------------------------------
 
-    def start(self, slots: Mapping[str, Any], stack: ExitStack) -> None:
+    def start(self, slots: Mapping[str, Any], stack: ExitStack, rules: RecoveryRules) -> None:
         """Starts the ranks and waits for them."""
         config, groups, objective = self.config, self.groups, self.objective
         spec = specs.policy_spec(
@@ -231,7 +241,7 @@ class OfflineRun:
         )
         stack.callback(workers.shutdown)
         budget = specs.max_tokens(config, groups.on_gpu)
-        self.policy = PolicyGroup(TrainerWorld(workers, spec, budget, config.start_timeout))
+        self.policy = PolicyGroup(TrainerWorld(workers, spec, budget, config.start_timeout, rules))
         for notice in self.policy.ready().notices:
             self.run.say(f"Note: {notice}")
 
@@ -262,7 +272,7 @@ class OfflineRun:
             settled: list[Settled] = group.call("ping", what="starting", timeout_s=config.start_timeout)
             for notice in settled[0].notices:
                 self.run.say(f"Note: reference: {notice}")
-            group.replace_lost(config.start_timeout, lambda _, message: self.run.say(f"Note: {message}"))
+            group.replace_lost(config.start_timeout, self.run.faults.replaced)
             self._score(lambda batch: score_rows(group, batch, budget, settled[0]), len(group))
         finally:
             group.shutdown()

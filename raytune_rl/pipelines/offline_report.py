@@ -135,6 +135,7 @@ def summary_of(
         output_dir=result.run_dir,
         changes=changes,
         quarantined=quarantined(*accounts),
+        faults=run.faults.rows(),
         non_finite=dict(run.logger.non_finite),
         last_checkpoint=result.last_checkpoint,
         best_checkpoint=result.best_checkpoint,

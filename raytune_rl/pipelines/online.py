@@ -35,10 +35,12 @@ from raytune_rl.pipelines.collect import Collected, Collector
 from raytune_rl.pipelines.demonstrations import Demonstrations, demonstrations_of
 from raytune_rl.pipelines.engine_guard import METRIC, EngineGuard
 from raytune_rl.pipelines.generation_log import GenerationLog
+from raytune_rl.pipelines.going_on import going_on
 from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
 from raytune_rl.pipelines.position import generations_go_on
+from raytune_rl.pipelines.recovery import rules_of
 from raytune_rl.pipelines.resume_point import open_run
 from raytune_rl.pipelines.run_models import RunModels, RunStep
 from raytune_rl.pipelines.run_state import RunState
@@ -65,6 +67,11 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
     Raises:
         RaytuneError: By name, whatever went wrong.
     """
+    return going_on(config, partial(_run, notices=notices))
+
+
+def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
+    """A run from its beginning, or a checkpoint, to its end."""
     dry_run.refuse(config)
     config = made_absolute(config)
     algorithm = algorithm_of(config)
@@ -137,7 +144,7 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
         def lost(group: str, message: str) -> None:
             """A worker was lost and is replaced: said and counted."""
             state.lost_workers[group] += 1
-            controlled.say(f"Note: {message}")
+            controlled.faults.replaced(group, message)
 
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
         with stage("starting the actors"):
@@ -152,7 +159,9 @@ def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
                 max_model_len=max_model_len,
                 media=media,
             )
-            actors = start_groups(setup, slots, stack, controlled.say, lost)
+            worlds = 1 + ("critic" in groups)
+            rules = rules_of(config, controlled.faults, cluster.object_store_bytes, worlds)
+            actors = start_groups(setup, slots, stack, rules, lost)
             online = OnlineRun(
                 config, algorithm, schedule, train, held_out, controlled, state, actors, demonstrations
             )

@@ -18,6 +18,7 @@ from raytune_rl.config.batching import GRPOBatch, GRPOSchedule, SFTSchedule
 from raytune_rl.config.commands import TrainConfig
 from raytune_rl.groups import lora_sync, specs
 from raytune_rl.groups.sizes import Groups, teacher_groups
+from raytune_rl.pipelines import recovery
 from raytune_rl.pipelines.online_algorithms import Algorithm, in_words
 from raytune_rl.prepare.sets import quarantined
 from raytune_rl.protocol.data import Account, PromptSet
@@ -218,7 +219,7 @@ def output_section(
     saved = ("checkpoint every", f"{often} and at the end")
     if config.save_strategy == "no":
         saved = ("checkpoints", "none (--save_strategy no): what is trained is gone when the run ends")
-    rows = [("folder", str(resume_point.run_dir.path)), saved]
+    rows = [("folder", str(resume_point.run_dir.path)), saved, recovery.in_words(config)]
     if resume_point.checkpoint is not None:
         rows.append(("goes on from", f"{resume_point.checkpoint.name}, step {resume_point.step:,}"))
     return Section("Output", rows)
@@ -423,6 +424,7 @@ def online_summary(
         lost_workers=dict(state.lost_workers),
         weight_versions=state.generation + 1,
         max_logp_gap=state.max_gap,
+        faults=run.faults.rows(),
         non_finite=dict(run.logger.non_finite),
         last_checkpoint=result.last_checkpoint,
         best_checkpoint=result.best_checkpoint,

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -20,11 +20,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.config.commands import TrainConfig
 from raytune_rl.data.example import Task
-from raytune_rl.errors import ConfigError, RaytuneError
+from raytune_rl.errors import ConfigError, RaytuneError, WorkerDiedError
 from raytune_rl.prepare.places import MediaPlaces
 from raytune_rl.protocol.data import Account, PromptSet, TokenSet
 from raytune_rl.runtime.device_env import worker_env
+from raytune_rl.runtime.group import ATTEMPTS
 from raytune_rl.runtime.wait import Pending, fetch, stream_refs
+
+T = TypeVar("T")
 
 
 def quarantined(train: Account, held_out: Account | None) -> int:
@@ -49,8 +52,12 @@ def prompt_sets(
     from raytune_rl.prepare.task import encode_prompts_task
 
     places = MediaPlaces.of(config, one_machine)
-    refs = on_this_node(encode_prompts_task, "streaming", config, str(quarantine), places)
-    sets = [PromptSet(*parts, *facts) for facts, parts in _facts_and_refs(refs, 3, config, tell)]
+
+    def once() -> list[PromptSet]:
+        refs = on_this_node(encode_prompts_task, "streaming", config, str(quarantine), places)
+        return [PromptSet(*parts, *facts) for facts, parts in _facts_and_refs(refs, 3, config, tell)]
+
+    sets = again_if_lost(once, tell)
     return sets[0], sets[1] if len(sets) > 1 else None
 
 
@@ -76,9 +83,31 @@ def token_sets(
 
     places = MediaPlaces.of(config, one_machine)
     cache = resolved.dataset_cache_dir(config)
-    refs = on_this_node(encode_rows_task, "streaming", config, task, str(quarantine), places, cache)
-    sets = [TokenSet(columns, *facts) for facts, (columns,) in _facts_and_refs(refs, 1, config, tell)]
+
+    def once() -> list[TokenSet]:
+        refs = on_this_node(encode_rows_task, "streaming", config, task, str(quarantine), places, cache)
+        return [TokenSet(columns, *facts) for facts, (columns,) in _facts_and_refs(refs, 1, config, tell)]
+
+    sets = again_if_lost(once, tell)
     return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def again_if_lost(work: Callable[[], T], tell: Callable[[str], None]) -> T:
+    """Work of a process that gives the same whenever it is done, bad rows and all; done again where the
+    process is lost.
+
+    Raises:
+        WorkerDiedError: It was lost each of `ATTEMPTS` times.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return work()
+        except WorkerDiedError as error:
+            if attempt == ATTEMPTS:
+                raise
+            sentence = str(error).partition("\n")[0]
+            tell(f"{sentence} It is done again.")
+    raise AssertionError
 
 
 def _facts_and_refs(

@@ -6,6 +6,7 @@ A process of its own on the driver's machine makes the windows, each while the o
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,8 +18,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_rl.config import SFTConfig
 from raytune_rl.data.example import Task
+from raytune_rl.errors import WorkerDiedError
 from raytune_rl.prepare.places import MediaPlaces
-from raytune_rl.prepare.sets import token_set, token_sets, without_gpus
+from raytune_rl.prepare.sets import again_if_lost, token_set, token_sets, without_gpus
 from raytune_rl.protocol.data import Account, SourceCounts, TokenSet
 from raytune_rl.runtime.group import end
 from raytune_rl.tracking.files import read_jsonl
@@ -74,22 +76,36 @@ class Stream:
         options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": 0, **without_gpus()}
         self._config = config
         arguments = (str(Path.cwd()), config, task, str(quarantine), MediaPlaces.of(config, one_machine))
-        self._worker = ray.remote(StreamWorker).options(**options).remote(*arguments)
-        stack.callback(end, self._worker)
+        self._start = lambda: ray.remote(StreamWorker).options(**options).remote(*arguments)
+        self._worker = self._start()
+        stack.callback(lambda: end(self._worker))
         self.number = first - 1
         self.account: Account | None = None
         self._coming = self._ask(first)
 
     def next(self) -> TokenSet:
         """The next window, once it is there."""
-        window = token_set(self._coming, self._config)
+        window = again_if_lost(self._window, _said)
         self.number += 1
         self._coming = self._ask(self.number + 1)
         self.account = window.account if self.account is None else _added(self.account, window.account)
         return window
 
+    def _window(self) -> TokenSet:
+        try:
+            return token_set(self._coming, self._config)
+        except WorkerDiedError:
+            end(self._worker)
+            self._worker = self._start()
+            self._coming = self._ask(self.number + 1)
+            raise
+
     def _ask(self, number: int) -> list[Any]:
         return self._worker.window.options(num_returns=2).remote(number)
+
+
+def _said(sentence: str) -> None:
+    print(f"Note: the data task: {sentence}", file=sys.stderr, flush=True)
 
 
 def held_out_of(config: SFTConfig, task: Task, quarantine: Path, one_machine: bool) -> TokenSet | None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, Sharing, TunerSettings
 from raytune_rl.protocol.rows import RowPointer
+from raytune_rl.protocol.weights import TensorEntry
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,28 @@ class TrainResult:
     seconds: float
     tokens: int
     memory_gib: float
+
+
+@dataclass(frozen=True)
+class SnapshotPart:
+    """What a rank's snapshot consists of; the bytes lie in an object of their own.
+
+    Attributes:
+        entries: Names, dtypes and shapes, in the order of the bytes.
+        loss_scale: State of float16's loss scale; empty in other types.
+        random: States of the random numbers, uint8: of the CPU and, if there is one, of the GPU.
+        seconds: Time of taking it, without the copy into the store.
+    """
+
+    entries: tuple[TensorEntry, ...]
+    loss_scale: Mapping[str, float]
+    random: tuple[NDArray[np.uint8], ...]
+    seconds: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the object store."""
+        return sum(entry.nbytes for entry in self.entries)
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def session(address: str | None = None, say: Callable[[str], None] = lambda _: N
             with kept_handlers():
                 if address:
                     _join(address, identity)
+                    _settled(say)
                 else:
                     _start_here(say)
         except BaseException:
@@ -152,6 +153,47 @@ def _start_here(say: Callable[[str], None]) -> None:
             f"{folder or get_default_ray_temp_dir()} (RAY_TMPDIR names another place), which must be "
             "writable and have room."
         ) from error
+
+
+SETTLED_WITHIN_S = 60.0
+"""Seconds that what a dead run held may take to be free, and a dead node to be known as one."""
+
+
+def _settled(say: Callable[[str], None]) -> None:
+    """Waits for what is gone to be gone in Ray's books too: the actors of drivers that died, such as this
+    very command as it ran before, and nodes whose daemon no longer listens. Their places are counted then.
+    """
+    deadline = time.monotonic() + SETTLED_WITHIN_S
+    told = False
+    while (rest := _unsettled()) and time.monotonic() < deadline:
+        if not told:
+            say(f"waiting for what is gone: {rest}")
+            told = True
+        time.sleep(0.5)
+
+
+def _unsettled() -> str:
+    """What Ray still counts although it is gone; empty for nothing."""
+    state = ray._private.state
+    over = {job["JobID"] for job in state.jobs() if job["IsDead"]}
+    listed = [a for a in state.actors().values() if a["JobID"] in over and not a["IsDetached"]]
+    actors = sum(actor["State"] != "DEAD" for actor in listed)
+    if actors:
+        return f"{actors} actor(s) of a run that has ended"
+    for node in ray.nodes():
+        if node["Alive"] and not _listens(node["NodeManagerAddress"], node["NodeManagerPort"]):
+            return f"node {node['NodeManagerAddress']}"
+    return ""
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True  # it may be slow, or not to be reached from here
+    return True
 
 
 def _knock(address: str) -> None:

@@ -23,6 +23,9 @@ from raytune_rl.runtime.wait import Pending, fetch_all
 ATTEMPTS = 3
 """How often one call is made. What loses its worker each time is likely to be the call's own doing."""
 
+PROBES = "probes"
+"""Ray's concurrency group in which a worker's `progress` is answered."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -69,6 +72,9 @@ class WorkerGroup:
         env: Environment of the workers' processes (set before anything is imported there).
         timeout_s: Default deadline of a call, seconds.
         at_once: False: no worker is started before `start` names it.
+
+    Attributes:
+        watch: What looks after the workers while an answer of theirs is awaited (`wait.Pending.watch`).
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class WorkerGroup:
             self.start(range(len(slots)))
         self._replacement: Replacement | None = None
         self._set_up: dict[int, tuple[Pending, ...]] = {}
+        self.watch: Callable[[], None] | None = None
 
     def start(self, ranks: Sequence[int]) -> None:
         """Starts the workers of these ranks that have not been. Returns at once."""
@@ -158,7 +165,19 @@ class WorkerGroup:
     def _ask(self, rank: int, call: Call) -> Pending:
         remote = getattr(self._actors[rank], call.method)
         ref = remote.options(num_returns=call.returns).remote(*call.args)
-        return Pending(ref, self.who(rank), call.what, call.timeout_s, after=self._set_up.get(rank, ()))
+        set_up = self._set_up.get(rank, ())
+        return Pending(ref, self.who(rank), call.what, call.timeout_s, after=set_up, watch=self.watch)
+
+    def ask_progress(self, rank: int) -> ray.ObjectRef:
+        """Asks a worker of a class with `PROBED` how far it is; it answers beside its work."""
+        return self._actors[rank].progress.options(concurrency_group=PROBES).remote()
+
+    def restart(self) -> None:
+        """Ends all workers, whatever they are doing, and starts all anew in their places. Returns at once."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._set_up = {}
+        self._actors = [self._start(rank) for rank in range(len(self._actors))]
 
     def _replace(self, rank: int, loss: str, replacement: Replacement) -> None:
         """Starts a worker anew. Returns at once: its calls wait for its start."""
@@ -217,4 +236,7 @@ def start_worker(
         "max_restarts": 0,
         "max_task_retries": 0,
     }
-    return ray.remote(worker_class).options(**options).remote(**kwargs)
+    # A class whose `progress` is asked beside its work: the work itself still comes one call after another.
+    aside = {"concurrency_groups": {PROBES: 1}} if getattr(worker_class, "PROBED", False) else {}
+    remote = ray.remote(**aside)(worker_class) if aside else ray.remote(worker_class)
+    return remote.options(**options).remote(**kwargs)

@@ -74,10 +74,12 @@ class Health:
     Attributes:
         lost: What is gone, in sentences for the user; None while all is there.
         head_lost: Whether it is the head: then no call to Ray comes back.
+        one_node: Whether the cluster was started here, and so has no other.
     """
 
     lost: str | None = None
     head_lost: bool = False
+    one_node: bool = False
     _places: dict[str, Place] = field(default_factory=dict)
     _ended: threading.Event = field(default_factory=threading.Event)
 
@@ -91,7 +93,7 @@ class Health:
             if self.lost is None and place.knocks == KNOCKS and not place.knock() and not place.knock():
                 self._lose(key, place)
         if self.lost is not None:
-            raise NodeLostError(self.lost)
+            raise self.error()
 
     def watch(self, slots: Mapping[str, Sequence[Slot]]) -> None:
         """From now on the nodes of these slots are looked at."""
@@ -109,6 +111,12 @@ class Health:
                     "often for want of memory (dmesg, and raylet.out in the session's logs, tell why). Put "
                     "it right, or start with fewer workers.",
                 )
+
+    def error(self) -> NodeLostError:
+        """The loss, for whoever can go on on other nodes."""
+        error = NodeLostError(self.lost)
+        error.survivable = not (self.head_lost or self.one_node)
+        return error
 
     def _lose(self, key: str, place: Place) -> None:
         self.lost, self.head_lost = place.loss, key == ""
@@ -151,7 +159,7 @@ def watched(address: str, started_here: bool) -> Iterator[Health]:
     """
     global _present
     host, _, port = address.rpartition(":")
-    mine = Health()
+    mine = Health(one_node=started_here)
     then = "Look at its logs (gcs_server.out), and start a cluster anew."
     knocks = KNOCKS if started_here else HEADS_KNOCKS
     mine._places[""] = Place("the head of the Ray cluster", host.strip("[]"), int(port), then, knocks)
@@ -164,7 +172,7 @@ def watched(address: str, started_here: bool) -> Iterator[Health]:
         yield mine
     except KeyboardInterrupt:
         if mine.lost is not None:
-            raise NodeLostError(mine.lost) from None
+            raise mine.error() from None
         raise
     finally:
         _present = before

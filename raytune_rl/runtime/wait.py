@@ -5,6 +5,7 @@ All `ray.get` calls of the controllers go through `fetch`, so that no error of R
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from raytune_rl.errors import DeadlineExceededError, RaytuneError, WorkerDiedError, WorkerFailedError
 from raytune_rl.runtime.health import health
 from raytune_rl.runtime.out_of_memory import explained
+
+WATCHED_EVERY_S = 1.0
+"""Seconds between two looks at who is waited for."""
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -33,6 +37,7 @@ class Pending:
         redo: For work that may be done again elsewhere: given the error with which its worker was lost, or
             the deadline at which it hung, asks anew. None: the loss is the caller's.
         after: Calls on the same worker, earlier than this one, without which this one would mean nothing.
+        watch: Called every `WATCHED_EVERY_S` while the answer is owed; it raises to end the wait.
     """
 
     ref: Any
@@ -43,6 +48,7 @@ class Pending:
         default=None, compare=False
     )
     after: tuple[Pending, ...] = ()
+    watch: Callable[[], None] | None = field(default=None, compare=False)
 
 
 def fetch(pending: Pending) -> Any:
@@ -138,7 +144,11 @@ def settle(pending: Sequence[Pending]) -> tuple[list[Pending], list[Any]]:
         await_(number)
 
     while owed:
-        ready = _next_ready(owed, until)
+        watches = list({current[number].watch: None for number in owed.values()})
+        ready = _next_ready(owed, until, WATCHED_EVERY_S if any(watches) else math.inf)
+        for watch in watches:
+            if watch is not None and not ready:
+                watch()
         if not ready:
             now = time.monotonic()
             late = {ref: number for ref, number in owed.items() if until[number] <= now}
@@ -159,10 +169,10 @@ def settle(pending: Sequence[Pending]) -> tuple[list[Pending], list[Any]]:
     return current, answers
 
 
-def _next_ready(owed: dict[Any, int], until: dict[int, float]) -> list[Any]:
-    """The references that are there next; none when an answer's time is up."""
+def _next_ready(owed: dict[Any, int], until: dict[int, float], longest_s: float) -> list[Any]:
+    """The references that are there next; none when an answer's time is up, or `longest_s` is."""
     remaining = max(min(until[number] for number in owed.values()) - time.monotonic(), 0.0)
-    ready, _ = ray.wait(list(owed), num_returns=1, timeout=remaining, fetch_local=False)
+    ready, _ = ray.wait(list(owed), num_returns=1, timeout=min(remaining, longest_s), fetch_local=False)
     return list(ready)
 
 

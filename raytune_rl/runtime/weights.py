@@ -10,12 +10,15 @@ them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray.exceptions import RayActorError
 
 from raytune_rl.errors import StaleWeightsError
 from raytune_rl.protocol.weights import Manifest, TensorEntry
@@ -28,6 +31,9 @@ BUCKET_BYTES = 512 * 2**20
 """Aim for a bucket's size: large enough that calls do not matter, well under the 2 GiB where objects get
 slow.
 """
+
+BACK_WITHIN_S = 60.0
+"""Seconds that a lost weight store may take to be there again, with the newest version."""
 
 PLAIN_BYTES = 2**20
 """Up to here Ray copies an array as it is; for each larger one it starts six threads."""
@@ -144,6 +150,9 @@ class WeightStore:
         self._keep = keep
         self._manifests: dict[int, Manifest] = {}
 
+    def ping(self) -> None:
+        """Proves that it is there."""
+
     def publish(self, manifest: Manifest) -> int:
         """Makes a version known; versions only count up.
 
@@ -158,12 +167,15 @@ class WeightStore:
             del self._manifests[old]
         return manifest.version
 
-    def get(self, version: int | None = None) -> Manifest:
-        """The manifest of a version, or of the newest.
+    def get(self, version: int | None = None) -> Manifest | None:
+        """The manifest of a version, or of the newest; None where nothing was published, or not again since
+        the store was started anew.
 
         Raises:
             StaleWeightsError: The version is not (or no longer) there.
         """
+        if not self._manifests:
+            return None
         wanted = max(self._manifests, default=-1) if version is None else version
         if wanted not in self._manifests:
             raise StaleWeightsError(
@@ -182,9 +194,23 @@ def start_store(name: str, keep: int = 2) -> ray.actor.ActorHandle:
 
 
 def find_manifest(store_name: str, version: int | None, timeout_s: float) -> Manifest:
-    """Asks the named store for a version (None: the newest) from any process connected to the cluster."""
-    store = ray.get_actor(store_name, namespace=NAMESPACE)
-    return ray.get(store.get.remote(version), timeout=timeout_s)
+    """Asks the named store for a version (None: the newest) from any process connected to the cluster. A
+    store that is gone is waited for: whoever publishes starts it anew.
+
+    Raises:
+        StaleWeightsError: The version is not there, or nothing is.
+    """
+    deadline = time.monotonic() + min(timeout_s, BACK_WITHIN_S)
+    while True:
+        manifest = None
+        with suppress(ValueError, RayActorError):  # nobody has the name, or who had it has died
+            store = ray.get_actor(store_name, namespace=NAMESPACE)
+            manifest = ray.get(store.get.remote(version), timeout=timeout_s)
+        if manifest is not None:
+            return manifest
+        if time.monotonic() > deadline:
+            raise StaleWeightsError(f"the weight store {store_name} has no version at all")
+        time.sleep(0.2)
 
 
 def collect_index(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytune_rl.tracking import faults
 from raytune_rl.tracking.files import plain, read_jsonl, write_atomic
 from raytune_rl.tracking.plots import file_name, read_scalars
 from raytune_rl.tracking.run_dir import RunDir
@@ -110,6 +111,8 @@ def write_report(run_dir: RunDir, summary: Mapping[str, Any] | None = None) -> P
         main=curves[:_SHOWN],
         others=curves[_SHOWN:],
         settings={key: json.dumps(value, ensure_ascii=False) for key, value in sorted(settings.items())},
+        faults=faults.table(faults.read(run_dir.faults_jsonl)),
+        fault_columns=faults.COLUMNS,
         total=len(rows),
         shown=len(kept),
         changed=most_changed(rows),

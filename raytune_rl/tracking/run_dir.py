@@ -99,6 +99,10 @@ class RunDir:
         return self.path / "completions.jsonl"
 
     @property
+    def faults_jsonl(self) -> Path:
+        return self.path / "faults.jsonl"
+
+    @property
     def quarantine_jsonl(self) -> Path:
         return self.path / "quarantine.jsonl"
 

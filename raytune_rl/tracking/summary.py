@@ -10,8 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
+from raytune_rl.tracking.faults import COLUMNS
 from raytune_rl.tracking.plan import Section, pairs
 from raytune_rl.tracking.text import duration, number
 
@@ -73,6 +75,7 @@ class RunSummary:
         quarantined: Bad rows of data set aside.
         reward_failures: Reward function -> failed samples.
         lost_workers: Group -> workers that were lost and replaced.
+        faults: A row a loss, under `tracking.faults.COLUMNS`.
         weight_versions: Versions published.
         max_logp_gap: The largest |log-prob by the policy - by the rollout engine| seen, in nats.
         non_finite: Metric -> how often it was NaN or infinite.
@@ -94,6 +97,7 @@ class RunSummary:
     quarantined: int = 0
     reward_failures: Mapping[str, int] = field(default_factory=dict)
     lost_workers: Mapping[str, int] = field(default_factory=dict)
+    faults: Sequence[tuple[str, ...]] = ()
     weight_versions: int | None = None
     max_logp_gap: float | None = None
     non_finite: Mapping[str, int] = field(default_factory=dict)
@@ -141,6 +145,9 @@ class RunSummary:
         for section in self.sections():
             console.print(Text(section.title, style="bold cyan"))
             console.print(Padding(pairs(section.rows), (0, 0, 0, 2)))
+        if self.faults:
+            console.print(Text("Lost and started anew", style="bold cyan"))
+            console.print(Padding(_grid(COLUMNS, self.faults), (0, 0, 0, 2)))
         if self.next_commands:
             console.print(Text("Next", style="bold cyan"))
         for label, command in self.next_commands.items():
@@ -153,6 +160,15 @@ class RunSummary:
         buffer = io.StringIO()
         self.show(Console(file=buffer, width=width, color_system=None, force_terminal=False))
         return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    for name in head:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _with_reasons(counts: Mapping[str, int]) -> str:

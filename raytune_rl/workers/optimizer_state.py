@@ -10,7 +10,7 @@ every rank holds everything. Nothing is pickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,7 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def save(engine: Any, directory: Path, rank: int, world_size: int) -> None:
     """Writes this rank's share; rank 0 also writes the index that says how the shares fit together."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for number, (partition, state) in enumerate(_partitions(engine)):
-        tensors[f"{number}.{MASTER}"] = partition.detach()
-        tensors |= {f"{number}.{name}": value for name, value in state.items()}
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in parts(engine).items()}
     save_file(copies, directory / _file(rank))
     follow_umask(directory / _file(rank))
     if rank == 0:
@@ -42,7 +38,7 @@ def save(engine: Any, directory: Path, rank: int, world_size: int) -> None:
             "world_size": world_size,
             "stage": engine.zero_optimization_stage(),
             "group_numels": _group_numels(engine),
-            "loss_scale": _loss_scale(engine),
+            "loss_scale": loss_scale(engine),
         }
         (directory / INDEX).write_text(json.dumps(index))
 
@@ -76,18 +72,43 @@ def load(engine: Any, directory: Path, rank: int, world_size: int) -> None:
     if missing:
         raise CheckpointError(f"{directory} lacks {', '.join(missing)}")
     partitioned = stage > 0
+
+    def fill(key: str, target: Tensor) -> None:
+        if target.ndim == 0:
+            target.copy_(_read(shards[0], key))
+        else:
+            offset = rank * target.numel() if partitioned else 0
+            _fill(target.view(-1), shards if partitioned else shards[:1], key, offset)
+
+    put_back(engine, fill, index.get("loss_scale") or {})
+
+
+def parts(engine: Any) -> dict[str, Tensor]:
+    """This rank's share by the names that files have: its pieces of the master weights, and AdamW's state of
+    each. No copies.
+    """
+    tensors = {}
+    for number, (partition, state) in enumerate(_partitions(engine)):
+        tensors[f"{number}.{MASTER}"] = partition.detach()
+        tensors |= {f"{number}.{name}": value for name, value in state.items()}
+    return tensors
+
+
+def put_back(engine: Any, fill: Callable[[str, Tensor], None], scale: Mapping[str, float]) -> None:
+    """Gives this rank's share its values and renews what follows from them: the weights that the model
+    computes with. All ranks at once.
+
+    Args:
+        engine: Of DeepSpeed.
+        fill: Given a name of `parts` and where its values belong.
+        scale: State of the loss scale, as `loss_scale` gives it.
+    """
+    stage = engine.zero_optimization_stage()
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()  # small parameters, which it keeps whole, are cut up too
     for number, (partition, state) in enumerate(_partitions(engine, create=True)):
-        targets = {MASTER: partition.data, **state}
-        for name, target in targets.items():
-            key = f"{number}.{name}"
-            source = shards if partitioned else shards[:1]
-            if target.ndim == 0:
-                target.copy_(_read(shards[0], key))
-            else:
-                offset = rank * target.numel() if partitioned else 0
-                _fill(target.view(-1), source, key, offset)
+        for name, target in {MASTER: partition.data, **state}.items():
+            fill(f"{number}.{name}", target)
     if stage == 3:
         _renew_sharded(engine.optimizer)
     elif stage:
@@ -95,7 +116,7 @@ def load(engine: Any, directory: Path, rank: int, world_size: int) -> None:
     else:
         _renew_replicated(engine.optimizer)
     scaler = _loss_scaler(engine)
-    for name, value in (index.get("loss_scale") or {}).items():
+    for name, value in scale.items():
         if scaler is not None:
             setattr(scaler, name, value)
 
@@ -118,7 +139,7 @@ def _loss_scaler(engine: Any) -> Any | None:
     return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
-def _loss_scale(engine: Any) -> dict[str, float]:
+def loss_scale(engine: Any) -> dict[str, float]:
     """The state of the loss scale, by the names that DeepSpeed gives its parts."""
     scaler = _loss_scaler(engine)
     state = {} if scaler is None else vars(scaler)

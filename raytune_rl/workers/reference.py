@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from raytune_rl.errors import CheckpointError, ModelError
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, Settled
 from raytune_rl.protocol.rows import RowBatch
-from raytune_rl.protocol.weights import Manifest
-from raytune_rl.runtime.weights import read
+from raytune_rl.protocol.weights import Manifest, TensorEntry
+from raytune_rl.runtime.weights import from_bytes, read, to_bytes
 from raytune_rl.workers.frozen import FrozenModel
 from raytune_rl.workers.saving import writing
 
@@ -67,13 +68,28 @@ class ReferenceWorker:
         if own:
             raise ModelError(f"--sync_ref_model: the policy does not publish {sorted(own)[0]}")
 
+    def weights(self) -> tuple[int, dict[str, NDArray[np.uint8]]]:
+        """All weights, for `become`: how many, and the bytes of each."""
+        kept = {name: to_bytes(p.data) for name, p in self._model.scorer.named_parameters()}
+        return len(kept), kept
+
+    def become(self, weights: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Takes the weights that another copy gave."""
+        import torch
+
+        with torch.no_grad():
+            for name, parameter in self._model.scorer.named_parameters():
+                entry = TensorEntry.of(name, parameter)
+                parameter.data.copy_(from_bytes(weights[name], entry))
+        self._model.changed()
+
     def save(self, directory: str) -> None:
         """Writes the weights, for `load`."""
         from safetensors.torch import save_file
 
         tensors = {name: p.detach().cpu().clone() for name, p in self._model.scorer.named_parameters()}
         with writing(directory):
-            Path(directory).mkdir()
+            Path(directory).mkdir(exist_ok=True)  # it may be written again, after a loss
             save_file(tensors, Path(directory) / "model.safetensors")
 
     def load(self, directory: str) -> None:

@@ -28,6 +28,7 @@ from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.protocol.train import (
     EstimateFacts,
     EstimateSettings,
+    SnapshotPart,
     TokenOrder,
     TrainerFacts,
     TrainerSpec,
@@ -59,10 +60,18 @@ def trainer_env(threads: int, on_gpu: bool) -> dict[str, str]:
 class TrainerWorker:
     """One rank. Constructed cheaply; `join` loads the model inside the torch.distributed world."""
 
+    PROBED = True
+    """`progress` is answered beside whatever else the rank is doing."""
+
     def __init__(self, spec: TrainerSpec, rank: int, world_size: int) -> None:
         self._spec = spec
         self._rank = rank
         self._world_size = world_size
+        self._counted = 0
+
+    def progress(self) -> int:
+        """A number that grows with every micro-batch that is trained on."""
+        return self._counted
 
     def ping(self) -> dict[str, Any]:
         """Proves that the process is there."""
@@ -225,6 +234,7 @@ class TrainerWorker:
                 self._engine.step()  # only counts the micro-batch: the boundary is the last one
             parts.append(metrics.host())
             tokens += size
+            self._counted += 1
         return merge_all(parts), tokens
 
     def _micro_step(
@@ -413,6 +423,21 @@ class TrainerWorker:
     def adapter_config(self) -> str:
         """The adapter's PEFT configuration as JSON text, as in adapter_config.json."""
         return publishing.adapter_config(self._engine)
+
+    # -- snapshots
+    # ------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> tuple[SnapshotPart, list[NDArray[np.uint8]]]:
+        """This rank's whole state: what it consists of, and its bytes."""
+        from raytune_rl.workers.snapshot import take
+
+        return take(self._engine)
+
+    def put_back(self, part: SnapshotPart, arrays: list[NDArray[np.uint8]]) -> None:
+        """Makes this rank what it was as `snapshot` was called; all ranks at once."""
+        from raytune_rl.workers.snapshot import put_back
+
+        put_back(self._engine, part, arrays)
 
     # -- checkpoints
     # ------------------------------------------------------------------------------------------

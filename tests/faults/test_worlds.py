@@ -1,0 +1,43 @@
+"""Policy and critic lose ranks while they train, publish and save, or hang: to the last bit the run comes to
+what it comes to undisturbed, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import Tiny
+from tests.faults.runs import assert_same, run_ppo
+from tests.faults.strikes import Strike, left, struck
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400), pytest.mark.usefixtures("cluster")]
+
+
+def test_policy_and_critic_lose_ranks_and_the_run_comes_to_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:
+    undisturbed = run_ppo(tiny, tmp_path / "undisturbed")
+    assert undisturbed.faults == []
+    before = left()
+    strikes = [
+        Strike("policy", 1, "train_step", nth=2),
+        Strike("critic", 0, "train_step", nth=3),
+        Strike("policy", 0, "train_step", nth=5, signal=signal.SIGSTOP),
+    ]
+    with struck(*strikes):
+        disturbed = run_ppo(tiny, tmp_path / "disturbed")
+    assert [len(strike.struck) for strike in strikes] == [1, 1, 1]
+    assert_same(disturbed, undisturbed)
+    told = [(line["who"], line["phase"]) for line in disturbed.faults]
+    assert told == [
+        ("policy[1]", "training step 2"),
+        ("critic[0]", "training step 3"),
+        ("policy[0]", "training step 4"),
+    ]
+    assert "gives no sign of life" in disturbed.faults[2]["loss"]
+    assert all(line["recovered_s"] > 0 for line in disturbed.faults)
+    assert left() == before
+    report = (disturbed.result.run_dir / "report.html").read_text()
+    assert "Lost and started anew" in report
+    assert "policy[1]" in report

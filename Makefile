@@ -21,10 +21,10 @@ export VLLM_NO_USAGE_STATS ?= 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test faults demo bench families clean uv
+.PHONY: help setup lock check test test-gpu faults demo bench families clean uv
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
 setup: $(STAMP) ## the environment in .venv, exactly as requirements/ locks it
 
@@ -63,6 +63,10 @@ test: setup ## every test
 
 faults: setup ## kill every part of a run at every phase, and compare what it comes to (an hour)
 	$(BIN)/python -m pytest -m "cluster or faults" tests/faults
+
+test-gpu: setup ## the tests that need a GPU, and what it does: tokens a second, MFU, memory (EXTRA=gpu)
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python benchmarks/gpu.py
 
 demo: setup ## SFT, then GRPO, on a tiny model: the whole stack on this machine
 	$(BIN)/python examples/demo.py

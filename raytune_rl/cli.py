@@ -91,6 +91,12 @@ def _guarded(command: Callable[[], int], received: Received) -> int:
     except KeyboardInterrupt:
         print("raytune-rl: interrupted", file=sys.stderr)
         return received.exit_status
+    except MemoryError as error:
+        from raytune_rl.runtime.out_of_memory import explained
+
+        said = explained("the driver", "running", f"MemoryError: {error}")
+        print(f"raytune-rl: {said}", file=sys.stderr)
+        return 1
     except OSError as error:
         if error.errno not in _REFUSED:
             raise

@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytune_rl.errors import DeadlineExceededError, WorkerDiedError
+from raytune_rl.runtime import kernel_kills
 from raytune_rl.runtime.device_env import worker_env
 from raytune_rl.runtime.health import health
 from raytune_rl.runtime.placement import GroupSpec, Slot
@@ -99,6 +100,7 @@ class WorkerGroup:
 
     def start(self, ranks: Sequence[int]) -> None:
         """Starts the workers of these ranks that have not been. Returns at once."""
+        kernel_kills.at_start()
         for rank in ranks:
             if self._actors[rank] is None:
                 self._actors[rank] = self._start(rank)

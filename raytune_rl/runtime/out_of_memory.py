@@ -28,18 +28,27 @@ _AMOUNTS = (
     (re.compile(r"you tried to allocate (\d+ bytes)"), "{} were asked for"),
     (re.compile(r"total capacity of ([\d.]+ \w+)"), "the GPU has {}"),
     (re.compile(r"of which ([\d.]+ \w+) is free"), "{} were free"),
+    (re.compile(r"\(([\d.]+/[\d.]+ GiB)\) on startup"), "{} were free"),
+    (re.compile(r"desired GPU memory utilization \([\d.]+, ([\d.]+ GiB)\)"), "{} were asked for"),
+    (re.compile(r"\(?([\d.]+ GiB) KV cache is needed"), "{} are needed"),
+    (re.compile(r"available KV cache memory \(([\d.]+ GiB)\)"), "{} were there"),
+    (re.compile(r"Unable to allocate ([\d.]+ \w+) for an array"), "{} were asked for"),
+    (re.compile(r"malloc of size (\d+) failed"), "{} bytes were asked for"),
     (re.compile(r"Memory on the node \(.*?\).*? was ([\d.]+\w+ / [\d.]+\w+)"), "the node had used {}"),
 )
 _KINDS = (
     (re.compile(r"No available memory for the cache blocks|larger than the available KV cache"), "cache"),
     (re.compile(r"Free memory on device .* is less than desired GPU memory"), "GPU"),
-    (re.compile(r"CUDA out of memory|CUDA error: out of memory|OutOfMemoryError: CUDA"), "GPU"),
+    (re.compile(r"(?i)CUDA (error:|failure[^\n]*?)? ?'?out of memory|OutOfMemoryError: CUDA"), "GPU"),
+    (re.compile(r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|NVML_ERROR_MEMORY"), "GPU"),
     (re.compile(r"ObjectStoreFullError|object store is full|Failed to put object"), "store"),
     (
         re.compile(r"memory usage threshold|due to the node running low"),
         "host",
     ),
-    (re.compile(r"DefaultCPUAllocator: (not enough|can't allocate) memory|\bMemoryError\b"), "host"),
+    (re.compile(r"DefaultCPUAllocator: (not enough|can't allocate) memory|std::bad_alloc"), "host"),
+    (re.compile(r"MemoryError\b"), "host"),
+    (re.compile(r"\[Errno 12\]|Cannot allocate memory|insufficient shared memory"), "host"),
 )
 _SAID = {
     "cache": ("no GPU memory for its engine's key-value cache", CACHE_FLAGS),
@@ -65,3 +74,21 @@ def explained(who: str, what: str, text: str) -> str | None:
     found = [words.format(match[1]) for pattern, words in _AMOUNTS if (match := pattern.search(text))]
     amounts = f" ({', '.join(found)})" if found else ""
     return f"{who} {verb}{happened} during '{what}'{amounts}. Try, in this order: {flags}."
+
+
+def killed(who: str, what: str, kills: int) -> str | None:
+    """The sentence for a process that ended while the kernel killed some for their memory; None where it
+    killed none.
+
+    Args:
+        who, what: As in `explained`.
+        kills: Processes that it killed on this machine since the run began.
+    """
+    if not kills:
+        return None
+    processes = "a process" if kills == 1 else f"{kills} processes"
+    return (
+        f"{who} died during '{what}', and since the run began the kernel has killed {processes} here because "
+        "the memory of the machine, or of its container, was used up: most likely that is why. Try, in this "
+        f"order: {HOST_FLAGS}."
+    )

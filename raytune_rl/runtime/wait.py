@@ -16,8 +16,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from raytune_rl.errors import DeadlineExceededError, RaytuneError, WorkerDiedError, WorkerFailedError
+from raytune_rl.runtime import kernel_kills
 from raytune_rl.runtime.health import health
-from raytune_rl.runtime.out_of_memory import explained
+from raytune_rl.runtime.out_of_memory import explained, killed
 
 WATCHED_EVERY_S = 1.0
 """Seconds between two looks at who is waited for."""
@@ -77,7 +78,10 @@ def fetch(pending: Pending) -> Any:
         if error.args and isinstance(error.args[0], RayTaskError):  # its constructor raised
             raise _failure(pending, error.args[0]) from None
         health().look()
-        short = explained(pending.who, pending.what, readable(error))
+        said = readable(error)
+        short = explained(pending.who, pending.what, said)
+        if short is None and "OOM killer" in said:
+            short = killed(pending.who, pending.what, kernel_kills.since_start())
         raise WorkerDiedError(
             short or f"{pending.who} died during '{pending.what}': {readable(error)}"
         ) from error

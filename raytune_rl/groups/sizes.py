@@ -211,7 +211,7 @@ def _sharing(config: RLHFConfig, cluster: ClusterInfo, beside: Sequence[str]) ->
     if config.vllm_tensor_parallel_size > 1:
         raise ConfigError(
             f"--vllm_tensor_parallel_size {config.vllm_tensor_parallel_size} needs GPUs of its own for each "
-            "engine: add --colocate false."
+            "engine, since Ray gives no worker parts of several: add --colocate false."
         )
     spread = _spread(config, cluster, {"policy": 1.0})
     policy = _or(config.policy_workers, spread.get("policy", _room(cluster, 1.0)))

@@ -12,7 +12,7 @@ so; but it is there.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +23,9 @@ from raytune_rl.data.collate import MicroBatch, collate
 from raytune_rl.data.media_processor import Decoded, MediaProcessor
 from raytune_rl.data.media_table import Medium
 from raytune_rl.data.pixels_ahead import Key, PixelsAhead, key_of
+from raytune_rl.data.shared_prefix import Together, alone, arranged, lay_out
 from raytune_rl.protocol.media import Modality
+from raytune_rl.protocol.rows import Prefixes
 
 CACHE_BYTES = 512 * 2**20
 Pixels = dict[str, torch.Tensor]
@@ -67,22 +69,30 @@ class MediaCollator:
         media: Sequence[Sequence[Medium]],
         *,
         pad_token_id: int,
+        prefixes: Prefixes | None = None,
     ) -> MicroBatch:
         """`collate.collate` in the padded layout, with the model's inputs for the media of each row.
 
         Position ids are left to the model: with pictures they have as many axes as it likes.
+
+        With `prefixes` rows share what they begin with, as `shared_prefix.collate_shared` has it, and with it
+        their media, which are there once for a group; a group that has media elsewhere, or not the same, is
+        laid out row by row.
 
         Raises:
             MediaError: A medium's file is gone or is not the one that was tokenized.
             DataError: A row's placeholders are not as many as the features of its media.
         """
         rows, masks = list(tokens), list(loss_masks)
-        parts = [self._of_row(row) for row in media if row]
+        groups = [] if prefixes is None or not tokens else self._groups(tokens, media, prefixes)
+        in_order = [media[group.rows[0]] for group in groups] or media
+        parts = [self._of_row(row) for row in in_order if row]
         shown = {medium.modality for row in media for medium in row}
         missing = [modality for modality in self._always if modality not in shown]
         decoded: list[list[Decoded]] = []
         if missing:
             sample, grey, made = self._sample(tuple(missing))
+            groups += alone([*rows, sample], [len(rows)]) if groups else []
             rows.append(sample)
             masks.append(np.zeros(len(sample), dtype=np.bool_))
             decoded.append(grey)
@@ -90,21 +100,62 @@ class MediaCollator:
         pixels = _joined(parts)
         if pixels is None:
             # Rows that the processor would pad to each other's shape (tiles, several pictures a row): let it.
-            known = [[self.media.read(medium) for medium in row] for row in media if row]
+            known = [[self.media.read(medium) for medium in row] for row in in_order if row]
             pixels = self.media.pixels([*known, *decoded])
-        micro = collate(rows, masks, layout="padded", pad_token_id=pad_token_id)
+        if groups:
+            micro = lay_out(rows, masks, groups, n_rows=len(tokens))
+        else:
+            micro = collate(rows, masks, layout="padded", pad_token_id=pad_token_id)
+        micro = self._with_inputs(micro, pixels)
+        if groups:
+            return micro
+        ends = micro.row_ends[: len(tokens)]
+        return replace(micro, position_ids=None, n_rows=len(tokens), row_ends=ends)
+
+    def probes(self) -> Iterator[tuple[MicroBatch, MicroBatch]]:
+        """Of each modality two rows that begin with one small medium: sharing it, and as padded rows. It is
+        noise, as features of a grey one would be so alike that nobody could tell who sees which."""
+        noise = torch.Generator().manual_seed(0)
+        for modality in self.media.modalities:
+            if self.media.refusal(modality) is not None:
+                continue
+            sample, _, pixels = self._sample((modality,))
+            text = sample[self.media.token_types(sample) == 0]
+            rows = [np.concatenate([sample, tail]) for tail in (text[:5], text[1:4])]
+            masks = [np.arange(len(row)) >= len(sample) for row in rows]
+            pixels = {
+                name: torch.randn(value.shape, generator=noise) if _is_signal(value) else value
+                for name, value in pixels.items()
+            }
+            twice = _joined([pixels, pixels])
+            if twice is None:
+                continue
+            shared = lay_out(rows, masks, [Together(len(sample), (0, 1))])
+            padded = replace(collate(rows, masks, layout="padded", pad_token_id=0), position_ids=None)
+            yield self._with_inputs(shared, pixels), self._with_inputs(padded, twice)
+
+    def _with_inputs(self, micro: MicroBatch, pixels: Pixels) -> MicroBatch:
+        """The micro-batch with the model's inputs for its media."""
         types = self.media.token_types(micro.input_ids.numpy())
-        types *= 0 if micro.attention_mask is None else micro.attention_mask.numpy()
+        if micro.attention_mask is not None:
+            types *= micro.attention_mask.numpy()
         self.media.check_features(pixels, types, "a micro-batch's")
         inputs = {
-            # Numbers about a medium (seconds between frames) are no activations, and keep their precision.
-            name: value.to(self._dtype) if value.is_floating_point() and value.ndim > 1 else value
-            for name, value in pixels.items()
+            name: value.to(self._dtype) if _is_signal(value) else value for name, value in pixels.items()
         }
         if self.media.type_name is not None:
             inputs[self.media.type_name] = torch.from_numpy(types)
-        ends = micro.row_ends[: len(tokens)]
-        return replace(micro, position_ids=None, n_rows=len(tokens), row_ends=ends, model_inputs=inputs)
+        return replace(micro, model_inputs=inputs)
+
+    def _groups(
+        self, tokens: Sequence[NDArray], media: Sequence[Sequence[Medium]], prefixes: Prefixes
+    ) -> list[Together]:
+        found: list[Together] = []
+        for group in arranged(tokens, prefixes.groups, prefixes.lengths):
+            alike = len({key_of(media[row]) for row in group.rows}) == 1
+            own = any(self.media.token_types(tokens[row][group.shared :]).any() for row in group.rows)
+            found += [group] if alike and not own else alone(tokens, group.rows)
+        return found
 
     def _sample(self, modalities: tuple[Modality, ...]) -> tuple[NDArray[np.int32], list[Decoded], Pixels]:
         """The row that is put behind others for these modalities: tokens, media and what the model takes of
@@ -144,6 +195,12 @@ class _Cache:
         self._held += _size(pixels)
         while self._held > self._limit:
             self._held -= _size(self._rows.popitem(last=False)[1])
+
+
+def _is_signal(value: torch.Tensor) -> bool:
+    """Whether it is what the model sees or hears. Numbers about a medium (seconds between frames) are no
+    activations, and keep their precision."""
+    return value.is_floating_point() and value.ndim > 1
 
 
 def _size(pixels: Pixels) -> int:

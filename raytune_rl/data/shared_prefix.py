@@ -8,6 +8,7 @@ row of the group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,14 @@ from numpy.typing import NDArray
 
 from raytune_rl.data.collate import MicroBatch, check_rows
 from raytune_rl.data.common_prefix import common_prefix
+
+
+@dataclass(frozen=True)
+class Together:
+    """Rows that share their first `shared` tokens; all of its tokens where it is one row."""
+
+    shared: int
+    rows: tuple[int, ...]
 
 
 def collate_shared(
@@ -39,40 +48,75 @@ def collate_shared(
     Raises:
         ValueError: As `collate`.
     """
-    check_rows(tokens, loss_masks)
     if not tokens:
-        tokens, loss_masks = [np.array([pad_token_id])], [np.array([False])]
-        groups, prefixes, n_rows = [0], [0], 0
-    else:
-        n_rows = len(tokens)
+        dummy = [np.array([pad_token_id])], [np.array([False])]
+        return lay_out(*dummy, alone(dummy[0], [0]), n_rows=0)
+    return lay_out(tokens, loss_masks, arranged(tokens, groups, prefixes))
+
+
+def arranged(
+    tokens: Sequence[NDArray],
+    groups: Sequence[int] | NDArray[np.int64],
+    prefixes: Sequence[int] | NDArray[np.int64],
+) -> list[Together]:
+    """Who shares what, in the order of each group's first row; arguments as in `collate_shared`."""
     members: dict[int, list[int]] = {}
     for row, group in enumerate(groups):
         members.setdefault(int(group), []).append(row)
+    found: list[Together] = []
+    for rows in members.values():
+        shared = 0
+        if len(rows) > 1:
+            shared = common_prefix([tokens[row] for row in rows], min(int(prefixes[row]) for row in rows))
+        found += [Together(shared, tuple(rows))] if shared else alone(tokens, rows)
+    return found
+
+
+def alone(tokens: Sequence[NDArray], rows: Sequence[int]) -> list[Together]:
+    """Rows that share nothing."""
+    return [Together(len(tokens[row]), (row,)) for row in rows]
+
+
+def lay_out(
+    tokens: Sequence[NDArray],
+    loss_masks: Sequence[NDArray],
+    groups: Sequence[Together],
+    n_rows: int | None = None,
+) -> MicroBatch:
+    """The packed row.
+
+    Args:
+        tokens, loss_masks: As in `collate`, at least one row.
+        groups: Every row once.
+        n_rows: Of them that are real, the first ones; None: all.
+
+    Raises:
+        ValueError: As `collate`.
+    """
+    check_rows(tokens, loss_masks)
     pieces: list[NDArray] = []
     layout: list[tuple[int, ...]] = []
     at = 0
     places: dict[int, NDArray] = {}  # of each row's tokens in the packed row
-    for rows in _apart(members, tokens, prefixes):
-        shared = _shared_by(rows, tokens, prefixes)
-        beginning = np.arange(at, at + shared)
-        pieces.append(tokens[rows[0]][:shared])
-        at += shared
+    for group in groups:
+        beginning = np.arange(at, at + group.shared)
+        pieces.append(tokens[group.rows[0]][: group.shared])
+        at += group.shared
         own = []
-        for row in rows:
-            length = len(tokens[row]) - shared
+        for row in group.rows:
+            length = len(tokens[row]) - group.shared
             places[row] = np.concatenate([beginning, np.arange(at, at + length)])
-            pieces.append(tokens[row][shared:])
+            pieces.append(tokens[row][group.shared :])
             at += length
             own.append(length)
-        layout.append((shared, *(length for length in own if length)))
+        layout.append((group.shared, *(length for length in own if length)))
     positions = np.empty(at, dtype=np.int64)
     for row_places in places.values():
         positions[row_places] = np.arange(len(row_places))
     wanted = [np.flatnonzero(mask) for mask in loss_masks]
-    counts = [len(where) for where in wanted]
     predict = [places[row][where - 1] for row, where in enumerate(wanted)]
     targets = [tokens[row][where] for row, where in enumerate(wanted)]
-    ends = [places[row][-1] for row in range(n_rows)]
+    real = len(tokens) if n_rows is None else n_rows
 
     def integers(values: NDArray | list[int]) -> torch.Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.int64))
@@ -83,26 +127,8 @@ def collate_shared(
         attention_mask=None,
         predict_index=integers(np.concatenate(predict)),
         targets=integers(np.concatenate(targets)),
-        row_of=integers(np.repeat(np.arange(len(tokens)), counts)),
-        n_rows=n_rows,
-        row_ends=integers(ends),
+        row_of=integers(np.repeat(np.arange(len(tokens)), [len(where) for where in wanted])),
+        n_rows=real,
+        row_ends=integers([int(places[row][-1]) for row in range(real)]),
         shared=tuple(layout),
     )
-
-
-def _apart(
-    members: dict[int, list[int]], tokens: Sequence[NDArray], prefixes: Sequence[int] | NDArray[np.int64]
-) -> list[list[int]]:
-    """The groups, and each row alone of those that have nothing in common."""
-    found: list[list[int]] = []
-    for rows in members.values():
-        found += [rows] if _shared_by(rows, tokens, prefixes) else [[row] for row in rows]
-    return found
-
-
-def _shared_by(
-    rows: Sequence[int], tokens: Sequence[NDArray], prefixes: Sequence[int] | NDArray[np.int64]
-) -> int:
-    if len(rows) == 1:
-        return len(tokens[rows[0]])
-    return common_prefix([tokens[row] for row in rows], min(int(prefixes[row]) for row in rows))

@@ -53,7 +53,7 @@ def model_spec(
         media_threads=1 if config.dataloader_num_workers is None else config.dataloader_num_workers,
         packing_flag=packing_flag(config),
         own_dropout=config.SUPERVISED,
-        sharing=sharing(config, takes_media),
+        sharing=sharing(config),
     )
 
 
@@ -119,12 +119,12 @@ def layout(config: TrainConfig, on_gpu: bool, takes_media: bool = False) -> str:
     return "packed" if packed else "padded"
 
 
-def sharing(config: TrainConfig, takes_media: bool) -> Sharing:
+def sharing(config: TrainConfig) -> Sharing:
     """Whether rows that begin alike share that part: completions of one prompt, and the sides of a pair. A
     reward model reads whole rows."""
     if isinstance(config, SFTConfig) or (isinstance(config, PreferenceConfig) and config.rlhf_type == "rm"):
         return "false"
-    return "false" if takes_media and config.prefix_sharing == "auto" else config.prefix_sharing
+    return config.prefix_sharing
 
 
 def packing_flag(config: TrainConfig) -> str:

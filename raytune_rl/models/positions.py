@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-_TOLD = "video_grid_thw"
+from raytune_rl.models.prefix_attention import Groups
+
+_TOLD, _TYPES = "video_grid_thw", "mm_token_type_ids"
 
 
 def positions_with_videos(
@@ -32,13 +35,57 @@ def positions_with_videos(
         int64 [axes, B, T], or None where the model's own are right: no row has a video, or it counts along
         one axis.
     """
-    own = getattr(base, "get_rope_index", None)
-    if own is None or _TOLD not in inputs or "mm_token_type_ids" not in inputs:
+    if not _counts_along_axes(base, inputs) or _TOLD not in inputs:
         return None
+    return continued(_own(base, input_ids, attention_mask, inputs), inputs[_TYPES], attention_mask)
+
+
+def shared_positions(base: Any, input_ids: Tensor, shared: Groups, inputs: dict[str, Any]) -> Tensor | None:
+    """Positions of rows that share their beginnings, and with them all their media.
+
+    Args:
+        base: The model without its head.
+        input_ids: int64 [1, T], in the layout of `prefix_attention`.
+        shared: How the rows lie.
+        inputs: What else the model is given.
+
+    Returns:
+        int64 [axes, 1, T]: of what is shared as the model counts it, and of each row's own tokens one by one
+        after its largest; or None where the model counts along one axis.
+    """
+    if not _counts_along_axes(base, inputs):
+        return None
+    sizes = [sum(group) for group in shared]
+    beginnings = [
+        [part[: group[0]] for part, group in zip(whole[0].split(sizes), shared, strict=True)]
+        for whole in (input_ids, inputs[_TYPES])
+    ]
+    ids, types = (pad_sequence(parts, batch_first=True) for parts in beginnings)
+    mask = pad_sequence([torch.ones_like(part) for part in beginnings[0]], batch_first=True)
+    known = {**inputs, _TYPES: types}
+    positions = positions_with_videos(base, ids, mask, known)
+    if positions is None:
+        positions = _own(base, ids, mask, known)
+    pieces = []
+    for number, (prefix, *own) in enumerate(shared):
+        beginning = positions[:, number, :prefix]
+        pieces.append(beginning)
+        after = beginning.max() + 1
+        steps = torch.arange(max(own, default=0), device=ids.device) + after
+        pieces += [steps[:length].expand(len(beginning), -1) for length in own]
+    return torch.cat(pieces, dim=1)[:, None]
+
+
+def _counts_along_axes(base: Any, inputs: dict[str, Any]) -> bool:
+    return hasattr(base, "get_rope_index") and _TYPES in inputs
+
+
+def _own(base: Any, input_ids: Tensor, attention_mask: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+    """Positions as the model itself counts them."""
     known = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-    names = inspect.signature(own).parameters
-    positions = own(**{name: known[name] for name in names if name in known})[0]
-    return continued(positions, inputs["mm_token_type_ids"], attention_mask)
+    names = inspect.signature(base.get_rope_index).parameters
+    positions: Tensor = base.get_rope_index(**{name: known[name] for name in names if name in known})[0]
+    return positions
 
 
 def continued(positions: Tensor, types: Tensor, attention_mask: Tensor | None) -> Tensor:

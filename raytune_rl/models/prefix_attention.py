@@ -15,6 +15,7 @@ The same idea in inference: Juravsky et al. 2024, "Hydragen"; in training: Liu e
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +36,8 @@ _NAME = "shared_prefix_"
 _INNER = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 _OF_WHOLE_ROWS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Arguments by which flash attention would look for borders in what it is given."""
+_BOTH_WAYS = ("block_sequence_ids", "or_mask_function")
+"""Arguments of Transformers' masks by which a model lets tokens see what comes after them."""
 _KINDS = {"full_attention", "sliding_attention"}
 
 
@@ -45,8 +48,12 @@ def short_mask(groups: Groups) -> Tensor:
     return torch.tensor([[[[*group, *[0] * (width - len(group))] for group in groups]]], dtype=torch.int32)
 
 
-def let_share(model: PreTrainedModel) -> str:
+def let_share(model: PreTrainedModel, with_media: bool = False) -> str:
     """Puts the function into a model; rows laid out otherwise are computed as before.
+
+    Args:
+        model: It.
+        with_media: Whether rows have media, whose tokens some models let see each other both ways.
 
     Returns:
         Why it cannot be put there; empty if it is.
@@ -58,6 +65,10 @@ def let_share(model: PreTrainedModel) -> str:
     kinds = set(getattr(text, "layer_types", None) or ()) - _KINDS
     if kinds:
         return f"its layers have {', '.join(sorted(kinds))}"
+    if with_media and any(
+        word in inspect.getsource(sys.modules[type(model).__module__]) for word in _BOTH_WAYS
+    ):
+        return "tokens of its media see each other both ways"
     parts = _language_parts(model)
     if not all(part._can_set_attn_implementation() for part in parts):
         return "its attention does not go through Transformers' AttentionInterface"

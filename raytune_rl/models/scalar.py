@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.borders import accepts_borders, borders_of
-from raytune_rl.models.positions import positions_with_videos
+from raytune_rl.models.positions import positions_with_videos, shared_positions
 from raytune_rl.models.prefix_attention import Groups, short_mask
 from raytune_rl.models.sharding import shape_of
 from raytune_rl.models.unwrap import hf_model, scalar_head
@@ -98,9 +98,12 @@ class ScalarScorer(nn.Module):
     ) -> Tensor:
         """The hidden states [N, H] that the head reads; arguments as in `forward`."""
         inner = hf_model(self.model)
-        if position_ids is None:
+        if shared:
+            along_axes = shared_positions(inner.base_model, input_ids, shared, model_inputs)
+            position_ids = position_ids if along_axes is None else along_axes
+        elif position_ids is None:
             position_ids = positions_with_videos(inner.base_model, input_ids, attention_mask, model_inputs)
-        elif self.tells_borders and attention_mask is None and not shared:
+        elif self.tells_borders and attention_mask is None:
             model_inputs |= borders_of(position_ids)
         output = inner.base_model(
             input_ids=input_ids,

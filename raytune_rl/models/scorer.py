@@ -15,7 +15,7 @@ from raytune_rl.errors import ModelError
 from raytune_rl.models.borders import accepts_borders, borders_of
 from raytune_rl.models.distribution import TeacherDistribution, token_divergence, top_logprobs
 from raytune_rl.models.logprobs import TokenLogprobs, default_chunk_tokens, logit_shape, token_logprobs
-from raytune_rl.models.positions import positions_with_videos
+from raytune_rl.models.positions import positions_with_videos, shared_positions
 from raytune_rl.models.prefix_attention import Groups, short_mask
 from raytune_rl.models.sharding import shape_of
 from raytune_rl.models.unwrap import hf_model
@@ -96,9 +96,12 @@ class TokenScorer(nn.Module):
             every parameter, so that a rank without work takes part in the gradient collectives with zeros.
         """
         inner = hf_model(self.model)
-        if position_ids is None:
+        if shared:
+            along_axes = shared_positions(inner.base_model, input_ids, shared, model_inputs)
+            position_ids = position_ids if along_axes is None else along_axes
+        elif position_ids is None:
             position_ids = positions_with_videos(inner.base_model, input_ids, attention_mask, model_inputs)
-        elif self.tells_borders and attention_mask is None and not shared:
+        elif self.tells_borders and attention_mask is None:
             model_inputs |= borders_of(position_ids)
         output = inner.base_model(
             input_ids=input_ids,

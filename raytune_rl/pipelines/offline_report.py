@@ -92,7 +92,7 @@ def plan_of(
 
 def _shared_prompts(config: OfflineConfig, train: TokenSet) -> str:
     """How what both sides of a pair begin with is computed."""
-    if isinstance(config, SFTConfig) or specs.sharing(config, train.account.takes_media) == "false":
+    if isinstance(config, SFTConfig) or specs.sharing(config) == "false":
         return "computed for each side of a pair"
     return sharing_in_words(config.prefix_sharing, float(train.values[SHARED][::2].sum()), "an epoch")
 

@@ -113,7 +113,7 @@ def online_plan(
 
 def _shared_prompts(config: RLHFConfig, train: PromptSet, batch: GRPOBatch) -> str:
     """How prompts are computed in training."""
-    if specs.sharing(config, train.account.takes_media) == "false":
+    if specs.sharing(config) == "false":
         return "computed for each completion in training"
     mean = float(np.mean(train.lengths))
     saved = batch.prompts_per_generation * (batch.num_generations - 1) * mean

@@ -43,7 +43,7 @@ class FrozenModel:
         self._media = scoring.media_collator(spec, loaded, always=False)
         self.settings = settings
         self.scorer = scoring.scorer_of(model, "logprobs").eval().requires_grad_(False)
-        self.settled = isolation.settle_rows(self.scorer, spec, self._media is not None)
+        self.settled = isolation.settle_rows(self.scorer, spec, self._media)
         self._spec = replace(spec, layout=self.settled.layout)
         self._weights = Frozen(self.scorer.parameters())
 

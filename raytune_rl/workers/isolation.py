@@ -30,6 +30,7 @@ from raytune_rl.protocol.model import ModelSpec, Settled, Sharing
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from raytune_rl.data.media_batch import MediaCollator
     from raytune_rl.data.microbatch import Layout
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
@@ -96,23 +97,23 @@ def _device(scorer: TokenScorer | ScalarScorer) -> torch.device:
     return device
 
 
-def settle_rows(scorer: TokenScorer | ScalarScorer, spec: ModelSpec, with_media: bool) -> Settled:
+def settle_rows(scorer: TokenScorer | ScalarScorer, spec: ModelSpec, media: MediaCollator | None) -> Settled:
     """How a model's rows are laid out, and whether those that begin alike share that part: `settle` and
     `settle_sharing` together."""
     settled = settle(scorer, spec.layout, spec.packing_flag)
-    sharing, why_not = settle_sharing(scorer, spec.sharing, with_media)
+    sharing, why_not = settle_sharing(scorer, spec.sharing, media)
     return replace(settled, notices=settled.notices + why_not, sharing=sharing)
 
 
 def settle_sharing(
-    scorer: TokenScorer | ScalarScorer, wanted: Sharing, with_media: bool = False
+    scorer: TokenScorer | ScalarScorer, wanted: Sharing, media: MediaCollator | None = None
 ) -> tuple[Sharing, tuple[str, ...]]:
     """Whether rows that begin alike share that part: a collective, if the model is cut into shares.
 
     Args:
         scorer: as in `settle`; its model gets the attention for it.
         wanted: by the user, or for him.
-        with_media: whether its rows have media.
+        media: of a model that takes them: rows that begin with the same media share these, too.
 
     Returns:
         What is wanted, or "false" where the model cannot, and then a line that says why.
@@ -123,9 +124,9 @@ def settle_sharing(
     if wanted == "false":
         return "false", ()
     inner = hf_model(scorer)
-    why = "rows of a model that takes media do not share theirs yet" if with_media else let_share(inner)
+    why = let_share(inner, with_media=media is not None)
     if not why:
-        why = _fails_to_share(scorer)
+        why = _fails_to_share(scorer, media)
         if not why:
             return wanted, ()
         take_back(inner)
@@ -137,10 +138,10 @@ def settle_sharing(
     return "false", (f"{notice} ({why})",)
 
 
-def _fails_to_share(scorer: TokenScorer | ScalarScorer) -> str:
+def _fails_to_share(scorer: TokenScorer | ScalarScorer, media: MediaCollator | None) -> str:
     """Why the rows that share are not as alone; empty if they are."""
     try:
-        found = shared_gap(scorer)
+        found = max(shared_gap(scorer), 0.0 if media is None else media_gap(scorer, media))
     except Exception as error:  # noqa: BLE001 (any model's own code, called as its authors did not foresee)
         return first_line(error)
     limit = tolerance(scorer)
@@ -163,6 +164,21 @@ def shared_gap(scorer: TokenScorer | ScalarScorer) -> float:
         scorer.train(was_training)
     difference = (together - alone).abs().max().item()
     return difference if difference == difference else float("inf")
+
+
+@torch.no_grad()
+def media_gap(scorer: TokenScorer | ScalarScorer, media: MediaCollator) -> float:
+    """The same of rows that share a medium, which then passes through the model once."""
+    was_training = scorer.training
+    scorer.eval()
+    try:
+        gaps = [
+            (_states_of(scorer, shared) - _states_of(scorer, padded)).abs().max().item()
+            for shared, padded in media.probes()
+        ]
+    finally:
+        scorer.train(was_training)
+    return max((found if found == found else float("inf") for found in gaps), default=0.0)
 
 
 def tolerance(scorer: TokenScorer | ScalarScorer) -> float:
@@ -204,9 +220,10 @@ def _read(scorer: TokenScorer | ScalarScorer, rows: Sequence[NDArray], layout: L
 def _states_of(scorer: TokenScorer | ScalarScorer, micro: MicroBatch) -> Tensor:
     micro = micro.to(_device(scorer))
     seen = (micro.input_ids, micro.position_ids, micro.attention_mask)
+    more: dict[str, Any] = {"shared": micro.shared, **micro.model_inputs}
     if isinstance(scorer, TokenScorer):
-        return scorer(*seen, micro.predict_index, micro.targets, shared=micro.shared).logprobs
-    states = scorer.states(*seen, micro.predict_index, micro.shared).float()
+        return scorer(*seen, micro.predict_index, micro.targets, **more).logprobs
+    states = scorer.states(*seen, micro.predict_index, **more).float()
     return states / states.square().mean(-1, keepdim=True).sqrt()
 
 

@@ -181,11 +181,11 @@ def micro_batch(
 
     tokens = [rows.column("tokens", row) for row in members]
     masks = [rows.column("loss_mask", row) for row in members]
+    own = None if rows.prefixes is None else rows.prefixes.part(np.asarray(members, dtype=np.int64))
     if media is not None:
         shown = [_media(rows, row) for row in members]
-        return media.collate(tokens, masks, shown, pad_token_id=PAD).to(device())
-    if rows.prefixes is not None:
-        own = rows.prefixes.part(np.asarray(members, dtype=np.int64))
+        return media.collate(tokens, masks, shown, pad_token_id=PAD, prefixes=own).to(device())
+    if own is not None:
         micro = collate_shared(tokens, masks, own.groups, own.lengths, pad_token_id=PAD)
         return micro.to(device())
     return collate(tokens, masks, layout=layout, pad_token_id=PAD).to(device())  # type: ignore[arg-type]

@@ -166,7 +166,7 @@ class TrainerWorker:
         self._engine, self._rate = start_engine(scorer, spec.optimizer, computes_in)
         if cut:
             scorer.verify()
-        settled = isolation.settle_rows(scorer, spec.model, self._media is not None)
+        settled = isolation.settle_rows(scorer, spec.model, self._media)
         self._spec = replace(spec, model=replace(spec.model, layout=settled.layout))
         self._offload = Offload(self._engine)
         self._gather = gathered if shards_parameters(self._engine) else whole

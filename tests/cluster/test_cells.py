@@ -18,7 +18,9 @@ from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.config import SFTConfig, deepspeed
 from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.export.parity import logits, make_probe
-from raytune_rl.protocol.rows import TrainBatch
+from raytune_rl.groups.world import TOKENS_SAVED
+from raytune_rl.protocol.model import Settled
+from raytune_rl.protocol.rows import Prefixes, TrainBatch
 from raytune_rl.runtime.cluster import reserve
 from raytune_rl.runtime.placement import GroupSpec
 from raytune_rl.runtime.weights import read
@@ -194,6 +196,28 @@ def test_every_way_to_shard_gives_one_loss_curve_and_one_checkpoint(
         worlds[1].become(spec_of(config))
         worlds[1].policy.world.load(checkpoint)
         assert worlds[1].train(rows, range(3, 5)) == pytest.approx(rest, abs=2e-5)
+
+
+def test_rows_that_begin_alike_share_it_in_shares_of_weights(
+    worlds: dict[int, World], straight: tuple[Rows, list[float]], tiny: Tiny
+) -> None:
+    """Two ranks, ZeRO-3 and checkpointing: the template's first tokens are computed once a micro-batch."""
+    rows, expected = straight
+    spec = spec_of(sft(tiny, "zero3", gradient_checkpointing=True))
+    spec = replace(spec, model=replace(spec.model, sharing="true"))
+    world = worlds[2].policy.world
+    assert not [notice for notice in worlds[2].become(spec) if "cannot share" in notice]
+    world.settled = Settled("padded", sharing="true")
+    count = len(rows.pointers)
+    batch = TrainBatch(
+        rows.pointers,
+        np.asarray(rows.lengths),
+        scalars={"weight": rows.weights},
+        prefixes=Prefixes(np.zeros(count, np.int64), np.full(count, 12)),
+    )
+    steps = [world.train(batch, step) for step in range(3)]
+    assert [step.metrics["loss"] for step in steps] == pytest.approx(expected[:3], abs=2e-5)
+    assert steps[0].metrics[TOKENS_SAVED] > 0
 
 
 @pytest.mark.parametrize(("variant", "whole"), [("zero2", ()), ("zero2", ("lm_head",)), ("zero3", ())])

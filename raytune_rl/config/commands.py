@@ -54,6 +54,11 @@ class _TrainConfig(PolicyGroupOptions, TrainingOptions, DataOptions, TunerOption
             raise ConfigError("--model is required: the model to train, a local folder or a hub id.")
         if not (self.dataset or self.dry_run):
             raise ConfigError("--dataset is required: the training data, files, folders or hub ids.")
+        if getattr(self, "prefix_sharing", None) == "true" and self.router_aux_loss_coef > 0:
+            raise ConfigError(
+                "--router_aux_loss_coef counts every token of every row, which --prefix_sharing true does "
+                "not compute: leave out one of the two."
+            )
         if self.quant_bits is not None and presets.stage(self.deepspeed) == 3:
             raise ConfigError(
                 "--deepspeed with ZeRO stage 3 cuts every weight up, which weights quantised with "

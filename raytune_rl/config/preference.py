@@ -130,6 +130,10 @@ class PreferenceOptions(Options):
 
     @model_validator(mode="after")
     def _check_preference(self) -> Self:
+        if self.rlhf_type == "rm" and getattr(self, "router_aux_loss_coef", False):
+            raise ConfigError(
+                "--router_aux_loss_coef: a reward model is trained without it; leave it out, or set it to 0."
+            )
         several = self.rlhf_type == "dpo"
         if len(self.loss_type) > 1 and not several:
             raise ConfigError(

@@ -83,6 +83,12 @@ class TrainingOptions(Options):
     adam_beta2: float = _optimizer(0.95, "Decay of the mean of squared gradients.", ge=0, lt=1)
     adam_epsilon: float = _optimizer(1e-8, "Added to the denominator of the update.", gt=0)
     max_grad_norm: float = _optimizer(1.0, "Clip the gradient to this norm; 0: do not clip.", ge=0)
+    router_aux_loss_coef: float = _optimizer(
+        0.0,
+        "Weight of the loss that evens out the load of the experts of a mixture, over all tokens of a step; "
+        "it takes a forward pass of its own to count them. 0: none. 0.001 is usual.",
+        ge=0,
+    )
     seed: int = _optimizer(42, "Seed of initial weights, dropout and sampling.", ge=0)
     deepspeed: str | dict[str, Any] | None = _optimizer(
         None,

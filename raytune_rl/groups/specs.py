@@ -121,10 +121,10 @@ def layout(config: TrainConfig, on_gpu: bool, takes_media: bool = False) -> str:
 
 def sharing(config: TrainConfig) -> Sharing:
     """Whether rows that begin alike share that part: completions of one prompt, and the sides of a pair. A
-    reward model reads whole rows."""
+    reward model reads whole rows, and the routers' loss counts each row's tokens."""
     if isinstance(config, SFTConfig) or (isinstance(config, PreferenceConfig) and config.rlhf_type == "rm"):
         return "false"
-    return config.prefix_sharing
+    return "false" if config.router_aux_loss_coef > 0 else config.prefix_sharing
 
 
 def packing_flag(config: TrainConfig) -> str:
@@ -221,6 +221,7 @@ def policy_spec(
         if config.gradient_checkpointing is None
         else config.gradient_checkpointing,
         publish_mode=publish_mode,
+        router_aux_loss_coef=config.router_aux_loss_coef,
     )
 
 
@@ -249,7 +250,8 @@ def critic_spec(
     if (judge := resolved.critic_start(config)) is not None:
         start = with_base(replace(start, path=judge))
     rate = resolved.critic_learning_rate(config)
-    return replace(policy, model=start, optimizer=replace(policy.optimizer, learning_rate=rate))
+    slower = replace(policy.optimizer, learning_rate=rate)
+    return replace(policy, model=start, optimizer=slower, router_aux_loss_coef=0.0)
 
 
 def check_readable(config: RLHFConfig, media: MediaCounts) -> None:

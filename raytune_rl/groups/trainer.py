@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from raytune_rl.algorithms import entropy
 from raytune_rl.groups.logprobs import score_rows
-from raytune_rl.groups.world import TrainerWorld
+from raytune_rl.groups.world import Share, TrainerWorld
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.protocol.train import RowLogprobs, TokenOrder, TrainerFacts
 from raytune_rl.protocol.weights import Manifest
@@ -77,6 +77,31 @@ class PolicyGroup:
 
         high = entropy.find(counted(None), entropy.threshold_rank(sum(tokens), share))
         return entropy.value(high.index, entropy.find(counted(high.index), high.rest).index)
+
+    def token_baseline(
+        self, batch: TrainBatch, rewards: NDArray[np.float64], groups: Sequence[int]
+    ) -> tuple[list[RowPointer], NDArray[np.float64]]:
+        """Advantages against the optimal token baseline (`algorithms.credit.otb`), under the present weights.
+
+        Args:
+            batch: The rows; a group may lie anywhere in it.
+            rewards: Of each, float64 `[n]`.
+            groups: Of each.
+
+        Returns:
+            Where each row's lie, and the mean of each row, float64 `[n]`.
+        """
+        scored = self._scored(batch, "squares").columns
+        given = batch.keep(()).with_columns(squares=scored).with_scalars(reward=rewards, group=groups)
+        ids, number = np.unique(np.asarray(groups), return_inverse=True)
+        ranks = len(self.world)
+        parts = [np.flatnonzero(number % ranks == rank).tolist() for rank in range(min(ranks, len(ids)))]
+        shares = [Share(given.part(rows).message(), rows) for rows in parts]
+        columns, answers = self.world.columns("token_baseline", shares)
+        means = np.zeros(len(batch))
+        for share, of_share in zip(shares, answers, strict=True):
+            means[share.rows] = of_share
+        return columns, means
 
     def first_tokens(self, batch: TrainBatch, order: TokenOrder, count: int) -> list[RowPointer]:
         """Which tokens are the first in an order.

@@ -34,6 +34,10 @@ class TokenLogprobs(NamedTuple):
             none (`distribution.token_divergence`).
         top: ids, int64 [M, k], and log-probs, float32 [M, k], of the likeliest tokens, or None when they were
             not asked for.
+        squares: float32 [M], sum of the squared probabilities of the vocabulary, without gradient; None when
+            it was not asked for.
+        router_probabilities, router_counts: of a mixture's experts, see `routing.router_sums`; None when they
+            were not asked for.
     """
 
     logprobs: Tensor
@@ -41,6 +45,9 @@ class TokenLogprobs(NamedTuple):
     correct: Tensor
     divergence: Tensor | None = None
     top: tuple[Tensor, Tensor] | None = None
+    squares: Tensor | None = None
+    router_probabilities: Tensor | None = None
+    router_counts: Tensor | None = None
 
 
 def default_chunk_tokens(vocab_size: int) -> int:
@@ -109,6 +116,26 @@ def logit_shape(
         raise ConfigError(f"temperature is {temperature}; log-probs need a temperature above 0")
     scale = 1.0 if logit_scale is None else logit_scale
     return LogitShape(1.0 / temperature, softcap, scale, disallowed_token_ids)
+
+
+@torch.no_grad()
+def squared_probabilities(
+    hidden: Tensor, head: nn.Module, shape: LogitShape, chunk_tokens: int = 1024
+) -> Tensor:
+    """The probability that two draws of the next token are the same, sum over the vocabulary of pi^2.
+
+    Args:
+        hidden, head, chunk_tokens: As in `token_logprobs`.
+        shape: Of the logits (`logit_shape`).
+
+    Returns:
+        float32 [M], without gradient.
+    """
+    parts = []
+    for start in range(0, max(hidden.shape[0], 1), chunk_tokens):
+        log_p = shape.apply(head(hidden[start : start + chunk_tokens]).float()).log_softmax(-1)
+        parts.append((2.0 * log_p).exp().sum(-1))
+    return torch.cat(parts)
 
 
 def _is_plain_linear(head: nn.Module) -> bool:

@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from raytune_rl.errors import ModelError
 from raytune_rl.models.borders import accepts_borders, borders_of
 from raytune_rl.models.distribution import TeacherDistribution, token_divergence, top_logprobs
-from raytune_rl.models.logprobs import TokenLogprobs, default_chunk_tokens, logit_shape, token_logprobs
+from raytune_rl.models.logprobs import (
+    TokenLogprobs,
+    default_chunk_tokens,
+    logit_shape,
+    squared_probabilities,
+    token_logprobs,
+)
 from raytune_rl.models.positions import positions_with_videos, shared_positions
 from raytune_rl.models.prefix_attention import Groups, short_mask
+from raytune_rl.models.routing import experts_per_token, router_sums
 from raytune_rl.models.sharding import shape_of
 from raytune_rl.models.unwrap import hf_model
 
@@ -71,6 +78,8 @@ class TokenScorer(nn.Module):
         shared: Groups = (),
         teacher: TeacherDistribution | None = None,
         top: int = 0,
+        with_router: bool = False,
+        with_squares: bool = False,
         **model_inputs: Any,
     ) -> TokenLogprobs:
         """Log-probs of the loss tokens.
@@ -89,6 +98,9 @@ class TokenScorer(nn.Module):
                 `attention_mask=None`; empty: they share none.
             teacher: also return the divergence from it.
             top: also return so many of the likeliest tokens.
+            with_router: also sum up what the routers of a mixture of experts chose; not with `shared`, whose
+                beginnings would count once.
+            with_squares: also return the sums of the squared probabilities, without gradient.
             **model_inputs: passed to the backbone (pixel_values, image_grid_thw, ...).
 
         Returns:
@@ -96,6 +108,8 @@ class TokenScorer(nn.Module):
             every parameter, so that a rank without work takes part in the gradient collectives with zeros.
         """
         inner = hf_model(self.model)
+        if with_router:
+            model_inputs["output_router_logits"] = True
         if shared:
             along_axes = shared_positions(inner.base_model, input_ids, shared, model_inputs)
             position_ids = position_ids if along_axes is None else along_axes
@@ -124,16 +138,27 @@ class TokenScorer(nn.Module):
             self.logit_scale,
             disallowed_token_ids,
         )
-        if teacher is None and not top:
+        if teacher is not None or top or with_squares:
+            shape = logit_shape(temperature, self.softcap, self.logit_scale, disallowed_token_ids)
+            if teacher is not None:
+                scored = scored._replace(
+                    divergence=token_divergence(hidden, head, shape, teacher, self.chunk_tokens)
+                )
+            if top:
+                scored = scored._replace(top=top_logprobs(hidden, head, shape, top, self.chunk_tokens))
+            if with_squares:
+                squares = squared_probabilities(hidden, head, shape, self.chunk_tokens)
+                scored = scored._replace(squares=squares)
+        if not with_router:
             return scored
-        shape = logit_shape(temperature, self.softcap, self.logit_scale, disallowed_token_ids)
-        if teacher is not None:
-            scored = scored._replace(
-                divergence=token_divergence(hidden, head, shape, teacher, self.chunk_tokens)
+        logits = tuple(getattr(output, "router_logits", None) or ())
+        if not logits or shared:
+            raise ModelError(
+                f"--router_aux_loss_coef: {type(inner).__name__} does not tell what its routers chose, or "
+                "rows share their beginnings; leave it out"
             )
-        if top:
-            scored = scored._replace(top=top_logprobs(hidden, head, shape, top, self.chunk_tokens))
-        return scored
+        probabilities, counts = router_sums(logits, attention_mask, experts_per_token(inner.config))
+        return scored._replace(router_probabilities=probabilities, router_counts=counts)
 
     def _mask(self, given: Tensor | None, model_inputs: dict[str, Any]) -> Tensor | None:
         """With media the model makes positions of its mask; a text's padding may go without."""

@@ -33,6 +33,13 @@ class RunModels:
                 batch = batch.with_columns(old_logprobs=self._policy.logprobs(batch).columns)
             return self._policy.row_kl(batch, estimator)
 
+    def token_baseline(
+        self, batch: TrainBatch, rewards: NDArray[np.float64], groups: Sequence[int]
+    ) -> tuple[list[RowPointer], NDArray[np.float64]]:
+        """Advantages against the optimal token baseline."""
+        with self._timer.phase("train"):
+            return self._policy.token_baseline(batch, rewards, groups)
+
     def estimate(
         self,
         batch: TrainBatch,

@@ -58,6 +58,8 @@ class TrainerSpec:
         publish_mode: How weights leave: "full", "merged" or "adapter"; None when nobody pulls them.
         plugin_files: Files that register the loss, if it is the user's own.
         untied: Whether the engines are built with a head of its own, though the model's config ties it.
+        router_aux_loss_coef: Weight of the loss that evens out the load of a mixture's experts
+            (`models.routing`).
     """
 
     model: ModelSpec
@@ -72,6 +74,7 @@ class TrainerSpec:
     publish_mode: str | None = None
     plugin_files: tuple[str, ...] = ()
     untied: bool = False
+    router_aux_loss_coef: float = 0.0
 
 
 @dataclass(frozen=True)

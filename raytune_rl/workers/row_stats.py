@@ -93,3 +93,29 @@ def select_tokens(batch: RowBatch, order: TokenOrder, last: float, timeout_s: fl
         for keys in _token_keys(batch, order, timeout_s)
     ]
     return int(sum(row.sum() for row in chosen)), {"selected": Ragged.from_rows(chosen, np.float32)}
+
+
+def token_baseline(batch: RowBatch, timeout_s: float) -> tuple[NDArray[np.float64], Columns]:
+    """Advantages against the optimal token baseline.
+
+    Args:
+        batch: Whole groups: rows with the extra column "squares", whose objects hold "logprobs" too, and the
+            scalars "reward" and "group".
+        timeout_s: Deadline for reading.
+
+    Returns:
+        The mean of each row, float64 `[n]`, and {"advantages": Ragged float32} in the batch's order.
+    """
+    from raytune_rl.algorithms.credit.otb import otb_advantages
+
+    rows = read_rows(batch, timeout_s)
+    found: dict[int, NDArray[np.float32]] = {}
+    for group in np.unique(batch.scalars["group"]) if len(batch) else ():
+        members = np.flatnonzero(batch.scalars["group"] == group).tolist()
+        scored = (
+            [rows.column(name, row, extra="squares") for row in members] for name in ("logprobs", "squares")
+        )
+        found |= dict(zip(members, otb_advantages(batch.scalars["reward"][members], *scored), strict=True))
+    ordered = [found[row] for row in range(len(batch))]
+    means = np.array([row.mean() if len(row) else 0.0 for row in ordered], dtype=np.float64)
+    return means, {"advantages": Ragged.from_rows(ordered, np.float32)}

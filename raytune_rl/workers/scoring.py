@@ -235,18 +235,20 @@ def score(
     settings: ScoreSettings,
     media: MediaCollator | None = None,
     with_entropy: bool = False,
+    with_squares: bool = False,
 ) -> tuple[NDArray[np.float64], Columns]:
     """Log-probs of a batch's loss tokens, without gradient.
 
     Returns:
         Their sum over each row, float64 `[n]`, and {"logprobs": Ragged float32}, and "entropy" likewise if it
-        is wanted, in nats; rows in the batch's order.
+        is wanted, in nats, and "squares"; rows in the batch's order.
     """
     import torch
 
     rows = read_rows(batch, settings.timeout_s)
     expect_media(rows, batch, media)
-    names = ("logprobs", "entropy") if with_entropy else ("logprobs",)
+    more = {"entropy": with_entropy, "squares": with_squares}
+    names = ("logprobs", *(name for name, wanted in more.items() if wanted))
     by_name: dict[str, dict[int, np.ndarray]] = {name: {} for name in names}
     with torch.no_grad():
         for members in batch.micro_batches:
@@ -256,6 +258,7 @@ def score(
                 temperature=settings.temperature,
                 with_entropy=with_entropy,
                 disallowed_token_ids=settings.disallowed_token_ids,
+                **({"with_squares": True} if with_squares else {}),
             )
             counts = np.bincount(micro.row_of.cpu().numpy(), minlength=len(members))
             for name in names:

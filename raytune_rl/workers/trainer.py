@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from raytune_rl.algorithms.moments import Moments
     from raytune_rl.data.collate import MicroBatch
     from raytune_rl.models.distribution import TeacherDistribution
+    from raytune_rl.models.routing import ExpertLoad
 
 
 def trainer_env(threads: int, on_gpu: bool) -> dict[str, str]:
@@ -125,6 +126,7 @@ class TrainerWorker:
         from raytune_rl.models.adapters import head_of_its_own
         from raytune_rl.models.load import DTYPES, enable_gradient_checkpointing, load_tokenizer
         from raytune_rl.models.sharding import is_sharded
+        from raytune_rl.models.traits import has_experts
         from raytune_rl.models.tuner import apply_tuner, narrow_adapters, trains_vision
         from raytune_rl.models.weights import WeightExporter, whole
         from raytune_rl.rewards.plugins import load_plugins
@@ -142,6 +144,11 @@ class TrainerWorker:
         sharded = zero.get("stage") == 3
         loaded = scoring.load(spec.model, self._loss.forward, zero if sharded else None)
         own_head = head_of_its_own(loaded.model)  # its files have one, and so the engine's
+        if spec.router_aux_loss_coef and not has_experts(loaded.model.config):
+            raise ModelError(
+                f"--router_aux_loss_coef {spec.router_aux_loss_coef:g}: {type(loaded.model).__name__} has no "
+                "experts; leave it out"
+            )
         tuned = apply_tuner(loaded.model, spec.tuner, scoring.adapters(spec.model))
         wanted_dtype = spec.model.dtype
         computes_in = loaded.model.dtype if wanted_dtype is None else DTYPES[wanted_dtype]
@@ -220,13 +227,14 @@ class TrainerWorker:
         torch.manual_seed(step_seed(self._spec.seed, step, self._rank))
         rows = scoring.read_rows(batch, self._spec.score.timeout_s)
         scoring.expect_media(rows, batch, self._media)
+        load = self._expert_load(rows, batch) if self._spec.router_aux_loss_coef else None
         self._engine.train()
         parts = []
         tokens = 0
         last = len(batch.micro_batches) - 1
         for number, members in enumerate(batch.micro_batches):
             self._engine.set_gradient_accumulation_boundary(number == last)
-            loss, metrics, size = self._micro_step(rows, batch, members)
+            loss, metrics, size = self._micro_step(rows, batch, members, load)
             # DeepSpeed averages over ranks; the weights already hold the global normaliser, so undo that
             # mean.
             self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
@@ -237,8 +245,31 @@ class TrainerWorker:
             self._counted += 1
         return merge_all(parts), tokens
 
+    def _expert_load(self, rows: ReadRows, batch: RowBatch) -> ExpertLoad:
+        """How often each expert is chosen in the whole step, under the weights that it starts from."""
+        import torch
+        from torch import distributed
+
+        from raytune_rl.models.routing import ExpertLoad, experts_per_token
+        from raytune_rl.models.unwrap import hf_model
+
+        self._engine.eval()
+        counts: Tensor | None = None
+        with torch.no_grad():
+            for members in batch.micro_batches:
+                micro = scoring.micro_batch(rows, members, self._spec.model.layout, self._media)
+                of_micro = self._forward(micro, with_router=True)["router_counts"] * (micro.n_rows > 0)
+                counts = of_micro if counts is None else counts + of_micro
+        assert counts is not None, "a rank without rows runs an empty micro-batch"
+        distributed.all_reduce(counts)
+        return ExpertLoad(counts, experts_per_token(hf_model(self._engine).config))
+
     def _micro_step(
-        self, rows: ReadRows, batch: RowBatch, members: tuple[int, ...]
+        self,
+        rows: ReadRows,
+        batch: RowBatch,
+        members: tuple[int, ...],
+        load: ExpertLoad | None = None,
     ) -> tuple[Tensor, MetricSums, int]:
         """Loss of one micro-batch (this rank's share of the step's loss), its metrics, and its size in
         tokens.
@@ -257,7 +288,9 @@ class TrainerWorker:
         if sampled or (wanted and not len(batch)):
             columns["rollout_logprobs"] = scoring.flat_column(rows, members, "logprobs")
         values = self._row_values(batch, members)
-        outputs = self._forward(micro, self._teacher(columns, len(micro.targets)))
+        outputs = self._forward(micro, self._teacher(columns, len(micro.targets)), load is not None)
+        probabilities = outputs.pop("router_probabilities", None)
+        outputs.pop("router_counts", None)
         advantages = columns.pop("advantages", None)
         if advantages is None and "advantage" in values:
             advantages = values["advantage"][micro.row_of].float()
@@ -275,6 +308,10 @@ class TrainerWorker:
         weight = values["weight"][micro.row_of] if "weight" in values else None
         loss = output.total(weight, values.get("row_weight"))
         metrics = output.metrics.merge(MetricSums({"loss": total_of(loss.detach())}))
+        if load is not None and probabilities is not None:
+            aux_loss = load.share(probabilities) * (micro.n_rows > 0)
+            metrics = metrics.merge(MetricSums({"router_aux_loss": total_of(aux_loss.detach())}))
+            loss = loss + spec.router_aux_loss_coef * aux_loss
         if "rollout_logprobs" in columns:
             # Before the first update of a generation both sides hold the same weights: old_logprobs if they
             # were computed, else the log-probs of this very pass.
@@ -298,8 +335,11 @@ class TrainerWorker:
             ids.view(count, k).long(), logprobs.view(count, k), self._loss.divergence_beta(self._settings)
         )
 
-    def _forward(self, micro: MicroBatch, teacher: TeacherDistribution | None) -> dict[str, Any]:
-        """The model's outputs, under the names that `LossInputs` has for it."""
+    def _forward(
+        self, micro: MicroBatch, teacher: TeacherDistribution | None = None, with_router: bool = False
+    ) -> dict[str, Any]:
+        """The model's outputs, under the names that `LossInputs` has for it; with those of the routers, where
+        asked for."""
         import torch
 
         forward, spec = self._loss.forward, self._spec
@@ -312,13 +352,18 @@ class TrainerWorker:
             with_entropy=spec.with_entropy,
             disallowed_token_ids=spec.score.disallowed_token_ids,
             teacher=teacher,
+            **({"with_router": True} if with_router else {}),
         )
-        return {
+        outputs = {
             "logprobs": scored.logprobs,
             "entropy": None if scored.entropy is None else scored.entropy.detach(),
             "correct": scored.correct,
             "divergence": scored.divergence,
         }
+        if with_router:
+            outputs["router_probabilities"] = scored.router_probabilities
+            outputs["router_counts"] = scored.router_counts
+        return outputs
 
     def _row_values(self, batch: RowBatch, members: tuple[int, ...]) -> dict[str, Tensor]:
         """The row scalars of a micro-batch by name, float64 `[n_rows]` on this worker's device."""
@@ -345,6 +390,16 @@ class TrainerWorker:
         """The same, and the entropy at every loss token."""
         self._engine.eval()
         return scoring.score(self._engine, batch, self._spec.model, self._spec.score, self._media, True)
+
+    def squares(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
+        """The same, and the sum of the squared probabilities at every loss token."""
+        self._engine.eval()
+        spec = self._spec
+        return scoring.score(self._engine, batch, spec.model, spec.score, self._media, with_squares=True)
+
+    def token_baseline(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
+        """See `row_stats.token_baseline`."""
+        return row_stats.token_baseline(batch, self._spec.score.timeout_s)
 
     def count_entropies(self, batch: RowBatch, bucket: int | None) -> NDArray[np.int64]:
         """See `row_stats.count_entropies`."""

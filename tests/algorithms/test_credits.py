@@ -14,11 +14,13 @@ from raytune_rl.algorithms.credit.base import Credit, credit_names, get_credit
 from raytune_rl.algorithms.credit.gpg import gpg_advantages
 from raytune_rl.algorithms.credit.maxrl import maxrl_advantages
 from raytune_rl.algorithms.credit.opo import opo_advantages
+from raytune_rl.algorithms.credit.otb import otb_advantages
 from raytune_rl.algorithms.credit.pass_at_k import PassAtK, pass_at_k_advantages, pass_at_k_of
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ConfigError, RewardError
 from raytune_rl.pipelines.online_algorithms import algorithm_of
-from raytune_rl.protocol.rows import TrainBatch
+from raytune_rl.protocol.rows import RowBatch, TrainBatch
+from raytune_rl.workers import row_stats
 from tests.algorithms.test_experience import experience
 
 NAN = float("nan")
@@ -168,6 +170,79 @@ def test_pass_at_k_reads_its_flags_and_knows_what_teaches() -> None:
     assert pass_at_k_of(4, 4, 2) == (1.0, 0.0, 0.0)
     with pytest.raises(ConfigError, match="--pass_k 9 is not between 1 and --num_generations 8"):
         credit("pass_at_k", pass_k=9, num_generations=8)
+
+
+# -- OTB
+
+
+def test_otb_is_the_papers_baseline_at_each_place() -> None:
+    rng = np.random.default_rng(0)
+    rewards, lengths = [1.0, 0.0, 0.5, NAN], [4, 2, 5, 3]
+    chances = [rng.dirichlet(np.ones(6), size=n) for n in lengths]
+    picked = [rng.integers(6, size=n) for n in lengths]
+    logprobs = [np.log(c[np.arange(n), p]) for c, p, n in zip(chances, picked, lengths, strict=True)]
+    squares = [(c**2).sum(1) for c in chances]
+    found = otb_advantages(rewards, logprobs, squares)
+    for row, n in enumerate(lengths):
+        for t in range(n):
+            if row == 3:
+                assert found[row][t] == 0
+                continue
+            top = bottom = 0.0
+            for other in range(3):
+                if lengths[other] <= t:
+                    continue
+                # the squared norm of the gradient of log softmax in the logits, token by token
+                energy = sum(
+                    sum(((v == picked[other][j]) - chances[other][j][v]) ** 2 for v in range(6))
+                    for j in range(t + 1)
+                )
+                top += energy * rewards[other]
+                bottom += energy
+            assert found[row][t] == pytest.approx(rewards[row] - top / bottom, abs=1e-6)
+    assert found[2][4] == pytest.approx(0.0, abs=1e-6), "nobody else is as long"
+
+
+def test_otb_of_equal_uncertainty_is_the_groups_mean_and_of_none_too() -> None:
+    for chance in (0.5, 1.0):
+        logprobs = [np.full(3, math.log(chance))] * 4
+        squares = [np.full(3, 1.0 if chance == 1.0 else 0.3)] * 4
+        found = otb_advantages(REWARDS[:4], logprobs, squares)
+        np.testing.assert_allclose(found, np.repeat([[0.5], [-0.5], [-0.5], [0.5]], 3, axis=1), rtol=1e-6)
+    equal = otb_advantages([1.0, 1.0, NAN], logprobs[:3], squares[:3])
+    assert not np.concatenate(equal).any()
+
+
+def test_otb_of_a_worker_is_that_of_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of two groups, mixed; the advantages come back in the batch's order, with their means."""
+    rng = np.random.default_rng(1)
+    groups, rewards = [3, 8, 3, 8, 3], [1.0, 0.0, 0.0, 1.0, 0.0]
+    columns = {
+        "logprobs": [-rng.random(n) for n in (2, 3, 1, 2, 4)],
+        "squares": [rng.random(n) / 2 for n in (2, 3, 1, 2, 4)],
+    }
+
+    class Rows:
+        def column(self, name: str, row: int, extra: str) -> np.ndarray:
+            assert extra == "squares"
+            return columns[name][row]
+
+    monkeypatch.setattr(row_stats, "read_rows", lambda batch, timeout_s: Rows())
+    places = {"": np.zeros((5, 2), dtype=np.int32)}
+    batch = RowBatch((), places, {"group": np.array(groups, float), "reward": np.array(rewards)})
+    means, made = row_stats.token_baseline(batch, 1.0)
+    for group in (3, 8):
+        rows = [row for row, g in enumerate(groups) if g == group]
+        want = otb_advantages(
+            [rewards[r] for r in rows], *([columns[n][r] for r in rows] for n in ("logprobs", "squares"))
+        )
+        for row, expected in zip(rows, want, strict=True):
+            np.testing.assert_array_equal(made["advantages"][row], expected)
+            assert means[row] == pytest.approx(expected.mean())
+    empty = RowBatch(
+        (), {"": np.zeros((0, 2), dtype=np.int32)}, {"group": np.zeros(0), "reward": np.zeros(0)}
+    )
+    assert len(row_stats.token_baseline(empty, 1.0)[0]) == 0, "a rank without a group"
 
 
 # -- names of what is there

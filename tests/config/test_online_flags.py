@@ -80,6 +80,7 @@ def test_nothing_is_said_where_all_acts() -> None:
         ),
         ("--loss_type gspo", "GSPO is --loss_type grpo --importance_sampling_level sequence"),
         ("--rlhf_type dapo --loss_type cispo", "cispo needs --epsilon_high"),
+        ("--router_aux_loss_coef 0.1 --prefix_sharing true", "which --prefix_sharing true does not"),
         ("--loss_type clip_cov --clip_cov_low 9", "clip_cov_low 9 is not below clip_cov_high 5"),
         ("--advantage_estimator distill", "needs somebody to learn from"),
         ("--teacher_model a b --teacher_adapters c", "belong to one teacher"),

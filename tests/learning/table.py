@@ -8,6 +8,7 @@ from flags, as in the pipeline.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from raytune_rl.algorithms.aggregation import row_weights
 from raytune_rl.algorithms.credit.base import Models
+from raytune_rl.algorithms.credit.otb import otb_advantages
 from raytune_rl.algorithms.experience import Experience
 from raytune_rl.algorithms.registry import LossInputs, get_loss
 from raytune_rl.config import RLHFConfig
@@ -92,6 +94,39 @@ def experience_of(made: list[tuple[int, list[int]]], rewards: list[float]) -> Ex
     return Experience(batch, RewardTable(("Exact",), ("exact",), values[:, None], ()), values)
 
 
+class TableModels:
+    """The policy as a credit asks it; see `algorithms.credit.base.Models`."""
+
+    def __init__(self, policy: TablePolicy, made: list[tuple[int, list[int]]]) -> None:
+        self._policy, self._made = policy, made
+
+    def token_baseline(self, batch: Any, rewards: np.ndarray, groups: list[int]) -> Any:
+        """By `otb.otb_advantages`, the arrays themselves."""
+        chances = self._policy.logits.detach().softmax(-1).numpy()
+        logprobs = [[np.log(chances[p, k, s]) for k, s in enumerate(said)] for p, said in self._made]
+        squares = [[(chances[p, k] ** 2).sum() for k in range(len(said))] for p, said in self._made]
+        found: list[Any] = [None] * len(self._made)
+        for group in set(groups):
+            rows = [row for row, g in enumerate(groups) if g == group]
+            of_group = otb_advantages(
+                rewards[rows], [logprobs[row] for row in rows], [squares[row] for row in rows]
+            )
+            for row, earned in zip(rows, of_group, strict=True):
+                found[row] = earned
+        return found, np.array([row.mean() for row in found])
+
+
+@dataclass(frozen=True)
+class TableBatch:
+    """A batch of which only a column of advantages matters."""
+
+    advantages: Any = None
+
+    def with_columns(self, advantages: Any) -> TableBatch:
+        """The same with that column."""
+        return TableBatch(advantages)
+
+
 def gain(
     flags: dict[str, Any],
     generations: int = 12,
@@ -115,19 +150,24 @@ def gain(
     for _ in range(generations):
         made = policy.sample(generator)
         rewards = [float(said == [*policy.right[p], STOP]) for p, said in made]
+        models = cast(Models, TableModels(policy, made))
         credited = algorithm.credit.assign(
-            experience_of(made, rewards), cast(TrainBatch, None), cast(Models, None)
+            experience_of(made, rewards), cast(TrainBatch, TableBatch()), models
         )
-        advantages = torch.from_numpy(spoil(credited.advantages)).double()
+        by_token = cast(TableBatch, credited.batch).advantages
         weights = torch.from_numpy(
             row_weights([len(said) for _, said in made], algorithm.loss.normaliser, PLACES)
         )
         with torch.no_grad():
             old, row_of = policy.logprobs(made)
+        if by_token is None:
+            advantages = torch.from_numpy(spoil(credited.advantages)).double()[row_of]
+        else:
+            advantages = torch.from_numpy(spoil(np.concatenate(by_token))).double()
         for _ in range(config.num_iterations):
             logprobs, _ = policy.logprobs(made)
             columns = {"old_logprobs": old, "rollout_logprobs": old, "ref_logprobs": old}
-            inputs = LossInputs(logprobs, row_of, len(made), settings, columns, advantages[row_of])
+            inputs = LossInputs(logprobs, row_of, len(made), settings, columns, advantages)
             inputs = prepared(loss.name, inputs, [prompt for prompt, _ in made])
             row_weight = torch.full((len(made),), 1 / len(made), dtype=torch.float64)
             optimizer.zero_grad()

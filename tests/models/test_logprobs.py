@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raytune_rl.errors import ConfigError
-from raytune_rl.models.logprobs import TokenLogprobs, token_logprobs
+from raytune_rl.models.logprobs import TokenLogprobs, logit_shape, squared_probabilities, token_logprobs
 
 HIDDEN, VOCAB, TOKENS = 16, 97, 23
 
@@ -223,3 +223,21 @@ def test_banned_tokens_have_no_part_in_the_distribution(
     found = torch.autograd.grad((got.logprobs * w_logp + got.entropy * w_ent).sum(), leaves)
     for mine, theirs in zip(found, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+@pytest.mark.parametrize(("temperature", "softcap", "scale"), [(1.0, None, None), (0.7, 5.0, 0.5)])
+def test_squared_probabilities(
+    chunk: int, temperature: float, softcap: float | None, scale: float | None
+) -> None:
+    """The sum over the vocabulary of pi^2, of the distribution that the log-probs are of."""
+    hidden, head, _, _, _ = case()
+    got = squared_probabilities(hidden, head, logit_shape(temperature, softcap, scale, (3,)), chunk)
+    logits = head(hidden).double() * (1.0 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits[:, 3] = -torch.inf
+    want = (logits / temperature).softmax(-1).square().sum(-1)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
+    assert not got.requires_grad
+    assert squared_probabilities(hidden[:0], head, logit_shape(1.0)).shape == (0,)

@@ -5,7 +5,7 @@ beside their losses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from raytune_rl.algorithms.experience import Experience
-    from raytune_rl.protocol.rows import TrainBatch
+    from raytune_rl.protocol.rows import RowPointer, TrainBatch
     from raytune_rl.protocol.train import Estimates, EstimateSettings
 
 
@@ -28,6 +28,12 @@ class Models(Protocol):
     def row_kl(self, batch: TrainBatch, estimator: str) -> NDArray[np.float64]:
         """KL to the reference of each row, summed over its tokens, float64 `[n]`, nats; the batch has the
         column "ref_logprobs". Log-probs of the policy are taken where it has no "old_logprobs"."""
+        ...
+
+    def token_baseline(
+        self, batch: TrainBatch, rewards: NDArray[np.float64], groups: Sequence[int]
+    ) -> tuple[list[RowPointer], NDArray[np.float64]]:
+        """Where each row's advantages by `otb.otb_advantages` lie, and the mean of them, float64 `[n]`."""
         ...
 
     def estimate(

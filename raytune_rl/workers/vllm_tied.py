@@ -5,32 +5,47 @@ head that was never loaded. The embedding is loaded a second time, as the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class HeadApart:
+    """The two matrices of a tied head.
+
+    Attributes:
+        embedding, head: vLLM's names of their weights.
+        vllm_name: Of a weight by its name in the checkpoint; None where vLLM has no use for it.
+    """
+
+    embedding: str
+    head: str
+    vllm_name: Callable[[str], str | None] = str
+
+
 def with_tied_head(
-    weights: Iterable[tuple[str, Tensor]], names: tuple[str, str] | None
+    weights: Iterable[tuple[str, Tensor]], apart: HeadApart | None
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights of a checkpoint, and a head behind them if vLLM's model wants one that they do not have.
 
     Args:
         weights: By their names in the checkpoint.
-        names: Of embedding and head, from `head_apart`.
+        apart: From `head_apart`.
     """
-    embedding, head = names or ("", "")
     shared: Tensor | None = None
+    has_head = False
     for name, tensor in weights:
-        if name == embedding:
-            shared = tensor
-        elif name == head:
-            head = ""
+        if apart is not None:
+            vllm_name = apart.vllm_name(name)
+            has_head |= vllm_name == apart.head
+            shared = tensor if vllm_name == apart.embedding else shared
         yield name, tensor
-    if shared is not None and head:
-        yield head, shared
+    if apart is not None and shared is not None and not has_head:
+        yield apart.head, shared
 
 
 def load_tied_heads() -> None:
@@ -43,16 +58,18 @@ def load_tied_heads() -> None:
 
     @wraps(plain)
     def get_all_weights(self: Any, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        names = head_apart(model, model_config.hf_config)
-        return with_tied_head(plain(self, model_config, model), names)
+        apart = head_apart(model, model_config.hf_config)
+        return with_tied_head(plain(self, model_config, model), apart)
 
     DefaultModelLoader.get_all_weights = get_all_weights
 
 
-def head_apart(model: nn.Module, config: Any) -> tuple[str, str] | None:
-    """Names of embedding's and head's weights where the configuration ties them and vLLM has two; else None.
+def head_apart(model: nn.Module, config: Any) -> HeadApart | None:
+    """The two matrices, where the configuration ties them and vLLM does not; else None.
 
-    Only for models whose weights vLLM calls as their checkpoints do; for others the guard has to find it.
+    Args:
+        model: vLLM's.
+        config: Transformers' configuration of the model.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -66,4 +83,6 @@ def head_apart(model: nn.Module, config: Any) -> tuple[str, str] | None:
     (head_name, head), (name, embedding) = heads[0], embeddings[0]
     if head.weight is embedding.weight or head.weight.data_ptr() == embedding.weight.data_ptr() != 0:
         return None
-    return f"{name}.weight", f"{head_name}.weight"
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    apart = HeadApart(f"{name}.weight", f"{head_name}.weight", str if mapper is None else mapper.map_name)
+    return apart if apart.vllm_name(apart.head) == apart.head else None

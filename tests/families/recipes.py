@@ -37,7 +37,7 @@ ROUTED = {
 }
 LATENT = {
     "q_lora_rank": 32,
-    "kv_lora_rank": 256,  # and 64 are what vLLM's kernels of latent attention are made for
+    "kv_lora_rank": 512,  # and 64: what vLLM has kernels of latent attention for, and published models have
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 64,
     "v_head_dim": 64,
@@ -77,9 +77,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "layer_types": ["conv", "full_attention"],
             "block_auto_adjust_ff_dim": False,
-            "block_dim": 128,  # as published configs have it, for vLLM
-            "block_ff_dim": 192,
-            "conv_dim": 128,
         },
     ),
     "qwen3_moe": ("Qwen3Moe", {**WIDE, **SMALL_EXPERTS}),
@@ -93,12 +90,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoe", LOCAL_EXPERTS),
     "glm4_moe": ("Glm4Moe", {**WIDE, **ROUTED}),
     "gpt_oss": ("GptOss", {**WIDE, **LOCAL_EXPERTS}),
-    # In bfloat16, so with all experts for every token: rounding must not choose others.
-    "deepseek_v3": ("DeepseekV3", {**ROUTED, **LATENT, **EVERY, "topk_method": "noaux_tc"}),
+    "deepseek_v3": ("DeepseekV3", {**ROUTED, **LATENT}),
     "minimax_m2": (
         "MiniMaxM2",
-        {**WIDE, **LOCAL_EXPERTS, "rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
+        {**WIDE, **LOCAL_EXPERTS, "rotary_dim": 16},
     ),
+    # In bfloat16, so with all experts for every token: rounding must not choose others.
     "qwen3_next": ("Qwen3Next", {**SMALL_EXPERTS, **DELTA, **EVERY, "shared_expert_intermediate_size": 64}),
     "qwen3_5_text": ("Qwen3_5Text", DELTA),
 }

@@ -67,6 +67,13 @@ def test_heads_that_the_cpu_kernel_does_not_have_are_refused() -> None:
     assert fit(config(), narrow, on_gpu=True) == (config(), [])
 
 
+def test_latent_attention_that_the_cpu_kernel_does_not_have_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"latent attention has rank 256 .* that of 512 only"):
+        fit(config(), Traits(latent_rank=256), on_gpu=False)
+    assert fit(config(), Traits(latent_rank=256), on_gpu=True) == (config(), [])
+    assert fit(config(), Traits(latent_rank=512), on_gpu=False) == (config(), [])
+
+
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_adapters_that_vllm_does_not_serve_arrive_merged(on_gpu: bool) -> None:
     fitted, (notice,) = fit(config(), Traits(serves_adapters=False), on_gpu)

@@ -32,7 +32,7 @@ def test_the_experts_left_out_are_said_and_can_be_included(family: str, tmp_path
     path = str(make_family(family, tmp_path / family, tied=False))
     model = load_model(path).model
     share = sum(p.numel() for p in fused_experts(model).values()) / model.num_parameters()
-    assert 0.1 < share < 0.95
+    assert 0.05 < share < 0.95
 
     (sentence,) = apply_tuner(model, lora()).notices
     assert f"leaves out the experts, {share:.0%} of the model's weights" in sentence
@@ -95,7 +95,7 @@ def test_all_linear_finds_the_transposed_layers_of_gpt2(tmp_path: Path) -> None:
         ("gpt2", Traits(serves_adapters=False)),
         ("mixtral", Traits(experts=True)),
         ("gpt_oss", Traits(experts=True)),
-        ("deepseek_v3", Traits(experts=True, bfloat16=True)),
+        ("deepseek_v3", Traits(experts=True, latent_rank=512)),
         ("lfm2", Traits(recurrent=True)),
         ("qwen3_5_text", Traits(recurrent=True, bfloat16=True, delta_head=64)),
         ("qwen3_next", Traits(experts=True, recurrent=True, bfloat16=True, delta_head=64)),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from raytune_rl.workers.vllm_tied import head_apart, with_tied_head
+from raytune_rl.workers.vllm_tied import HeadApart, head_apart, with_tied_head
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+APART = HeadApart(EMBEDDING, HEAD)
 
 
 def weights(*names: str) -> dict[str, torch.Tensor]:
@@ -20,22 +21,28 @@ def weights(*names: str) -> dict[str, torch.Tensor]:
 
 def test_the_embedding_comes_once_more_as_the_head() -> None:
     given = weights(EMBEDDING, "model.norm.weight")
-    made = list(with_tied_head(given.items(), (EMBEDDING, HEAD)))
+    made = list(with_tied_head(given.items(), APART))
     assert [name for name, _ in made] == [*given, HEAD]
     assert made[-1][1] is given[EMBEDDING]
 
 
+def test_the_embedding_is_known_by_vllms_name_for_it() -> None:
+    apart = HeadApart("model.embedding.weight", HEAD, lambda name: name.replace("embed_tokens", "embedding"))
+    made = list(with_tied_head(weights(EMBEDDING).items(), apart))
+    assert [name for name, _ in made] == [EMBEDDING, HEAD]
+
+
 @pytest.mark.parametrize(
-    ("names", "given"),
+    ("apart", "given"),
     [
         (None, weights(EMBEDDING)),  # vLLM ties it, or nobody does
-        ((EMBEDDING, HEAD), weights(EMBEDDING, HEAD)),  # the files have both
-        ((EMBEDDING, HEAD), weights(HEAD, EMBEDDING)),
-        ((EMBEDDING, HEAD), weights("model.norm.weight")),
+        (APART, weights(EMBEDDING, HEAD)),  # the files have both
+        (APART, weights(HEAD, EMBEDDING)),
+        (APART, weights("model.norm.weight")),
     ],
 )
-def test_nothing_else_is_added(names: tuple[str, str] | None, given: dict[str, torch.Tensor]) -> None:
-    assert list(with_tied_head(given.items(), names)) == list(given.items())
+def test_nothing_else_is_added(apart: HeadApart | None, given: dict[str, torch.Tensor]) -> None:
+    assert list(with_tied_head(given.items(), apart)) == list(given.items())
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -62,4 +69,4 @@ def test_only_a_tied_head_of_its_own_matrix_is_apart(
         model.lm_head.weight = model.model.embed_tokens.weight
     text = SimpleNamespace(tie_word_embeddings=ties)
     found = head_apart(model, SimpleNamespace(get_text_config=lambda: text))
-    assert found == ((EMBEDDING, HEAD) if ties and not shares else None)
+    assert found == (APART if ties and not shares else None)

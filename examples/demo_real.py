@@ -68,7 +68,7 @@ def main() -> int:
                 lora_rank=16,
                 lora_alpha=32,
                 learning_rate=5e-4,
-                max_steps=16,
+                max_steps=10,
                 per_device_train_batch_size=16,
                 gradient_accumulation_steps=1,
                 logging_steps=5,

@@ -13,9 +13,6 @@ Config = TypeVar("Config", bound=RLHFConfig | InferConfig)
 DELTA_HEADS = (64, 128)
 """Widths that vLLM's CPU kernel of gated delta nets takes."""
 
-LATENT_RANK = 512
-"""The rank that its CPU kernel of latent attention takes, with 64 for positions beside it."""
-
 
 def fit(config: Config, traits: Traits, on_gpu: bool) -> tuple[Config, list[str]]:
     """The settings with which an engine starts, and a sentence for each that was changed.
@@ -37,12 +34,8 @@ def fit(config: Config, traits: Traits, on_gpu: bool) -> tuple[Config, list[str]
             "tiny "
             "model for a trial with heads of 64"
         )
-    if not on_gpu and traits.latent_rank not in (0, LATENT_RANK):
-        raise ModelError(
-            f"the model's latent attention has rank {traits.latent_rank} (kv_lora_rank), and on a CPU vLLM "
-            f"computes that of {LATENT_RANK} only, as DeepSeek's models have it: sample on a GPU, or make a "
-            f"tiny model for a trial with {LATENT_RANK}"
-        )
+    if not on_gpu and traits.not_on_cpu:
+        raise ModelError(f"vLLM cannot sample from this model on a CPU: {traits.not_on_cpu}. Sample on a GPU")
     changes: dict[str, Any] = {}
     notices = []
 

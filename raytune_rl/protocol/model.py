@@ -135,7 +135,7 @@ class Traits:
         recurrent: Some layers keep a state or a window of inputs instead of keys and values.
         bfloat16: On a CPU vLLM computes it in bfloat16 only.
         delta_head: Width of the heads of its gated delta nets; 0 without any.
-        latent_rank: Rank of its latent attention (MLA); 0 without any.
+        not_on_cpu: Why vLLM cannot sample from it on a CPU; empty if it can.
         serves_adapters: vLLM takes LoRA adapters beside it, as far as is known.
     """
 
@@ -143,7 +143,7 @@ class Traits:
     recurrent: bool = False
     bfloat16: bool = False
     delta_head: int = 0
-    latent_rank: int = 0
+    not_on_cpu: str = ""
     serves_adapters: bool = True
 
 

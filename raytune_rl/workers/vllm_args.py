@@ -15,7 +15,6 @@ from raytune_rl.models.engine_config import fields_for_vllm
 from raytune_rl.models.hub import resolve_path
 from raytune_rl.models.load import load_config
 from raytune_rl.models.served import LORA_RANKS
-from raytune_rl.models.traits import latent_rank
 from raytune_rl.protocol.rollout import EngineSpec
 from raytune_rl.workers import vllm_plugin
 
@@ -64,9 +63,6 @@ def engine_args(spec: EngineSpec) -> dict[str, Any]:
             "async_scheduling": False,
             "max_num_batched_tokens": max(PREFILL_TOKENS, spec.max_model_len),
         }
-        if latent_rank(model):
-            # Where the CPU has AMX vLLM prefers kernels that have no float32.
-            args["attention_backend"] = "CPU_MLA"
     if spec.max_num_seqs is not None:
         args["max_num_seqs"] = spec.max_num_seqs
     if spec.lora_rank:

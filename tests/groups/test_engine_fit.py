@@ -67,11 +67,11 @@ def test_heads_that_the_cpu_kernel_does_not_have_are_refused() -> None:
     assert fit(config(), narrow, on_gpu=True) == (config(), [])
 
 
-def test_latent_attention_that_the_cpu_kernel_does_not_have_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"latent attention has rank 256 .* that of 512 only"):
-        fit(config(), Traits(latent_rank=256), on_gpu=False)
-    assert fit(config(), Traits(latent_rank=256), on_gpu=True) == (config(), [])
-    assert fit(config(), Traits(latent_rank=512), on_gpu=False) == (config(), [])
+def test_what_vllm_computes_wrongly_on_a_cpu_is_refused_there() -> None:
+    traits = Traits(not_on_cpu="its attention is another")
+    with pytest.raises(ModelError, match=r"on a CPU: its attention is another\. Sample on a GPU"):
+        fit(config(), traits, on_gpu=False)
+    assert fit(config(), traits, on_gpu=True) == (config(), [])
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

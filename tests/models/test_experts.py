@@ -95,7 +95,6 @@ def test_all_linear_finds_the_transposed_layers_of_gpt2(tmp_path: Path) -> None:
         ("gpt2", Traits(serves_adapters=False)),
         ("mixtral", Traits(experts=True)),
         ("gpt_oss", Traits(experts=True)),
-        ("deepseek_v3", Traits(experts=True, latent_rank=512)),
         ("lfm2", Traits(recurrent=True)),
         ("qwen3_5_text", Traits(recurrent=True, bfloat16=True, delta_head=64)),
         ("qwen3_next", Traits(experts=True, recurrent=True, bfloat16=True, delta_head=64)),
@@ -104,3 +103,8 @@ def test_all_linear_finds_the_transposed_layers_of_gpt2(tmp_path: Path) -> None:
 def test_traits(family: str, traits: Traits, tmp_path: Path) -> None:
     path = str(make_family(family, tmp_path / "m", tied=True))
     assert traits_of(load_config(path)) == traits
+
+
+@pytest.mark.parametrize(("family", "why"), [("deepseek_v3", "latent attention"), ("minimax_m2", "router")])
+def test_families_that_vllm_has_no_kernels_for_on_a_cpu(family: str, why: str, tmp_path: Path) -> None:
+    assert why in traits_of(load_config(str(make_family(family, tmp_path / "m", tied=True)))).not_on_cpu

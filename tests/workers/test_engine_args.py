@@ -23,17 +23,6 @@ def test_further_arguments_are_vllms_own(tmp_path: Path) -> None:
         made(nope=1, blok_size=32)
 
 
-def test_latent_attention_has_the_kernels_that_agree_with_the_policy(tmp_path: Path) -> None:
-    from raytune_rl.workers.vllm_args import engine_args
-
-    for config, backend in ((DeepseekV3Config(), "CPU_MLA"), (Qwen2Config(), None)):
-        config.save_pretrained(tmp_path)
-        assert (
-            engine_args(EngineSpec(str(tmp_path), "float32", 64, "store", 1.0)).get("attention_backend")
-            == backend
-        )
-
-
 def test_the_engine_computes_what_transformers_does(tmp_path: Path) -> None:
     """A configuration that Transformers wrote lacks what vLLM reads; what stands in it stays."""
     from raytune_rl.workers.vllm_args import engine_args

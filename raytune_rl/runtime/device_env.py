@@ -47,3 +47,11 @@ def pinned_as_asked(environ: Mapping[str, str]) -> dict[str, str]:
         return {"PYTORCH_CUDA_ALLOC_CONF": PINNED}
     given = environ[name]
     return {name: given if "pinned_max_round_threshold_mb" in given else f"{given},{PINNED}"}
+
+
+def one_device(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a rank that was given several GPUs, before CUDA is asked for any: it computes on the
+    first, but NCCL would take the one with its rank's number for a barrier.
+    """
+    first, *others = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return {"CUDA_VISIBLE_DEVICES": first} if others else {}

@@ -35,7 +35,7 @@ from raytune_rl.protocol.train import (
     TrainResult,
 )
 from raytune_rl.protocol.weights import TensorEntry
-from raytune_rl.runtime.device_env import pinned_as_asked
+from raytune_rl.runtime.device_env import one_device, pinned_as_asked
 from raytune_rl.workers import estimates, publishing, row_stats, scoring
 from raytune_rl.workers.collectives import limit_collectives
 from raytune_rl.workers.publishing import Publisher
@@ -102,6 +102,7 @@ class TrainerWorker:
             "LOCAL_RANK": "0",
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
+            **one_device(os.environ),
         }
         timeout = timedelta(seconds=timeout_s)
         if self._rank != 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raytune_rl.runtime.device_env import ALL_SEEN, PINNED, pinned_as_asked, worker_env
+from raytune_rl.runtime.device_env import ALL_SEEN, PINNED, one_device, pinned_as_asked, worker_env
 from raytune_rl.workers.rollout import rollout_env
 from raytune_rl.workers.trainer import trainer_env
 
@@ -12,6 +12,13 @@ from raytune_rl.workers.trainer import trainer_env
 def test_who_has_no_gpu_sees_none() -> None:
     assert worker_env({}, 0, {"CUDA_VISIBLE_DEVICES": "0,1"}) == {"CUDA_VISIBLE_DEVICES": ""}
     assert worker_env({}, 0.3, {"CUDA_VISIBLE_DEVICES": "0,1"}) == {ALL_SEEN: "0"}  # Ray's to say
+
+
+def test_a_rank_computes_on_one_gpu_whatever_it_is_called() -> None:
+    assert one_device({"CUDA_VISIBLE_DEVICES": "3,5"}) == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert one_device({"CUDA_VISIBLE_DEVICES": "GPU-8f3a,GPU-11c0"}) == {"CUDA_VISIBLE_DEVICES": "GPU-8f3a"}
+    for alone in ({}, {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "MIG-77"}):
+        assert one_device(alone) == {}
 
 
 def test_a_shells_settings_for_libraries_are_passed_on_and_nothing_else() -> None:

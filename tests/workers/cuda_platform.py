@@ -22,10 +22,20 @@ QUESTIONS = (
 """What they are asked as vLLM's layers are imported; the answer here is no."""
 
 
+class NoKernels(ModuleType):
+    """A module whose functions can be imported, and say no."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
 def pretend(gpus: int = 8, memory_gib: int = 80, capability: tuple[int, int] = (9, 0)) -> None:
     """Makes vLLM believe in so many GPUs of an H100's kind."""
     for name in KERNELS:
         sys.modules[name] = ModuleType(name)
+    sys.modules["vllm.vllm_flash_attn"] = NoKernels("vllm.vllm_flash_attn")
     answers = torch.library.Library("_C", "FRAGMENT")
     for name in QUESTIONS:
         answers.define(f"{name}(int capability) -> bool")

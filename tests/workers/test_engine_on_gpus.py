@@ -41,7 +41,10 @@ def _engine_specs(model: str) -> dict[str, EngineSpec]:
 def _facts(engines: Mapping[str, EngineSpec], wrong: Mapping[str, EngineSpec]) -> tuple[Any, Any]:
     """Of each engine what vLLM made of its arguments; of the wrong ones what it said."""
     pretend()
+    import vllm.config.vllm as vllm_config
     from vllm.engine.arg_utils import EngineArgs
+
+    vllm_config.HAS_TRITON = True  # as in a GPU's wheel
 
     from raytune_rl.workers.vllm_args import engine_args, usage_context
 
@@ -63,6 +66,7 @@ def _facts(engines: Mapping[str, EngineSpec], wrong: Mapping[str, EngineSpec]) -
             "async": config.scheduler_config.async_scheduling,
             "chunked": config.scheduler_config.enable_chunked_prefill,
             "autotune": config.kernel_config.enable_flashinfer_autotune,
+            "second runner": config.use_v2_model_runner,
             "weights": config.weight_transfer_config.backend,
         }
 
@@ -100,6 +104,7 @@ def test_every_run_on_gpus_makes_arguments_that_vllm_takes(facts: tuple[Any, Any
         assert one["weights"] == "ray_object_store"
         assert one["chunked"]
         assert one["async"]
+        assert one["second runner"], "vLLM's Model Runner V2, where a CPU has the first"
 
 
 def test_each_is_what_its_flags_say(facts: tuple[Any, Any]) -> None:

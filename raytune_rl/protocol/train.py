@@ -126,13 +126,11 @@ class SnapshotPart:
     Attributes:
         entries: Names, dtypes and shapes, in the order of the bytes.
         loss_scale: State of float16's loss scale; empty in other types.
-        random: States of the random numbers, uint8: of the CPU and, if there is one, of the GPU.
         seconds: Time of taking it, without the copy into the store.
     """
 
     entries: tuple[TensorEntry, ...]
     loss_scale: Mapping[str, float]
-    random: tuple[NDArray[np.uint8], ...]
     seconds: float
 
     @property

@@ -8,6 +8,7 @@ the number of the step.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,10 @@ def take(engine: Any) -> tuple[SnapshotPart, list[NDArray[np.uint8]]]:
     """What is this rank's, as it is now; the arrays may share the engine's memory."""
     began = time.perf_counter()
     tensors = {name: tensor.detach().cpu() for name, tensor in optimizer_state.parts(engine).items()}
+    tensors |= {name: get() for name, (get, _) in _generators().items()}
     part = SnapshotPart(
         entries=tuple(TensorEntry.of(name, tensor) for name, tensor in tensors.items()),
         loss_scale=optimizer_state.loss_scale(engine),
-        random=_random(),
         seconds=time.perf_counter() - began,
     )
     return part, to_arrays(tensors.values())
@@ -46,13 +47,15 @@ def put_back(engine: Any, part: SnapshotPart, arrays: list[NDArray[np.uint8]]) -
             target.copy_(source.view(target.shape))
 
     optimizer_state.put_back(engine, fill, part.loss_scale)
-    torch.set_rng_state(torch.from_numpy(part.random[0].copy()))
-    if len(part.random) > 1 and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.from_numpy(part.random[1].copy()))
+    for name, (_, put) in _generators().items():
+        put(tensors[name].clone())
 
 
-def _random() -> tuple[NDArray[np.uint8], ...]:
-    states = [torch.get_rng_state()]
+def _generators() -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """The random numbers of this process: by name, how their state is read and set."""
+    both: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = {
+        "random.cpu": (torch.get_rng_state, torch.set_rng_state)
+    }
     if torch.cuda.is_available():
-        states.append(torch.cuda.get_rng_state())
-    return tuple(state.numpy().copy() for state in states)
+        both["random.gpu"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
+    return both

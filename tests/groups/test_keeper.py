@@ -56,7 +56,7 @@ class Rank:
         raise ValueError("a defect")
 
     def snapshot(self) -> tuple[SnapshotPart, list[np.ndarray]]:
-        part = SnapshotPart((TensorEntry("sum", "int64", (1,)),), {}, (), 0.0)
+        part = SnapshotPart((TensorEntry("sum", "int64", (1,)),), {}, 0.0)
         return part, [np.array([self._sum]).view(np.uint8)]
 
     def put_back(self, part: SnapshotPart, arrays: list[np.ndarray]) -> None:

@@ -79,7 +79,7 @@ class Ranks:
 
     def ready(self, calls: Any) -> list[SnapshotPart] | None:
         entry = TensorEntry("0.master", "float32", (25,))
-        return [SnapshotPart((entry,), {}, (), self.seconds)] * 2 if self.whole else None
+        return [SnapshotPart((entry,), {}, self.seconds)] * 2 if self.whole else None
 
     def step(self, number: int, seconds: float = 1.0) -> None:
         self.history.stepped(TrainBatch([], np.zeros(0, dtype=np.int64)), number)

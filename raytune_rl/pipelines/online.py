@@ -358,7 +358,8 @@ class OnlineRun:
         if "advantages" in batch.columns:
             raise ConfigError(
                 f"--loss_type {self.config.loss_type} takes one advantage a completion, but "
-                f"--advantage_estimator {self.config.advantage_estimator} gives one a token."
+                f"--advantage_estimator {self.config.advantage_estimator} (or --teacher_kl_coef) gives one a "
+                "token."
             )
         advantages = batch.scalars["advantage"]
         groups = np.array([t.group for t in trajectories])

@@ -1,5 +1,5 @@
-"""Every loss and every credit of online RL raises the expected reward of a table of logits, and lowers it
-with its sign turned. With a real model, `test_every_algorithm_learns` does so for what ms-swift has.
+"""Every loss and every credit of online RL that needs no second model raises the expected reward of a table
+of logits, and lowers it with its sign turned. With a real model, `test_every_algorithm_learns` does so for what ms-swift has.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from raytune_rl.algorithms.registry import online_losses
 from tests.learning.table import gain
 
 NEEDS: dict[str, dict[str, Any]] = {"cispo": {"epsilon_high": 5.0}, "pass_at_k": {"pass_k": 2}}
-LOSSES = [loss.name for loss in online_losses()]
-CREDITS = [name for name in credit_names() if is_built_in_credit(name) and name != "gae"]
+LOSSES = [loss.name for loss in online_losses() if loss.divergence_beta is None]
+ANOTHERS = {"gae": "a critic", "distill": "a teacher"}
+"""Credits that ask another model, each with a test of its own."""
+CREDITS = [name for name in credit_names() if is_built_in_credit(name) and name not in ANOTHERS]
 CASES = [("loss_type", name) for name in LOSSES] + [("advantage_estimator", name) for name in CREDITS]
 
 

@@ -1,5 +1,6 @@
 """Every loss and every credit of online RL that needs no second model raises the expected reward of a table
-of logits, and lowers it with its sign turned. With a real model, `test_every_algorithm_learns` does so for what ms-swift has.
+of logits, and lowers it with its sign turned. With a real model, `test_every_algorithm_learns` does so for
+what ms-swift has.
 """
 
 from __future__ import annotations

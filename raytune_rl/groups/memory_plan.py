@@ -237,7 +237,8 @@ def _weights(size: ModelSize, how: Training) -> int:
     if how.quant_bits:
         # Double quantisation: the scales take 0.127 bits a value (Dettmers et al. 2023).
         base = int(size.linear * (how.quant_bits + 0.127) / 8)
-        base += (size.parameters - size.linear) * 4  # PEFT turns the rest of a quantised model to float32
+        # PEFT turns the rest of a quantised model to float32, and DeepSpeed back where adapters are narrow.
+        base += (size.parameters - size.linear) * how.adapter_bytes()
     else:
         base = size.parameters * how.bytes_each
     adapter = (size.trained - size.trained_16_bit) * how.adapter_bytes()

@@ -113,10 +113,14 @@ def from_bytes(data: NDArray[np.uint8], entry: TensorEntry) -> torch.Tensor:
 
 def read(manifest: Manifest, timeout_s: float) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields `(name, tensor)` of a version, bucket after bucket; tensors are read-only maps of shared
-    memory.
+    memory. While a bucket is loaded the next one comes from its node.
     """
-    for ref, entries in zip(manifest.buckets, manifest.index, strict=True):
-        yield from split(ray.get(ref, timeout=timeout_s), entries)
+    following = [*manifest.buckets[1:], None]
+    for ref, then, entries in zip(manifest.buckets, following, manifest.index, strict=True):
+        arrays = ray.get(ref, timeout=timeout_s)
+        if then is not None:
+            ray.wait([then], timeout=0)  # begins to fetch it, and waits for nothing
+        yield from split(arrays, entries)
 
 
 def split(

@@ -228,3 +228,19 @@ def test_weights_outlive_the_worker_that_made_them() -> None:
             assert torch.equal(got[name], tensor), name
     finally:
         ray.kill(store)
+
+
+def test_the_next_bucket_is_fetched_while_one_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = [TensorEntry(name, "uint8", (2,)) for name in "abc"]
+    events: list[str] = []
+
+    def get(ref: str, timeout: float) -> list[np.ndarray]:
+        events.append(f"get {ref}")
+        return [np.frombuffer(ref.encode() * 2, dtype=np.uint8)]
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: events.append(f"fetch {refs[0]} {timeout}"))
+    manifest = Manifest(1, "full", ("x", "y", "z"), tuple((entry,) for entry in named))
+    for name, tensor in read(manifest, 5.0):
+        events.append(f"{name} {bytes(tensor.numpy()).decode()}")
+    assert events == ["get x", "fetch y 0", "a xx", "get y", "fetch z 0", "b yy", "get z", "c zz"]

@@ -13,13 +13,13 @@ import pytest
 from raytune_rl.tiny.model import make_tiny_model
 
 
-def _run(path: str, narrow: bool, dora: bool) -> dict[str, Any]:
+def _run(path: str, narrow: bool, dora: bool, bits: int | None) -> dict[str, Any]:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     import torch
     from torch import distributed
 
     from raytune_rl.config.deepspeed import for_engine
-    from raytune_rl.models.load import load_model
+    from raytune_rl.models.load import Quantization, load_model
     from raytune_rl.models.scorer import TokenScorer
     from raytune_rl.models.tuner import apply_tuner, narrow_adapters
     from raytune_rl.models.weights import WeightExporter
@@ -29,7 +29,8 @@ def _run(path: str, narrow: bool, dora: bool) -> dict[str, Any]:
 
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     torch.manual_seed(0)
-    loaded = load_model(path, dtype="bfloat16").model
+    quantization = None if bits is None else Quantization(bits=bits)
+    loaded = load_model(path, dtype="bfloat16", quantization=quantization).model
     model = apply_tuner(loaded, TunerSettings(lora_dropout=0.0, use_dora=dora)).model
     if narrow:
         narrow_adapters(model, torch.bfloat16)
@@ -52,13 +53,14 @@ def _run(path: str, narrow: bool, dora: bool) -> dict[str, Any]:
         "losses": losses,
         "trained": {str(p.dtype) for p in trained},
         "masters": {str(p.dtype) for p in masters},
+        "head": str(engine.module.model.get_output_embeddings().weight.dtype),
         "published": {entry.dtype for entry in index},
     }
 
 
-def run(path: Path, narrow: bool, dora: bool = False) -> dict[str, Any]:
+def run(path: Path, narrow: bool, dora: bool = False, bits: int | None = None) -> dict[str, Any]:
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # DeepSpeed's world is one a process
-        return pool.submit(_run, str(path), narrow, dora).result(timeout=240)
+        return pool.submit(_run, str(path), narrow, dora, bits).result(timeout=240)
 
 
 def test_they_learn_the_same_with_masters(tmp_path: Path) -> None:
@@ -74,3 +76,10 @@ def test_they_learn_the_same_with_masters(tmp_path: Path) -> None:
 
 def test_magnitudes_stay_wide(tmp_path: Path) -> None:
     assert run(make_tiny_model(tmp_path), True, dora=True)["trained"] == {"torch.float32"}
+
+
+def test_what_peft_made_wide_of_a_quantised_base_is_narrow_again(tmp_path: Path) -> None:
+    found = run(make_tiny_model(tmp_path), True, bits=4)
+    assert found["trained"] == {"torch.bfloat16"}
+    assert found["head"] == "torch.bfloat16", "PEFT turns it to float32, and every state with it"
+    assert found["losses"][-1] < 0.8 * found["losses"][0]

@@ -1,95 +1,134 @@
-"""The rollout and reward groups as the pipelines see them: prompts in, scored trajectories out, by
+"""The rollout fleet and the reward group as the pipelines see them: prompts in, scored trajectories out, by
 reference.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, overload
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
 from raytune_rl.data.media_table import ROW_COLUMN, media_of
-from raytune_rl.errors import RaytuneError
+from raytune_rl.errors import DeadlineExceededError, WorkerDiedError
+from raytune_rl.groups.fleet_thread import FleetThread
+from raytune_rl.groups.members import GroupCall
+from raytune_rl.groups.seeds import row_seeds, sample_seed
 from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.rewards import Failure, RewardTable, Scores, TrainerState
 from raytune_rl.protocol.rollout import Sampling
-from raytune_rl.protocol.rows import Prefixes, RowPointer, TrainBatch
-from raytune_rl.protocol.trajectory import EpisodeFacts, EpisodeRequest, Trajectory
+from raytune_rl.protocol.rows import Prefixes, RowPointer, RowsOf, TrainBatch
+from raytune_rl.protocol.tickets import Finished, FleetLoad, InFlight, Outcome, ServeReport, Ticket
+from raytune_rl.protocol.trajectory import EpisodeRequest, Trajectory
 from raytune_rl.runtime.group import WorkerGroup
-from raytune_rl.runtime.wait import Pending, fetch, fetch_all, settle
+from raytune_rl.runtime.wait import Pending, fetch, fetch_all
+
+__all__ = ["RewardGroup", "RolloutFleet", "batch_of", "gather_scores", "row_seeds", "sample_seed"]
+
+_TICKETS = itertools.count()
 
 
-def sample_seed(seed: int, batch: int, prompt: int, sample: int) -> int:
-    """A completion's own seed: a repeated batch, on any worker, samples the same."""
-    return _seed(seed, batch, prompt, sample)
-
-
-def row_seeds(seed: int, batch: int, rows: Sequence[int], completions: int) -> list[tuple[int, ...]]:
-    """The seeds of the completions of each prompt of a batch. One that is in it again, as across the border
-    of an epoch, has others.
-    """
-    before: Counter[int] = Counter()
-    seeds = []
-    for row in map(int, rows):
-        again = (before[row],) if before[row] else ()
-        seeds.append(tuple(_seed(seed, batch, row, sample, *again) for sample in range(completions)))
-        before[row] += 1
-    return seeds
-
-
-def _seed(*entropy: int) -> int:
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0] & 0x7FFFFFFF)
-
-
-class RolloutGroup:
-    """M engines that answer as one.
+class RolloutFleet:
+    """Engines that answer as one.
 
     Args:
-        group: The started workers.
+        workers: The actors, one an engine.
+        fleet: What dispatches to them.
         sampling: How completions are drawn.
         seed: Of all of them.
         evaluation: How they are drawn from held-out prompts, if that differs.
         multi_turn: Whether a scheduler answers the model.
+        timeout_s: In which at least one of the prompts that are waited for must be answered, seconds.
     """
 
     def __init__(
         self,
-        group: WorkerGroup,
+        workers: WorkerGroup,
+        fleet: FleetThread,
         sampling: Sampling,
         seed: int,
         evaluation: Sampling | None = None,
         *,
         multi_turn: bool = False,
+        timeout_s: float = 600.0,
     ) -> None:
-        self.workers = group
+        self.workers, self._fleet, self._timeout_s = workers, fleet, timeout_s
         self._sampling = sampling
         self._evaluation = evaluation or sampling
         self._seed = seed
         self._multi_turn = multi_turn
+        self._ended: SimpleQueue[Outcome | Exception] = SimpleQueue()
+        self._out: set[Ticket] = set()
 
     @property
     def engines(self) -> int:
         """Number of engines."""
         return len(self.workers)
 
-    def plain(self, max_tokens: int) -> RolloutGroup:
+    def plain(self, max_tokens: int) -> RolloutFleet:
         """The same engines, drawing from the model's whole distribution, and no scheduler answers."""
         disallowed_token_ids = self._sampling.disallowed_token_ids
-        return RolloutGroup(
+        return RolloutFleet(
             self.workers,
+            self._fleet,
             Sampling(self._sampling.temperature, max_tokens, disallowed_token_ids=disallowed_token_ids),
             self._seed,
+            timeout_s=self._timeout_s,
         )
 
-    def load(self, version: int) -> float:
-        """Every engine pulls a version; one call an engine. Returns the longest pull, seconds."""
-        answers = self.workers.call("load_weights", version, what=f"pulling weights {version}")
-        return max(seconds for _, seconds in answers)
+    # -- prompts
+
+    def submit(self, request: EpisodeRequest, prompts: PromptSet, *, evaluation: bool = False) -> Ticket:
+        """Asks a prompt; it goes to whoever has room, under whatever weights are served then.
+
+        Args:
+            request: Its row, the seeds of its completions, and a number that comes back.
+            prompts: The prompt set.
+            evaluation: Draw as in evaluation.
+        """
+        return self._submit([request], prompts, evaluation, None, together=False)[0]
+
+    def submit_burst(
+        self,
+        requests: Sequence[EpisodeRequest],
+        prompts: PromptSet,
+        *,
+        evaluation: bool = False,
+        version: int | None = None,
+    ) -> list[Ticket]:
+        """Asks prompts at once: spread over the engines the same way each time, and each engine begins its
+        part in one step, so that the digits are the same each time. With a `version`, an engine that serves
+        another one refuses.
+        """
+        return self._submit(requests, prompts, evaluation, version, together=True)
+
+    def completed(self, timeout_s: float) -> Iterator[Outcome]:
+        """Yields the ends of tickets as they come, each once. Returns when none is out any more, or when
+        `timeout_s` have passed.
+
+        Raises:
+            RaytuneError: What ends the run, such as an error in a worker that no repetition mends.
+        """
+        until = time.monotonic() + timeout_s
+        while self._out:
+            try:
+                outcome = self._ended.get(timeout=max(until - time.monotonic(), 0.0))
+            except Empty:
+                return
+            if isinstance(outcome, Exception):
+                raise outcome
+            self._out.discard(outcome.ticket)
+            yield outcome
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody wants a prompt any more. It still ends: cancelled, or as it ended before."""
+        self._fleet.cancel(ticket, "cancelled")
 
     def generate(
         self,
@@ -101,7 +140,7 @@ class RolloutGroup:
         *,
         evaluation: bool = False,
     ) -> list[Trajectory]:
-        """Samples `completions` completions of each prompt, the prompts spread over the engines.
+        """Samples `completions` completions of each prompt, the prompts spread over the engines; waits.
 
         Args:
             prompts: The prompt set.
@@ -115,71 +154,111 @@ class RolloutGroup:
             Trajectories in the order of `rows`, those of one prompt together.
 
         Raises:
-            RaytuneError: The counts do not add up: every prompt asked must come back exactly once.
+            WorkerDiedError: A prompt was given up, as its engine was lost each time.
+            DeadlineExceededError: None was answered for so long.
         """
-        requests = [
-            EpisodeRequest(g, int(row), seeds)
-            for g, (row, seeds) in enumerate(
-                zip(rows, row_seeds(self._seed, batch, rows, completions), strict=True)
+        # A view of its own: what else is out is told to whoever asked for it.
+        own = RolloutFleet(
+            self.workers,
+            self._fleet,
+            self._sampling,
+            self._seed,
+            self._evaluation,
+            multi_turn=self._multi_turn,
+            timeout_s=self._timeout_s,
+        )
+        self.load(version)  # a member that is being started has its part
+        requests = self.requests(rows, completions, batch)
+        tickets = own.submit_burst(requests, prompts, evaluation=evaluation, version=version)
+        done: dict[Ticket, tuple[Trajectory, ...]] = {}
+        for outcome in own.each(self._timeout_s):
+            if not isinstance(outcome, Finished):
+                raise WorkerDiedError(outcome.reason)
+            done[outcome.ticket] = outcome.trajectories
+        return [trajectory for ticket in tickets for trajectory in done[ticket]]
+
+    def requests(self, rows: Sequence[int], completions: int, batch: int) -> list[EpisodeRequest]:
+        """What is asked of each prompt of a batch, with its seeds."""
+        seeds = row_seeds(self._seed, batch, rows, completions)
+        return [EpisodeRequest(g, int(row), s) for g, (row, s) in enumerate(zip(rows, seeds, strict=True))]
+
+    def each(self, timeout_s: float) -> Iterator[Outcome]:
+        """The ends of all tickets that are out, as they come.
+
+        Raises:
+            DeadlineExceededError: None came for so long.
+        """
+        while self._out:
+            before = len(self._out)
+            for outcome in self.completed(timeout_s):
+                yield outcome
+                break
+            if len(self._out) == before:
+                load = self.load()
+                raise DeadlineExceededError(
+                    f"None of {before} prompts was answered for {timeout_s:.0f} s; {load.members} engines "
+                    f"serve and have {load.running} prompts, {load.waiting} wait. They may only be long: a "
+                    "longer limit is set by --step_timeout."
+                )
+
+    def _submit(
+        self,
+        requests: Sequence[EpisodeRequest],
+        prompts: PromptSet,
+        evaluation: bool,
+        version: int | None,
+        *,
+        together: bool,
+    ) -> list[Ticket]:
+        sampling = self._evaluation if evaluation else self._sampling
+        outlet = self._ended.put
+        calls = [
+            GroupCall(
+                Ticket(next(_TICKETS)), one, prompts, sampling, version, self._multi_turn, together, outlet
             )
+            for one in requests
         ]
-        shares = [share.tolist() for share in np.array_split(np.arange(len(requests)), len(self.workers))]
-        pending = [
-            self.workers.submit(
-                rank,
-                "generate",
-                prompts.columns,
-                [requests[i] for i in share],
-                self._evaluation if evaluation else self._sampling,
-                version,
-                *([prompts.extra] if self._multi_turn else []),
-                what=f"sampling {len(share)} x {completions} completions",
-                returns=4,
-            )
-            for rank, share in enumerate(shares)
-            if share
-        ]
-        trajectories: dict[tuple[int, int], Trajectory] = {}
-        for answer, episodes in zip(*settle(pending), strict=True):
-            for episode in episodes:
-                prompt = int(rows[episode.prompt_id])
-                trajectory = _trajectory(episode, answer, prompt, prompts.media(prompt), self._multi_turn)
-                trajectories[episode.prompt_id, episode.sample] = trajectory
-        wanted = [(g, s) for g in range(len(rows)) for s in range(completions)]
-        lost = [key for key in wanted if key not in trajectories]
-        if lost or len(trajectories) != len(wanted):
-            raise RaytuneError(
-                f"{len(wanted)} completions were asked for and {len(trajectories)} came back (first missing: "
-                f"{lost[:1]}); "
-                "this is a defect of raytune_rl"
-            )
-        return [trajectories[key] for key in wanted]
+        tickets = [call.ticket for call in calls]
+        self._out.update(tickets)
+        if calls:
+            self._fleet.submit(calls)
+        return tickets
+
+    # -- weights and members
+
+    def serve(self, version: int, *, in_flight: InFlight = "drain") -> ServeReport:
+        """Every serving member pulls a version; one that is being started will before it serves."""
+        return self._fleet.serve(version, in_flight, every=False)
+
+    @overload
+    def load(self) -> FleetLoad: ...
+
+    @overload
+    def load(self, version: int) -> float: ...
+
+    def load(self, version: int | None = None) -> FleetLoad | float:
+        """What the fleet is doing. With a version: every member, also one that is being started, pulls it;
+        the longest pull, seconds.
+        """
+        if version is None:
+            return self._fleet.load()
+        return self._fleet.serve(version, "drain", every=True).seconds
+
+    def resize(self, members: int) -> None:
+        """As many members as can be, up to this number. One that is too many finishes what it has."""
+        self._fleet.resize(members)
 
     def forget_prompts(self) -> None:
         """Drops what the engines keep of the prompts so far."""
-        self.workers.call("forget_prompts")
+        self._fleet.ask("forget_prompts")
 
     def sleep(self) -> None:
         """Frees the engines' GPU memory while the policy trains beside them."""
-        self.workers.call("sleep")
+        self._fleet.ask("sleep")
 
     def wake(self) -> None:
         """Takes it back."""
-        self.workers.call("wake")
-
-
-def _trajectory(
-    episode: EpisodeFacts, answer: Pending, prompt: int, media: RowPointer | None, multi_turn: bool
-) -> Trajectory:
-    return Trajectory(
-        prompt=prompt,
-        group=episode.prompt_id,
-        data=RowPointer(answer.ref[1], episode.row),
-        text=RowPointer(answer.ref[2], episode.row),
-        episode=episode,
-        media=media,
-        dialogue=RowPointer(answer.ref[3], episode.row) if multi_turn else None,
-    )
+        self._fleet.ask("wake")
 
 
 def batch_of(trajectories: Sequence[Trajectory]) -> TrainBatch:
@@ -210,37 +289,34 @@ class RewardGroup:
     def score(
         self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState
     ) -> RewardTable:
-        """Scores every trajectory, the work spread over the workers."""
-        by_object: dict[Any, list[int]] = {}
+        """Scores every trajectory; the groups are spread over the workers, each whole."""
+        groups: dict[int, list[int]] = {}
         for number, trajectory in enumerate(trajectories):
-            by_object.setdefault(trajectory.text.ref, []).append(number)
-        pending, members, turn = [], [], 0
-        # A worker gets a part of each object, one after the other: the last has to be answered in time, too.
-        limit_s = REWARDS_SHARE * self.workers.timeout_s / max(len(by_object), 1)
-        for ref, numbers in by_object.items():
-            for share in np.array_split(np.asarray(numbers), len(self.workers)):
-                if not len(share):
-                    continue
-                share_trajectories = [trajectories[i] for i in share]
-                call = self.workers.submit(
-                    turn % len(self.workers),
-                    "score",
-                    [ref],
-                    [t.text.row for t in share_trajectories],
-                    [prompts.extra],
-                    [t.prompt for t in share_trajectories],
-                    reward_columns(share_trajectories, state),
-                    [share_trajectories[0].dialogue.ref]
-                    if share_trajectories[0].dialogue is not None
-                    else None,
-                    [share_trajectories[0].data.ref],
-                    [share_trajectories[0].media.ref] if share_trajectories[0].media is not None else None,
-                    limit_s,
-                    what=f"scoring {len(share_trajectories)} completions",
-                )
-                pending.append(call)
-                members.append(share)
-                turn += 1
+            groups.setdefault(trajectory.group, []).append(number)
+        pending, members = [], []
+        limit_s = REWARDS_SHARE * self.workers.timeout_s
+        for rank, part in enumerate(np.array_split(np.arange(len(groups)), len(self.workers))):
+            share = np.array([number for group in part for number in list(groups.values())[group]], dtype=int)
+            if not len(share):
+                continue
+            own = [trajectories[number] for number in share]
+            dialogues = [t.dialogue for t in own if t.dialogue is not None]
+            call = self.workers.submit(
+                rank,
+                "score",
+                RowsOf.at([t.text for t in own]),
+                [t.text.row for t in own],
+                [prompts.extra],
+                [t.prompt for t in own],
+                reward_columns(own, state),
+                RowsOf.at(dialogues) if dialogues else None,
+                RowsOf.at([t.data for t in own]),
+                [own[0].media.ref] if own[0].media is not None else None,
+                limit_s,
+                what=f"scoring {len(own)} completions",
+            )
+            pending.append(call)
+            members.append(share)
         return gather_scores(fetch_all(pending), members, len(trajectories))
 
 

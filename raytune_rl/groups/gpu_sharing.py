@@ -10,7 +10,7 @@ from typing import Protocol
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.groups import specs
-from raytune_rl.groups.fleet import RolloutGroup
+from raytune_rl.groups.fleet import RolloutFleet
 from raytune_rl.groups.learners import Learners
 from raytune_rl.groups.rewards import RewardModelGroup
 from raytune_rl.groups.sizes import Groups
@@ -45,7 +45,7 @@ class GPUSharing:
         config: RLHFConfig,
         groups: Groups,
         learners: Learners,
-        rollout: RolloutGroup,
+        rollout: RolloutFleet,
         frozen: Sequence[Frozen] = (),
         judges: RewardModelGroup | None = None,
     ) -> None:

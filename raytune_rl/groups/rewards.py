@@ -11,6 +11,7 @@ import numpy as np
 from raytune_rl.groups.fleet import gather_scores
 from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.rewards import RewardTable, TrainerState
+from raytune_rl.protocol.rows import RowsOf
 from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import fetch_all
@@ -43,22 +44,23 @@ class RewardModelGroup:
         by_length = np.argsort([-t.length for t in trajectories], kind="stable")
         pending, members = [], []
         for rank in range(len(self.workers)):
-            own_rows = by_length[rank :: len(self.workers)]
-            for ref in {trajectories[i].text.ref: None for i in own_rows}:
-                share = np.array([i for i in own_rows if trajectories[i].text.ref == ref])
-                call = self.workers.submit(
-                    rank,
-                    "score",
-                    [ref],
-                    [trajectories[i].text.row for i in share],
-                    [prompts.extra],
-                    [trajectories[i].prompt for i in share],
-                    None if (dialogue := trajectories[share[0]].dialogue) is None else [dialogue.ref],
-                    state,
-                    what=f"scoring {len(share)} completions",
-                )
-                pending.append(call)
-                members.append(share)
+            share = by_length[rank :: len(self.workers)]
+            if not len(share):
+                continue
+            own = [trajectories[number] for number in share]
+            dialogues = [t.dialogue for t in own if t.dialogue is not None]
+            call = self.workers.submit(
+                rank,
+                "score",
+                RowsOf.at([t.text for t in own]),
+                [prompts.extra],
+                [t.prompt for t in own],
+                RowsOf.at(dialogues) if dialogues else None,
+                state,
+                what=f"scoring {len(own)} completions",
+            )
+            pending.append(call)
+            members.append(share)
         return gather_scores(fetch_all(pending), members, len(trajectories))
 
 

@@ -13,7 +13,8 @@ import ray
 from raytune_rl.config import PPOConfig, RLHFConfig
 from raytune_rl.groups import lora_sync, specs
 from raytune_rl.groups.critic import CriticGroup
-from raytune_rl.groups.fleet import RewardGroup, RolloutGroup
+from raytune_rl.groups.fleet import RewardGroup, RolloutFleet
+from raytune_rl.groups.fleet_start import hang_limits, start_fleet
 from raytune_rl.groups.gpu_sharing import GPUSharing
 from raytune_rl.groups.learners import Learner, Learners
 from raytune_rl.groups.logprobs import AdapterOff, Moves, Reference, ReferenceGroup
@@ -52,7 +53,7 @@ class Samplers(Protocol):
     """Who samples and scores."""
 
     @property
-    def rollout(self) -> RolloutGroup:
+    def rollout(self) -> RolloutFleet:
         """Samples."""
         ...
 
@@ -85,7 +86,7 @@ class OnlineGroups:
     sizes: Groups
     policy: PolicyGroup
     learners: Learners
-    rollout: RolloutGroup
+    rollout: RolloutFleet
     rewards: Scorer
     gpu_sharing: GPUSharing
     reference: Reference | None
@@ -351,13 +352,20 @@ def start_groups(
             say(f"Note: {group.name}: {notice}")
     for stateless in (*judges, *([] if reference is None else [reference]), *teachers):
         stateless.replace_lost(config.start_timeout, lost)
-    rollout.replace_lost(config.start_timeout, lost, {"load_weights": (None,)})
-    engines = RolloutGroup(
+    fleet = start_fleet(
         rollout,
+        hang_limits(config, sizes.on_gpu),
+        partial(lost, rollout.name),
+        stack,
+    )
+    engines = RolloutFleet(
+        rollout,
+        fleet,
         specs.sampling(config, account.stop_token_ids, account.placeholder_ids),
         config.seed,
         specs.sampling(config, account.stop_token_ids, account.placeholder_ids, evaluation=True),
         multi_turn=config.multi_turn_scheduler is not None,
+        timeout_s=config.step_timeout,
     )
     scorers: list[Scorer] = [] if functions is None else [RewardGroup(functions)]
     reward_models = None if models is None else RewardModelGroup(models)

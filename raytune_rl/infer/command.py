@@ -18,7 +18,8 @@ from raytune_rl.data.example import Message
 from raytune_rl.data.model_tokens import as_ids, read_eos
 from raytune_rl.errors import ConfigError
 from raytune_rl.groups.engine_fit import fit
-from raytune_rl.groups.fleet import RolloutGroup, read_texts, sample_seed
+from raytune_rl.groups.fleet import RolloutFleet, read_texts, sample_seed
+from raytune_rl.groups.fleet_start import CPU_HANG_S, start_fleet
 from raytune_rl.groups.sizes import Groups, infer_groups
 from raytune_rl.infer.chat import HELP, converse
 from raytune_rl.infer.rows import Asked, encode_rows_task
@@ -33,6 +34,7 @@ from raytune_rl.protocol.media import MediaLimits
 from raytune_rl.protocol.rollout import EngineSpec, Sampling, StreamChunk
 from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.runtime.cluster import ClusterInfo, reserve, session
+from raytune_rl.runtime.fleet_health import Limits
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, stream
 from raytune_rl.tracking.files import in_short, json_line
@@ -116,6 +118,10 @@ class Trial:
         stack.callback(self.group.shutdown)
         with self.console.status("starting the engine"):
             self.group.call("ping", what="starting", timeout_s=config.start_timeout)
+        limits = Limits(config.start_timeout, config.step_timeout, CPU_HANG_S)
+        self.fleet = start_fleet(
+            self.group, limits, lambda sentence: self.console.print(f"Note: {sentence}"), stack
+        )
 
     def chat(self) -> InferResult:
         """Talks with whoever sits at the terminal, or with what is piped in."""
@@ -146,7 +152,9 @@ class Trial:
         prompts, asked = self.rows
         stops = tuple(dict.fromkeys((*asked.stop_token_ids, *self.sampling.stop_token_ids)))
         sampling = replace(self.sampling, stop_token_ids=stops, disallowed_token_ids=asked.placeholder_ids)
-        rollout = RolloutGroup(self.group, sampling, self.config.seed)
+        rollout = RolloutFleet(
+            self.group, self.fleet, sampling, self.config.seed, timeout_s=self.config.step_timeout
+        )
         size = ROWS_AT_A_TIME * len(self.group)
         starts = range(0, len(asked), size)
         with path.open("x", encoding="utf-8") as file:

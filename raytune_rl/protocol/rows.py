@@ -43,6 +43,29 @@ class Prefixes:
 
 
 @dataclass(frozen=True)
+class RowsOf:
+    """Rows of several objects, for a worker that reads them itself.
+
+    Attributes:
+        refs: The objects, each once.
+        places: (index into `refs`, row) of each.
+    """
+
+    refs: tuple[Any, ...]
+    places: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def at(cls, pointers: Sequence[RowPointer]) -> RowsOf:
+        """The rows that these point to, in their order."""
+        index: dict[Any, int] = {}
+        places = tuple((index.setdefault(p.ref, len(index)), p.row) for p in pointers)
+        return cls(tuple(index), places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@dataclass(frozen=True)
 class RowBatch:
     """The rows one worker is to read.
 

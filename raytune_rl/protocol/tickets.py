@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +52,21 @@ Outcome = Finished | Failed | Cancelled
 
 
 @dataclass(frozen=True)
+class Burst:
+    """Prompts that one engine begins in the same step.
+
+    Attributes:
+        name: Of its own for each burst of an engine.
+        size: Prompts of it.
+        index: Of this one.
+    """
+
+    name: str
+    size: int
+    index: int
+
+
+@dataclass(frozen=True)
 class WeightUpdate:
     """New weights in one engine.
 
@@ -68,16 +84,46 @@ class WeightUpdate:
 
 
 @dataclass(frozen=True)
+class ServeReport:
+    """New weights in the whole fleet.
+
+    Attributes:
+        version: Served from now on.
+        members: That pulled it.
+        seconds: Of the slowest.
+        kept, recomputed, aborted: Completions that were half written then, by what became of them.
+    """
+
+    version: int
+    members: int
+    seconds: float
+    kept: int = 0
+    recomputed: int = 0
+    aborted: int = 0
+
+    @classmethod
+    def of(cls, version: int, updates: Sequence[WeightUpdate]) -> ServeReport:
+        """Of all members together."""
+        return cls(
+            version,
+            len(updates),
+            max((u.seconds for u in updates), default=0.0),
+            sum(u.kept for u in updates),
+            sum(u.recomputed for u in updates),
+            sum(u.aborted for u in updates),
+        )
+
+
+@dataclass(frozen=True)
 class EngineProgress:
     """How far an engine is, told without disturbing it.
 
     Attributes:
-        steps: Of the engine since it was started; also counts what else it was asked and has done.
-        busy: Whether it has work. One that is busy and makes no step hangs, or is very slow.
+        steps: Of the engine since it was started.
+        busy: Whether it is at one. One that stays busy and makes no step hangs, or is very slow.
         slowest_step_s: The longest step so far, seconds.
         received: Groups that it was given since its start.
         unfinished: Completions that it still owes.
-        tokens: Sampled so far for these.
         version: The weights that it serves; None: none yet.
     """
 
@@ -86,7 +132,6 @@ class EngineProgress:
     slowest_step_s: float
     received: int
     unfinished: int
-    tokens: int
     version: int | None
 
 

@@ -34,10 +34,11 @@ class EpisodeFacts:
         prompt_tokens: Length of the prompt.
         completion_tokens: Sampled tokens, end tokens included.
         finish_reason: "stop" (ended by itself) or "length" (cut at the limit).
-        version: Weight version that sampled it.
+        version: Weight version that sampled it; where new weights came in between, that of its first token.
         other_tokens: Tokens behind the prompt that the model did not sample (several turns only).
         turns: Of the model.
         failure: Why a scheduler's hook ended the conversation early; empty if none did.
+        newest_version: The weights of its last token; None: `version` sampled all of them.
     """
 
     prompt_id: int
@@ -50,6 +51,7 @@ class EpisodeFacts:
     other_tokens: int = 0
     turns: int = 1
     failure: str = ""
+    newest_version: int | None = None
 
 
 @dataclass(frozen=True)

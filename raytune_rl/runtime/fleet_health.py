@@ -8,6 +8,7 @@ never taken for lost.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -32,6 +33,11 @@ class Status(Enum):
 @dataclass(frozen=True)
 class Started:
     """Its process is up."""
+
+
+@dataclass(frozen=True)
+class Pulling:
+    """It was told to pull weights."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Left:
     """It was asked to leave, and has nothing to do any more."""
 
 
-Event = Started | Pulled | Progress | Died | Left
+Event = Started | Pulling | Pulled | Progress | Died | Left
 
 
 @dataclass(frozen=True)
@@ -183,8 +189,10 @@ class FleetHealth:
             return []
         match event:
             case Started() if one.status is Status.STARTING:
-                self._set(one, Status.STALE, now)
+                self._set(one, Status.STALE, math.inf)  # which is no fault of its own while none are there
                 return [Pull(member)]
+            case Pulling() if one.status is Status.STALE:
+                one.since = now
             case Pulled() if one.status in (Status.STARTING, Status.STALE):
                 self._set(one, Status.SERVING, now)
                 one.served, one.progress_at, one.answered_at, one.asked_at = True, now, now, None

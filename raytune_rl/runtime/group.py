@@ -184,10 +184,16 @@ class WorkerGroup:
     def _replace(self, rank: int, loss: str, replacement: Replacement) -> None:
         """Starts a worker anew. Returns at once: its calls wait for its start."""
         replacement.tell(self.name, f"{loss} It is started anew, and its work is done again.")
-        ray.kill(self._actors[rank])  # whatever is left of it must not hold the place
+        self.renew(rank)
+        self._set_up[rank] = tuple(self._ask(rank, call) for call in replacement.set_up)
+
+    def renew(self, rank: int) -> None:
+        """Ends a worker, whatever is left of it, and starts it anew in its place. Returns at once: calls of
+        the new one wait for its start.
+        """
+        ray.kill(self._actors[rank])
         self._actors[rank] = self._start(rank)
         self._set_up[rank] = ()
-        self._set_up[rank] = tuple(self._ask(rank, call) for call in replacement.set_up)
 
     def call(
         self, method: str, *args: Any, what: str | None = None, timeout_s: float | None = None
@@ -202,6 +208,10 @@ class WorkerGroup:
         if len(per_rank) != len(self):
             raise ValueError(f"{len(per_rank)} arguments for the {len(self)} workers of group {self.name!r}")
         return fetch_all([self.submit(rank, method, arg, what=what) for rank, arg in enumerate(per_rank)])
+
+    def stop(self, rank: int) -> None:
+        """Ends a worker for good, or until it is restarted; its place stays reserved."""
+        ray.kill(self._actors[rank])
 
     def shutdown(self) -> None:
         """Ends the workers' processes. Their finished results stay readable."""
@@ -238,6 +248,8 @@ def start_worker(
         "max_restarts": 0,
         "max_task_retries": 0,
     }
+    if hasattr(worker_class, "CALLS_AT_ONCE"):
+        options["max_concurrency"] = worker_class.CALLS_AT_ONCE
     # A class whose `progress` is asked beside its work: the work itself still comes one call after another.
     aside = {"concurrency_groups": {PROBES: 1}} if getattr(worker_class, "PROBED", False) else {}
     remote = ray.remote(**aside)(worker_class) if aside else ray.remote(worker_class)

@@ -27,12 +27,24 @@ HOOKS_AT_ONCE = 16
 
 
 class Turn(Protocol):
-    """The engine's answer for one turn: int32 tokens `[n]`, their log-probs, text, finish reason."""
+    """The engine's answer for one turn: int32 tokens `[n]`, their log-probs, weight versions, text, finish
+    reason.
+    """
 
-    tokens: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    text: str
-    finish_reason: str
+    @property
+    def tokens(self) -> NDArray[np.int32]: ...
+
+    @property
+    def logprobs(self) -> NDArray[np.float32]: ...
+
+    @property
+    def versions(self) -> NDArray[np.int32]: ...
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def finish_reason(self) -> str: ...
 
 
 GenerateTurn = Callable[[Sequence[int], Sequence[NDArray[np.int32]], Sequence[int], int], Sequence[Turn]]
@@ -48,6 +60,7 @@ class Conversation:
         tokens: int32, ids, the model's and the environment's.
         trained: bool, of each token, whether the model sampled it.
         logprobs: float32, of the sampled tokens.
+        versions: int32, the weights that these were sampled with.
         turns: Of the model.
         finish_reason: Of its last turn; "length" too if the next one would have had no room.
         failure: Why a hook could not be asked; empty if none failed.
@@ -57,6 +70,7 @@ class Conversation:
     tokens: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     logprobs: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    versions: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     turns: int = 0
     finish_reason: str = ""
     failure: str = ""
@@ -65,6 +79,7 @@ class Conversation:
         """Puts a turn of the model behind what was said."""
         self._append(spoken.tokens, trained=True)
         self.logprobs = np.concatenate([self.logprobs, spoken.logprobs])
+        self.versions = np.concatenate([self.versions, spoken.versions])
         self.turns += 1
         self.finish_reason = spoken.finish_reason
         messages = self.request.messages
@@ -78,7 +93,7 @@ class Conversation:
         if not positions:
             return
         entries = np.cumsum(self.trained)[list(positions)] - 1
-        self.logprobs = np.delete(self.logprobs, entries)
+        self.logprobs, self.versions = np.delete(self.logprobs, entries), np.delete(self.versions, entries)
         self.trained = self.trained.copy()
         self.trained[list(positions)] = False
 
@@ -86,7 +101,7 @@ class Conversation:
         """Takes back the last tokens of the model's turn."""
         if count:
             self.tokens, self.trained = self.tokens[:-count], self.trained[:-count]
-            self.logprobs = self.logprobs[:-count]
+            self.logprobs, self.versions = self.logprobs[:-count], self.versions[:-count]
 
     def add_from_others(self, tokens: Sequence[int]) -> None:
         """Puts the environment's tokens behind what was said."""
@@ -109,7 +124,7 @@ class Conversation:
 
 
 class Conversations:
-    """Leads conversations to their ends.
+    """Leads conversations to their ends. To be closed.
 
     Args:
         scheduler: Decides what follows a turn.
@@ -123,6 +138,10 @@ class Conversations:
         self._stops = chat.stop_token_ids()
         self._timeout_s = timeout_s
         self._hooks = ThreadPoolExecutor(HOOKS_AT_ONCE, thread_name_prefix="multi_turn")
+
+    def close(self) -> None:
+        """Lets its threads go."""
+        self._hooks.shutdown(wait=False)
 
     def begin(self, requests: Sequence[Request]) -> list[NDArray[np.int32] | None]:
         """Lets the scheduler prepare conversations. The prompt of each that it changed, int32 ids, else None.

@@ -1,4 +1,4 @@
-"""A prompt as an engine takes it."""
+"""What an engine takes, and what it gives back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.data.media_table import Medium
+from raytune_rl.protocol.rollout import Sampling
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,39 @@ class EnginePrompt:
             tokens=np.concatenate([self.tokens, tokens]),
             engine_prompt_ids=np.concatenate([self.engine_prompt_ids, tokens]),
         )
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One completion that is wanted.
+
+    Attributes:
+        prompt: To be completed.
+        seed: Of the completion.
+        sampling: How tokens are drawn.
+        limit: Most tokens.
+    """
+
+    prompt: EnginePrompt
+    seed: int
+    sampling: Sampling
+    limit: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One completion as the engine gave it.
+
+    Attributes:
+        tokens: int32 `[n]`, the end token included.
+        logprobs: float32 `[n]`, of the distribution that was sampled from (after temperature and the like).
+        text: Decoded without special tokens.
+        finish_reason: "stop" or "length".
+        versions: int32 `[n]`, the weights that each token was sampled with.
+    """
+
+    tokens: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    text: str
+    finish_reason: str
+    versions: NDArray[np.int32]

@@ -13,6 +13,7 @@ from raytune_rl.data.media_table import Medium, count_media, media_of
 from raytune_rl.errors import DeadlineExceededError, RewardError
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rewards import RewardBatch, Scores, take_rows, with_completions
+from raytune_rl.protocol.rows import RowsOf
 from raytune_rl.rewards.sandbox import Sandbox
 from raytune_rl.workers.leftovers import name_semaphores
 
@@ -66,16 +67,16 @@ class RewardWorker:
         Args:
             texts_ref: Completions, list of str: the list, an ObjectRef to it, or `[ObjectRef]`. (Ray replaces
                 an ObjectRef that is itself an argument of a remote call by its value; inside a list it stays
-                one.)
+                one.) Or `RowsOf` several such lists, with a place for each of `rows`.
             rows: Which completions to score, in this order.
-            columns_ref: The data set's columns, one entry a prompt, `dict[str, list]`; in the same three
-                ways. Rewards see "messages", the prompt's turns, with the completion as the last one.
+            columns_ref: The data set's columns, one entry a prompt, `dict[str, list]`, or a reference to
+                them. Rewards see "messages", the prompt's turns, with the completion as the last one.
             column_rows: For each entry of `rows`, the prompt it belongs to.
             extra: The driver's metadata: lists with one entry for each of `rows` (`prompt_id`, ...), and
                 values for all of them (`trainer_state`, a `TrainerState`).
-            dialogues_ref: Of conversations of several turns, in the same three ways: `{"messages",
+            dialogues_ref: Of conversations of several turns, in the same ways as texts: `{"messages",
                 "rollout_infos"}` each, in the order of the completions. Rewards see both columns.
-            tokens_ref: {"tokens", "loss_mask"} of the completions, in the same three ways. Rewards see
+            tokens_ref: {"tokens", "loss_mask"} of the completions, in the same ways as texts. Rewards see
                 "response_token_ids", what the model sampled.
             media_ref: Columns of `data.media_table`, one entry a prompt. Rewards see "images", "videos" and
                 "audios", as far as the prompts have them: of each completion a list of {"path", "bytes"},
@@ -92,7 +93,7 @@ class RewardWorker:
         """
         if len(rows) != len(column_rows):
             raise RewardError(f"{len(rows)} completions but {len(column_rows)} column rows.")
-        texts: list[str] = _fetch(texts_ref, "completions")
+        chosen: list[str] = [texts[row] for texts, row in _read(texts_ref, rows, "completions")]
         columns: dict[str, list[Any]] = _fetch(columns_ref, "data set columns")
         clash = sorted(columns.keys() & extra.keys())
         if clash:
@@ -101,19 +102,19 @@ class RewardWorker:
                 f"{', '.join(clash)}. Rename them (for instance with --columns)."
             )
         selected = take_rows(columns, column_rows)
-        chosen = [texts[row] for row in rows]
         if dialogues_ref is not None:
-            dialogues: list[dict[str, Any]] = _fetch(dialogues_ref, "dialogues")
+            dialogues = [found[row] for found, row in _read(dialogues_ref, rows, "dialogues")]
             for name in ("messages", "rollout_infos"):
-                selected[name] = [dialogues[row][name] for row in rows]
+                selected[name] = [dialogue[name] for dialogue in dialogues]
         elif "messages" in selected:
             selected["messages"] = with_completions(selected["messages"], chosen)
         if dialogues_ref is None:
             selected["rollout_infos"] = [{} for _ in rows]
         if tokens_ref is not None:
-            token_columns: Columns = _fetch(tokens_ref, "tokens")
-            ids, sampled = token_columns["tokens"], token_columns["loss_mask"]
-            selected["response_token_ids"] = [ids[row][sampled[row]].tolist() for row in rows]
+            found_tokens = _read(tokens_ref, rows, "tokens")
+            selected["response_token_ids"] = [
+                found["tokens"][row][found["loss_mask"][row]].tolist() for found, row in found_tokens
+            ]
         if media_ref is not None:
             columns_of_media: Columns = _fetch(media_ref, "media")
             of_prompt = {row: media_of(columns_of_media, row) for row in set(column_rows)}
@@ -143,6 +144,15 @@ def _as_reward_sees(medium: Medium) -> Any:
         {"path": file.path, "bytes": None if file.data is None else bytes(file.data)} for file in medium.files
     ]
     return files if medium.as_frames else files[0]
+
+
+def _read(source: Any, rows: Sequence[int], what: str) -> list[tuple[Any, int]]:
+    """The object of each row, and where in it the row lies."""
+    if not isinstance(source, RowsOf):
+        found = _fetch(source, what)
+        return [(found, row) for row in rows]
+    objects = [_fetch(ref, what) for ref in source.refs]
+    return [(objects[number], row) for number, row in source.places]
 
 
 def _fetch(value: Any, what: str) -> Any:

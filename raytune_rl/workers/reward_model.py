@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.protocol.model import ModelSpec
 from raytune_rl.protocol.rewards import Failure, RewardModelSpec, Scores, TrainerState
+from raytune_rl.protocol.rows import RowsOf
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.workers import scoring
 from raytune_rl.workers.offload import empty_cache
@@ -55,35 +56,37 @@ class RewardModelWorker:
 
     def score(
         self,
-        texts: Sequence[Any],
-        rows: Sequence[int],
+        texts: RowsOf,
         columns: Sequence[Any],
         column_rows: Sequence[int],
-        dialogues: Sequence[Any] | None = None,
+        dialogues: RowsOf | None = None,
         state: TrainerState | None = None,
     ) -> Scores:
-        """Scores the completions `rows`.
+        """Scores completions.
 
         Args:
-            texts: `[ObjectRef]` of the completions, list of str.
-            rows: Which of them to score, in this order.
+            texts: Where they lie, in lists of str.
             columns: `[ObjectRef]` of the prompts' columns; "messages" is read, and "tools" if it is there. A
                 plugin sees them all.
-            column_rows: For each entry of `rows`, the prompt it belongs to.
-            dialogues: Of conversations of several turns, `[ObjectRef]` of their messages.
+            column_rows: Of each completion, the prompt it belongs to.
+            dialogues: Of conversations of several turns, where their messages lie.
             state: How far the run has come, for plugins.
 
         Returns:
-            The scores, row `i` of them for `rows[i]`; NaN, and a failure with the reason, where a model
+            The scores, one row a completion; NaN, and a failure with the reason, where a model
             cannot read the conversation.
         """
-        refs = [texts[0], columns[0], *(dialogues or ())]
-        completions, prompts, *dialogue_rows = ray.get(refs, timeout=self._spec.timeout_s)
+        several_turns = () if dialogues is None else dialogues.refs
+        refs = [columns[0], *texts.refs, *several_turns]
+        prompts, *found = ray.get(refs, timeout=self._spec.timeout_s)
+        completions = [found[number][row] for number, row in texts.places]
+        talks = [] if dialogues is None else found[len(texts.refs) :]
+        said = [] if dialogues is None else [talks[number][row] for number, row in dialogues.places]
         conversations: list[dict[str, Any]] = []
-        for row, prompt in zip(rows, column_rows, strict=True):
+        for row, (completion, prompt) in enumerate(zip(completions, column_rows, strict=True)):
             row_columns = {name: column[prompt] for name, column in prompts.items()}
-            answer = {"role": "assistant", "content": completions[row]}
-            turns = dialogue_rows[0][row]["messages"] if dialogue_rows else [*row_columns["messages"], answer]
+            answer = {"role": "assistant", "content": completion}
+            turns = said[row]["messages"] if said else [*row_columns["messages"], answer]
             conversations.append({**row_columns, "messages": turns})
         return self.judge(conversations, state)
 

@@ -1,29 +1,34 @@
 """The rollout worker: turns prompts into trajectories under a weight version it has acknowledged.
 
-One worker is one vLLM engine inside one actor. It is stateless but for its weights: any worker can answer any
-request of the same version, and a worker that has not loaded the version asked for refuses to answer.
+One worker is one vLLM engine inside one actor, stepped by a thread of its own (`engine_loop`), so that the
+actor takes requests, new weights and questions while it generates. It is stateless but for its weights: any
+worker can answer any request of the same version, and a worker that has not loaded the version asked for
+refuses to answer.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from raytune_rl.data.example import Message
-from raytune_rl.data.media_table import media_of
-from raytune_rl.errors import DataError, StaleWeightsError
-from raytune_rl.multi_turn.scheduler import Request
-from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.errors import StaleWeightsError
+from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rollout import EngineSpec, MultiTurnSpec, Sampling, StreamChunk
-from raytune_rl.protocol.trajectory import EpisodeFacts, EpisodeRequest
-from raytune_rl.workers.conversation import Conversation, Conversations
-from raytune_rl.workers.engine_prompt import EnginePrompt
+from raytune_rl.protocol.tickets import Burst, EngineProgress, InFlight, WeightUpdate
+from raytune_rl.protocol.trajectory import EpisodeRequest
+from raytune_rl.workers.conversation import Conversations
+from raytune_rl.workers.engine_loop import EngineLoop
+from raytune_rl.workers.episodes import Episodes, Extra, Group, GroupAnswer, answer_of
+from raytune_rl.workers.gate import Bursts, Gate
+
+if TYPE_CHECKING:
+    from raytune_rl.workers.vllm_engine import VllmEngine
 
 
 def rollout_env(
@@ -53,195 +58,166 @@ def rollout_env(
 
 
 class RolloutWorker:
-    """One vLLM engine. Run as an actor by the controller."""
+    """One vLLM engine. Run as an actor by the controller; its calls run side by side."""
+
+    CALLS_AT_ONCE = 4096
 
     def __init__(self, spec: EngineSpec) -> None:
+        self._engine: EngineLoop[VllmEngine] = EngineLoop(lambda: self._build(spec))
+        conversations = None if spec.multi_turn is None else self._scheduled(spec.multi_turn)
+        self._several_turns = conversations is not None
+        self._episodes = Episodes(self._engine, conversations, spec.max_model_len)
+        self._gate = Gate()
+        self._bursts: Bursts[Group] = Bursts(self._begin)
+        self._groups: dict[int, Group] = {}
+        self._received = 0
+
+    def _build(self, spec: EngineSpec) -> VllmEngine:
         from raytune_rl.workers.vllm_engine import VllmEngine
 
-        self._engine = VllmEngine(spec)
-        self._conversations = None if spec.multi_turn is None else self._scheduled(spec.multi_turn)
+        return VllmEngine(spec)
 
-    def _scheduled(self, spec: MultiTurnSpec) -> Conversations:
+    def _scheduled(self, spec: MultiTurnSpec) -> Callable[[], Conversations]:
         from raytune_rl.data.chat import ChatTemplate
         from raytune_rl.multi_turn.scheduler import make_scheduler
         from raytune_rl.rewards.plugins import load_plugins
 
         load_plugins(spec.plugin_files)
-        tokenizer = self._engine.tokenizer
+        tokenizer, ends = self._engine.call(lambda engine: (engine.tokenizer, engine.eos_token_ids)).result()
         scheduler = make_scheduler(spec.scheduler, spec.max_turns, tokenizer)
-        chat = replace(ChatTemplate.of(tokenizer), eos_token_ids=self._engine.eos_token_ids)
-        return Conversations(scheduler, chat, spec.timeout_s)
+        chat = replace(ChatTemplate.of(tokenizer), eos_token_ids=ends)
+        return lambda: Conversations(scheduler, chat, spec.timeout_s)
 
-    def ping(self) -> dict[str, Any]:
-        """Proves that the engine is up; tells the version it serves (None: none acknowledged yet)."""
-        return {"version": self._engine.version, "pid": os.getpid()}
+    # -- questions, answered at any time
 
-    def load_weights(self, version: int | None = None) -> tuple[int, float]:
-        """Pulls a version (None: the newest) from the store. Returns the version and the seconds it took."""
-        return self._engine.load(version)
+    async def ping(self) -> dict[str, Any]:
+        """Proves that the engine is up; tells the version it serves (None: none acknowledged yet), and how
+        many sequences it computes at once.
+        """
+        at_once = await asyncio.wrap_future(self._engine.call(lambda engine: engine.max_num_seqs))
+        return {"version": self._engine.version, "pid": os.getpid(), "max_num_seqs": at_once}
 
-    def forget_prompts(self) -> None:
+    async def progress(self) -> EngineProgress:
+        """How far the engine is. Asks nothing of the engine's thread, so it answers where that one hangs."""
+        engine = self._engine
+        # Between two turns the engine has nothing of a conversation, which yet is to go on.
+        owed = (g for g in self._groups.values() if self._several_turns or g.answer is None)
+        unfinished = sum(len(group.requested) for group in owed)
+        unfinished += 0 if self._several_turns else engine.unfinished
+        slowest_s = engine.slowest_step_s
+        return EngineProgress(
+            engine.steps, engine.stepping, slowest_s, self._received, unfinished, engine.version
+        )
+
+    # -- what needs the engine for itself
+
+    async def load_weights(self, version: int | None = None, in_flight: InFlight = "drain") -> WeightUpdate:
+        """Pulls a version (None: the newest) from the store and serves it.
+
+        Args:
+            version: Its number.
+            in_flight: What becomes of half-written answers. Of a conversation of several turns it is the
+                present turn; only "drain" waits for its end.
+        """
+        async with self._gate.closed(empty=in_flight == "drain"):
+            return await asyncio.wrap_future(self._engine.load(version, in_flight))
+
+    async def forget_prompts(self) -> None:
         """Drops what the engine keeps of the prompts so far."""
-        self._engine.forget_prompts()
+        await self._alone(lambda engine: engine.forget_prompts())
 
-    def sleep(self) -> None:
+    async def sleep(self) -> None:
         """Gives the GPU's memory to whoever trains beside this engine; what is dropped is the spec's sleep
         level.
         """
-        self._engine.sleep()
+        await self._alone(lambda engine: engine.sleep())
 
-    def wake(self) -> None:
+    async def wake(self) -> None:
         """Takes the memory back. The weights are stale until a version is loaded."""
-        self._engine.wake()
+        await self._alone(lambda engine: engine.wake())
 
-    def chat(self, messages: Sequence[Message], seed: int, sampling: Sampling) -> Iterator[StreamChunk]:
+    async def _alone(self, function: Callable[[VllmEngine], None]) -> None:
+        async with self._gate.closed(empty=True):
+            await asyncio.wrap_future(self._engine.call(function))
+
+    async def chat(
+        self, messages: Sequence[Message], seed: int, sampling: Sampling
+    ) -> AsyncIterator[StreamChunk]:
         """Answers a conversation, piece by piece, under whatever version is loaded.
 
         Raises:
             DataError: The conversation does not fit, or the chat template refuses it.
         """
-        yield from self._engine.chat(messages, seed, sampling)  # Ray streams what generator functions give
+        chunks: asyncio.Queue[StreamChunk | None] = asyncio.Queue()
+        here = asyncio.get_running_loop()
 
-    def generate(
+        def speak(engine: VllmEngine) -> None:
+            try:
+                for chunk in engine.chat(messages, seed, sampling):
+                    here.call_soon_threadsafe(chunks.put_nowait, chunk)
+            finally:
+                here.call_soon_threadsafe(chunks.put_nowait, None)
+
+        async with self._gate.closed(empty=True):
+            spoken = self._engine.call(speak)
+            while (chunk := await chunks.get()) is not None:
+                yield chunk
+            await asyncio.wrap_future(spoken)
+
+    # -- generation
+
+    async def run_group(
         self,
         prompts: Columns,
-        requests: Sequence[EpisodeRequest],
+        request: EpisodeRequest,
         sampling: Sampling,
-        version: int,
-        extra: Mapping[str, Sequence[Any]] | None = None,
-    ) -> tuple[list[EpisodeFacts], Columns, list[str], list[dict[str, Any]]]:
-        """Completes prompts.
+        version: int | None = None,
+        extra: Extra | None = None,
+        burst: Burst | None = None,
+    ) -> GroupAnswer:
+        """Completes a prompt, beside whatever else is under way.
 
         Args:
             prompts: Columns with "prompt", Ragged int32 token ids; for prompts with media also
                 "engine_prompt_ids" and the columns of `data.media_table`.
-            requests: Which prompts, and the seeds of their completions.
+            request: Which prompt, and the seeds of its completions.
             sampling: How to draw.
-            version: The weight version to sample with.
+            version: The weight version to sample with; None: whatever is served, and each token says which.
             extra: The data set's columns, one entry a prompt; a scheduler of several turns sees its row.
                 None: the model has one turn.
-
-        Returns:
-            Facts of each completion; the trajectory columns (tokens, loss_mask, logprobs, versions; one row a
-            completion, the latter two one entry a sampled token); what the model said last; and of
-            conversations of several turns the messages and the scheduler's "rollout_infos".
+            burst: Groups that begin in the same step, whenever they arrive: what an engine computes together
+                may decide the last digits.
 
         Raises:
-            StaleWeightsError: This worker serves another version.
+            StaleWeightsError: This worker serves another version, or none.
         """
-        if self._engine.version != version:
-            raise StaleWeightsError(
-                f"asked to sample with weight version {version}, but version {self._engine.version} is loaded"
-            )
-        requested = [
-            CompletionRequest(r, sample, seed) for r in requests for sample, seed in enumerate(r.seeds)
-        ]
-        inputs = {r.row: read_prompt(prompts, r.row) for r in requests}
-        prompts_of = [inputs[a.request.row] for a in requested]
-        conversations = self._run_episodes(requested, prompts_of, sampling, extra)
-        episodes = [
-            EpisodeFacts(
-                prompt_id=a.request.prompt_id,
-                sample=a.sample,
-                row=row,
-                prompt_tokens=len(prompts_of[row].tokens),
-                completion_tokens=one.sampled,
-                finish_reason=one.finish_reason,
-                version=version,
-                other_tokens=len(one.tokens) - one.sampled,
-                turns=one.turns,
-                failure=one.failure,
-            )
-            for row, (a, one) in enumerate(zip(requested, conversations, strict=True))
-        ]
-        ids = [prompt.tokens for prompt in prompts_of]
-        columns: Columns = {
-            "tokens": Ragged.from_rows(
-                [np.concatenate([p, one.tokens]) for p, one in zip(ids, conversations, strict=True)], np.int32
-            ),
-            "loss_mask": Ragged.from_rows(
-                [
-                    np.concatenate([np.zeros(len(p)), one.trained])
-                    for p, one in zip(ids, conversations, strict=True)
-                ],
-                np.bool_,
-            ),
-            "logprobs": Ragged.from_rows([one.logprobs for one in conversations], np.float32),
-            "versions": Ragged.from_rows([np.full(one.sampled, version) for one in conversations], np.int32),
-        }
-        dialogues = [
-            {"messages": one.request.messages, "rollout_infos": one.request.rollout_infos}
-            for one in (conversations if self._conversations and extra is not None else ())
-        ]
-        return episodes, columns, [one.last_text for one in conversations], dialogues
+        group = Group.of(prompts, request, sampling, version, extra if self._several_turns else None)
+        number = self._received
+        self._received += 1
+        self._groups[number] = group
+        try:
+            await self._bursts.arrive(group, burst)
+            assert group.answer is not None
+            return answer_of(group, await asyncio.wrap_future(group.answer))
+        finally:
+            del self._groups[number]
+            group.abandoned = True
+            if group.answer is not None:
+                self._gate.leave()
 
-    def _run_episodes(
-        self,
-        requested: Sequence[CompletionRequest],
-        prompts: list[EnginePrompt],
-        sampling: Sampling,
-        extra: Mapping[str, Sequence[Any]] | None,
-    ) -> list[Conversation]:
-        """One turn of the model for each prompt, or a conversation; a prompt that the scheduler changes takes
-        its place among `prompts`.
-        """
-
-        def generate_turn(
-            which: Sequence[int], continuations: Sequence[NDArray[np.int32]], limits: Sequence[int], turn: int
-        ) -> list[Any]:
-            longer = [prompts[i].followed_by(more) for i, more in zip(which, continuations, strict=True)]
-            return self._engine.sample(longer, [requested[i].seed_of(turn) for i in which], sampling, limits)
-
-        if self._conversations is not None and extra is not None:
-            requests = [a.conversation(extra) for a in requested]
-            for number, changed in enumerate(self._conversations.begin(requests)):
-                if changed is not None:
-                    prompts[number] = self._fitting(prompts[number], changed, sampling.max_tokens)
-            return self._conversations.run_episodes(generate_turn, requests, sampling.max_tokens)
-        conversations = [Conversation(Request([])) for _ in requested]
-        everything = range(len(requested))
-        none = np.zeros(0, dtype=np.int32)
-        turns = generate_turn(
-            everything, [none for _ in requested], [sampling.max_tokens for _ in requested], 1
-        )
-        for one, sampled_turn in zip(conversations, turns, strict=True):
-            one.add(sampled_turn)
-        return conversations
-
-    def _fitting(self, prompt: EnginePrompt, changed: NDArray[np.int32], more: int) -> EnginePrompt:
-        longest = self._engine.max_model_len
-        if prompt.media:
-            raise DataError("--multi_turn_scheduler changed a prompt with media, which only texts can be")
-        if len(changed) + more > longest:
-            raise DataError(
-                f"--multi_turn_scheduler made a prompt of {len(changed)} tokens. With {more} for the answer "
-                f"it does not fit the {longest} that the engine takes: raise --vllm_max_model_len"
-            )
-        return EnginePrompt(changed, changed)
-
-
-@dataclass(frozen=True)
-class CompletionRequest:
-    """One completion to be made."""
-
-    request: EpisodeRequest
-    sample: int
-    seed: int
-
-    def seed_of(self, turn: int) -> int:
-        """Every turn has a seed of its own."""
-        if turn == 1:
-            return self.seed
-        return int(np.random.SeedSequence([self.seed, turn]).generate_state(1)[0] & 0x7FFFFFFF)
-
-    def conversation(self, extra: Mapping[str, Sequence[Any]]) -> Request:
-        """The request that a scheduler sees before the first turn, made of the prompt's row."""
-        row = {name: column[self.request.row] for name, column in extra.items()}
-        messages = [dict(message) for message in row.pop("messages")]
-        return Request(messages, row, f"{self.request.prompt_id}-{self.sample}")
-
-
-def read_prompt(prompts: Columns, row: int) -> EnginePrompt:
-    """One prompt of the columns that `RolloutWorker.generate` takes."""
-    tokens, engine_prompt_ids = prompts["prompt"], prompts.get("engine_prompt_ids", prompts["prompt"])
-    return EnginePrompt(tokens[row], engine_prompt_ids[row], tuple(media_of(prompts, row)))
+    async def _begin(self, groups: Sequence[Group]) -> None:
+        """Begins those that are still wanted."""
+        await self._gate.opened()
+        served = self._engine.version
+        wanted = [group for group in groups if not group.abandoned]
+        begun = [group for group in wanted if served is not None and group.version in (None, served)]
+        for group in wanted:
+            self._gate.enter()
+            if group not in begun:
+                asked = "" if group.version is None else f" with weight version {group.version}"
+                group.answer = Future()
+                group.answer.set_exception(
+                    StaleWeightsError(f"asked to sample{asked}, but version {served} is loaded")
+                )
+        for group, answer in zip(begun, self._episodes.begin(begun), strict=True):
+            group.answer, group.served = answer, served

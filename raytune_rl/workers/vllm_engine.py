@@ -10,12 +10,11 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import ray
-from numpy.typing import NDArray
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
@@ -29,34 +28,18 @@ from raytune_rl.data.media_processor import Decoded
 from raytune_rl.data.model_tokens import read_eos
 from raytune_rl.errors import ConfigError, DataError, StaleWeightsError, WorkerDiedError
 from raytune_rl.protocol.rollout import EngineSpec, Sampling, StreamChunk
+from raytune_rl.protocol.tickets import InFlight
 from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.weights import find_manifest, read
 from raytune_rl.workers import vllm_plugin
 from raytune_rl.workers.adapter_files import adapter_files
-from raytune_rl.workers.engine_prompt import EnginePrompt
+from raytune_rl.workers.engine_prompt import Ask, EnginePrompt, Sampled
 from raytune_rl.workers.vllm_args import engine_args, usage_context
 from raytune_rl.workers.vllm_media import EngineMedia, check_prompt
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
 
 NEVER = -100.0
 """The lowest bias on a logit that vLLM takes."""
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """One completion as the engine gave it.
-
-    Attributes:
-        tokens: int32 `[n]`, the end token included.
-        logprobs: float32 `[n]`, of the distribution that was sampled from (after temperature and the like).
-        text: Decoded without special tokens.
-        finish_reason: "stop" or "length".
-    """
-
-    tokens: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    text: str
-    finish_reason: str
 
 
 @contextmanager
@@ -86,7 +69,9 @@ def serving_adapters(asked: bool) -> Iterator[None]:
 
 
 class VllmEngine:
-    """An engine that samples token ids and pulls its weights from the store."""
+    """An engine that samples token ids and pulls its weights from the store. One thread has it
+    (`engine_loop`).
+    """
 
     def __init__(self, spec: EngineSpec) -> None:
         vllm_plugin.register()
@@ -102,7 +87,9 @@ class VllmEngine:
         with serving_adapters(spec.lora_rank > 0):
             self._engine = LLMEngine.from_engine_args(EngineArgs(**args), usage_context())
         self._numbers = itertools.count()
+        self._asked: dict[str, tuple[str, EnginePrompt]] = {}  # by name: vLLM's own name, and the prompt
         self._adapter: LoRARequest | None = None
+        self._salt: str | None = None
         self.version: int | None = None
         if spec.store is None:
             self._serve_from_disk(spec.adapter)
@@ -113,31 +100,72 @@ class VllmEngine:
         )
 
     @one_with_its_processes()
-    def load(self, version: int | None) -> tuple[int, float]:
+    def load(self, version: int | None, running: InFlight | None = None) -> tuple[int, float]:
         """Pulls a version and serves it from now on. Returns the version and the seconds it took.
 
         The version is acknowledged only at the end: if the pull fails halfway, the engine serves nothing.
+
+        Args:
+            version: Its number; None: the newest.
+            running: What unfinished completions go on with: "keep", the key-value blocks of the old weights,
+                or "recompute", new ones. None: there are none.
+
+        Raises:
+            ConfigError: Half-written answers to prompts with media were to keep their blocks.
         """
         assert self._spec.store is not None
+        if running == "keep" and self._media is not None:
+            raise ConfigError(
+                "--rollout_in_flight keep: features of media under the old weights would be mixed with new "
+                "ones. Write recompute, abort or drain for models with media."
+            )
         started = time.perf_counter()
         self.version = None
         manifest = find_manifest(self._spec.store, version, self._spec.pull_timeout_s)
         if manifest.kind == "adapter":
-            self._load_adapter(manifest)
+            self._load_adapter(manifest, in_place=running is not None)
         else:
             self._engine.collective_rpc("start_weight_update")
             self._engine.collective_rpc(
                 "update_weights", kwargs={"update_info": {"version": manifest.version}}
             )
             self._engine.collective_rpc("finish_weight_update")
+        self._forget_blocks(manifest.version, running)
         if self._media is not None:
             self._engine.reset_encoder_cache()  # features of media under the old weights
-        if not self._engine.reset_prefix_cache():
+        self.version = manifest.version
+        return manifest.version, time.perf_counter() - started
+
+    def _forget_blocks(self, version: int, running: InFlight | None) -> None:
+        """Sees to it that no later request is computed from key-value blocks of older weights."""
+        if running == "keep":
+            # They are in use. Under another salt their hashes are others, so that nobody finds them.
+            self._salt = f"version {version}" if self._spec.enable_prefix_caching else None
+            return
+        if not self._engine.reset_prefix_cache(reset_running_requests=running is not None):
             raise StaleWeightsError(
                 "vLLM kept key-value blocks of the old weights: requests were still running"
             )
-        self.version = manifest.version
-        return manifest.version, time.perf_counter() - started
+        self._salt = None
+
+    @contextmanager
+    def halted(self) -> Iterator[list[tuple[str, Sampled | Exception]]]:
+        """Nothing is computed meanwhile; gives what was finished and not told yet. An engine inside this
+        process steps only when it is told to; one in a process of its own does not wait.
+        """
+        core = self._engine.engine_core
+        utility = getattr(core, "call_utility", None)
+        if utility is None:
+            yield []
+            return
+        utility("pause_scheduler", "keep", False)  # which it answers behind all that it has to tell
+        try:
+            told: list[tuple[str, Sampled | Exception]] = []
+            while not core.outputs_queue.empty():
+                told += self.step()
+            yield told
+        finally:
+            utility("resume_scheduler")
 
     def sleep(self) -> None:
         """Frees device memory; nothing can be served until `wake` and a load."""
@@ -162,6 +190,11 @@ class VllmEngine:
         return self._spec.max_model_len
 
     @property
+    def max_num_seqs(self) -> int:
+        """Sequences that are computed at once."""
+        return int(self._engine.vllm_config.scheduler_config.max_num_seqs)
+
+    @property
     def tokenizer(self) -> Any:
         """The model's."""
         return self._engine.get_tokenizer()
@@ -172,41 +205,65 @@ class VllmEngine:
         return read_eos(self._engine.model_config.model)
 
     @one_with_its_processes()
-    def sample(
-        self,
-        prompts: Sequence[EnginePrompt],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        limits: Sequence[int],
-    ) -> list[Sampled]:
-        """Completes each prompt once, with its own seed and limit. Order of answers is that of the prompts.
+    def add(self, asks: Sequence[Ask]) -> list[str]:
+        """Takes completions, each with its own seed and limit; they begin with the next step. Their names.
 
         Raises:
             MediaError: A medium's file is gone or is not the one that was tokenized.
-            DataError: vLLM makes other tokens of a prompt with media than the policy.
         """
-        position: dict[str, int] = {}
         decoded: dict[str, Decoded] = {}
-        for index, (prompt, seed, limit) in enumerate(zip(prompts, seeds, limits, strict=True)):
-            name = str(next(self._numbers))
-            position[name] = index
-            request: Any = {"prompt_token_ids": prompt.engine_prompt_ids.tolist()}
-            if prompt.media:
-                assert self._media is not None
-                request = self._media.request(prompt, decoded)
-            params = self._params(sampling, seed, min(limit, self._spec.max_model_len - len(prompt.tokens)))
-            self._engine.add_request(name, request, params, lora_request=self._adapter)
-        answers: dict[int, Sampled] = {}
-        while self._engine.has_unfinished_requests():
-            for output in self._engine.step():
-                if output.finished:
-                    check_prompt(prompts[position[output.request_id]], output.prompt_token_ids)
-                    answers[position[output.request_id]] = to_sampled(output.outputs[0])
-        texts = self._decode([answers[i].tokens for i in range(len(prompts))], sampling)
-        return [
-            Sampled(a.tokens, a.logprobs, text, a.finish_reason)
-            for a, text in zip((answers[i] for i in range(len(prompts))), texts, strict=True)
-        ]
+        names: list[str] = []
+        try:
+            for ask in asks:
+                prompt, name = ask.prompt, str(next(self._numbers))
+                request: Any = {"prompt_token_ids": prompt.engine_prompt_ids.tolist()}
+                if prompt.media:
+                    assert self._media is not None
+                    request = self._media.request(prompt, decoded)
+                if self._salt is not None:
+                    request["cache_salt"] = self._salt
+                room = self._spec.max_model_len - len(prompt.tokens)
+                params = self._params(ask.sampling, ask.seed, min(ask.limit, room))
+                # vLLM up to 0.24 gives no name of its own.
+                own = self._engine.add_request(name, request, params, lora_request=self._adapter) or name
+                self._asked[name] = (own, prompt)
+                names.append(name)
+        except BaseException:
+            self.abort(names)
+            raise
+        return names
+
+    @one_with_its_processes()
+    def step(self) -> list[tuple[str, Sampled | Exception]]:
+        """One step of the engine. Gives what is finished now by name, without text and versions; in its place
+        a DataError if vLLM makes other tokens of a prompt with media than the policy.
+        """
+        finished: list[tuple[str, Sampled | Exception]] = []
+        for output in self._engine.step():
+            if not output.finished or output.request_id not in self._asked:
+                continue
+            _, prompt = self._asked.pop(output.request_id)
+            try:
+                check_prompt(prompt, output.prompt_token_ids)
+                finished.append((output.request_id, to_sampled(output.outputs[0])))
+            except DataError as error:
+                finished.append((output.request_id, error))
+        return finished
+
+    def abort(self, names: Sequence[str]) -> None:
+        """Forgets completions, whatever they have come to."""
+        self._engine.abort_request(list(names))
+        for name in names:
+            self._asked.pop(name, None)
+
+    def sampled(self, names: Sequence[str]) -> list[int]:
+        """Tokens sampled so far of unfinished completions."""
+        states = self._engine.output_processor.request_states
+        return [states[self._asked[name][0]].detokenizer.num_output_tokens() for name in names]
+
+    def texts(self, sampled: Sequence[Sampled], sampling: Sampling) -> list[str]:
+        """Completions without their special tokens."""
+        return self.tokenizer.batch_decode([one.tokens.tolist() for one in sampled], skip_special_tokens=True)
 
     def chat(self, messages: Sequence[Message], seed: int, sampling: Sampling) -> Iterator[StreamChunk]:
         """Answers one conversation; see `RolloutWorker.chat`."""
@@ -251,9 +308,6 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _decode(self, rows: Sequence[NDArray], sampling: Sampling) -> list[str]:
-        return self.tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)
-
     def _serve_from_disk(self, adapter: str | None) -> None:
         """Serves the weights that the engine was built with, and an adapter's directory, as version 0."""
         if adapter is not None:
@@ -261,12 +315,16 @@ class VllmEngine:
             self._engine.add_lora(self._adapter)
         self.version = 0
 
-    def _load_adapter(self, manifest: Manifest) -> None:
+    def _load_adapter(self, manifest: Manifest, *, in_place: bool) -> None:
         """Hands LoRA tensors to vLLM, which reads adapters from a directory, at once and only once; each
-        version has a name of its own.
+        version has a name of its own, unless unfinished requests go on with it under the old one.
         """
         tensors = {name: tensor.clone() for name, tensor in read(manifest, self._spec.pull_timeout_s)}
         with adapter_files(tensors, manifest.adapter_config) as directory:
+            if in_place and self._adapter is not None:
+                name, number = self._adapter.lora_name, self._adapter.lora_int_id
+                self._engine.add_lora(LoRARequest(name, number, str(directory), load_inplace=True))
+                return
             fresh = LoRARequest(f"policy-{manifest.version}", manifest.version + 1, str(directory))
             if self._adapter is not None:
                 self._engine.remove_lora(self._adapter.lora_int_id)
@@ -275,10 +333,11 @@ class VllmEngine:
 
 
 def to_sampled(output: Any) -> Sampled:
-    """Reads a finished output of vLLM (text is filled in by the caller)."""
+    """Reads a finished output of vLLM (text and versions are filled in by the caller)."""
     tokens = np.asarray(output.token_ids, dtype=np.int32)
     logprobs = np.asarray(
         [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)],
         dtype=np.float32,
     )
-    return Sampled(tokens, logprobs, output.text or "", output.finish_reason or "abort")
+    reason = output.finish_reason or "abort"
+    return Sampled(tokens, logprobs, output.text or "", reason, np.zeros(0, np.int32))

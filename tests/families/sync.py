@@ -25,7 +25,8 @@ from raytune_rl.protocol.rollout import EngineSpec, Sampling
 from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.cluster import NAMESPACE
 from raytune_rl.runtime.weights import start_store
-from raytune_rl.workers.engine_prompt import EnginePrompt
+from raytune_rl.workers.engine_loop import EngineLoop
+from raytune_rl.workers.engine_prompt import Ask, EnginePrompt
 from raytune_rl.workers.publishing import Publisher, adapter_config
 from raytune_rl.workers.vllm_engine import VllmEngine
 
@@ -75,7 +76,7 @@ def measure(job: Job, model_dir: Path, address: str) -> dict[str, Any]:
         path, dtype, 96, store_name, 60, kv_cache_bytes=64 * 2**20, max_num_seqs=8, enforce_eager=True,
         lora_rank=8 if wire == "adapter" else 0, enable_prefix_caching=not recurrent(config),
     )  # fmt: skip
-    engine = VllmEngine(spec)
+    engine = EngineLoop(lambda: VllmEngine(spec))
     for module in scorer.modules():
         # vLLM puts a __call__ of its own into Transformers' classes, in its own process only: here in ours.
         module.do_not_compile = True  # type: ignore[assignment]
@@ -88,7 +89,7 @@ def measure(job: Job, model_dir: Path, address: str) -> dict[str, Any]:
         settings = adapter_config(scorer) if wire == "adapter" else None
         refs = tuple(ray.put(bucket) for bucket in buckets)
         ray.get(store.publish.remote(Manifest(version, kind, refs, index, settings)))
-        engine.load(version)
+        engine.load(version, "drain").result()
         gaps.append(_gap(scorer, engine, _prompt(path), version))
     return {"mode": wire if mode != "experts" else mode, "dtype": dtype, "gaps": gaps}
 
@@ -118,11 +119,10 @@ def _prompt(path: str) -> np.ndarray:
     return np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
 
-def _gap(scorer: TokenScorer, engine: VllmEngine, prompt: np.ndarray, version: int) -> float:
+def _gap(scorer: TokenScorer, engine: EngineLoop[VllmEngine], prompt: np.ndarray, version: int) -> float:
     sampling = Sampling(temperature=1.0, max_tokens=TOKENS)
     seeds = [100 * version + i for i in range(COMPLETIONS)]
-    given = [EnginePrompt(prompt, prompt)] * COMPLETIONS
-    made = engine.sample(given, seeds, sampling, [TOKENS] * COMPLETIONS)
+    made = engine.sample([Ask(EnginePrompt(prompt, prompt), s, sampling, TOKENS) for s in seeds]).result()
     rows = [np.concatenate([prompt, one.tokens]) for one in made]
     masks = [np.arange(len(row)) >= len(prompt) for row in rows]
     micro = collate(rows, masks, layout="padded", pad_token_id=0)

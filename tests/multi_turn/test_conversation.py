@@ -38,6 +38,7 @@ class Line:
     logprobs: NDArray[np.float32]
     text: str
     finish_reason: str
+    versions: NDArray[np.int32]
 
 
 class Script:
@@ -59,7 +60,8 @@ class Script:
         cut = np.asarray(ids[:limit], dtype=np.int32)
         text = TOKENIZER.decode(cut, skip_special_tokens=True)
         logprobs = -np.arange(1, len(cut) + 1, dtype=np.float32) / 8
-        return Line(cut, logprobs, text, "stop" if len(ids) <= limit else "length")
+        reason = "stop" if len(ids) <= limit else "length"
+        return Line(cut, logprobs, text, reason, np.full(len(cut), turn, np.int32))
 
 
 class Tool(MultiTurnScheduler):
@@ -91,6 +93,8 @@ def test_the_model_trains_on_its_own_tokens_only() -> None:
         own = [t for t, trained in zip(one.tokens, one.trained, strict=True) if trained]
         assert TOKENIZER.decode(own) == f"tool<|im_end|>it is {number}<|im_end|>"
         assert len(one.logprobs) == one.sampled == len(own)
+        assert set(one.versions.tolist()) == {1, 2}
+        assert len(one.versions) == one.sampled
         assert (one.turns, one.finish_reason, one.failure) == (2, "stop", "")
         assert one.last_text == f"it is {number}"
         assert [m["role"] for m in one.request.messages] == ["user", "assistant", "tool", "assistant"]

@@ -14,6 +14,7 @@ from raytune_rl.runtime.fleet_health import (
     Progress,
     Pull,
     Pulled,
+    Pulling,
     Started,
     Status,
 )
@@ -61,7 +62,8 @@ def test_starts_and_first_pulls_have_deadlines() -> None:
     health = FleetHealth(LIMITS)
     for number in (0, 1):
         health.join(number, f"rollout[{number}]", 0.0)
-    health.observe(1, Started(), 60.0)
+    health.observe(1, Started(), 30.0)
+    health.observe(1, Pulling(), 60.0)
     seen = [action for now in range(120) for action in health.tick(float(now))]
     assert [(a.member, a.served, a.hung) for a in seen if isinstance(a, Lose)] == [
         (0, False, True),

@@ -17,7 +17,7 @@ from raytune_rl.protocol.columns import Ragged
 from raytune_rl.protocol.media import MediaLimits
 from raytune_rl.protocol.rollout import EngineSpec
 from raytune_rl.tiny.vision import make_tiny_vision_model
-from raytune_rl.workers.rollout import read_prompt
+from raytune_rl.workers.episodes import read_prompt
 from raytune_rl.workers.vllm_media import EngineMedia, check_prompt
 from tests.columns import media_columns
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from raytune_rl.errors import ConfigError
@@ -35,9 +36,9 @@ budget. Rather too much, so that padding is only saved where there is plenty.
 """
 MORE_RUNS = 8
 """Micro-batches of a rank beyond what the budget forces, to save padding."""
-LEAST_PADDING_UP_TO = 2**26
-"""Micro-batches times the square of the units: beyond it the search for the least padding would take longer
-than it saves; and the more units there are, the more alike are neighbours.
+LEAST_PADDING_UP_TO = 2**23
+"""Micro-batches times units times the most that one may hold: beyond it the search for the least padding
+would take longer (some 20 ms) than it saves; and the more units there are, the more alike are neighbours.
 """
 
 
@@ -123,7 +124,8 @@ def plan_micro_batches(
     if layout == "padded":
         most = max(wanted, min(wanted + MORE_RUNS * world_size, len(units)))
         counts = range(wanted, most + 1, world_size)
-        if most * len(units) ** 2 <= LEAST_PADDING_UP_TO:
+        longest_run = min(int(_room(descending, sizes, max_tokens, limit).max()), len(units))
+        if most * len(units) * longest_run <= LEAST_PADDING_UP_TO:
             runs = _least_padding(descending, sizes, cost, max_tokens, limit, counts)
             plans += [_split_to(r, count, cost, layout) for r, count in zip(runs, counts, strict=True)]
     dealt = [_deal(plan, world_size, sizes, cost, layout, together) for plan in plans]
@@ -191,18 +193,26 @@ def _least_padding(
     """For each of the counts, in ascending order, the runs of the sorted units that cost least together, so
     many or fewer (dynamic programme)."""
     n_units = len(descending)
-    room = np.minimum(np.maximum(budget // sizes[descending], 1), limit)
-    taken = np.arange(n_units + 1)[None, :] - np.arange(n_units)[:, None]  # units of a run from i up to j
-    allowed = (taken > 0) & (taken <= room[:, None])
-    run_cost = np.where(allowed, cost[descending][:, None] * taken, np.inf)
-    best = np.full(n_units + 1, np.inf)
-    best[0] = 0.0
+    room = np.minimum(_room(descending, sizes, budget, limit), n_units)
+    most = int(room.max())
+    taken = np.arange(most, 0, -1)  # units of a run that ends before j
+    first = np.arange(n_units + 1)[:, None] - taken  # where it begins, by j
+    allowed = (first >= 0) & (taken <= room[first.clip(0, n_units - 1)])
+    run_cost = np.where(allowed, cost[descending][first.clip(0, n_units - 1)] * taken, np.inf)
+    best = np.full(most + n_units + 1, np.inf)  # up to j, behind what lies before the first unit
+    best[most] = 0.0
     begins: list[NDArray[np.int64]] = []
     for _ in range(counts[-1]):
-        reached = best[:-1, None] + run_cost
-        begins.append(reached.argmin(axis=0))
-        best = np.append(0.0, reached.min(axis=0)[1:])
+        reached = sliding_window_view(best, most)[: n_units + 1] + run_cost
+        chosen = reached.argmin(axis=1)
+        begins.append(first[:, 0] + chosen)
+        best[most + 1 :] = np.take_along_axis(reached, chosen[:, None], axis=1)[1:, 0]
     return [_traced(descending, begins[:count]) for count in counts]
+
+
+def _room(descending: list[int], sizes: NDArray[np.int64], budget: int, limit: int) -> NDArray[np.int64]:
+    """How many units a run may have that begins with each."""
+    return np.minimum(np.maximum(budget // sizes[descending], 1), limit)
 
 
 def _traced(descending: list[int], begins: list[NDArray[np.int64]]) -> list[list[int]]:

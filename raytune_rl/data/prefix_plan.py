@@ -96,7 +96,8 @@ def plan_shared(lengths: NDArray[np.int64], prefixes: Prefixes, budget: Budget) 
     rows = np.asarray(lengths, dtype=np.int64)
     groups = _groups(rows, prefixes, budget.together)
     plans = []
-    for pieces in _powers_of_two(2 * budget.world_size):
+    # Halves fill micro-batches better; fewer groups than ranks need as many parts as there are ranks.
+    for pieces in sorted({1, 2, *(-(-k * budget.world_size // len(groups)) for k in (1, 2))}):
         parts = [part for group in groups for part in group.parts(budget.max_tokens, pieces)]
         sizes = np.array([part.tokens for part in parts], dtype=np.int64)
         dealt = plan_micro_batches(
@@ -173,13 +174,6 @@ def _groups(rows: NDArray[np.int64], prefixes: Prefixes, together: int) -> list[
         own = tuple(int((rows[list(unit)] - prefix).sum()) for unit in of_units)
         found.append(_Group(tuple(of_units), prefix, own, int(rows[flat].max())))
     return found
-
-
-def _powers_of_two(upto: int) -> Iterator[int]:
-    power = 1
-    while power <= upto:
-        yield power
-        power *= 2
 
 
 def _of_rows(dealt: Schedule, parts: Sequence[_Part], row_tokens: int) -> Schedule:

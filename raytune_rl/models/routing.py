@@ -11,15 +11,31 @@ given the loss is a sum over tokens, and the same for any cut.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from raytune_rl.errors import ModelError
 
 _CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+def check_balanced(model: PreTrainedModel) -> None:
+    """Refuses models for which Transformers has no such loss: without experts, or with routers that choose in
+    another way (DeepSeek-V3, GLM-4 MoE).
+
+    Raises:
+        ModelError: It is one of those.
+    """
+    if not hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func"):
+        raise ModelError(
+            f"--router_aux_loss_coef: Transformers has no load-balancing loss for {type(model).__name__}, "
+            "which has no experts, or routers that balance themselves; leave it out"
+        )
 
 
 def experts_per_token(config: Any) -> int:

@@ -126,8 +126,8 @@ class TrainerWorker:
         from raytune_rl.algorithms.registry import get_loss
         from raytune_rl.models.adapters import head_of_its_own
         from raytune_rl.models.load import DTYPES, enable_gradient_checkpointing, load_tokenizer
+        from raytune_rl.models.routing import check_balanced
         from raytune_rl.models.sharding import is_sharded
-        from raytune_rl.models.traits import has_experts
         from raytune_rl.models.tuner import apply_tuner, narrow_adapters, trains_vision
         from raytune_rl.models.weights import WeightExporter, whole
         from raytune_rl.rewards.plugins import load_plugins
@@ -145,11 +145,8 @@ class TrainerWorker:
         sharded = zero.get("stage") == 3
         loaded = scoring.load(spec.model, self._loss.forward, zero if sharded else None)
         own_head = head_of_its_own(loaded.model)  # its files have one, and so the engine's
-        if spec.router_aux_loss_coef and not has_experts(loaded.model.config):
-            raise ModelError(
-                f"--router_aux_loss_coef {spec.router_aux_loss_coef:g}: {type(loaded.model).__name__} has no "
-                "experts; leave it out"
-            )
+        if spec.router_aux_loss_coef:
+            check_balanced(loaded.model)
         tuned = apply_tuner(loaded.model, spec.tuner, scoring.adapters(spec.model))
         wanted_dtype = spec.model.dtype
         computes_in = loaded.model.dtype if wanted_dtype is None else DTYPES[wanted_dtype]

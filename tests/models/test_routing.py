@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from raytune_rl.data.collate import Layout, collate
 from raytune_rl.errors import ModelError
 from raytune_rl.models.load import enable_gradient_checkpointing, load_model
-from raytune_rl.models.routing import ExpertLoad, experts_per_token, router_sums
+from raytune_rl.models.routing import ExpertLoad, check_balanced, experts_per_token, router_sums
 from raytune_rl.models.scorer import TokenScorer
 from tests.families.recipes import make_family
 
@@ -86,6 +86,14 @@ def test_an_even_load_is_the_number_of_choices_and_an_uneven_one_more() -> None:
     for logits, chosen, want in ((even, 1, 1.0), (torch.tensor([[50.0, 0, 0, 0]]).repeat(8, 1), 1, 4.0)):
         probabilities, counts = router_sums((logits, logits), None, chosen)
         assert ExpertLoad(counts, chosen).share(probabilities).item() == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "glm4_moe"])
+def test_what_has_no_such_loss_is_refused(family: str, tmp_path: Path) -> None:
+    check_balanced(load_model(str(make_family("qwen2_moe", tmp_path / "with", tied=False))).model)
+    model = load_model(str(make_family(family, tmp_path / "without", tied=False))).model
+    with pytest.raises(ModelError, match=f"no load-balancing loss for {type(model).__name__}"):
+        check_balanced(model)
 
 
 def test_a_model_without_routers_says_so(tmp_path: Path) -> None:

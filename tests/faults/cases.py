@@ -35,8 +35,9 @@ GRPO = {
         "scoring": Strike("reward", 0, "score", nth=3),
     },
     "rollout engine": {
-        "generating": Strike("rollout", 0, "generate", nth=3),
+        "generating": Strike("rollout", 0, "run_group", nth=10),
         "publishing": Strike("rollout", 0, "load_weights", nth=2),
+        "a hang": Strike("rollout", 0, "run_group", nth=10, signal=HANG),
     },
 }
 PPO = {

@@ -75,7 +75,7 @@ class FakeSharing:
 
 
 class FakeRollout:
-    """See `groups.fleet.RolloutGroup`. Sample s of prompt p has 2 + s tokens, which lie in row 10 p + s; it
+    """See `groups.fleet.RolloutFleet`. Sample s of prompt p has 2 + s tokens, which lie in row 10 p + s; it
     is cut off where p is 4, 9, ...
     """
 

@@ -1,5 +1,8 @@
 """The plugin examples do what they say."""
 
+import json
+import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -161,3 +164,31 @@ def test_the_same_files_dropped_into_the_package_are_built_in(tmp_path: Path) ->
     assert "() | 0.25 | () | power, ratio to the power of 0.25 Median(median_bound=1.0)" in said
     assert "--power does nothing: --loss_type grpo does not read it, as power would." in said
     assert "--median_bound does nothing: it belongs to --advantage_estimator median." in said
+
+
+def test_the_real_demos_rows_are_right_and_its_held_out_problems_new(tmp_path: Path) -> None:
+    demo = runpy.run_path(str(EXAMPLES / "demo_real.py"))
+    files = demo["write_data"](tmp_path)
+    imitated, train, held_out = ([json.loads(row) for row in file.read_text().splitlines()] for file in files)
+    scores = build(["accuracy"], {})[0](
+        [row["messages"][-1]["content"] for row in imitated], {"solution": [solved(row) for row in imitated]}
+    )
+    assert scores == [1.0] * len(imitated)
+    assert all(solved(row) == row["solution"] for row in (*train, *held_out))
+    seen = {question(row) for row in (*imitated, *train)}
+    assert len(held_out) > 20
+    assert not seen & {question(row) for row in held_out}
+
+
+def question(row: dict[str, Any]) -> tuple[str, frozenset[int]]:
+    """Operation and numbers of a problem in words, in whatever order."""
+    text = row["messages"][1]["content"]
+    left, right = map(int, re.findall(r"\d+", text))
+    sign = "-" if "gives away" in text else "*" if " bags with " in text else "+"
+    return sign, frozenset((right, left - right) if sign == "-" else (left, right))
+
+
+def solved(row: dict[str, Any]) -> str:
+    """The answer to it."""
+    left, right = map(int, re.findall(r"\d+", row["messages"][1]["content"]))
+    return str({"-": left - right, "*": left * right, "+": left + right}[question(row)[0]])

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from raytune_rl.algorithms.credit.base import get_credit
+from raytune_rl.algorithms.credit.base import credit_names, get_credit
 from raytune_rl.algorithms.registry import online_losses
 from raytune_rl.config.algorithms import (
     AlgorithmFlags,
@@ -189,9 +189,17 @@ def check_names(loss_type: str, estimator: str, plugins: tuple[str, ...]) -> Non
     losses = [loss.name for loss in online_losses()]
     if plugins:
         return
+    if estimator in losses and estimator not in credit_names():
+        raise ConfigError(
+            f"--advantage_estimator {estimator}: {estimator} is a loss: --loss_type {estimator}."
+        )
     get_credit(estimator)
     if loss_type in losses:
         return
+    if loss_type in credit_names():
+        raise ConfigError(
+            f"--loss_type {loss_type}: {loss_type} is a credit: --advantage_estimator {loss_type}."
+        )
     if loss_type == "gspo":
         raise ConfigError(
             "--loss_type gspo: GSPO is --loss_type grpo --importance_sampling_level sequence; its paper has "

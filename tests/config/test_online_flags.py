@@ -78,6 +78,8 @@ def test_nothing_is_said_where_all_acts() -> None:
             "--loss_type real --top_entropy_quantile 0.5",
             "real is a loss of whole groups and cannot leave out",
         ),
+        ("--loss_type maxrl", "maxrl is a credit: --advantage_estimator maxrl"),
+        ("--advantage_estimator real", "real is a loss: --loss_type real"),
         ("--loss_type gspo", "GSPO is --loss_type grpo --importance_sampling_level sequence"),
         ("--rlhf_type dapo --loss_type cispo", "cispo needs --epsilon_high"),
         ("--router_aux_loss_coef 0.1 --prefix_sharing true", "which --prefix_sharing true does not"),

@@ -12,6 +12,7 @@ _ORDER = (
     "Model",
     "Data",
     "RL algorithm",
+    "Teachers",
     "Rewards",
     "Sampling",
     "Several turns",

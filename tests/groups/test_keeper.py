@@ -166,7 +166,10 @@ def test_budgets_end_it_with_the_way_to_go_on(make: Any) -> None:
     world.step(0, (1, signal.SIGKILL))
     with pytest.raises(RestartsUsedUpError, match="--resume_from_checkpoint auto"):
         world.step(1, (1, signal.SIGKILL))
-    alone = make(every=0)
-    alone.step(0)
+
+
+def test_without_snapshots_a_loss_is_named_for_who_begins_the_run_again(make: Any) -> None:
+    world = make(every=0)
+    world.step(0)
     with pytest.raises(SnapshotMissingError, match="--snapshot_steps"):
-        alone.step(1, (0, signal.SIGKILL))
+        world.step(1, (0, signal.SIGKILL))

@@ -109,7 +109,7 @@ class Keeper:
         """Who was lost, as a fault; an error that has another cause is raised as it is."""
         reason = str(error).partition("\n")[0].strip(" .")
         if isinstance(error, (WorkerHungError, DeadlineExceededError)):
-            who = re.match(rf"{re.escape(self._group.name)}\[\d+\]", reason)
+            who = re.match(rf"{re.escape(self._group.name)}\[\d+\](?= (?:gives|did))", reason)
             return self._fault(who[0] if who else self._group.name, what, f"{reason}, during '{what}'.")
         dead = self._dead(patient=bool(_BROKEN.search(str(error))))
         if not dead:

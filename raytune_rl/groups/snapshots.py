@@ -105,6 +105,8 @@ class Snapshots:
     def interval(self) -> int:
         """Steps from one to the next, as things are."""
         newest = self._history.snapshot
+        if newest is None and self._history.checkpoint is not None:
+            return 1  # that checkpoint may be removed when there are newer ones
         if self._every is not None:
             return self._every
         if newest is None or not self._seconds:

@@ -151,3 +151,14 @@ def test_a_checkpoint_that_is_loaded_is_where_the_world_begins() -> None:
     ranks.history.restored(Path("checkpoint-4"))
     assert (ranks.history.snapshot, steps(ranks.history)) == (None, [])
     assert ranks.history.checkpoint == Path("checkpoint-4")
+
+
+def test_after_a_resume_the_first_step_is_kept_at_once_as_its_checkpoint_may_be_removed() -> None:
+    ranks = Ranks(every=50)
+    ranks.whole = True
+    ranks.history.restored(Path("checkpoint-4"))
+    for number in range(3):
+        ranks.step(number)
+    ranks.snapshots.settle()
+    assert ranks.history.snapshot is not None
+    assert (ranks.asked, ranks.history.snapshot.steps, steps(ranks.history)) == (1, 1, [1, 2])

@@ -21,7 +21,7 @@ SUSPECT = 2
 """Losses from which on a prompt has a member to itself."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
     """A prompt that is to be answered.
 
@@ -36,7 +36,7 @@ class Work:
     tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """A prompt that goes to a member now."""
 
@@ -52,7 +52,7 @@ class Loss:
     quarantined: tuple[int, ...]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Entry:
     work: Work
     losses: int = 0

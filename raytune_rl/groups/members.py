@@ -22,7 +22,7 @@ Done = Callable[[Reply], None]
 """Told once, from any thread, when an answer is there."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GroupCall:
     """A prompt that is asked.
 

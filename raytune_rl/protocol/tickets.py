@@ -13,14 +13,14 @@ InFlight = Literal["drain", "keep", "recompute", "abort"]
 key-value cache, go on with one that the new weights compute anew, or are thrown away and asked again."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Ticket:
     """One prompt that was asked, with all of its completions. Numbers rise in the order of asking."""
 
     number: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Finished:
     """All completions of a prompt are there, in the order of its seeds."""
 
@@ -51,7 +51,7 @@ class Cancelled:
 Outcome = Finished | Failed | Cancelled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Burst:
     """Prompts that one engine begins in the same step.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from raytune_rl.protocol.rows import RowPointer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EpisodeRequest:
     """One prompt and the completions wanted of it.
 
@@ -23,7 +23,7 @@ class EpisodeRequest:
     seeds: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EpisodeFacts:
     """One completion in numbers, as the rollout worker reports it: no tokens.
 
@@ -54,7 +54,7 @@ class EpisodeFacts:
     newest_version: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """One completion as the driver knows it: where it lies and how long it is.
 

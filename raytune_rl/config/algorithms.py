@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import create_model
 
-from raytune_rl.algorithms.correction import RolloutCorrection
+from raytune_rl.algorithms.correction import Mode, RolloutCorrection
 from raytune_rl.algorithms.credit.base import Credit, CreditKind, credit_names, get_credit
 from raytune_rl.algorithms.options import Option, options_of
 from raytune_rl.algorithms.registry import Loss, online_losses
+from raytune_rl.config.asynchrony import staleness_bound
 from raytune_rl.config.base import Options, setting
 from raytune_rl.errors import ConfigError
 
@@ -99,12 +100,24 @@ def kl_estimator(config: Any) -> Literal["k1", "k2", "k3"]:
     return config.kl_estimator or ("k1" if wants_kl_in_reward(config) else "k3")
 
 
+def rollout_correction(config: Any) -> Mode | None:
+    """How tokens are weighed by the ratio of the policy to what sampled them; None: not at all.
+
+    Where completions may be of older weights, that ratio is what makes the surrogate's expectation the one
+    under the policy (AReaL's decoupled objective, Fu et al. 2025, section 5.2), cut as its variance wants it.
+    """
+    mode = config.rollout_importance_sampling_mode
+    if mode is None:
+        return "token_truncate" if staleness_bound(config) else None
+    return None if mode == "none" else mode
+
+
 def loss_settings(config: Any, loss: Loss, loss_args: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """An online loss's settings, as the flags and `--loss_args` say; see `settings_of`."""
     correction = None
-    if config.rollout_importance_sampling_mode is not None:
+    if (mode := rollout_correction(config)) is not None:
         correction = RolloutCorrection(
-            config.rollout_importance_sampling_mode,
+            mode,
             config.rollout_importance_sampling_threshold,
             config.rollout_importance_sampling_min,
         )

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from raytune_rl.algorithms.registry import online_losses
 from raytune_rl.config import deepspeed as presets
 from raytune_rl.config.algorithms import loss_settings
+from raytune_rl.config.asynchrony import AsyncOptions
 from raytune_rl.config.batching import grpo_batch_of
 from raytune_rl.config.cluster import OnlineGroupsOptions, PolicyGroupOptions
 from raytune_rl.config.corrections import CorrectionOptions
@@ -96,6 +97,7 @@ class RLHFConfig(
     CorrectionOptions,
     TeacherOptions,
     RLOptions,
+    AsyncOptions,
     RolloutOptions,
     PrefixSharingOptions,
     _TrainConfig,
@@ -197,6 +199,12 @@ class RLHFConfig(
             raise ConfigError(
                 "--loss_type gkd takes the distribution of one teacher a row: name one --teacher_model, or "
                 "say whose a row is by --teacher_column."
+            )
+        if self.demonstrates and self.async_generate:
+            raise ConfigError(
+                f"--async_generate true is for completions of the policy, and with --lmbda {self.lmbda:g} "
+                "some generations are answers of the data, which nobody samples: use --lmbda 1, or leave "
+                "--async_generate out."
             )
         if self.demonstrates and self.teacher_column is not None:
             raise ConfigError(

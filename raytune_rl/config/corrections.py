@@ -17,12 +17,13 @@ class CorrectionOptions(Options):
     """Rollout corrections. The gap itself is measured on every step (`rollout_correction/*`)."""
 
     rollout_importance_sampling_mode: (
-        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
+        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"] | None
     ) = _setting(
         None,
         "Weigh tokens by the ratio of the policy to the engine that sampled them, of each token or of the "
         "whole completion; over the threshold a ratio is cut to it (truncate) or the token left out (mask). "
-        "Not set: no weighing.",
+        "none: no weighing. Not set: token_truncate with --async_generate, where completions may be of older "
+        "weights, else none.",
     )
     rollout_importance_sampling_threshold: float = _setting(2.0, "Upper bound of that ratio.", gt=0)
     rollout_importance_sampling_min: float | None = _setting(

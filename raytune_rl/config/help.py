@@ -21,6 +21,7 @@ _ORDER = (
     "Tuner",
     "Output and checkpoints",
     "Rollout engine (vLLM)",
+    "Asynchronous rollouts",
     "Cluster",
     "Export",
 )

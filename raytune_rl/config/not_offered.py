@@ -109,7 +109,7 @@ NOT_BUILT: dict[str, str] = {
     "train_dataloader_shuffle": "use --dataset_shuffle",
     "packing_length": "packs hold --max_length tokens", "packing_num_proc": "", "download_mode": "",
     # online RL
-    "async_generate": "", "move_model_batches": "", "chord_mu": "", "chord_phi": "",
+    "move_model_batches": "", "chord_mu": "", "chord_phi": "",
     "chord_sft_dataset": "", "use_gym_env": _GYM, "gym_env": _GYM, "context_manager": _GYM,
     "completion_length_limit_scope": "each answer of several turns may have --max_completion_length tokens",
     "infer_backend": "answers come from vLLM", "use_liger_loss": "",

@@ -181,10 +181,33 @@ def _online(config: RLHFConfig) -> Iterable[str]:
         own = ["reward_workers", "cpus_per_reward_worker", "reward_timeout", "reward_memory_limit"]
         yield from _idle(config, own, "there are no --reward_funcs")
     yield from _loss(config)
+    yield from _ahead(config)
     if not config.external_plugins:  # whose rewards may read any of these
         for name, flags in _REWARD_FLAGS.items():
             if name not in config.reward_funcs:
                 yield from _idle(config, flags, f"they belong to --reward_funcs {name}")
+
+
+def _ahead(config: RLHFConfig) -> Iterable[str]:
+    """Of sampling ahead of the training."""
+    if not config.async_generate:
+        names = ("max_staleness", "rollout_in_flight")
+        yield from _idle(config, names, "they belong to --async_generate true")
+        return
+    if config.max_staleness == 0:
+        yield "--async_generate true with --max_staleness 0 is the synchronous loop: nothing may be older."
+        yield from _idle(config, ("rollout_in_flight",), "nothing is in flight when weights arrive")
+        return
+    if config.rollout_importance_sampling_mode == "none" and config.off_policy_sequence_mask_delta is None:
+        yield (
+            f"--rollout_importance_sampling_mode none: completions up to {config.max_staleness} weight "
+            "version(s) old are trained on as if the present policy had sampled them."
+        )
+    if config.max_logp_gap:
+        yield (
+            "--max_logp_gap: with --async_generate engines prove themselves at the start and after a loss as "
+            "ever, but only steps whose completions are all of the newest weights are looked at."
+        )
 
 
 def _loss(config: RLHFConfig) -> Iterable[str]:
@@ -207,9 +230,11 @@ def _loss(config: RLHFConfig) -> Iterable[str]:
             yield from _idle(config, (name,), f"it belongs to --advantage_estimator {' and '.join(owners)}")
     if config.advantage_args and is_built_in_credit(estimator):
         yield f"--advantage_args does nothing: --advantage_estimator {estimator} has flags of its own."
-    if config.rollout_importance_sampling_mode is None:
+    if resolved.rollout_correction(config) is None:
         names = ("rollout_importance_sampling_threshold", "rollout_importance_sampling_min")
-        yield from _idle(config, names, "--rollout_importance_sampling_mode is not given")
+        mode = config.rollout_importance_sampling_mode
+        why = f"--rollout_importance_sampling_mode is {'not given' if mode is None else mode}"
+        yield from _idle(config, names, why)
     if not config.sync_ref_model:
         names = ("ref_model_sync_steps", "ref_model_mixup_alpha")
         yield from _idle(config, names, "they belong to --sync_ref_model true")

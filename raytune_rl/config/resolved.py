@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from raytune_rl.config import algorithms
+from raytune_rl.config.asynchrony import staleness_bound
 from raytune_rl.config.commands import PPOConfig, RLHFConfig, TrainConfig
 from raytune_rl.config.training import Strategy
 
@@ -91,6 +92,17 @@ def credit(config: RLHFConfig) -> str:
 def num_generations_eval(config: RLHFConfig) -> int:
     """As `num_generations`, unless given."""
     return config.num_generations if config.num_generations_eval is None else config.num_generations_eval
+
+
+def max_staleness(config: RLHFConfig) -> int:
+    """Most weight versions between sampling and training; 0 in the synchronous loop."""
+    return staleness_bound(config)
+
+
+def rollout_correction(config: RLHFConfig) -> str | None:
+    """Of each token, cut at the threshold, where completions may be of older weights; none in the synchronous
+    loop; unless given."""
+    return algorithms.rollout_correction(config)
 
 
 def eval_temperature(config: RLHFConfig) -> float:

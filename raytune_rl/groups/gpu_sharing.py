@@ -28,6 +28,14 @@ class Frozen(Protocol):
         ...
 
 
+def take_turns(config: RLHFConfig, groups: Groups) -> bool:
+    """Whether engines cannot sample while the policy trains: they give each other's memory back."""
+    shared = groups.on_gpu and groups.colocated
+    return shared and (
+        specs.sleep_level(config, groups) > 0 or config.offload_model or config.offload_optimizer
+    )
+
+
 class GPUSharing:
     """Moves weights and caches in the one order that never holds both in full.
 
@@ -57,6 +65,11 @@ class GPUSharing:
         self._frozen, self._judges = frozen, judges
         self._awake, self._offloaded = not self._sleeps, False
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether engines cannot sample while the policy trains."""
+        return self._sleeps or self._weights or self._optimizer
+
     def to_policy(self) -> None:
         """The policy is about to train, publish or be saved."""
         if self._sleeps and self._awake:
@@ -72,7 +85,7 @@ class GPUSharing:
     def to_rollout(self) -> bool:
         """The engines are about to sample. True if they woke up, and so must pull their weights first."""
         # Also with nothing to move: what the others' allocators keep is not free for an engine.
-        if (self._sleeps or self._weights or self._optimizer) and not self._offloaded:
+        if self.takes_turns and not self._offloaded:
             self._learners.offload(self._weights, self._optimizer)
             for group in self._frozen:
                 group.offload(self._weights)

@@ -12,7 +12,7 @@ trained on does not depend on who was fastest: short answers are not preferred a
 trains on the same groups as an uninterrupted one. k = 0 is the synchronous loop.
 
 The bound is AReaL's (Fu et al. 2025, "AReaL: a large-scale asynchronous reinforcement learning system for
-language reasoning", eq. 3).
+language reasoning", section 5.1).
 """
 
 from __future__ import annotations
@@ -119,23 +119,28 @@ class ExperienceBuffer(Generic[Group]):
         """A group will not be trained on: another may be asked in its place."""
         return self._places.pop(number).asked
 
+    @property
+    def complete(self) -> bool:
+        """Whether the next generation is there."""
+        return sum(place.group is not None for place in self._heads()) == self._size
+
     def waits_for(self) -> list[Asked]:
-        """The groups of the next generation that are not there yet."""
+        """The groups of the next generation that were asked and are not there yet."""
         return [place.asked for place in self._heads() if place.group is None]
 
-    def take(self, version: int) -> list[Group] | None:
-        """The groups of the next generation in the order of asking; None: they are not all there.
+    def take(self, version: int) -> list[Group]:
+        """The groups of the next generation in the order of asking.
 
         Args:
             version: Of the weights that it will be trained with first.
 
         Raises:
-            RaytuneError: One of them is older than the bound.
+            RaytuneError: They are not all there, or one of them is older than the bound.
         """
         heads = self._heads()
         groups = [place.group for place in heads if place.group is not None]
         if len(groups) < self._size:
-            return None
+            raise RaytuneError("a generation was taken before it was there; this is a defect of raytune_rl")
         for place in heads:
             if version - place.oldest > self._staleness:
                 raise RaytuneError(

@@ -8,21 +8,28 @@ prompts do not fill the batch either, groups without a signal fill it up, and ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
-from raytune_rl.algorithms.advantages import combine_rewards
+import numpy as np
+
 from raytune_rl.algorithms.credit.base import Credit
-from raytune_rl.algorithms.experience import Experience, fill_with_signal, known_values
+from raytune_rl.algorithms.experience import Experience, fill_with_signal, join
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.data.sampler import BatchPlan, stretch
+from raytune_rl.errors import CheckpointError, RaytuneError
+from raytune_rl.groups.fleet import row_seeds
 from raytune_rl.groups.start import Samplers
 from raytune_rl.pipelines.demonstrations import Demonstrations
+from raytune_rl.pipelines.group_flow import Outcome, Outside, Scored
 from raytune_rl.pipelines.position import PromptDraw
-from raytune_rl.pipelines.reward_notices import RewardNotices
 from raytune_rl.pipelines.run_state import RunState
+from raytune_rl.pipelines.scoring import Scoring
 from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.rewards import TrainerState
-from raytune_rl.protocol.trajectory import Trajectory
+from raytune_rl.protocol.trajectory import EpisodeRequest, Trajectory
 from raytune_rl.tracking.timer import StepTimer
 
 EVALUATION = 2**31
@@ -46,6 +53,41 @@ class Collected:
     demonstrated: bool = False
 
 
+class Collects(Protocol):
+    """Samples and scores for the loop of `online`: `Collector` one generation after another, in turn with the
+    training; `ahead.AheadCollector` while the policy trains."""
+
+    def serve(self, version: int) -> None:
+        """The engines serve new weights."""
+
+    def ready(self) -> None:
+        """The engines are awake, serve the present weights, and nothing is in flight."""
+
+    def ask_ahead(self, progress: TrainerState) -> None:
+        """Asks for what may be sampled before it is needed."""
+
+    def collect(self, generation: int, version: int, state: TrainerState, timer: StepTimer) -> Collected:
+        """The next generation."""
+        ...
+
+    def going_on(self) -> AbstractContextManager[None]:
+        """Whatever is in flight goes on while the block runs."""
+        ...
+
+    def held_out(self, prompts: PromptSet, version: int, state: TrainerState) -> Experience:
+        """Completions of all held-out prompts, with rewards."""
+        ...
+
+    def finish_scoring(self) -> None:
+        """Waits for the rewards of what is sampled."""
+
+    def save(self, directory: Path) -> None:
+        """Writes what it holds into a checkpoint."""
+
+    def load(self, directory: Path) -> None:
+        """Takes up what a checkpoint has."""
+
+
 class Collector:
     """Collects one generation after another.
 
@@ -56,7 +98,8 @@ class Collector:
         prompts_per_generation: Groups of a generation.
         state: Of the run; what becomes of prompts is counted there.
         credit: Says which groups teach anything.
-        say: Tells the user a sentence.
+        scoring: Gives rewards and counts.
+        outside: The world.
         demonstrations: Answers of the data that some generations consist of; None without any.
     """
 
@@ -68,21 +111,54 @@ class Collector:
         prompts_per_generation: int,
         state: RunState,
         credit: Credit,
-        say: Callable[[str], None],
+        scoring: Scoring,
+        outside: Outside,
         demonstrations: Demonstrations | None = None,
     ) -> None:
         self._demonstrations = demonstrations
-        self._config, self._groups, self._prompts, self._say = config, groups, prompts, say
-        self._state, self._credit = state, credit
+        self._config, self._groups, self._prompts = config, groups, prompts
+        self._state, self._credit, self._scoring = state, credit, scoring
+        self._version, self._progress = -1, TrainerState(0, 0)
+        self._flow = outside.flow(groups.rollout, self._score, config.step_timeout)
         order = BatchPlan(len(prompts), prompts_per_generation, config.data_seed, config.dataset_shuffle)
         self._order, self._draw = order, PromptDraw(order, {"generation": state.generation, **state.data})
-        self._notices = RewardNotices(say)
 
-    def _book(self, outcome: str, groups: Experience) -> None:
-        """Enters what became of the prompts of these groups."""
-        failed = len(groups.unscored())
-        self._state.prompt_failures["no completion has a reward"] += failed
-        self._state.prompt_counts[outcome] += len(groups.groups) - failed
+    def serve(self, version: int) -> None:
+        """Every engine pulls a version; on shared GPUs it is their turn then."""
+        self._version = version
+        self._groups.gpu_sharing.to_rollout()
+        self._groups.rollout.load(version)
+
+    def ready(self) -> None:
+        """Engines that slept pull their version again."""
+        if self._groups.gpu_sharing.to_rollout():
+            self._groups.rollout.load(self._version)
+
+    def ask_ahead(self, progress: TrainerState) -> None:
+        """Nothing is."""
+
+    def going_on(self) -> AbstractContextManager[None]:
+        """Nothing is in flight while the policy trains."""
+        return nullcontext()
+
+    def finish_scoring(self) -> None:
+        """A generation has its rewards."""
+
+    def save(self, directory: Path) -> None:
+        """There is nothing beside the run's state."""
+
+    def load(self, directory: Path) -> None:
+        """There must be no prompts that were asked ahead: they would be lost.
+
+        Raises:
+            CheckpointError: There are.
+        """
+        if self._state.ahead:
+            raise CheckpointError(
+                f"{directory.name} is of a run with --async_generate true and holds {self._state.ahead} "
+                "prompts that were asked ahead of the training: resume with --async_generate true and "
+                "--max_staleness 1 or more, or from a checkpoint of a synchronous run."
+            )
 
     def collect(self, generation: int, version: int, state: TrainerState, timer: StepTimer) -> Collected:
         """Samples and scores a generation with a weight version; or takes it from the data, where due."""
@@ -91,19 +167,11 @@ class Collector:
             self._state.data = self._draw.state()
             return Collected(shown.of(generation, version), demonstrated=True)
 
+        self._progress = state
+
         def round_of(prompts: Sequence[int], seeds: int) -> Experience:
-            self._state.prompt_counts["dispatched"] += len(prompts)
-            with timer.phase("generate"):
-                batch = self.sample(self._prompts, prompts, self._config.num_generations, version, seeds)
-            with timer.phase("reward"):
-                experience = self.score(batch, self._prompts, state)
-            for one in batch:
-                if one.episode.failure:
-                    self._state.reward_failures[
-                        f"--multi_turn_scheduler: {one.episode.failure.partition(':')[0]}"
-                    ] += 1
-            for failure in experience.scored.failures:
-                self._state.reward_failures[f"{failure.function}: {failure.kind}"] += 1
+            experience = self.groups_of(prompts, seeds, version, timer)
+            self._scoring.count(experience)
             return experience
 
         if self._config.dynamic_sample:
@@ -111,7 +179,7 @@ class Collector:
         else:
             collected = Collected(round_of(self._draw.next(), generation))
             self._state.data = self._draw.state()
-        self._book("finished", collected.kept)
+        self._scoring.book("finished", collected.kept)
         return collected
 
     def _with_signal(
@@ -130,9 +198,9 @@ class Collector:
 
         filled = fill_with_signal(wanted, rounds, draw, self._credit.informative)
         replaced = len(filled.replaced.groups)
-        self._book("one reward in the group", filled.replaced)
+        self._scoring.book("one reward in the group", filled.replaced)
         if filled.without_signal:
-            self._tell_short(generation, wanted, wanted - filled.without_signal, wanted + replaced)
+            self._scoring.tell_short(generation, wanted, wanted - filled.without_signal, wanted + replaced)
         return Collected(
             filled.kept,
             filled.replaced if replaced else None,
@@ -145,35 +213,64 @@ class Collector:
             },
         )
 
-    def _tell_short(self, generation: int, wanted: int, have: int, sampled: int) -> None:
-        self._state.short_generations += 1
-        if self._state.short_generations == 1:
-            self._say(
-                f"Note: generation {generation}: of {sampled} prompts only {have} have completions with "
-                f"different rewards, {wanted} are wanted, and --max_resample_times "
-                f"{self._config.max_resample_times} is used up. The rest of the batch teaches nothing. "
-                "Further such generations are only counted (dynamic_sample/filled_without_signal)."
-            )
+    def groups_of(self, rows: Sequence[int], batch: int, version: int, timer: StepTimer) -> Experience:
+        """Scored completions of prompts by a weight version, in their order.
 
-    def sample(
-        self, prompts: PromptSet, rows: Sequence[int], completions: int, version: int, batch: int
-    ) -> list[Trajectory]:
-        """Completions by a weight version; engines that slept pull it first."""
-        rollout = self._groups.rollout
-        if self._groups.gpu_sharing.to_rollout():
-            rollout.load(version)
-        evaluation = batch == EVALUATION
-        return rollout.generate(prompts, rows, completions, version, batch, evaluation=evaluation)
-
-    def score(self, batch: list[Trajectory], prompts: PromptSet, state: TrainerState) -> Experience:
-        """The rewards of trajectories."""
-        scored = self._groups.rewards.score(batch, prompts, state)
-        self._notices.tell(scored)
-        weights = resolved.reward_weights(self._config)
-        return Experience(batch, scored, combine_rewards(known_values(scored, weights), weights))
+        A prompt that nobody can answer is left out, and another takes its place; which one, the seed says.
+        """
+        found: dict[int, Experience] = {}
+        asked = dict(enumerate(rows))
+        attempt = 0
+        while asked:
+            self._state.prompt_counts["dispatched"] += len(asked)
+            seeds = row_seeds(self._config.seed, batch, list(asked.values()), self._config.num_generations)
+            places = zip(asked.items(), seeds, strict=True)
+            requests = [EpisodeRequest(place, int(row), own) for (place, row), own in places]
+            scored, lost = self._answers(requests, self._prompts, version, timer)
+            found |= scored
+            for place, reason in lost.items():
+                self._scoring.lost(asked[place], reason)
+            attempt += 1
+            others = np.random.default_rng([self._config.data_seed, batch, attempt])
+            asked = {place: int(others.integers(self._order.n)) for place in lost}
+        return join([found[place] for place in sorted(found)])
 
     def held_out(self, prompts: PromptSet, version: int, state: TrainerState) -> Experience:
         """Completions of all held-out prompts; the same seeds each time: what changes is the policy alone."""
-        count = resolved.num_generations_eval(self._config)
-        batch = self.sample(prompts, range(len(prompts)), count, version, EVALUATION)
-        return self.score(batch, prompts, state)
+        self._progress = state
+        rows = range(len(prompts))
+        seeds = row_seeds(self._config.seed, EVALUATION, rows, resolved.num_generations_eval(self._config))
+        requests = [EpisodeRequest(row, row, own) for row, own in zip(rows, seeds, strict=True)]
+        scored, lost = self._answers(requests, prompts, version, StepTimer(), evaluation=True)
+        for reason in lost.values():
+            self._scoring.left_out(reason)
+        if not scored:
+            raise RaytuneError("no held-out prompt was answered; the notes above say why")
+        return join([scored[row] for row in sorted(scored)])
+
+    def _answers(
+        self,
+        requests: Sequence[EpisodeRequest],
+        prompts: PromptSet,
+        version: int,
+        timer: StepTimer,
+        *,
+        evaluation: bool = False,
+    ) -> tuple[dict[int, Experience], dict[int, str]]:
+        """What became of requests, by their number: scored, or why not. Rewards are asked for as groups are
+        there.
+        """
+        ends: list[Outcome] = []
+        with timer.phase("generate"):
+            self.ready()
+            tickets = self._flow.ask(requests, prompts, together=True, evaluation=evaluation, version=version)
+            ends += self._flow.until(lambda: not self._flow.sampling)
+        with timer.phase("reward"):
+            ends += self._flow.until(lambda: self._flow.idle)
+        numbers = {t: request.prompt_id for t, request in zip(tickets, requests, strict=True)}
+        scored = {numbers[end.ticket]: end.group for end in ends if isinstance(end, Scored)}
+        lost = {numbers[end.ticket]: end.reason for end in ends if not isinstance(end, Scored)}
+        return scored, lost
+
+    def _score(self, batch: list[Trajectory], prompts: PromptSet) -> Experience:
+        return self._scoring.score(batch, prompts, self._progress)

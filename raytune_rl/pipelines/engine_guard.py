@@ -118,6 +118,7 @@ class EngineGuard:
         prompts: One of these, the shortest, is the probe.
         on_gpu: Decides the dtype.
         restarts: How many engines were started anew so far.
+        ready: Makes the engines awake and idle, under the present weights.
         say: Tells the user a sentence.
     """
 
@@ -128,6 +129,7 @@ class EngineGuard:
         prompts: PromptSet,
         on_gpu: bool,
         restarts: Callable[[], int],
+        ready: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
         self._config = config
@@ -136,7 +138,7 @@ class EngineGuard:
         self._limit = gap_limit(config, on_gpu)
         self._watch = GapWatch(watched_limit(config, on_gpu), say)
         self._dtype = specs.dtype(config, on_gpu)
-        self._restarts = restarts
+        self._restarts, self._ready = restarts, ready
         self._proven = 0
         self._versions: set[int] = set()
 
@@ -168,8 +170,7 @@ class EngineGuard:
 
     def _gap(self, version: int, attempt: int) -> float:
         groups = self._groups
-        if groups.gpu_sharing.to_rollout():
-            groups.rollout.load(version)
+        self._ready()
         rows = [int(np.argmin(self._prompts.lengths))] * groups.rollout.engines
         probe = groups.rollout.plain(TOKENS)
         batch: list[Trajectory] = probe.generate(

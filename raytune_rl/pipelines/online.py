@@ -31,11 +31,13 @@ from raytune_rl.groups.sizes import online_groups
 from raytune_rl.groups.start import OnlineGroups, OnlineSetup, start_groups
 from raytune_rl.multi_turn.scheduler import make_scheduler
 from raytune_rl.pipelines import dry_run, memory, report
-from raytune_rl.pipelines.collect import Collected, Collector
+from raytune_rl.pipelines.ahead import AheadCollector
+from raytune_rl.pipelines.collect import Collected, Collector, Collects
 from raytune_rl.pipelines.demonstrations import Demonstrations, demonstrations_of
 from raytune_rl.pipelines.engine_guard import METRIC, EngineGuard
 from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.going_on import going_on
+from raytune_rl.pipelines.group_flow import Outside
 from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
@@ -44,6 +46,7 @@ from raytune_rl.pipelines.recovery import rules_of
 from raytune_rl.pipelines.resume_point import open_run
 from raytune_rl.pipelines.run_models import RunModels, RunStep
 from raytune_rl.pipelines.run_state import RunState
+from raytune_rl.pipelines.scoring import Scoring
 from raytune_rl.prepare.sets import check_lengths, prompt_sets
 from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.rewards import TrainerState
@@ -187,6 +190,7 @@ class OnlineRun:
         state: What the run has come to.
         actors: The groups.
         demonstrations: Answers of the data that some generations consist of; None without any.
+        outside: The world of the collectors.
     """
 
     def __init__(
@@ -200,30 +204,35 @@ class OnlineRun:
         state: RunState,
         actors: OnlineGroups,
         demonstrations: Demonstrations | None = None,
+        outside: Outside = Outside(),  # noqa: B008, frozen
     ) -> None:
         self.config, self.algorithm, self.schedule = config, algorithm, schedule
         self.prompts, self.held_out = prompts, held_out if resolved.eval_strategy(config) != "no" else None
         self.run, self.state, self.actors = run, state, actors
         self.credit: Credit = algorithm.credit
-        self.collector = Collector(
-            config,
-            actors,
-            prompts,
-            schedule.batch.prompts_per_generation,
-            state,
-            self.credit,
-            run.say,
-            demonstrations,
-        )
+        scoring = Scoring(config, actors, state, run.say)
+        self.collector: Collects
+        if resolved.max_staleness(config):
+            self.collector = AheadCollector(
+                config, actors, prompts, schedule, state, self.credit, scoring, run.say, outside
+            )
+        else:
+            each = schedule.batch.prompts_per_generation
+            self.collector = Collector(
+                config, actors, prompts, each, state, self.credit, scoring, outside, demonstrations
+            )
         self.generation_log = GenerationLog(config, self.credit, run.completions, prompts, state, run.say)
         restarts = partial(state.lost_workers.__getitem__, "rollout")
-        self.guard = EngineGuard(config, actors, prompts, actors.sizes.on_gpu, restarts, run.say)
+        self.guard = EngineGuard(
+            config, actors, prompts, actors.sizes.on_gpu, restarts, self.collector.ready, run.say
+        )
         self.version = -1
 
     def restore(self, resume_point: ResumePoint) -> None:
         """Loads the checkpoint that the run goes on from, if it does."""
         if resume_point.checkpoint is None:
             return
+        self.collector.load(resume_point.checkpoint)
         self.actors.learners.load(resume_point.checkpoint)
         if self.moving_reference is not None:
             self.moving_reference.load(resume_point.checkpoint / REFERENCE)
@@ -238,7 +247,11 @@ class OnlineRun:
     # ---------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """GRPO (Shao et al. 2024, algorithm 1) over references; its kin differ in what the parts are told."""
+        """GRPO (Shao et al. 2024, algorithm 1) over references; its kin differ in what the parts are told.
+
+        The collector decides whether sampling goes on while the policy trains: synchronously nothing is
+        asked ahead, and nothing goes on.
+        """
         run, state = self.run, self.state
         self.publish(state.generation)
         if run.step == 0:
@@ -248,12 +261,13 @@ class OnlineRun:
             collected = self.collector.collect(state.generation, self.version, self.progress(), run.timer)
             self.guard.prove(self.version)
             self.actors.gpu_sharing.to_policy()
-            credited = self.credited(collected)
-            metrics = self.generation_log.tell(run.step + 1, collected, credited)
-            for part in self.optimizer_steps(len(credited.batch)):
-                self.train_step(collected.kept.batch[part], credited, part, metrics)
-                if run.step >= self.schedule.total_steps:
-                    break
+            with self.collector.going_on():
+                credited = self.credited(collected)
+                metrics = self.generation_log.tell(run.step + 1, collected, credited)
+                for part in self.optimizer_steps(len(credited.batch)):
+                    self.train_step(collected.kept.batch[part], credited, part, metrics)
+                    if run.step >= self.schedule.total_steps:
+                        break
             state.generation += 1
             last = run.step >= self.schedule.total_steps
             with run.timer.phase("sync"):
@@ -323,13 +337,16 @@ class OnlineRun:
             if self.algorithm.before_step is not None:
                 batch = self.prepared(batch, trajectories, tokens)
             step = self.actors.learners.train(batch, run.step)
-        gap = step.metrics.get("rollout_correction/logp_abs_diff_max", 0.0)
-        self.state.max_gap = max(self.state.max_gap, gap)
+        # Older weights sampled other log-probs: that is no defect, and such a step is not looked at.
+        fresh = all(t.episode.version == self.version for t in trajectories)
+        if fresh:
+            gap = step.metrics.get("rollout_correction/logp_abs_diff_max", 0.0)
+            self.state.max_gap = max(self.state.max_gap, gap)
         counters = report.step_metrics(run, step, self.schedule.steps_per_epoch)
         if self.state.lost_workers:
             counters["lost_workers"] = float(self.state.lost_workers.total())
         run.record({**step.metrics, **counters, **metrics})
-        self.guard.watch(step.metrics.get(METRIC), run.step)
+        self.guard.watch(step.metrics.get(METRIC) if fresh else None, run.step)
 
     def with_entropy_threshold(
         self, batch: TrainBatch, rows: TrainBatch, tokens: NDArray[np.int64]
@@ -373,12 +390,14 @@ class OnlineRun:
         """Makes the policy's weights the newest version and waits until every engine serves it."""
         actors = self.actors
         actors.gpu_sharing.to_policy()
-        manifest = actors.policy.publish(version)
-        actors.store.publish(manifest)
-        actors.gpu_sharing.to_rollout()
-        actors.rollout.load(version)
+        with self.collector.going_on():
+            manifest = actors.policy.publish(version)
+            actors.store.publish(manifest)
+        self.collector.serve(version)
         self.version, self.published = version, manifest
         self.guard.prove(version)
+        if not self.run.stop_requested:
+            self.collector.ask_ahead(self.progress())
 
     def after_generation(self, last: bool) -> None:
         """Does what is due: the reference's move, evaluation, checkpoint. A step inside a generation counts
@@ -393,13 +412,17 @@ class OnlineRun:
             self.evaluate()
         if last or run.stop_requested or due(run.step, per, resolved.checkpoint_interval(config, epoch)):
             self.actors.gpu_sharing.to_policy()
+            self.collector.finish_scoring()
             run.save(self, self.state.as_dict())
 
     def save(self, directory: Path, only_model: bool) -> None:
         """Writes a checkpoint's model, and what else has to be as it was for an exact resume."""
-        self.actors.learners.save(directory, only_model)
-        if self.moving_reference is not None and not only_model:
-            self.moving_reference.save(directory / REFERENCE)
+        if not only_model:
+            self.collector.save(directory)
+        with self.collector.going_on():
+            self.actors.learners.save(directory, only_model)
+            if self.moving_reference is not None and not only_model:
+                self.moving_reference.save(directory / REFERENCE)
 
     def evaluate(self) -> None:
         """Rewards of completions of the held-out prompts."""

@@ -119,10 +119,11 @@ def in_words(config: RLHFConfig, algorithm: Algorithm) -> list[tuple[str, str]]:
         where = "off the reward" if resolved.kl_in_reward(config) else "in the loss"
         rows.append(("KL", f"{resolved.kl_estimator(config)} {where}, beta {config.beta:g}"))
         rows.append(("reference", _reference(config)))
-    if config.rollout_importance_sampling_mode is not None:
+    if (mode := resolved.rollout_correction(config)) is not None:
         low, top = config.rollout_importance_sampling_min, config.rollout_importance_sampling_threshold
         within = f"{low or 0:g} to {top:g}"
-        rows.append(("rollout correction", f"{config.rollout_importance_sampling_mode}, {within}"))
+        chosen = "" if config.rollout_importance_sampling_mode else ", chosen for --async_generate"
+        rows.append(("rollout correction", f"{mode}, {within}{chosen}"))
     if config.off_policy_sequence_mask_delta is not None:
         rows.append(("off-policy mask", f"over {config.off_policy_sequence_mask_delta:g} nats a token"))
     if config.top_entropy_quantile < 1:

@@ -92,7 +92,8 @@ def generations_go_on(
     if max_steps > 0:
         return schedule, [f"{told}; --max_steps {max_steps} counts the steps of either size"]
     wanted = schedule.total_generations - at.epoch * each  # in the present epoch, by the present size
-    here = (prompts if wanted >= each else wanted * size) - at.taken
+    # What was asked ahead (--async_generate) was drawn, and is still to be trained on.
+    here = (prompts if wanted >= each else wanted * size) - at.taken + int(state.get("ahead", 0))
     left = max(here, 0) // size + max(wanted - each, 0)
     total = resume_point.step + left * batch.optimizer_steps_per_generation * batch.num_iterations
     told += f", and has {total:,} steps in all; the learning rate follows that number"

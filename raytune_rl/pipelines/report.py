@@ -19,6 +19,7 @@ from raytune_rl.config.commands import TrainConfig
 from raytune_rl.groups import lora_sync, specs
 from raytune_rl.groups.sizes import Groups, teacher_groups
 from raytune_rl.pipelines import recovery
+from raytune_rl.pipelines.ahead_plan import rollout_section
 from raytune_rl.pipelines.online_algorithms import Algorithm, in_words
 from raytune_rl.prepare.sets import quarantined
 from raytune_rl.protocol.data import Account, PromptSet
@@ -104,6 +105,7 @@ def online_plan(
                 train.account, len(train), held_out.account if held_out else None, len(held_out or ())
             ),
             with_row(generation.section(), _shared_prompts(config, train, batch)),
+            rollout_section(config, groups, schedule),
             Section("Algorithm", in_words(config, algorithm)),
             output_section(config, resume_point, schedule),
         ],

@@ -26,6 +26,7 @@ class RunState:
         reward_failures: "function: kind" -> samples.
         short_generations: Generations that could not be filled with groups that teach.
         silent_generations: Generations that taught nothing at all.
+        ahead: Prompts that were asked and are not trained on yet (`--async_generate`).
         lost_workers: Group -> workers that were lost and replaced.
         max_gap: Largest difference of a token's log-prob between policy and engine so far, nats.
     """
@@ -38,6 +39,7 @@ class RunState:
     reward_failures: Counter[str] = field(default_factory=Counter)
     short_generations: int = 0
     silent_generations: int = 0
+    ahead: int = 0
     lost_workers: Counter[str] = field(default_factory=Counter)
     max_gap: float = 0.0
 
@@ -53,6 +55,7 @@ class RunState:
             reward_failures=Counter(saved.get("reward_failures", {})),
             short_generations=int(saved.get("short_generations", 0)),
             silent_generations=int(saved.get("generations_without_signal", 0)),
+            ahead=int(saved.get("ahead", 0)),
             lost_workers=Counter(saved.get("lost_workers", {})),
             max_gap=float(saved.get("max_gap", 0.0)),
         )
@@ -70,9 +73,11 @@ class RunState:
             "prompt_failures": dict(self.prompt_failures),
             "reward_failures": dict(self.reward_failures),
             "short_generations": self.short_generations,
+            "ahead": self.ahead,
         }
 
     def account(self) -> PromptCounts:
         """The fate of every prompt that was sampled from for training."""
         counts, failures = dict(+self.prompt_counts), dict(+self.prompt_failures)
-        return PromptCounts(counts.pop("dispatched", 0), counts.pop("finished", 0), counts, failures)
+        dispatched, finished = counts.pop("dispatched", 0), counts.pop("finished", 0)
+        return PromptCounts(dispatched, finished, counts, failures, self.ahead)

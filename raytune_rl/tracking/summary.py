@@ -20,17 +20,21 @@ from raytune_rl.tracking.text import duration, number
 
 @dataclass(frozen=True)
 class PromptCounts:
-    """Every prompt dispatched comes back once: finished, filtered or failed, the last two with a reason."""
+    """Every prompt dispatched comes back once: finished, filtered or failed, the last two with a reason.
+    Where sampling is ahead of the training, an interrupted run leaves some to the run that goes on from it.
+    """
 
     dispatched: int
     finished: int
     filtered: Mapping[str, int] = field(default_factory=dict)
     failed: Mapping[str, int] = field(default_factory=dict)
+    ahead: int = 0
 
     @property
     def unaccounted(self) -> int:
         """Zero in a sound run; negative if prompts came back more than once."""
-        return self.dispatched - self.finished - sum(self.filtered.values()) - sum(self.failed.values())
+        ended = self.finished + sum(self.filtered.values()) + sum(self.failed.values())
+        return self.dispatched - ended - self.ahead
 
     def as_dict(self) -> dict[str, Any]:
         """For the log."""
@@ -39,6 +43,8 @@ class PromptCounts:
     def rows(self) -> list[tuple[str, str]]:
         rows = [("prompts dispatched", number(self.dispatched)), ("finished", number(self.finished))]
         rows += [("filtered", _with_reasons(self.filtered)), ("failed", _with_reasons(self.failed))]
+        if self.ahead:
+            rows.append(("asked ahead, not trained on", f"{number(self.ahead)} (in the last checkpoint)"))
         if self.unaccounted:
             rows.append(
                 ("UNACCOUNTED FOR", f"{number(self.unaccounted)} (a defect of raytune_rl: please report it)")

@@ -2,9 +2,11 @@
 
 import pytest
 
-from raytune_rl.config import RLHFConfig
+from raytune_rl.algorithms.correction import RolloutCorrection
+from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.parser import parse
 from raytune_rl.errors import ConfigError
+from raytune_rl.pipelines.online_algorithms import algorithm_of
 
 BASE = ["--model", "m", "--dataset", "d", "--reward_funcs", "accuracy", "--num_generations", "2"]
 
@@ -35,6 +37,24 @@ def notices(*argv: str) -> str:
         ),
         ("--rollout_importance_sampling_threshold 3", "--rollout_importance_sampling_mode is not given"),
         ("--ref_model_sync_steps 5", "they belong to --sync_ref_model true"),
+        (
+            "--max_staleness 2 --rollout_in_flight abort",
+            "--max_staleness, --rollout_in_flight do nothing: they belong to --async_generate true",
+        ),
+        (
+            "--async_generate true --max_staleness 0 --rollout_in_flight drain",
+            "--rollout_in_flight does nothing: nothing is in flight",
+        ),
+        ("--async_generate true --max_staleness 0", "is the synchronous loop: nothing may be older"),
+        (
+            "--async_generate true --rollout_importance_sampling_mode none",
+            "up to 1 weight version(s) old are trained on as if the present policy had sampled them",
+        ),
+        ("--async_generate true --max_logp_gap 0.1", "only steps whose completions are all of the newest"),
+        (
+            "--rollout_importance_sampling_mode none --rollout_importance_sampling_min 0.1",
+            "--rollout_importance_sampling_min does nothing: --rollout_importance_sampling_mode is none",
+        ),
         ("--max_resample_times 5", "it belongs to --dynamic_sample true"),
         ("--beta 0 --kl_in_reward true", "--kl_in_reward does nothing: with --beta 0"),
         ("--beta 0 --ref_model r --ref_adapters a", "--ref_model, --ref_adapters do nothing: with --beta 0"),
@@ -65,6 +85,7 @@ def test_an_adapter_trains_without_dropout_unless_told() -> None:
 
 def test_nothing_is_said_where_all_acts() -> None:
     assert notices("--loss_type", "sapo", "--tau_pos", "2", "--dynamic_sample", "true") == ""
+    assert notices("--async_generate", "true", "--rollout_importance_sampling_threshold", "5") == ""
     assert notices("--scale_rewards", "none", "--kl_in_reward", "true", "--kl_estimator", "k2") == ""
 
 
@@ -80,6 +101,12 @@ def test_nothing_is_said_where_all_acts() -> None:
         ),
         ("--loss_type maxrl", "maxrl is a credit: --advantage_estimator maxrl"),
         ("--advantage_estimator real", "real is a loss: --loss_type real"),
+        ("--async_generate true --max_staleness -1", "--max_staleness: '-1' must be at least 0"),
+        ("--async_generate true --rollout_in_flight wait", "--rollout_in_flight"),
+        (
+            "--rlhf_type gkd --teacher_model t --lmbda 0.5 --async_generate true",
+            "--async_generate true is for",
+        ),
         ("--loss_type gspo", "GSPO is --loss_type grpo --importance_sampling_level sequence"),
         ("--rlhf_type dapo --loss_type cispo", "cispo needs --epsilon_high"),
         ("--router_aux_loss_coef 0.1 --prefix_sharing true", "which --prefix_sharing true does not"),
@@ -97,3 +124,18 @@ def test_nothing_is_said_where_all_acts() -> None:
 def test_what_cannot_be_is_refused(argv: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         notices(*argv.split())
+
+
+def test_stale_completions_are_corrected_for_unless_told() -> None:
+    def mode(*argv: str) -> str | None:
+        return resolved.rollout_correction(parse([*BASE, *argv], RLHFConfig, environ={}).config)
+
+    asked = "--rollout_importance_sampling_mode"
+    assert mode() is None
+    assert mode("--async_generate", "true") == "token_truncate"
+    assert mode("--async_generate", "true", "--max_staleness", "0") is None
+    assert mode("--async_generate", "true", asked, "sequence_mask") == "sequence_mask"
+    assert mode("--async_generate", "true", asked, "none") is None
+    algorithm = algorithm_of(parse([*BASE, "--async_generate", "true"], RLHFConfig, environ={}).config)
+    assert "rollout_logprobs" in algorithm.needs
+    assert algorithm.loss.settings["correction"] == RolloutCorrection("token_truncate", 2.0)

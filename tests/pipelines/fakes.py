@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from raytune_rl.algorithms.experience import Experience
 from raytune_rl.config import RLHFConfig
 from raytune_rl.groups.start import OnlineGroups, learners_of
+from raytune_rl.groups.trajectory_data import TrajectoryData, TrajectoryStore
+from raytune_rl.pipelines.group_flow import Aside, Outside
+from raytune_rl.protocol.columns import Ragged
 from raytune_rl.protocol.data import Account, PromptSet, SourceCounts
 from raytune_rl.protocol.rewards import Failure, RewardTable, TrainerState
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
+from raytune_rl.protocol.tickets import Failed, Finished, FleetLoad, InFlight, Outcome, ServeReport, Ticket
 from raytune_rl.protocol.train import Estimates, EstimateSettings, RowLogprobs, StepReport, TokenOrder
-from raytune_rl.protocol.trajectory import EpisodeFacts, Trajectory
+from raytune_rl.protocol.trajectory import EpisodeFacts, EpisodeRequest, Trajectory
 from raytune_rl.protocol.weights import Manifest
 
 Reward = Callable[[Trajectory], float]
@@ -37,12 +43,16 @@ class Stage:
         shared: Whether policy and engines share their GPUs.
         owner: Who has them.
         on_call: Told of each call when it is made.
+        now: Of the scripted clock, seconds.
+        training_s: A step of the policy takes so long by it.
     """
 
     calls: list[str] = field(default_factory=list)
     shared: bool = False
     owner: str = "policy"
     on_call: Callable[[str], None] = lambda call: None
+    now: float = 0.0
+    training_s: float = 0.0
 
     def call(self, text: str, owner: str | None = None) -> None:
         """Writes a call down; `owner` must have the GPUs for it."""
@@ -72,6 +82,11 @@ class FakeSharing:
         woke = self._stage.shared and self._stage.owner == "policy"
         self._stage.owner = "rollout"
         return woke
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether there is only one of them at a time."""
+        return self._stage.shared
 
 
 class FakeRollout:
@@ -135,6 +150,163 @@ class FakeRollout:
         self._stage.call("rollout.forget_prompts", "rollout")
 
 
+Script = Callable[[int, Sequence[int]], float]
+"""Seconds that the completions of a prompt take, by its row and their seeds; negative: nobody can answer."""
+
+
+@dataclass
+class _Asked:
+    """A prompt in flight."""
+
+    request: EpisodeRequest
+    prompts: PromptSet
+    version: int
+    newest: int
+    due: float
+
+
+class FakeFleet(FakeRollout):
+    """See `groups.fleet.RolloutFleet`: engines without end, in which each prompt takes the time that a script
+    says. Where they are waited for, the clock jumps to whoever is the next.
+
+    Attributes:
+        script: Says how long.
+        asked: Training prompts that were ever asked: row and seeds.
+    """
+
+    def __init__(self, stage: Stage, script: Script = lambda row, seeds: 1.0) -> None:
+        super().__init__(stage)
+        self.script = script
+        self.asked: list[tuple[int, tuple[int, ...]]] = []
+        self._flying: dict[Ticket, _Asked] = {}
+        self._tickets = 0
+
+    def submit(self, request: EpisodeRequest, prompts: PromptSet, *, evaluation: bool = False) -> Ticket:
+        """Asks for a group."""
+        return self._ask("submit", [request], prompts, evaluation)[0]
+
+    def submit_burst(
+        self,
+        requests: Sequence[EpisodeRequest],
+        prompts: PromptSet,
+        *,
+        evaluation: bool = False,
+        version: int | None = None,
+    ) -> list[Ticket]:
+        """Asks for groups at once."""
+        assert version in (None, self.loaded[0]), f"version {version} is not what the engines have"
+        return self._ask("submit_burst", requests, prompts, evaluation)
+
+    def _ask(
+        self, how: str, requests: Sequence[EpisodeRequest], prompts: PromptSet, evaluation: bool
+    ) -> list[Ticket]:
+        which = " evaluation:" if evaluation else ""
+        self._stage.call(f"rollout.{how}{which} {' '.join(str(one.row) for one in requests)}", "rollout")
+        version = self.loaded[0]
+        tickets = []
+        for one in requests:
+            ticket = Ticket(self._tickets)
+            self._tickets += 1
+            due = self._stage.now + abs(self.script(one.row, one.seeds))
+            self._flying[ticket] = _Asked(one, prompts, version, version, due)
+            tickets.append(ticket)
+            if not evaluation:
+                self.asked.append((one.row, one.seeds))
+        return tickets
+
+    def completed(self, timeout_s: float) -> Iterator[Outcome]:
+        """Whoever is done by now; if nobody is, whoever is the next, however long that takes."""
+        if self._flying:
+            self._stage.now = max(self._stage.now, min(one.due for one in self._flying.values()))
+        done = [t for t, one in self._flying.items() if one.due <= self._stage.now]
+        for ticket in sorted(done, key=lambda t: (self._flying[t].due, t)):
+            one = self._flying.pop(ticket)
+            if self.script(one.request.row, one.request.seeds) < 0:
+                yield Failed(ticket, f"prompt {one.request.row} ends whoever takes it")
+            else:
+                yield Finished(ticket, tuple(self._trajectories(ticket, one)))
+
+    def _trajectories(self, ticket: Ticket, asked: _Asked) -> Iterator[Trajectory]:
+        row, group = asked.request.row, asked.request.prompt_id
+        for sample in range(len(asked.request.seeds)):
+            facts = EpisodeFacts(
+                prompt_id=group,
+                sample=sample,
+                row=row * 10 + sample,
+                prompt_tokens=int(asked.prompts.lengths[row]),
+                completion_tokens=2 + sample,
+                finish_reason="length" if row % 5 == 4 else "stop",
+                version=asked.version,
+                newest_version=asked.newest,
+            )
+            where = [RowPointer(f"{what} {ticket.number}", row * 10 + sample) for what in ("tokens", "texts")]
+            yield Trajectory(row, group, where[0], where[1], facts)
+
+    def serve(self, version: int, *, in_flight: InFlight = "drain") -> ServeReport:
+        """All engines have a version."""
+        self._stage.call(f"rollout.serve {version}", "rollout")
+        self.loaded[0] = version
+        for one in self._flying.values():
+            if in_flight == "drain":
+                self._stage.now = max(self._stage.now, one.due)
+            elif one.due > self._stage.now:
+                one.newest = version
+                if in_flight == "abort":
+                    one.version = version
+                    one.due = self._stage.now + abs(self.script(one.request.row, one.request.seeds))
+        return ServeReport(version, 1, 0.0)
+
+    def load(self, version: int | None = None) -> Any:
+        """How busy they are; or pulls a version."""
+        if version is not None:
+            return super().load(version)
+        return FleetLoad(1, 0, len(self._flying), 0, 0.0, 0.0)
+
+
+class FakeAside(Aside[Experience]):
+    """Does its work at once."""
+
+    def start(self, work: Callable[[], Experience]) -> None:
+        """Does it."""
+        self._done: Experience | None = work()
+
+    @property
+    def busy(self) -> bool:
+        """Whether its answer was not fetched."""
+        return getattr(self, "_done", None) is not None
+
+    def fetch(self, timeout_s: float) -> Experience | None:
+        """Its answer."""
+        answer, self._done = getattr(self, "_done", None), None
+        return answer
+
+
+class FakeStore(TrajectoryStore):
+    """Trajectories whose content is their pointers."""
+
+    def read(self, trajectories: Sequence[Trajectory]) -> TrajectoryData:
+        """Of a group."""
+        rows = Ragged.from_rows([[t.data.row] for t in trajectories], np.int64)
+        return TrajectoryData({"rows": rows}, [t.text.ref for t in trajectories], [])
+
+    def write(
+        self, data: TrajectoryData, trajectories: Sequence[Trajectory], prompts: PromptSet
+    ) -> list[Trajectory]:
+        """As they were."""
+        rows = data.columns["rows"]
+        return [
+            replace(
+                t, data=RowPointer(f"saved {text}", int(rows[i][0])), text=RowPointer(text, int(rows[i][0]))
+            )
+            for i, (t, text) in enumerate(zip(trajectories, data.texts, strict=True))
+        ]
+
+
+def outside(stage: Stage) -> Outside:
+    """The world by the scripted clock, where nothing happens in the background."""
+    return Outside(lambda work: nullcontext(), FakeAside, lambda: stage.now, FakeStore(1.0))
+
+
 class FakeRewards:
     """See `groups.rewards.Scorer`."""
 
@@ -178,6 +350,7 @@ class FakeTrainable:
         )
         self.batches.append(batch)
         self.updates += 1
+        self._stage.now += self._stage.training_s
         return self
 
     def finish(self) -> StepReport:
@@ -299,7 +472,7 @@ class FakeCritic:
         return Estimates(made, np.asarray(scores, dtype=np.float64), {"critic/returns": 0.5})
 
 
-class FakeStore:
+class FakeWeights:
     """See `groups.weight_store.WeightStore`."""
 
     def __init__(self, stage: Stage) -> None:
@@ -330,11 +503,11 @@ def cast_of(config: RLHFConfig, needs: frozenset[str], stage: Stage, reward: Rew
         "sizes": SimpleNamespace(on_gpu=False),
         "policy": policy,
         "learners": learners,
-        "rollout": FakeRollout(stage),
+        "rollout": FakeFleet(stage),
         "rewards": FakeRewards(stage, reward),
         "gpu_sharing": FakeSharing(stage),
         "reference": FakeReference(stage) if "ref_logprobs" in needs else None,
         "critic": FakeCritic(stage) if "values" in needs else None,
-        "store": FakeStore(stage),
+        "store": FakeWeights(stage),
     }
     return Cast(policy, model, critic, OnlineGroups(**groups))

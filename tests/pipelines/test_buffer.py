@@ -51,10 +51,10 @@ class Schedule:
         for _ in range(self.rng.integers(0, len(self.flying) + 1)):
             if self.flying:
                 self.finish_one()
-        while (taken := self.buffer.take(self.version)) is None:
+        while not self.buffer.complete:
             assert self.buffer.waits_for()
             self.finish_one()
-        self.trained.append(taken)
+        self.trained.append(self.buffer.take(self.version))
         for _ in range(self.rng.integers(0, len(self.flying) + 1)):  # while it is trained on
             if self.flying:
                 self.finish_one()
@@ -100,7 +100,7 @@ def test_without_staleness_it_is_the_synchronous_loop() -> None:
         assert len(asked) == 4
         assert buffer.admit(version) == 0
         for one in reversed(asked):
-            assert buffer.take(version) is None, "it waits for all"
+            assert not buffer.complete, "it waits for all"
             buffer.put(one.number, version, (one.row, version))
         assert buffer.take(version) == [(row, version) for row in range(4)]
         assert buffer.admit(version) == 0, "nothing is asked while the policy trains"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 from raytune_rl.algorithms.experience import Experience
 from raytune_rl.config import RLHFConfig
 from raytune_rl.pipelines.collect import Collector
+from raytune_rl.pipelines.group_flow import Outside
 from raytune_rl.pipelines.online_algorithms import credit_of
 from raytune_rl.pipelines.run_state import RunState
+from raytune_rl.pipelines.scoring import Scoring
 from raytune_rl.protocol.rewards import TrainerState
-from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.tracking.timer import StepTimer
 from tests.algorithms.test_experience import experience
 
@@ -25,22 +27,20 @@ KINDS = ([0.0, 1.0], [1.0, 1.0], [NAN, NAN], [NAN, 1.0])
 class Told(Collector):
     """Knows the rewards of each prompt."""
 
-    def sample(self, prompts: Any, rows: Any, *args: Any, **kwargs: Any) -> list[Trajectory]:
-        self.rows = list(rows)
-        return []
-
-    def score(self, batch: Any, prompts: Any, state: Any) -> Experience:
-        return experience(*(KINDS[row % 4] for row in self.rows))
+    def groups_of(self, rows: Any, batch: int, version: int, timer: Any) -> Experience:
+        self._state.prompt_counts["dispatched"] += len(rows)
+        return experience(*(KINDS[row % 4] for row in rows))
 
 
 def collected(dynamic: bool, saved: dict[str, Any], generations: range) -> RunState:
     config = RLHFConfig(
         model="m", dataset="d", reward_funcs="accuracy", dynamic_sample=dynamic, max_resample_times=3
     )
-    groups: Any = None
+    groups: Any = SimpleNamespace(rollout=None)
     prompts: Any = range(8)
     state = RunState.restored(saved)
-    made = Told(config, groups, prompts, 4, state, credit_of(config), lambda _: None)
+    scoring = Scoring(config, groups, state, str)
+    made = Told(config, groups, prompts, 4, state, credit_of(config), scoring, Outside())
     for generation in generations:
         made.collect(generation, 0, TrainerState(0, 1), StepTimer())
     return state

@@ -21,10 +21,11 @@ from raytune_rl.pipelines import lifecycle
 from raytune_rl.pipelines.lifecycle import Run, RunResult
 from raytune_rl.pipelines.online import OnlineRun
 from raytune_rl.pipelines.online_algorithms import algorithm_of
+from raytune_rl.pipelines.position import generations_go_on
 from raytune_rl.pipelines.resume_point import ResumePoint, open_run
 from raytune_rl.pipelines.run_state import RunState
 from raytune_rl.protocol.trajectory import Trajectory
-from tests.pipelines.fakes import Cast, Reward, Stage, cast_of, prompt_set
+from tests.pipelines.fakes import Cast, Reward, Stage, cast_of, outside, prompt_set
 
 NAN = float("nan")
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -96,12 +97,23 @@ def _played(
     stage = Stage(shared=shared)
     cast = cast_of(config, algorithm.needs, stage, reward)
     schedule = grpo_schedule_of(config, 1, prompts)
+    schedule, _ = generations_go_on(schedule, prompts, resume_point, config.max_steps)
     run = Run(config, resume_point, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
     state = RunState.restored(resume_point.state)
     evaluated = prompt_set(held_out, "held out") if held_out else None
-    online = OnlineRun(config, algorithm, schedule, prompt_set(prompts), evaluated, run, state, cast.groups)
-    online.restore(resume_point)
+    online = OnlineRun(
+        config,
+        algorithm,
+        schedule,
+        prompt_set(prompts),
+        evaluated,
+        run,
+        state,
+        cast.groups,
+        outside=outside(stage),
+    )
     before(online, stage)
+    online.restore(resume_point)
     with run.watched():
         online.train()
         result = run.finish({"prompts": state.account().as_dict()})
@@ -143,21 +155,21 @@ def test_grpo_asks_for_this_and_nothing_else(tmp_path: Path) -> None:
     played = play(config(tmp_path, beta=0.04), shared=True)
     assert played.calls == [
         *published(0),
-        "rollout.generate evaluation: prompts 0 1, 2 each",
+        "rollout.submit_burst evaluation: 0 1",
         "rewards.score 4 of held out, step 0 of 2",
-        "rollout.generate batch 0: prompts 0 1, 2 each",
+        "rollout.submit_burst 0 1",
         "rewards.score 4 of train, step 0 of 2",
         "reference.logprobs 4",
         f"policy.start_step 0: rows 0 1 10 11; columns ref_logprobs; {SCALARS}",
         "policy.finish",
         *published(1),
-        "rollout.generate batch 1: prompts 2 3, 2 each",
+        "rollout.submit_burst 2 3",
         "rewards.score 4 of train, step 1 of 2",
         "reference.logprobs 4",
         f"policy.start_step 1: rows 20 21 30 31; columns ref_logprobs; {SCALARS}",
         "policy.finish",
         *published(2),
-        "rollout.generate evaluation: prompts 0 1, 2 each",
+        "rollout.submit_burst evaluation: 0 1",
         "rewards.score 4 of held out, step 2 of 2",
         "policy.save",
     ]
@@ -204,7 +216,7 @@ def test_ppo_asks_the_critic_once_and_trains_both_side_by_side(tmp_path: Path) -
     ]
     assert played.calls == [
         *published(0),
-        "rollout.generate batch 0: prompts 0 1 2 3, 2 each",
+        "rollout.submit_burst 0 1 2 3",
         "rewards.score 8 of train, step 0 of 4",
         "reference.logprobs 8",
         "policy.logprobs 8",
@@ -252,16 +264,16 @@ def test_dapo_refills_and_counts(tmp_path: Path) -> None:
     """The stream of prompts goes on where it was; what is cut off is not trained on."""
     dapo = config(tmp_path, rlhf_type="dapo", max_resample_times=2, max_steps=3)
     played = play(dapo, held_out=0, reward=every_third_is_dull)
-    assert played.calls_of("rollout.generate", "policy.start_step") == [
-        "rollout.generate batch 0: prompts 0 1, 2 each",
-        "rollout.generate batch 1: prompts 2, 2 each",
+    assert played.calls_of("rollout.submit_burst", "policy.start_step") == [
+        "rollout.submit_burst 0 1",
+        "rollout.submit_burst 2",
         f"policy.start_step 0: rows 10 11 20 21; columns none; {SCALARS}",
-        "rollout.generate batch 3: prompts 3 4, 2 each",
-        "rollout.generate batch 4: prompts 5, 2 each",
+        "rollout.submit_burst 3 4",
+        "rollout.submit_burst 5",
         f"policy.start_step 1: rows 40 41 50 51; columns none; {SCALARS}",
-        "rollout.generate batch 6: prompts 6 7, 2 each",
-        "rollout.generate batch 7: prompts 0, 2 each",
-        "rollout.generate batch 8: prompts 1, 2 each",
+        "rollout.submit_burst 6 7",
+        "rollout.submit_burst 0",
+        "rollout.submit_burst 1",
         f"policy.start_step 2: rows 70 71 10 11; columns none; {SCALARS}",
     ]
     np.testing.assert_allclose(played.cast.policy_model.batches[1].scalars["weight"], [0, 0, 0.2, 0.2])
@@ -350,7 +362,11 @@ def test_a_loss_that_knows_its_whole_step_asks_before_each(tmp_path: Path) -> No
 
 def milestones(played: Played) -> list[str]:
     """Steps, evaluations and checkpoints, in order."""
-    kinds = {"policy.start_step": "step", "rollout.generate evaluation": "evaluate", "policy.save": "save"}
+    kinds = {
+        "policy.start_step": "step",
+        "rollout.submit_burst evaluation": "evaluate",
+        "policy.save": "save",
+    }
     return [kinds[start] for call in played.calls for start in kinds if call.startswith(start)]
 
 
@@ -379,7 +395,7 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(
 def test_a_stop_is_honoured_after_the_generation_which_is_saved(tmp_path: Path) -> None:
     def stop_in_the_second(online: OnlineRun, stage: Stage) -> None:
         def on_call(call: str) -> None:
-            online.run.stop_requested |= call.startswith("rollout.generate batch 1")
+            online.run.stop_requested |= call.startswith("rollout.submit_burst 2 3")
 
         stage.on_call = on_call
 
@@ -426,15 +442,20 @@ def test_a_resumed_run_asks_for_the_rest_call_by_call(
     assert again.state == whole.state
     account = again.state.account()
     assert account.unaccounted == 0
-    sampled = [prompt for call in whole.calls_of("rollout.generate b") for prompt in prompts_of(call)]
+    sampled = [
+        prompt
+        for call in whole.calls_of("rollout.submit_burst")
+        if "evaluation" not in call
+        for prompt in prompts_of(call)
+    ]
     assert account.dispatched == len(sampled)
     assert account.failed == {"no completion has a reward": sampled.count(5)}
     assert sampled.count(5) > 0
 
 
 def prompts_of(call: str) -> list[int]:
-    """The prompts that a call of `generate` names."""
-    return [int(word) for word in call.split("prompts ")[1].split(",")[0].split()]
+    """The prompts that a call of `submit_burst` names."""
+    return [int(word) for word in call.split() if word.isdecimal()]
 
 
 def on_gap(gap: float, *, lost_in: str = "never") -> Callable[[OnlineRun, Stage], None]:
@@ -453,11 +474,11 @@ def on_gap(gap: float, *, lost_in: str = "never") -> Callable[[OnlineRun, Stage]
 def test_engines_prove_themselves_twice_and_again_after_a_loss(tmp_path: Path) -> None:
     """Before anything is trained on what they sampled."""
     chosen = config(tmp_path, beta=0, max_steps=4, max_logp_gap=None)
-    played = play(chosen, held_out=0, shared=True, before=on_gap(1e-3, lost_in="rollout.generate batch 2"))
-    starts = ("probe.generate", "rollout.generate", "policy.start_step", "policy.publish")
+    played = play(chosen, held_out=0, shared=True, before=on_gap(1e-3, lost_in="rollout.submit_burst 4 5"))
+    starts = ("probe.generate", "rollout.submit_burst", "policy.start_step", "policy.publish")
     asked = [call.split()[0] for call in played.calls_of(*starts)]
-    proof, generation = ["probe.generate"], ["rollout.generate", "policy.start_step", "policy.publish"]
-    again = ["rollout.generate", *proof, "policy.start_step", "policy.publish"]
+    proof, generation = ["probe.generate"], ["rollout.submit_burst", "policy.start_step", "policy.publish"]
+    again = ["rollout.submit_burst", *proof, "policy.start_step", "policy.publish"]
     assert asked == ["policy.publish", *proof, *generation, *proof, *generation, *again, *generation]
     assert played.steps()[3]["lost_workers"] == 1
 
@@ -472,5 +493,5 @@ def test_engines_that_are_not_the_policy_end_the_run_before_a_step(tmp_path: Pat
 
     with pytest.raises(EngineMismatchError, match=r"differ by 0\.1 nats a token .* 0\.00556 is the most"):
         play(chosen, before=before)
-    assert [call for call in asked if call.startswith(("policy.start_step", "rollout.generate"))] == []
+    assert [call for call in asked if call.startswith(("policy.start_step", "rollout.submit_burst"))] == []
     assert asked[-1] == "policy.row_kl 4, k2"

@@ -159,12 +159,20 @@ class Starter:
         slots: Reserved places by group.
         stack: Ends the actors.
         rules: How the loss of a rank is treated.
+        lost: Told where a worker without a state of its own is lost: from its start on another takes its
+            place.
     """
 
     def __init__(
-        self, setup: OnlineSetup, slots: Mapping[str, Any], stack: ExitStack, rules: RecoveryRules
+        self,
+        setup: OnlineSetup,
+        slots: Mapping[str, Any],
+        stack: ExitStack,
+        rules: RecoveryRules,
+        lost: Callable[[str, str], None],
     ) -> None:
         self._setup, self._slots, self._stack, self._rules = setup, slots, stack, rules
+        self._lost = lost
 
     def group(self, name: str, worker: type, make: Any, env: Mapping[str, str]) -> WorkerGroup:
         """The workers of one role; `make` gives the arguments of the worker of a rank."""
@@ -179,6 +187,8 @@ class Starter:
             at_once=worker is TrainerWorker,  # they meet; the others as `start_order` says
         )
         self._stack.callback(started.shutdown)
+        if worker not in (TrainerWorker, RolloutWorker):  # worlds and fleets see to their own
+            started.replace_lost(setup.config.start_timeout, self._lost)
         return started
 
     def _models(self, name: str, worker: type, make: Any) -> WorkerGroup:
@@ -322,7 +332,7 @@ def start_groups(
     # Every engine has the newest version before the next is made: an older one would only fill the memory.
     store = WeightStore(setup.store_name, 1, config.step_timeout, rules)
     stack.callback(store.end)
-    starter, spec, say = Starter(setup, slots, stack, rules), setup.policy, rules.say
+    starter, spec, say = Starter(setup, slots, stack, rules, lost), setup.policy, rules.say
     taught_by = dict(zip(teacher_groups(config), specs.teacher_specs(config, spec.model), strict=True))
     starting = Starting(starter, spec, taught_by, config.start_timeout)
     start_in_turn(turns_of(sizes), starting, sleeps=specs.sleep_level(config, sizes) > 0)
@@ -350,8 +360,6 @@ def start_groups(
         layouts.append(ready[0])
         for notice in ready[0].notices:
             say(f"Note: {group.name}: {notice}")
-    for stateless in (*judges, *([] if reference is None else [reference]), *teachers):
-        stateless.replace_lost(config.start_timeout, lost)
     fleet = start_fleet(
         rollout,
         hang_limits(config, sizes.on_gpu),

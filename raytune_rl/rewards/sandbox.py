@@ -204,7 +204,9 @@ class Sandbox:
             left_s = end - time.monotonic()
             if why := self._reason_to_stop(outcomes, left_s):
                 return outcomes + [Unscored(f"not tried: {why}", "timeout")] * (len(batch) - first)
-            limit_s = min(self._timeout_s, left_s)
+            # Half of what is left, while others wait behind: one that hangs does not take their time too.
+            last = first + self._max_workers >= len(batch)
+            limit_s = min(self._timeout_s, left_s if last else left_s / 2)
             samples = [batch.take([row]) for row in range(first, min(first + self._max_workers, len(batch)))]
             calls = [
                 self._call("score", (index, sample.texts, sample.columns), Limits(limit_s, limit_s))

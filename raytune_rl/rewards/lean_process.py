@@ -15,7 +15,9 @@ import fcntl
 import io
 import multiprocessing
 import os
+import shutil
 import sys
+import tempfile
 from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
@@ -32,6 +34,21 @@ def _close(*descriptors: int) -> None:
         os.close(descriptor)
 
 
+_LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
+"""Bytes, with what multiprocessing puts below it: a socket's path may have 107 (man 7 unix)."""
+
+
+def keep_sockets_short() -> None:
+    """Where TMPDIR is too long for the sockets of multiprocessing, as a cluster's job directories are: they
+    lie below /tmp, in a folder that nobody else can open and that goes with the process."""
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    if settings.get("tempdir") is not None or len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_TMPDIR:
+        return
+    folder = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
+    util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-100)
+    settings["tempdir"] = folder
+
+
 class _Popen(popen_forkserver.Popen):
     def _launch(self, process_obj: Any) -> None:
         preparation = spawn.get_preparation_data(process_obj.name)
@@ -44,6 +61,7 @@ class _Popen(popen_forkserver.Popen):
             reduction.dump(process_obj, message)
         finally:
             context.set_spawning_popen(None)
+        keep_sockets_short()
         self.sentinel, writer = _server.connect_to_new_process(self._fds)  # type: ignore[attr-defined]
         # The child takes the closing of this pipe for the death of its parent, so one end stays open with us.
         self.finalizer = util.Finalize(self, _close, (os.dup(writer), self.sentinel))

@@ -259,6 +259,28 @@ def test_the_whole_call_is_bounded_whatever_the_functions_do(make):
     assert (scores.values[:, 1] == 0.0).all(), "the other function had its share"
 
 
+def test_children_start_where_the_temporary_folder_has_a_long_name(plugin, tmp_path):
+    """As a cluster's job directories have: their sockets would not fit."""
+    long = tmp_path / ("x" * 60) / ("y" * 60)
+    long.mkdir(parents=True)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from raytune_rl.rewards.sandbox import Sandbox\n"
+        f"sandbox = Sandbox(['act'], [{str(plugin)!r}], {{}}, timeout_s=30.0)\n"
+        "print(sandbox.score(['fine'], {}).failures)\n"
+        "sandbox.close()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "TMPDIR": str(long)},
+    )
+    assert (ended.stdout.strip(), ended.returncode) == ("()", 0), ended.stderr
+
+
 def test_one_that_hangs_leaves_time_for_those_behind_it(make):
     """Its own limit may be longer than the whole call's."""
     scores = make("act", timeout_s=100.0).score(["fine", "hang", "fine", "fine"], {}, limit_s=8.0)

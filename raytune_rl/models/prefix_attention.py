@@ -34,6 +34,9 @@ Groups = Sequence[Sequence[int]]
 
 _NAME = "shared_prefix_"
 _INNER = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+AT_ONCE = 2
+"""From so many times as many shared tokens as own ones on, all rows' own tokens see them in one call: what a
+token then looks at in vain is less than what copying the shared keys for each row would cost."""
 _OF_WHOLE_ROWS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Arguments by which flash attention would look for borders in what it is given."""
 _BOTH_WAYS = ("block_sequence_ids", "or_mask_function")
@@ -106,24 +109,31 @@ def _shared(inner_name: str) -> Callable[..., tuple[Tensor, Any]]:
             return inner(module, query, key, value, attention_mask, **options)
         window = _window(module, options)
         options = {name: given for name, given in options.items() if name not in _OF_WHOLE_ROWS}
+
+        def call(states: Sequence[Tensor], sees: Tensor | None) -> Tensor:
+            mask = None if sees is None else _as_mask(inner_name, sees, query)
+            found: Tensor = inner(module, *states, mask, **options)[0]
+            return found
+
         parts: list[Tensor] = []
         start = 0
         for prefix, *own in attention_mask[0, 0].tolist():
             own = [length for length in own if length]
             border, end = start + prefix, start + prefix + sum(own)
             group = [states[:, :, start:border] for states in (query, key, value)]
-            mask = _mask(inner_name, 0, prefix, window, query)
-            parts.append(inner(module, *group, mask, **options)[0])
+            causal = inner_name == "sdpa" and (window is None or prefix <= window)  # it knows by itself
+            parts.append(call(group, None if causal else _sees(0, prefix, window, query.device)))
             if own:
                 past = prefix if window is None else min(prefix, window - 1)
-                q, k, v = (_by_row(states[0, :, border:end], own) for states in (query, key, value))
-                k, v = (
-                    torch.cat([states[:, :, border - past : border].expand(len(own), -1, -1, -1), rows], 2)
-                    for states, rows in ((key, k), (value, v))
-                )
-                mask = _mask(inner_name, past, max(own), window, query)
-                seen = inner(module, q, k, v, mask, **options)[0]
-                parts.append(torch.cat([row[:length] for row, length in zip(seen, own, strict=True)])[None])
+                group = [
+                    query[:, :, border:end],
+                    *(states[:, :, border - past : end] for states in (key, value)),
+                ]
+                sees = _sees(past, max(own), window, query.device)
+                if past >= AT_ONCE * sum(own) and not inner_name.startswith("flash"):
+                    parts.append(call(group, _of_all(sees, own)))
+                else:
+                    parts.append(_without_padding(call(_rows_of(group, own), sees), own))
             start = end
         return torch.cat(parts, dim=1), None
 
@@ -153,6 +163,16 @@ def _window(module: Any, options: dict[str, Any]) -> int | None:
     return window
 
 
+def _rows_of(states: Sequence[Tensor], own: Sequence[int]) -> list[Tensor]:
+    """Query, key and value [1, heads, tokens, width] as a batch of rows, filled up with zeros behind; each
+    row's keys begin with what comes before all of them."""
+    query, key, value = states
+    past = key.shape[2] - sum(own)
+    before = [one[:, :, :past].expand(len(own), -1, -1, -1) for one in (key, value)]
+    q, k, v = (_by_row(one[0], own) for one in (query, key[:, :, past:], value[:, :, past:]))
+    return [q, torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)]
+
+
 def _by_row(states: Tensor, own: Sequence[int]) -> Tensor:
     """[heads, sum of own, width] as [rows, heads, most own, width], filled up with zeros behind."""
     if len(set(own)) == 1:
@@ -161,15 +181,34 @@ def _by_row(states: Tensor, own: Sequence[int]) -> Tensor:
     return pad_sequence(list(rows), batch_first=True).transpose(1, 2)
 
 
-def _mask(inner: str, past: int, length: int, window: int | None, query: Tensor) -> Tensor | None:
-    """Which of `past + length` keys each of the last `length` tokens sees, as the inner function takes it;
-    None where it knows by itself."""
-    narrow = window is not None and past + length > window
-    if inner.startswith("flash") or (inner == "sdpa" and not past and not narrow):
+def _without_padding(rows: Tensor, own: Sequence[int]) -> Tensor:
+    """[rows, most own, heads, width] as [1, sum of own, heads, width]."""
+    return torch.cat([row[:length] for row, length in zip(rows, own, strict=True)])[None]
+
+
+def _sees(past: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of `past + length` tokens each of the last `length` sees, bool."""
+    sees = torch.ones(length, past + length, dtype=torch.bool, device=device).tril_(past)
+    return sees if window is None else sees.triu_(past - window + 1)
+
+
+def _of_all(sees: Tensor, own: Sequence[int]) -> Tensor:
+    """The same of all rows' own tokens, one row after the other, from that of the longest row."""
+    past, total = sees.shape[1] - sees.shape[0], sum(own)
+    made = sees.new_zeros(total, past + total)
+    start = 0
+    for length in own:
+        end = start + length
+        made[start:end, :past] = sees[:length, :past]
+        made[start:end, past + start : past + end] = sees[:length, past : past + length]
+        start = end
+    return made
+
+
+def _as_mask(inner: str, sees: Tensor, query: Tensor) -> Tensor | None:
+    """The mask as the inner function takes it; flash attention knows it by itself."""
+    if inner.startswith("flash"):
         return None
-    sees = torch.ones(length, past + length, dtype=torch.bool, device=query.device).tril_(past)
-    if narrow and window is not None:
-        sees = sees.triu_(past - window + 1)
     if inner == "sdpa":
         return sees[None, None]
     least = torch.finfo(query.dtype).min

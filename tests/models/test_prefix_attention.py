@@ -62,9 +62,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
 }  # fmt: skip
 
-PROMPTS = {3: list(range(5, 16)), 8: [40, 41]}
-COMPLETIONS = [(3, 4), (8, 6), (3, 1), (3, 9), (8, 6), (5, 7), (3, 4)]
-"""Group and tokens of each row's answer; groups are not in order, one row is alone."""
+PROMPTS = {3: list(range(5, 16)), 8: [40, 41], 9: list(range(50, 74))}
+COMPLETIONS = [(3, 4), (8, 6), (3, 1), (3, 9), (8, 6), (5, 7), (3, 4), (9, 5), (9, 3)]
+"""Group and tokens of each row's answer; groups are not in order, one row is alone, one prompt is long."""
 
 
 def rows() -> tuple[list[np.ndarray], list[np.ndarray], list[int], list[int]]:
@@ -194,7 +194,7 @@ def test_a_group_cut_in_two_gives_the_gradient_of_the_whole(no_float32: None) ->
         return torch.cat([p.grad.flatten() for p in inner.parameters()])
 
     whole = backward([list(range(len(tokens)))])
-    torch.testing.assert_close(backward([[0, 1, 6], [2, 4, 5], [3]]), whole, rtol=0, atol=1e-10)
+    torch.testing.assert_close(backward([[0, 1, 6, 8], [2, 4, 5], [3, 7]]), whole, rtol=0, atol=1e-10)
 
 
 def test_models_that_cannot_share_say_why() -> None:

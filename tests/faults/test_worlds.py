@@ -13,7 +13,7 @@ from tests.cluster.conftest import Tiny
 from tests.faults.runs import assert_same, run_ppo
 from tests.faults.strikes import Strike, left, struck
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400), pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.usefixtures("cluster")]
 
 
 def test_policy_and_critic_lose_ranks_and_the_run_comes_to_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:

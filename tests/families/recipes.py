@@ -101,8 +101,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By name: the stem of Transformers' classes, and what its configuration has beside `COMMON`."""
 
-ALWAYS_TIED = ("gpt2", "opt", "gemma2", "gemma3", "cohere2", "falcon")
-"""Made tied only: their checkpoints are."""
+ALWAYS_TIED = ("gpt2", "opt", "gemma2", "gemma3", "cohere2", "falcon", "lfm2")
+"""Made tied only: their checkpoints are, and of LFM2 vLLM knows no others."""
 
 
 def make_family(family: str, directory: Path, *, tied: bool) -> Path:

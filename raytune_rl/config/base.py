@@ -21,9 +21,12 @@ from raytune_rl.errors import ConfigError
 def setting(group: str, default: Any, help: str, **constraints: Any) -> Any:
     """Declares one setting: the group it is listed under in `--help`, its default, and what it does.
 
-    `constraints` are pydantic's (`gt`, `ge`, `lt`, `le`, `exclude`...).
+    `constraints` are pydantic's (`gt`, `ge`, `lt`, `le`, `exclude`...), and `values`: what a value is, in
+    words, where the type does not say it.
     """
-    return Field(default, description=help, json_schema_extra={"group": group}, **constraints)
+    values = constraints.pop("values", None)
+    extra: dict[str, Any] = {"group": group} if values is None else {"group": group, "values": values}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
 class Options(BaseModel):

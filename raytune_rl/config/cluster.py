@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from raytune_rl.config.base import Options, setting
 from raytune_rl.errors import ConfigError
@@ -34,6 +34,31 @@ def described(text: str) -> tuple[tuple[int, int], ...]:
         unit = 10**9 if (node[3] or "").upper() == "GB" else 2**30
         nodes.append((int(node[1]), int(float(node[2]) * unit)))
     return tuple(nodes)
+
+
+_ENGINES = re.compile(r"(\d+)(?::(\d+))?")
+
+
+def engines(text: str | int) -> tuple[int, int]:
+    """The least and the most engines that `--rollout_workers` asks for; the same for one number.
+
+    Raises:
+        ConfigError: It is not written so, or asks for nothing.
+    """
+    found = _ENGINES.fullmatch(str(text).strip())
+    if found is None:
+        raise ConfigError(
+            f"--rollout_workers: {text!r} is neither a number of engines, such as 4, nor the least and the "
+            "most of them, such as 1:8."
+        )
+    least, most = int(found[1]), int(found[2] or found[1])
+    if least < 1:
+        raise ConfigError(f"--rollout_workers {text}: there must be one engine at least.")
+    if least > most:
+        raise ConfigError(
+            f"--rollout_workers {text}: the least comes first, the most behind it: {most}:{least}."
+        )
+    return least, most
 
 
 class ClusterOptions(Options):
@@ -70,6 +95,11 @@ class ClusterOptions(Options):
                 continue
             total = name.removesuffix("_per_node")
             each, workers = getattr(self, name), getattr(self, total)
+            if each is not None and isinstance(workers, str):
+                raise ConfigError(
+                    f"--{name} {each}: how many engines a node gets cannot be said of --{total} {workers}, "
+                    "which Ray places one by one: leave one of them out."
+                )
             if each is not None and workers is not None and workers % each:
                 raise ConfigError(f"--{total} {workers} is not a multiple of --{name} {each}.")
         return self
@@ -146,8 +176,24 @@ class PolicyGroupOptions(ClusterOptions):
 class OnlineGroupsOptions(PolicyGroupOptions):
     """The groups that online RL adds."""
 
-    rollout_workers: int | None = _setting(
-        None, "vLLM engines. Not set: chosen from what the cluster has.", ge=1
+    rollout_workers: int | str | None = _setting(
+        None,
+        "vLLM engines. min:max, such as 1:8: from min at the start up to max where prompts wait, which Ray's "
+        "autoscaler may bring nodes for, and back where engines idle. Not set: chosen from what the cluster "
+        "has.",
+        values="int|min:max",
+    )
+    rollout_grow_after: float | None = _setting(
+        None,
+        "With --rollout_workers min:max: seconds that prompts wait before the fleet asks for more engines. "
+        "Not set: 30.",
+        ge=0,
+    )
+    rollout_shrink_after: float | None = _setting(
+        None,
+        "With --rollout_workers min:max: seconds in which an engine is not needed once before its place is "
+        "given back; longer than the policy trains between two generations. Not set: 300.",
+        gt=0,
     )
     rollout_workers_per_node: int | None = _setting(
         None,
@@ -194,3 +240,21 @@ class OnlineGroupsOptions(PolicyGroupOptions):
         "All groups that hold a model share the policy's GPUs (true) or have their own (false). Not set: "
         "--vllm_mode, else true, unless nodes are reserved for a role.",
     )
+
+    @field_validator("rollout_workers", mode="before")
+    @classmethod
+    def _engines(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        least, most = engines(value)
+        return least if least == most else f"{least}:{most}"
+
+    @model_validator(mode="after")
+    def _check_elastic(self) -> Self:
+        elastic = isinstance(self.rollout_workers, str)
+        for name in ("rollout_grow_after", "rollout_shrink_after"):
+            if getattr(self, name) is not None and not elastic:
+                raise ConfigError(
+                    f"--{name} is about engines that come and go: add --rollout_workers min:max."
+                )
+        return self

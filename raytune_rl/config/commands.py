@@ -188,6 +188,11 @@ class RLHFConfig(
                 "give "
                 "only one of the two."
             )
+        if isinstance(self.rollout_workers, str) and (self.colocate or self.vllm_mode == "colocate"):
+            raise ConfigError(
+                f"--rollout_workers {self.rollout_workers}: engines that share the policy's GPUs do not come "
+                "and go: give them GPUs of their own with --colocate false, or say one number."
+            )
         if self.policy_workers is not None:
             grpo_batch_of(self, self.policy_workers)
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,11 @@ def _yaml(text: str, path: str) -> Any:
                     )
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
+
+    # To PyYAML 1:8 is the number 68, in base 60; here, as in YAML 1.2, it is text.
+    as_text = ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$"))
+    resolvers = Loader.yaml_implicit_resolvers
+    Loader.yaml_implicit_resolvers = resolvers | {d: [as_text, *resolvers.get(d, [])] for d in "0123456789"}
 
     try:
         return yaml.load(text, Loader)

@@ -58,7 +58,7 @@ def _flag(name: str, info: Any) -> Flag:
         kind=kind,
         choices=choices,
         optional=optional,
-        values=values,
+        values=extra.get("values", values),
         default=info.default,
         help=info.description or "",
         group=extra.get("group", "Other"),

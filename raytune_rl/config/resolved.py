@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from raytune_rl.config import algorithms
+from raytune_rl.config import algorithms, cluster
 from raytune_rl.config.asynchrony import staleness_bound
 from raytune_rl.config.commands import PPOConfig, RLHFConfig, TrainConfig
 from raytune_rl.config.training import Strategy
@@ -134,6 +134,32 @@ def colocate(config: RLHFConfig) -> bool | None:
     if config.colocate is not None:
         return config.colocate
     return None if config.vllm_mode is None else config.vllm_mode == "colocate"
+
+
+def engines(config: RLHFConfig) -> tuple[int, int] | None:
+    """The least and the most rollout workers, as the user says; `None`: not said."""
+    return None if config.rollout_workers is None else cluster.engines(config.rollout_workers)
+
+
+def engines_at_start(config: RLHFConfig) -> int | None:
+    """Rollout workers that a run starts with, as the user says; `None`: not said."""
+    asked = engines(config)
+    return None if asked is None else asked[0]
+
+
+def elastic(config: RLHFConfig) -> bool:
+    """Whether rollout workers come and go."""
+    return isinstance(config.rollout_workers, str)
+
+
+def rollout_grow_after(config: RLHFConfig) -> float:
+    """Seconds that prompts wait before more engines are asked for: 30, unless given."""
+    return 30.0 if config.rollout_grow_after is None else config.rollout_grow_after
+
+
+def rollout_shrink_after(config: RLHFConfig) -> float:
+    """Seconds in which an engine is not needed before it is given back: 300, unless given."""
+    return 300.0 if config.rollout_shrink_after is None else config.rollout_shrink_after
 
 
 def has_validation(config: TrainConfig) -> bool:

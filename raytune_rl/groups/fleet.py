@@ -68,8 +68,8 @@ class RolloutFleet:
 
     @property
     def engines(self) -> int:
-        """Number of engines."""
-        return len(self.workers)
+        """Number of engines that serve."""
+        return max(self.load().members, 1)
 
     def plain(self, max_tokens: int) -> RolloutFleet:
         """The same engines, drawing from the model's whole distribution, and no scheduler answers."""

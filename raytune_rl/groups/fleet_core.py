@@ -15,7 +15,9 @@ from typing import Any
 
 from raytune_rl.errors import RaytuneError, WorkerDiedError
 from raytune_rl.groups.dispatch import Assignment, Dispatcher, Work
+from raytune_rl.groups.elastic import Elastic
 from raytune_rl.groups.members import Crew, GroupCall, Member, Reply
+from raytune_rl.groups.scaling import Demand
 from raytune_rl.protocol.tickets import (
     Burst,
     Cancelled,
@@ -45,6 +47,7 @@ from raytune_rl.runtime.fleet_health import (
     Started,
     Status,
 )
+from raytune_rl.runtime.placement import Slot
 
 ATTEMPTS = 3
 """Starts in a row of a member that never served, and prompts in a row that no member survived, after which
@@ -107,7 +110,13 @@ class FleetCore:
         limits: Of their health.
         post: Hands a function to the thread that calls this object; members answer in threads of their own.
         lost: Told a sentence at each loss.
+
+    Attributes:
+        elastic: Keeps the fleet's size, where members come and go. None: who is lost is started anew in its
+            place, and nobody else comes.
     """
+
+    elastic: Elastic | None = None
 
     def __init__(self, crew: Crew, limits: Limits, post: Post, lost: Callable[[str], None]) -> None:
         self._crew, self._post, self._lost = crew, post, lost
@@ -197,6 +206,9 @@ class FleetCore:
 
     def resize(self, members: int, now: float) -> None:
         """As many members, of those that there can be. Who is too many finishes what it has."""
+        if self.elastic is not None:
+            self.elastic.policy.resize(members, now)
+            return
         for number in range(len(self._crew)):
             alive = number in self._hands and self._status(number) is not Status.RETIRED
             if number < members and not alive:
@@ -222,12 +234,49 @@ class FleetCore:
             self._dispatcher.waiting,
             idle_s,
             0.0 if first is None else now - self._since.get(first, now),
+            **({} if self.elastic is None else self.elastic.told()),
         )
 
     def tick(self, now: float) -> None:
         """What is due by the clock."""
         if self._broken is None:
             self._do(self._health.tick(now), now)
+        if self._broken is None and self.elastic is not None:
+            self.elastic.look(now)
+
+    # -- who comes and goes: see `elastic.Fleet`
+
+    def demand(self, now: float) -> Demand:
+        """What there is to do."""
+        load = self.load(now)
+        busy = sum(self._dispatcher.held_by(number) > 0 for number in self._hands)
+        return Demand(busy, load.running, load.waiting, load.waiting_s)
+
+    def start_member(self, slot: Slot, now: float) -> int:
+        """One more, on a place of its own; its number."""
+        number = self._crew.add(slot)
+        self._join(number, self._crew.member(number), 0, now)
+        return number
+
+    def idle_members(self) -> list[int]:
+        """Those that serve and have nothing to do."""
+        return [number for number in self._dispatcher.members if not self._dispatcher.held_by(number)]
+
+    def dismiss(self, number: int, now: float) -> None:
+        """Ends a member; others get what it had, before all that waits."""
+        self._note_idle(number, now, idle=False)
+        self._dispatcher.lost(number, blame=False)
+        self._observe(number, Left(), now)
+        self._gone(number)
+        self._dispatch(now)
+
+    def _gone(self, number: int) -> None:
+        """Nobody has this number any more."""
+        self._crew.end(number)
+        del self._hands[number]
+        for waited in self._everywhere:
+            waited.take(number)
+        self._tidy()
 
     # -- what members tell
 
@@ -327,6 +376,8 @@ class FleetCore:
                     hand = self._hands[number]
                     hand.failed_starts, hand.idle_since = 0, now
                     self._dispatcher.add(number, hand.bound)
+                    if self.elastic is not None:
+                        self.elastic.served(number, now)
                     self._dispatch(now)
                 case Probe():
                     self._probe(number, now)
@@ -352,7 +403,8 @@ class FleetCore:
         number, hand = lost.member, self._hands[lost.member]
         self._note_idle(number, now, idle=False)
         loss = self._dispatcher.lost(number)
-        self._lost(f"{lost.reason.rstrip('.')}. It is started anew, and its work is done again.")
+        then = "It is started anew" if self.elastic is None else "Another is asked for"
+        self._lost(f"{lost.reason.rstrip('.')}. {then}, and its work is done again.")
         for ticket in loss.quarantined:
             self._fruitless += 1
             call = self._calls.pop(ticket)
@@ -361,6 +413,11 @@ class FleetCore:
             call.outlet(Failed(call.ticket, reason))
         if self._fruitless >= ATTEMPTS:
             self.fail(WorkerDiedError(f"{lost.reason}\nNo engine survived {ATTEMPTS} prompts in a row."))
+            return
+        if self.elastic is not None:
+            self._gone(number)
+            self.elastic.lost(number)
+            self._dispatch(now)
             return
         failed_starts = 0 if lost.served else hand.failed_starts + 1
         if failed_starts == ATTEMPTS:

@@ -10,12 +10,15 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from raytune_rl.errors import DeadlineExceededError, WorkerDiedError
+from raytune_rl.groups.elastic import Elastic
 from raytune_rl.groups.fleet_core import FleetCore
 from raytune_rl.groups.members import Crew, GroupCall
 from raytune_rl.protocol.tickets import FleetLoad, InFlight, ServeReport, Ticket
 from raytune_rl.runtime.fleet_health import Limits
 
 TICK_S = 0.5
+CLOSE_S = 10.0
+"""Seconds that the thread may take to end; it does not outlive the process."""
 Answer = TypeVar("Answer")
 Command = Callable[[FleetCore, float], None]
 
@@ -28,14 +31,24 @@ class FleetThread:
         limits: Of their health.
         lost: Told a sentence at each loss, from this thread.
         timeout_s: Deadline of what is waited for here, seconds.
+        elastic: Makes what keeps the fleet's size, where members come and go.
     """
 
-    def __init__(self, crew: Crew, limits: Limits, lost: Callable[[str], None], timeout_s: float) -> None:
+    def __init__(
+        self,
+        crew: Crew,
+        limits: Limits,
+        lost: Callable[[str], None],
+        timeout_s: float,
+        elastic: Callable[[FleetCore], Elastic] | None = None,
+    ) -> None:
         self._inbox: SimpleQueue[Command | None] = SimpleQueue()
         self._timeout_s = timeout_s
         core = FleetCore(crew, limits, self._inbox.put, lost)
+        core.elastic = None if elastic is None else elastic(core)
         self._inbox.put(lambda core, now: core.begin(len(crew), now))
-        threading.Thread(target=self._run, args=(core,), name="fleet", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(core,), name="fleet", daemon=True)
+        self._thread.start()
 
     def _run(self, core: FleetCore) -> None:
         due = time.monotonic() + TICK_S
@@ -43,6 +56,8 @@ class FleetThread:
             try:
                 command = self._inbox.get(timeout=max(due - time.monotonic(), 0.0))
                 if command is None:
+                    if core.elastic is not None:
+                        core.elastic.end()
                     core.fail(WorkerDiedError("the fleet was shut down"))
                     return
                 self._try(core, command)
@@ -90,8 +105,9 @@ class FleetThread:
         self._wait(done, method)
 
     def close(self) -> None:
-        """Ends the thread; the members are the caller's."""
+        """Ends the thread; the members are the caller's, but for places of those that come and go."""
         self._inbox.put(None)
+        self._thread.join(CLOSE_S)
 
     def _wait(self, future: Future[Answer], what: str) -> Answer:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,12 +14,16 @@ from raytune_rl.protocol.rows import RowPointer
 from raytune_rl.protocol.tickets import Burst, EngineProgress, InFlight, Outcome, Ticket, WeightUpdate
 from raytune_rl.protocol.trajectory import EpisodeFacts, EpisodeRequest, Trajectory
 from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.placement import Slot
 from raytune_rl.runtime.wait import Pending, fetch
 
 Reply = Callable[[], Any]
 """Gives an answer that is there, or raises a RaytuneError: WorkerDiedError if its member is gone."""
 Done = Callable[[Reply], None]
 """Told once, from any thread, when an answer is there."""
+
+
+Keep = Callable[[Sequence[Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +100,28 @@ class Crew(Protocol):
         """Ends one for good."""
         ...
 
+    def add(self, slot: Slot) -> int:
+        """Starts one more, on a place of its own; its number."""
+        ...
+
 
 class RolloutCrew:
-    """Rollout workers, one on each reserved place."""
+    """Rollout workers, one on each reserved place.
 
-    def __init__(self, group: WorkerGroup) -> None:
-        self._group = group
+    Args:
+        group: The workers.
+        keep: Told references to every answer, whose node may go; None: nodes stay.
+    """
+
+    def __init__(self, group: WorkerGroup, keep: Keep | None = None) -> None:
+        self._group, self._keep = group, keep
 
     def __len__(self) -> int:
         return len(self._group)
 
     def member(self, number: int) -> Member:
         """The worker of a rank."""
-        return RolloutMember(self._group, number)
+        return RolloutMember(self._group, number, self._keep)
 
     def restart(self, number: int) -> Member:
         """A new worker in its place."""
@@ -119,12 +132,16 @@ class RolloutCrew:
         """Its place stays reserved."""
         self._group.stop(number)
 
+    def add(self, slot: Slot) -> int:
+        """See `Crew`."""
+        return self._group.add(slot)
+
 
 class RolloutMember:
     """One rollout worker."""
 
-    def __init__(self, group: WorkerGroup, rank: int) -> None:
-        self._group, self._rank = group, rank
+    def __init__(self, group: WorkerGroup, rank: int, keep: Keep | None = None) -> None:
+        self._group, self._rank, self._keep = group, rank, keep
         self.name = group.who(rank)
         self._asked: dict[Ticket, Any] = {}
 
@@ -174,6 +191,8 @@ class RolloutMember:
         def reply() -> tuple[Trajectory, ...]:
             self._asked.pop(call.ticket, None)
             facts: list[EpisodeFacts] = fetch(first)
+            if self._keep is not None:
+                self._keep(pending.ref[1:])
             return tuple(_trajectory(one, pending, call) for one in facts)
 
         _when_there(first, done, reply)

@@ -15,6 +15,7 @@ from typing import TypeVar
 from raytune_rl.config import InferConfig, PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.config.base import Options
 from raytune_rl.errors import ConfigError, PlacementError
+from raytune_rl.groups.scaling import Bounds
 from raytune_rl.runtime.cluster import ClusterInfo
 from raytune_rl.runtime.placement import GroupSpec, find_homeless, make_layout, sum_of
 
@@ -42,12 +43,27 @@ class Groups:
         threads: CPU threads of one worker, by group.
         on_gpu: Whether models live on GPUs.
         colocated: Whether the other models share the policy's GPUs.
+        elastic: Between which numbers engines come and go, each with a place of its own; the spec then has
+            the number at the start. None: they stay.
     """
 
     specs: tuple[GroupSpec, ...]
     threads: dict[str, int]
     on_gpu: bool
     colocated: bool
+    elastic: Bounds | None = None
+
+    @property
+    def fixed(self) -> tuple[GroupSpec, ...]:
+        """The groups whose places are reserved together, for the whole run."""
+        return tuple(spec for spec in self.specs if self.elastic is None or spec.name != "rollout")
+
+    def grown(self) -> tuple[GroupSpec, ...]:
+        """All groups, with the most engines that there may be."""
+        if self.elastic is None:
+            return self.specs
+        most = self.elastic.most
+        return tuple(replace(s, workers=most) if s.name == "rollout" else s for s in self.specs)
 
     def __getitem__(self, name: str) -> GroupSpec:
         return next(spec for spec in self.specs if spec.name == name)
@@ -106,7 +122,9 @@ def online_groups(config: RLHFConfig, cluster: ClusterInfo, needs: Collection[st
         PlacementError: Separate groups are asked for on too few GPUs.
     """
     on_gpu = _on_gpu(config, cluster)
-    colocated = on_gpu and _or(resolved.colocate(config), not _roles_apart(cluster))
+    elastic = _elastic(config)
+    shared = _or(resolved.colocate(config), not _roles_apart(cluster) and elastic is None)
+    colocated = on_gpu and shared
     if not on_gpu:
         models = _on_cpu(config, cluster, _beside(config, needs))
     elif colocated:
@@ -127,8 +145,15 @@ def online_groups(config: RLHFConfig, cluster: ClusterInfo, needs: Collection[st
         )
         for name, (workers, gpus) in {**models, **functions}.items()
     ]
-    threads = {spec.name: _threads(cluster, spec.workers, on_gpu) for spec in specs} | {"reward": 1}
-    return Groups(_with_cpus(specs, cluster), threads, on_gpu, colocated)
+    groups = Groups(tuple(specs), {}, on_gpu, colocated, elastic)
+    threads = {spec.name: _threads(cluster, spec.workers, on_gpu) for spec in groups.grown()} | {"reward": 1}
+    return replace(groups, specs=_with_cpus(specs, cluster, groups.grown()), threads=threads)
+
+
+def _elastic(config: RLHFConfig) -> Bounds | None:
+    """Between which numbers engines come and go, where they do."""
+    asked = resolved.engines(config)
+    return Bounds(*asked) if asked is not None and resolved.elastic(config) else None
 
 
 # -- how many workers, and GPUs of each ----------------------------------------------------------------------
@@ -161,9 +186,10 @@ def _role(name: str) -> str:
 
 
 def _asked(config: RLHFConfig, name: str) -> tuple[int | None, float | None]:
-    """Workers of a group, and GPUs of each, as the user says."""
+    """Workers of a group at the start, and GPUs of each, as the user says."""
     role = _role(name)
-    return getattr(config, f"{role}_workers"), getattr(config, f"gpus_per_{role}_worker")
+    workers = resolved.engines_at_start(config) if role == "rollout" else getattr(config, f"{role}_workers")
+    return workers, getattr(config, f"gpus_per_{role}_worker")
 
 
 def _per_node(config: Options, name: str) -> int | None:
@@ -249,9 +275,9 @@ def _engines_beside(config: RLHFConfig, policy: int) -> int | None:
     """
     each, ranks = config.rollout_workers_per_node, config.policy_workers_per_node
     if each is None:
-        return config.rollout_workers
+        return resolved.engines_at_start(config)
     engines = each * policy // ranks if ranks else 0
-    if ranks is None or each % ranks or config.rollout_workers not in (None, engines):
+    if ranks is None or each % ranks or resolved.engines_at_start(config) not in (None, engines):
         raise ConfigError(
             f"--rollout_workers_per_node {each}: engines that share the policy's GPUs sit beside its ranks, "
             "so they are as many on a node as --policy_workers_per_node, or a multiple, and on the same "
@@ -288,7 +314,12 @@ def _apart(config: RLHFConfig, cluster: ClusterInfo, beside: Sequence[str]) -> C
         )
     spread = _spread(config, cluster, {"policy": own, "rollout": engine})
     ranks = _or(config.policy_workers, spread.get("policy"))
-    samplers = _or(config.rollout_workers, spread.get("rollout"))
+    samplers = _or(resolved.engines_at_start(config), spread.get("rollout"))
+    if ranks is None and resolved.elastic(config) and not _roles_apart(cluster):
+        raise ConfigError(
+            f"--rollout_workers {config.rollout_workers}: engines grow into the GPUs that nobody trains on: "
+            "say with --policy_workers how many do."
+        )
     if _roles_apart(cluster):
         policy = _or(ranks, _room(cluster, pair, "policy"))
         engines = _or(samplers, _room(cluster, engine, "rollout", beside=scorer_gpus))
@@ -333,13 +364,26 @@ def _room(cluster: ClusterInfo, gpus: float, role: str | None = None, beside: fl
 # -- where, and with what ------------------------------------------------------------------------------------
 
 
-def _with_cpus(specs: Sequence[GroupSpec], cluster: ClusterInfo) -> tuple[GroupSpec, ...]:
+def _with_cpus(
+    specs: Sequence[GroupSpec], cluster: ClusterInfo, grown: Sequence[GroupSpec] | None = None
+) -> tuple[GroupSpec, ...]:
     """Gives workers whose cores the user did not set the largest share that lets all of them in; the smallest
     where none does, so that the refusal names what is really short.
+
+    Args:
+        specs: The groups.
+        cluster: The nodes.
+        grown: The groups at their largest, which count where nodes have room for that.
     """
-    tried = [tuple(replace(spec, cpus=spec.cpus or share) for spec in specs) for share in CPU_SHARES]
-    fitting = (specs for specs in tried if find_homeless(make_layout(specs), cluster.nodes) is None)
-    return next(fitting, tried[-1])
+    for wanted in (grown or specs, specs):
+        for share in CPU_SHARES:
+            if find_homeless(make_layout(_each(wanted, share)), cluster.nodes) is None:
+                return _each(specs, share)
+    return _each(specs, CPU_SHARES[-1])
+
+
+def _each(specs: Sequence[GroupSpec], share: float) -> tuple[GroupSpec, ...]:
+    return tuple(replace(spec, cpus=spec.cpus or share) for spec in specs)
 
 
 def _reserved_for(role: str, cluster: ClusterInfo) -> dict[str, float]:

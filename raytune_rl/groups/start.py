@@ -10,16 +10,17 @@ from typing import Any, Protocol, cast
 
 import ray
 
-from raytune_rl.config import PPOConfig, RLHFConfig
+from raytune_rl.config import PPOConfig, RLHFConfig, resolved
 from raytune_rl.groups import lora_sync, specs
 from raytune_rl.groups.critic import CriticGroup
 from raytune_rl.groups.fleet import RewardGroup, RolloutFleet
-from raytune_rl.groups.fleet_start import hang_limits, start_fleet
+from raytune_rl.groups.fleet_start import Growth, hang_limits, start_fleet
 from raytune_rl.groups.gpu_sharing import GPUSharing
 from raytune_rl.groups.learners import Learner, Learners
 from raytune_rl.groups.logprobs import AdapterOff, Moves, Reference, ReferenceGroup
 from raytune_rl.groups.restarts import RecoveryRules
 from raytune_rl.groups.rewards import NoRewards, RewardModelGroup, Scorer, Together
+from raytune_rl.groups.scaling import Patience
 from raytune_rl.groups.sizes import Groups, teacher_groups
 from raytune_rl.groups.start_order import Part, start_in_turn, turns_of
 from raytune_rl.groups.teachers import Teacher, Teachers
@@ -365,6 +366,7 @@ def start_groups(
         hang_limits(config, sizes.on_gpu),
         partial(lost, rollout.name),
         stack,
+        growth_of(setup, slots, say),
     )
     engines = RolloutFleet(
         rollout,
@@ -404,6 +406,21 @@ def start_groups(
         None if critics is None else CriticGroup(critics),
         store,
         taught,
+    )
+
+
+def growth_of(setup: OnlineSetup, slots: Mapping[str, Any], say: Callable[[str], None]) -> Growth | None:
+    """How engines come and go, if they do."""
+    config, bounds = setup.config, setup.sizes.elastic
+    if bounds is None:
+        return None
+    patience = Patience(resolved.rollout_grow_after(config), resolved.rollout_shrink_after(config))
+    return Growth(
+        replace(setup.sizes["rollout"], workers=1),
+        bounds,
+        patience,
+        slots["rollout"],
+        lambda sentence: say(f"Note: {sentence}"),
     )
 
 

@@ -12,6 +12,7 @@ from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.config.cluster import described
 from raytune_rl.errors import ConfigError
 from raytune_rl.groups import specs
+from raytune_rl.groups.growth import check_growth
 from raytune_rl.groups.sizes import offline_groups, online_groups
 from raytune_rl.pipelines import memory, report
 from raytune_rl.pipelines.lifecycle import note
@@ -55,14 +56,15 @@ def run(config: TrainConfig) -> RunPlan:
     else:
         groups = offline_groups(config, cluster.info)
     specs.check_machine(config, groups.on_gpu)
-    check_fits(make_layout(groups.specs), groups.specs, cluster.info.nodes)
+    growth = check_growth(groups, cluster.info)
+    check_fits(make_layout(groups.fixed), groups.fixed, cluster.info.nodes)
     plan = RunPlan(
         f"Dry run: {config.model}, {config.train_type}",
         report.group_plans(
             groups, {s.name: "" for s in groups.specs} | {"policy": report.trainer(config, groups)}
         ),
         [_nodes(cluster)],
-        ["data was not read: how many steps the run has is not known yet"],
+        ["data was not read: how many steps the run has is not known yet", *growth],
     )
     with_memory, problem = memory.added(plan, config, groups, cluster.gpu_bytes)
     Console().print(with_memory.render())

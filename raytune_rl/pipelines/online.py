@@ -26,6 +26,7 @@ from raytune_rl.errors import ConfigError
 from raytune_rl.groups import specs
 from raytune_rl.groups.engine_fit import fit
 from raytune_rl.groups.fleet import batch_of
+from raytune_rl.groups.growth import check_growth
 from raytune_rl.groups.logprobs import ReferenceGroup
 from raytune_rl.groups.sizes import online_groups
 from raytune_rl.groups.start import OnlineGroups, OnlineSetup, start_groups
@@ -58,6 +59,7 @@ from raytune_rl.rewards.preflight import preflight
 from raytune_rl.rewards.sandbox import memory_limit_bytes
 from raytune_rl.runtime import gpu_memory
 from raytune_rl.runtime.cluster import reserve, session
+from raytune_rl.runtime.places import places_for
 
 
 def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
@@ -93,6 +95,7 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
             cluster = stack.enter_context(session(config.ray_address, note))
         groups = online_groups(config, cluster, algorithm.needs)
         specs.check_machine(config, groups.on_gpu)
+        growth = check_growth(groups, cluster)
         resume_point = stack.enter_context(open_run(config))
         with stage("reading and tokenizing the data") as tell:
             train, held_out = prompt_sets(
@@ -124,6 +127,7 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
             *resized,
             *train.account.notices,
             *specs.machine_notices(config, groups.on_gpu),
+            *growth,
             *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
         ]
         config, fitted = fit(config, train.account.traits, groups.on_gpu)
@@ -149,7 +153,10 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
             state.lost_workers[group] += 1
             controlled.faults.replaced(group, message)
 
-        slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
+        slots = stack.enter_context(reserve(groups.fixed, config.start_timeout))
+        if groups.elastic is not None:
+            own_places = places_for(groups["rollout"], config.start_timeout)
+            slots["rollout"] = stack.enter_context(own_places)
         with stage("starting the actors"):
             setup = OnlineSetup(
                 config=config,
@@ -222,7 +229,12 @@ class OnlineRun:
                 config, actors, prompts, each, state, self.credit, scoring, outside, demonstrations
             )
         self.generation_log = GenerationLog(config, self.credit, run.completions, prompts, state, run.say)
-        restarts = partial(state.lost_workers.__getitem__, "rollout")
+        elastic = actors.sizes.elastic is not None
+
+        def restarts() -> int:
+            """Engines that were started so far, but for the first."""
+            return state.lost_workers["rollout"] + (actors.rollout.load().joined if elastic else 0)
+
         self.guard = EngineGuard(
             config, actors, prompts, actors.sizes.on_gpu, restarts, self.collector.ready, run.say
         )
@@ -345,6 +357,8 @@ class OnlineRun:
         counters = report.step_metrics(run, step, self.schedule.steps_per_epoch)
         if self.state.lost_workers:
             counters["lost_workers"] = float(self.state.lost_workers.total())
+        if self.actors.sizes.elastic is not None:
+            counters |= report.fleet_metrics(self.actors.rollout.load())
         run.record({**step.metrics, **counters, **metrics})
         self.guard.watch(step.metrics.get(METRIC) if fresh else None, run.step)
 

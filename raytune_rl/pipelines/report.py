@@ -23,6 +23,7 @@ from raytune_rl.pipelines.ahead_plan import rollout_section
 from raytune_rl.pipelines.online_algorithms import Algorithm, in_words
 from raytune_rl.prepare.sets import quarantined
 from raytune_rl.protocol.data import Account, PromptSet
+from raytune_rl.protocol.tickets import FleetLoad
 from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.tracking.completions import CompletionRow
 from raytune_rl.tracking.plan import GenerationPlan, GroupPlan, RunPlan, Section
@@ -154,14 +155,16 @@ def group_plans(groups: Groups, inside: Mapping[str, str]) -> list[GroupPlan]:
             spec.workers,
             spec.cpus,
             spec.gpus,
-            _place(spec),
+            _place(spec, groups),
             inside[spec.name],
         )
         for spec in groups.specs
     ]
 
 
-def _place(spec: GroupSpec) -> str:
+def _place(spec: GroupSpec, groups: Groups) -> str:
+    if spec.name == "rollout" and groups.elastic is not None:
+        return f"up to {groups.elastic.most}, each on its own"
     if spec.colocate_with:
         return f"with {spec.colocate_with}"
     return f"{spec.per_node} per node" if spec.per_node else ""
@@ -248,6 +251,18 @@ def epochs_not_reached(config: TrainConfig, schedule: GRPOSchedule | SFTSchedule
 
 # -- during
 # ---------------------------------------------------------------------------------------------------
+
+
+def fleet_metrics(load: FleetLoad) -> dict[str, float]:
+    """Engines that serve, that wait for a place, and that came and went since the start."""
+    counts = {
+        "members": load.members,
+        "unplaced": load.unplaced,
+        "joined": load.joined,
+        "left": load.left,
+        "lost": load.lost,
+    }
+    return {f"fleet/{name}": float(count) for name, count in counts.items()}
 
 
 def batch_metrics(experience: Experience) -> dict[str, float]:

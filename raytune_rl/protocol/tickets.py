@@ -146,6 +146,9 @@ class FleetLoad:
         waiting: Prompts that no member has room for.
         idle_s: Seconds that serving members had nothing to do, all together, since the fleet was started.
         waiting_s: Seconds that the first of the waiting prompts has waited.
+        unplaced: Members that were asked for and have no place yet, where members come and go.
+        joined, left, lost: Members that came to serve, that went because nothing was to do or their node was
+            to leave, and that were lost, since the start.
     """
 
     members: int
@@ -154,3 +157,7 @@ class FleetLoad:
     waiting: int
     idle_s: float
     waiting_s: float
+    unplaced: int = 0
+    joined: int = 0
+    left: int = 0
+    lost: int = 0

@@ -90,7 +90,10 @@ class WorkerGroup:
     ) -> None:
         self.name = spec.name
         self.timeout_s = timeout_s
-        self._start = lambda rank: start_worker(worker_class, spec, slots[rank], make_args(rank), env or {})
+        self._slots = list(slots)
+        self._start = lambda rank: start_worker(
+            worker_class, spec, self._slots[rank], make_args(rank), env or {}
+        )
         self._actors: list[Any] = [None] * len(slots)
         if at_once:
             self.start(range(len(slots)))
@@ -104,6 +107,13 @@ class WorkerGroup:
         for rank in ranks:
             if self._actors[rank] is None:
                 self._actors[rank] = self._start(rank)
+
+    def add(self, slot: Slot) -> int:
+        """Starts one more worker, on a place of its own, and returns its rank. Returns at once."""
+        self._slots.append(slot)
+        self._actors.append(None)
+        self.start([len(self) - 1])
+        return len(self) - 1
 
     def replace_lost(
         self,

@@ -1,5 +1,7 @@
 """Flags of online RL that mean nothing beside others say so; none is taken in silence."""
 
+from pathlib import Path
+
 import pytest
 
 from raytune_rl.algorithms.correction import RolloutCorrection
@@ -139,3 +141,60 @@ def test_stale_completions_are_corrected_for_unless_told() -> None:
     algorithm = algorithm_of(parse([*BASE, "--async_generate", "true"], RLHFConfig, environ={}).config)
     assert "rollout_logprobs" in algorithm.needs
     assert algorithm.loss.settings["correction"] == RolloutCorrection("token_truncate", 2.0)
+
+
+def elastic(*argv: str):
+    return parse([*BASE, "--colocate", "false", *argv], RLHFConfig, environ={}).config
+
+
+@pytest.mark.parametrize(
+    ("written", "kept", "bounds"),
+    [("4", 4, (4, 4)), ("1:8", "1:8", (1, 8)), ("3:3", 3, (3, 3)), ("02:10", "2:10", (2, 10))],
+)
+def test_a_number_of_engines_or_their_least_and_most(
+    written: str, kept: int | str, bounds: tuple[int, int], tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"rollout_workers: {written}\n")
+    from_file = parse([str(tmp_path / "run.yaml"), *BASE], RLHFConfig, environ={}).config
+    for config in (elastic("--rollout_workers", written), from_file):
+        assert config.rollout_workers == kept
+        assert resolved.engines(config) == bounds
+        assert resolved.elastic(config) is (bounds[0] < bounds[1])
+        assert RLHFConfig(**config.args()).rollout_workers == kept, "args.json is read again on resume"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--rollout_workers 0", "0: there must be one engine at least"),
+        ("--rollout_workers 0:4", "0:4: there must be one engine at least"),
+        ("--rollout_workers 8:1", "8:1: the least comes first, the most behind it: 1:8"),
+        ("--rollout_workers -1", "'-1' is neither a number of engines"),
+        ("--rollout_workers 1:", "'1:' is neither a number of engines"),
+        ("--rollout_workers many", "'many' is neither a number of engines"),
+        ("--rollout_workers 1.5", "'1.5' is neither a number of engines"),
+        ("--rollout_workers 1:8 --rollout_workers_per_node 2", "which Ray places one by one"),
+        ("--rollout_grow_after 5", "add --rollout_workers min:max"),
+        ("--rollout_workers 2 --rollout_shrink_after 5", "add --rollout_workers min:max"),
+        ("--rollout_workers 1:2 --rollout_shrink_after 0", "must be greater than 0"),
+    ],
+)
+def test_engines_that_cannot_be(argv: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        elastic(*argv.split())
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shared", [["--colocate", "true"], ["--vllm_mode", "colocate"]])
+def test_engines_that_come_and_go_have_their_own_gpus(shared: list[str]) -> None:
+    with pytest.raises(ConfigError, match="do not come and go: give them GPUs of their own with --colocate"):
+        parse([*BASE, "--rollout_workers", "1:8", *shared], RLHFConfig, environ={})
+
+
+def test_patience_with_engines_has_defaults() -> None:
+    config = elastic("--rollout_workers", "1:8")
+    assert (resolved.rollout_grow_after(config), resolved.rollout_shrink_after(config)) == (30.0, 300.0)
+    more = ["--rollout_grow_after", "0", "--rollout_shrink_after", "60"]
+    config = elastic("--rollout_workers", "1:8", *more)
+    assert (resolved.rollout_grow_after(config), resolved.rollout_shrink_after(config)) == (0.0, 60.0)

@@ -23,7 +23,9 @@ from tests.deploy.kustomize import render
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 STANDING = "ray-cluster.yaml"
-JOBS = ["grpo", "sft", "overlays/one-gpu", "overlays/one-node"]
+JOBS = [
+    "grpo", "grpo-async", "sft", "overlays/one-gpu", "overlays/one-node", "overlays/several-nodes"
+]  # fmt: skip
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -285,12 +287,17 @@ def test_the_entrypoint_is_a_command_that_raytune_rl_accepts(place: str) -> None
 
 WORKERS = {
     "grpo": {"policy": 8, "rollout": 7, "reference": 1},
+    "grpo-async": {"policy": 8, "rollout": 1},
     "sft": {"policy": 8},
     "overlays/one-gpu": {"policy": 1, "rollout": 1},
     "overlays/one-node": {"policy": 8, "rollout": 8},
+    "overlays/several-nodes": {"policy": 16, "rollout": 8},
 }
 
-COMPLETIONS_AND_PROMPTS = {"grpo": (64, 8), "overlays/one-gpu": (32, 4), "overlays/one-node": (64, 8)}
+COMPLETIONS_AND_PROMPTS = {
+    "grpo": (64, 8), "grpo-async": (64, 8), "overlays/one-gpu": (32, 4), "overlays/one-node": (64, 8),
+    "overlays/several-nodes": (128, 16),
+}  # fmt: skip
 """Of one optimizer step."""
 
 
@@ -317,6 +324,26 @@ def test_the_run_fits_on_the_cluster_and_uses_every_gpu(place: str) -> None:
     if isinstance(config, RLHFConfig):
         batch = grpo_schedule_of(config, workers["policy"], n_prompts=10_000).batch
         assert (batch.completions_per_step, batch.prompts_per_step) == COMPLETIONS_AND_PROMPTS[place]
+
+
+@pytest.mark.parametrize(("place", "most"), [("grpo-async", 8), ("overlays/several-nodes", 32)])
+def test_the_rollout_group_may_grow_to_the_most_engines(place: str, most: int) -> None:
+    from raytune_rl.config import resolved
+    from raytune_rl.groups.growth import check_growth
+    from raytune_rl.groups.sizes import online_groups
+    from raytune_rl.runtime.cluster import ClusterInfo
+
+    config = configured(place)
+    assert config.async_generate
+    (group,) = [g for g in cluster_spec(place)["workerGroupSpecs"] if g["groupName"] == "rollout"]
+    each = int(group["rayStartParams"]["num-gpus"])
+    assert resolved.engines(config) == (each * group["minReplicas"], each * group["maxReplicas"])
+    info = ClusterInfo(False, "", nodes(place), 0, has_gpus=True)
+    groups = online_groups(config, info, set())
+    assert groups.elastic is not None
+    assert groups.elastic.most == most
+    assert groups["rollout"].resources == {"rollout": 1.0}, "only on pods that come and go"
+    assert "others start when its autoscaler" in check_growth(groups, info)[0]
 
 
 # -- the images --------------------------------------------------------------------------------------------

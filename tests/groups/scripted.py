@@ -146,6 +146,11 @@ class ScriptedCrew:
         """See `Crew`."""
         self.ended.append(number)
 
+    def add(self, slot: Any) -> int:
+        """See `Crew`."""
+        self._most += 1
+        return self._most - 1
+
 
 def trajectories(call: GroupCall, version: int, where: str) -> tuple[Trajectory, ...]:
     """An answer to a prompt."""

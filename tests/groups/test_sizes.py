@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.errors import ConfigError, PlacementError
 from raytune_rl.groups import specs
+from raytune_rl.groups.growth import check_growth
+from raytune_rl.groups.scaling import Bounds
 from raytune_rl.groups.sizes import Groups, offline_groups, online_groups
 from raytune_rl.pipelines.online_algorithms import algorithm_of
 from raytune_rl.runtime.cluster import ClusterInfo
@@ -413,3 +416,65 @@ def test_reward_models_have_a_group_and_may_stand_alone() -> None:
     groups = ppo(EIGHT_GPUS, colocate=False, reward_model="rm", reward_funcs=())
     assert_fits(groups, EIGHT_GPUS)
     assert sum(groups[name].gpus * groups[name].workers for name in counts(groups)) <= 8
+
+
+# -- engines that come and go --------------------------------------------------------------------------------
+
+
+def here(where: ClusterInfo) -> ClusterInfo:
+    return replace(where, started_here=True)
+
+
+def test_engines_that_come_and_go_start_with_the_least_and_are_placed_one_by_one() -> None:
+    groups = online(EIGHT_GPUS, beta=0.0, rollout_workers="1:4", policy_workers=4)
+    assert counts(groups) == {"policy": 4, "rollout": 1, "reward": 4}
+    assert gpus(groups) == {"policy": 1.0, "rollout": 1.0}
+    assert not groups.colocated, "they have GPUs of their own, unasked"
+    assert [spec.name for spec in groups.fixed] == ["policy", "reward"]
+    assert groups.elastic == Bounds(1, 4)
+    assert check_growth(groups, here(EIGHT_GPUS)) == []
+    fixed = online(EIGHT_GPUS, beta=0.0, rollout_workers=4, policy_workers=4, colocate=False)
+    assert fixed.elastic is None
+    assert fixed.fixed == fixed.grown() == fixed.specs
+    assert [(s.workers, s.gpus, s.cpus, s.resources) for s in groups.grown()] == [
+        (s.workers, s.gpus, s.cpus, s.resources) for s in fixed.specs
+    ], "as many engines from the start need the same"
+
+
+def test_cores_and_threads_are_shared_out_for_the_most_engines() -> None:
+    groups = online(LAPTOP, beta=0.0, rollout_workers="1:3")
+    assert [spec.cpus for spec in groups.specs] == [0.25] * 3, "five workers in the end"
+    assert groups.threads["rollout"] == 1
+    assert check_growth(groups, here(LAPTOP)) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("1:8", "room for 4 engine(s) beside the other groups, and no autoscaler could add one: write 1:4"),
+     ("5:8", "room for 4 engine(s) beside the other groups, and no autoscaler could add one: write 4,")],
+)  # fmt: skip
+def test_one_machine_cannot_grow(asked: str, said: str) -> None:
+    groups = online(EIGHT_GPUS, beta=0.0, rollout_workers=asked, policy_workers=4)
+    with pytest.raises(ConfigError) as error:
+        check_growth(groups, here(EIGHT_GPUS))
+    assert f"--rollout_workers {asked}: this machine has {said}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cluster_may_grow() -> None:
+    """An autoscaler, or somebody who starts Ray on another machine."""
+    groups = online(EIGHT_GPUS, beta=0.0, rollout_workers="1:8", policy_workers=4)
+    (notice,) = check_growth(groups, EIGHT_GPUS)
+    assert notice.startswith("--rollout_workers 1:8: the cluster has room for 4 engine(s) now; others start")
+    full = online(EIGHT_GPUS, beta=0.0, rollout_workers="1:8", policy_workers=7)
+    (notice,) = check_growth(full, cluster({"CPU": 96, "GPU": 7}))
+    assert "has room for 0 engine(s) now, and the run starts with 1;" in notice
+
+
+def test_who_trains_is_said_where_engines_grow_into_the_same_nodes() -> None:
+    with pytest.raises(ConfigError, match=r"1:4: engines grow into the GPUs that nobody trains on: say with"):
+        online(EIGHT_GPUS, rollout_workers="1:4")
+    where = cluster({"CPU": 96, "GPU": 8, "policy": 8}, {"CPU": 96, "GPU": 8, "rollout": 8})
+    groups = online(where, beta=0.0, rollout_workers="2:4")
+    assert (counts(groups)["policy"], counts(groups)["rollout"]) == (8, 2), "nodes of a role say it"
+    assert groups["rollout"].resources == {"rollout": 1.0}

@@ -500,7 +500,7 @@ def cast_of(config: RLHFConfig, needs: frozenset[str], stage: Stage, reward: Rew
     worlds: list[Any] = [model, critic if "values" in needs else None]
     learners = learners_of(worlds[0], worlds[1], config)
     groups: dict[str, Any] = {
-        "sizes": SimpleNamespace(on_gpu=False),
+        "sizes": SimpleNamespace(on_gpu=False, elastic=None),
         "policy": policy,
         "learners": learners,
         "rollout": FakeFleet(stage),

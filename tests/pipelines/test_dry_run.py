@@ -36,6 +36,14 @@ def test_a_cluster_that_is_not_there(model: str, capsys: pytest.CaptureFixture[s
     assert "GPU memory, estimated" in capsys.readouterr().out
 
 
+def test_engines_that_come_and_go_are_planned_for(model: str) -> None:
+    grown = config(model, cluster="8x80GiB", policy_workers=4, rollout_workers="1:16", num_generations=4)
+    plan = dry_run.run(grown)
+    (rollout,) = [group for group in plan.groups if group.role == "rollout"]
+    assert (rollout.actors, rollout.placement) == (1, "up to 16, each on its own")
+    assert any("1:16: the cluster has room for 4 engine(s) now" in notice for notice in plan.notices)
+
+
 def test_the_smallest_gpu_counts(model: str) -> None:
     plan = dry_run.run(config(model, cluster="1x80GiB,1x24GB"))
     assert "of 22 GiB" in dict(plan.sections[-1].rows)["sampling"]

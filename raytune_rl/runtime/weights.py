@@ -115,7 +115,7 @@ def read(manifest: Manifest, timeout_s: float) -> Iterator[tuple[str, torch.Tens
     """Yields `(name, tensor)` of a version, bucket after bucket; tensors are read-only maps of shared
     memory. While a bucket is loaded the next one comes from its node.
     """
-    following = [*manifest.buckets[1:], None]
+    following = [*manifest.buckets, None][1:]
     for ref, then, entries in zip(manifest.buckets, following, manifest.index, strict=True):
         arrays = ray.get(ref, timeout=timeout_s)
         if then is not None:

@@ -107,7 +107,7 @@ class World:
         """Every rank starts over; returns rank 0's notices."""
         notices = self.group.call("become", spec)[0]
         self.policy.world.spec = spec
-        self.policy._index = self.group.call("weight_index") if spec.publish_mode else []
+        self.policy.world.weight_index = self.group.call("weight_index") if spec.publish_mode else []
         return tuple(notices)
 
     def train(self, rows: Rows, steps: range) -> list[float]:

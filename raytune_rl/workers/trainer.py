@@ -320,15 +320,13 @@ class TrainerWorker:
         return loss, metrics, micro.input_ids.numel()
 
     def _teacher(self, columns: dict[str, Tensor], count: int) -> TeacherDistribution | None:
-        """Takes a teacher's distributions at `count` tokens out of the columns, if the loss needs them."""
+        """A teacher's distributions at `count` tokens, as the columns have them, if the loss needs them."""
         if self._loss.divergence_beta is None:
             return None
-        import torch
-
         from raytune_rl.models.distribution import TeacherDistribution
 
-        ids, logprobs = (columns.pop(name, torch.empty(0)) for name in TEACHER_COLUMNS)
-        k = max(len(ids) // max(count, 1), 1)  # a rank without rows has no column either
+        ids, logprobs = (columns[name] for name in TEACHER_COLUMNS)
+        k = max(len(ids) // max(count, 1), 1)
         return TeacherDistribution(
             ids.view(count, k).long(), logprobs.view(count, k), self._loss.divergence_beta(self._settings)
         )

@@ -119,7 +119,9 @@ class Collector:
         self._config, self._groups, self._prompts = config, groups, prompts
         self._state, self._credit, self._scoring = state, credit, scoring
         self._version, self._progress = -1, TrainerState(0, 0)
-        self._flow = outside.flow(groups.rollout, self._score, config.step_timeout)
+        self._flow = outside.flow(
+            groups.rollout, self._score, config.step_timeout, whole=bool(config.reward_model)
+        )
         order = BatchPlan(len(prompts), prompts_per_generation, config.data_seed, config.dataset_shuffle)
         self._order, self._draw = order, PromptDraw(order, {"generation": state.generation, **state.data})
 

@@ -166,6 +166,8 @@ class GroupFlow:
         timeout_s: In which something must come to its end where that is waited for, seconds.
         aside: Where rewards are asked for.
         clock: Seconds, monotonic.
+        whole: Rewards are asked for once all that was asked for is sampled, in the order of asking. What a
+            model says of a row depends, in its last digits, on the rows beside it.
     """
 
     def __init__(
@@ -175,9 +177,11 @@ class GroupFlow:
         timeout_s: float,
         aside: Aside[Experience],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        whole: bool = False,
     ) -> None:
         self._rollout, self._score, self._aside = rollout, score, aside
-        self._timeout_s, self._clock = timeout_s, clock
+        self._timeout_s, self._clock, self._whole = timeout_s, clock, whole
         self._asked: dict[Ticket, PromptSet] = {}
         self._waiting: list[_Sampled] = []
         self._scoring: list[_Sampled] = []
@@ -276,8 +280,10 @@ class GroupFlow:
         return ended
 
     def _start(self) -> None:
-        if not self._waiting:
+        if not self._waiting or (self._whole and self._asked):
             return
+        if self._whole:
+            self._waiting.sort(key=lambda one: one.ticket.number)
         prompts = self._waiting[0].prompts
         self._scoring = [one for one in self._waiting if one.prompts is prompts]
         self._waiting = [one for one in self._waiting if one.prompts is not prompts]
@@ -301,6 +307,6 @@ class Outside:
     clock: Callable[[], float] = time.monotonic
     store: TrajectoryStore | None = None
 
-    def flow(self, rollout: Fleet, score: Score, timeout_s: float) -> GroupFlow:
-        """A flow over engines."""
-        return GroupFlow(rollout, score, timeout_s, self.aside(), self.clock)
+    def flow(self, rollout: Fleet, score: Score, timeout_s: float, *, whole: bool = False) -> GroupFlow:
+        """A flow over engines; arguments as in `GroupFlow`."""
+        return GroupFlow(rollout, score, timeout_s, self.aside(), self.clock, whole=whole)

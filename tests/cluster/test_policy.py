@@ -344,18 +344,18 @@ def test_a_reference_moves_towards_the_policy_and_comes_back(
     """As `sync_ref_model` has it; a tied head moves with its embedding, once."""
     spec = worlds[1].spec
     reference = ReferenceWorker(spec.model, spec.score)
-    start = {n: p.detach().clone().numpy() for n, p in reference._scorer.named_parameters()}
+    start = {n: p.detach().clone().numpy() for n, p in reference._model.scorer.named_parameters()}
     reference.save(str(tmp_path / "start"))
     worlds[2].train(0)
     reference.mix(worlds[2].policy.publish(1), 0.25)
     policy = worlds[2].weights()
-    moved = {n: p.detach().numpy() for n, p in reference._scorer.named_parameters()}
+    moved = {n: p.detach().numpy() for n, p in reference._model.scorer.named_parameters()}
     assert start.keys() == policy.keys() == moved.keys()
     for name, before in start.items():
         np.testing.assert_allclose(moved[name], 0.25 * policy[name] + 0.75 * before, atol=1e-6)
     assert max(float(np.abs(moved[n] - start[n]).max()) for n in start) > 1e-3
     reference.load(str(tmp_path / "start"))
-    for name, parameter in reference._scorer.named_parameters():
+    for name, parameter in reference._model.scorer.named_parameters():
         np.testing.assert_array_equal(parameter.detach().numpy(), start[name])
     with pytest.raises(CheckpointError, match="saved without --sync_ref_model"):
         reference.load(str(tmp_path))

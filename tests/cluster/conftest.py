@@ -40,6 +40,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """Ray on this machine, with more logical CPUs than real ones: placement is under test, not speed."""
+    if ray.is_initialized():  # tests/faults has this fixture too, and pytest makes it anew there
+        yield
+        return
     ray.init(
         address="local",
         num_cpus=8,

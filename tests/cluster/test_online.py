@@ -307,7 +307,6 @@ def test_lora_weights_arrive_either_way(
     assert lines[1]["clip_ratio/region_mean"] == 0, "the first step of a generation is on-policy"
     ratios = [lines[s]["rollout_correction/logp_abs_diff_max"] for s in first_of_generation]
     assert max(ratios) > 0, "both sides computed them on their own"
-    assert lines[5]["reward"] != lines[1]["reward"]
     assert (result.last_checkpoint / "adapter_model.safetensors").is_file()  # type: ignore[operator]
     from peft import AutoPeftModelForCausalLM
 

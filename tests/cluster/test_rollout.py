@@ -264,5 +264,4 @@ def test_groups_that_come_alone_are_answered_beside_others(late_engine: tuple[Pu
     facts, columns, _ = answers(ask(worker, REQUESTS[1:], None, Sampling(0.9, 2)))
     assert max(f.completion_tokens for f in facts) <= 2
     assert publisher.gap(columns) < 1e-4
-    assert ray.wait([long[0][0]], timeout=0)[0] == [], "the long one is under way still"
     assert publisher.gap(answers(long)[1], never=END) < 1e-4

@@ -181,7 +181,8 @@ def test_granite_gets_a_head_that_transformers_has_not(
         back = again.model
     else:
         back = apply_tuner(load(spec, forward).model, settings, [saved]).model
-    assert torch.equal(scorer_of(back, forward).eval()(**forward_inputs(batch, forward)), got)
+    again = scorer_of(back, forward).eval()(**forward_inputs(batch, forward))
+    assert torch.allclose(again, got, rtol=0, atol=1e-6)  # rounding follows how threads share the work
     assert is_classifier(saved)
 
 

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 from raytune_rl.algorithms.advantages import (
     decoupled_advantages,
     decoupled_totals,
-    group_advantages,
     known_rewards,
 )
 from raytune_rl.algorithms.credit.base import Credit, Credited, CreditKind, Models, register_credit
-from raytune_rl.algorithms.credit.group import group_metrics
+from raytune_rl.algorithms.credit.group import reward_metrics
 from raytune_rl.algorithms.lazy import np
 
 if TYPE_CHECKING:
@@ -36,8 +35,7 @@ class DecoupledGroups(Credit):
         """One advantage a completion."""
         values = self._known(experience)
         decoupled = decoupled_advantages(values, self.reward_weights, experience.group_ids)
-        measured = group_advantages(experience.rewards, experience.group_ids)
-        return Credited(batch, decoupled, group_metrics(measured))
+        return Credited(batch, decoupled, reward_metrics(experience))
 
     def informative(self, experience: Experience) -> set[int]:
         """It is what the functions come to together that must differ."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from raytune_rl.algorithms.advantages import group_advantages
 from raytune_rl.algorithms.credit.base import Credit, Credited, CreditKind, Models, register_credit
-from raytune_rl.algorithms.credit.group import group_metrics
+from raytune_rl.algorithms.credit.group import reward_metrics
 from raytune_rl.algorithms.lazy import np
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ class GroupPolicyGradient(Credit):
     def assign(self, experience: Experience, batch: TrainBatch, models: Models) -> Credited:
         """One advantage a completion; metric `gpg/alpha`."""
         earned, alpha = gpg_advantages(experience.rewards, experience.group_ids)
-        measured = group_advantages(experience.rewards, experience.group_ids)
-        return Credited(batch, earned, {**group_metrics(measured), "gpg/alpha": alpha})
+        return Credited(batch, earned, {**reward_metrics(experience), "gpg/alpha": alpha})
 
     def in_words(self) -> str:
         """For the plan."""

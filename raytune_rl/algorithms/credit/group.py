@@ -88,6 +88,11 @@ def earned_by_group(
     return found.astype(np.float32)
 
 
+def reward_metrics(experience: Experience) -> dict[str, float]:
+    """`group_metrics` of the rewards, for a credit that compares them in a way of its own."""
+    return group_metrics(group_advantages(experience.rewards, experience.group_ids))
+
+
 def group_metrics(grouped: AdvantageResult) -> dict[str, float]:
     """Metrics of the groups, under ms-swift's names."""
     groups = max(len(grouped.groups), 1)

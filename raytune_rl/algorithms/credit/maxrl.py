@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raytune_rl.algorithms.advantages import group_advantages
 from raytune_rl.algorithms.credit.base import Credit, Credited, CreditKind, Models, register_credit
-from raytune_rl.algorithms.credit.group import earned_by_group, group_metrics
+from raytune_rl.algorithms.credit.group import earned_by_group, reward_metrics
 from raytune_rl.algorithms.lazy import np
 from raytune_rl.errors import RewardError
 
@@ -50,8 +49,7 @@ class MaximumLikelihood(Credit):
     def assign(self, experience: Experience, batch: TrainBatch, models: Models) -> Credited:
         """One advantage a completion."""
         earned = maxrl_advantages(experience.rewards, experience.group_ids)
-        measured = group_advantages(experience.rewards, experience.group_ids)
-        return Credited(batch, earned, group_metrics(measured))
+        return Credited(batch, earned, reward_metrics(experience))
 
     def in_words(self) -> str:
         """For the plan."""

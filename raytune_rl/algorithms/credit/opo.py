@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raytune_rl.algorithms.advantages import group_advantages
 from raytune_rl.algorithms.credit.base import Credit, Credited, CreditKind, Models, register_credit
-from raytune_rl.algorithms.credit.group import earned_by_group, group_metrics
+from raytune_rl.algorithms.credit.group import earned_by_group, reward_metrics
 from raytune_rl.algorithms.lazy import np
 
 if TYPE_CHECKING:
@@ -48,8 +47,7 @@ class OptimalBaseline(Credit):
         """One advantage a completion."""
         lengths = [t.episode.completion_tokens for t in experience.batch]
         earned = opo_advantages(experience.rewards, lengths, experience.group_ids)
-        measured = group_advantages(experience.rewards, experience.group_ids)
-        return Credited(batch, earned, group_metrics(measured))
+        return Credited(batch, earned, reward_metrics(experience))
 
     def in_words(self) -> str:
         """For the plan."""

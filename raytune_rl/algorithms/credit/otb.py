@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raytune_rl.algorithms.advantages import group_advantages
 from raytune_rl.algorithms.credit.base import Credit, Credited, CreditKind, Models, register_credit
-from raytune_rl.algorithms.credit.group import group_metrics
+from raytune_rl.algorithms.credit.group import reward_metrics
 from raytune_rl.algorithms.lazy import np
 
 if TYPE_CHECKING:
@@ -72,9 +71,8 @@ class OptimalTokenBaseline(Credit):
     def assign(self, experience: Experience, batch: TrainBatch, models: Models) -> Credited:
         """One advantage a token, as the column "advantages"."""
         columns, means = models.token_baseline(batch, experience.rewards, experience.group_ids)
-        measured = group_advantages(experience.rewards, experience.group_ids)
         credited = batch.with_columns(advantages=columns)
-        return Credited(credited, means.astype(np.float32), group_metrics(measured))
+        return Credited(credited, means.astype(np.float32), reward_metrics(experience))
 
     def in_words(self) -> str:
         """For the plan."""

@@ -12,9 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raytune_rl.algorithms.advantages import group_advantages
 from raytune_rl.algorithms.credit.base import Credit, Credited, CreditKind, Models, register_credit
-from raytune_rl.algorithms.credit.group import earned_by_group, group_metrics
+from raytune_rl.algorithms.credit.group import earned_by_group, reward_metrics
 from raytune_rl.algorithms.lazy import np
 from raytune_rl.algorithms.options import option
 from raytune_rl.errors import ConfigError
@@ -92,9 +91,8 @@ class PassAtK(Credit):
     def assign(self, experience: Experience, batch: TrainBatch, models: Models) -> Credited:
         """One advantage a completion; metric `pass_at_k/groups_without_signal`, a share."""
         earned = self._earned(experience)
-        measured = group_advantages(experience.rewards, experience.group_ids)
         silent = 1.0 - len(self.informative(experience)) / max(len(experience.groups), 1)
-        metrics = {**group_metrics(measured), "pass_at_k/groups_without_signal": silent}
+        metrics = {**reward_metrics(experience), "pass_at_k/groups_without_signal": silent}
         return Credited(batch, earned, metrics)
 
     def informative(self, experience: Experience) -> set[int]:

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table import machine, median, render, spread
-from raytune_rl.groups.fleet import RolloutFleet, row_seeds
+from raytune_rl.groups.fleet import RolloutFleet
 from raytune_rl.groups.fleet_thread import FleetThread
 from raytune_rl.groups.members import Done, GroupCall, Member
+from raytune_rl.groups.seeds import row_seeds
 from raytune_rl.protocol.data import Account, PromptSet
 from raytune_rl.protocol.rollout import Sampling
 from raytune_rl.protocol.rows import RowPointer

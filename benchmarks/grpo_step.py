@@ -36,7 +36,7 @@ from raytune_rl.algorithms.credit.base import Credited
 from raytune_rl.config import RLHFConfig
 from raytune_rl.data.microbatch import plan_micro_batches
 from raytune_rl.groups import specs, start
-from raytune_rl.groups.fleet import sample_seed
+from raytune_rl.groups.seeds import sample_seed
 from raytune_rl.pipelines import online
 from raytune_rl.protocol.rows import RowPointer
 from raytune_rl.protocol.trajectory import EpisodeRequest, Trajectory

@@ -19,7 +19,7 @@ from raytune_rl.data.media_table import ROW_COLUMN, media_of
 from raytune_rl.errors import DeadlineExceededError, WorkerDiedError
 from raytune_rl.groups.fleet_thread import FleetThread
 from raytune_rl.groups.members import GroupCall
-from raytune_rl.groups.seeds import row_seeds, sample_seed
+from raytune_rl.groups.seeds import row_seeds
 from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.rewards import Failure, RewardTable, Scores, TrainerState
 from raytune_rl.protocol.rollout import Sampling
@@ -28,8 +28,6 @@ from raytune_rl.protocol.tickets import Finished, FleetLoad, InFlight, Outcome, 
 from raytune_rl.protocol.trajectory import EpisodeRequest, Trajectory
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, fetch_all
-
-__all__ = ["RewardGroup", "RolloutFleet", "batch_of", "gather_scores", "row_seeds", "sample_seed"]
 
 _TICKETS = itertools.count()
 
@@ -290,13 +288,14 @@ class RewardGroup:
         self, trajectories: Sequence[Trajectory], prompts: PromptSet, state: TrainerState
     ) -> RewardTable:
         """Scores every trajectory; the groups are spread over the workers, each whole."""
-        groups: dict[int, list[int]] = {}
+        by_group: dict[int, list[int]] = {}
         for number, trajectory in enumerate(trajectories):
-            groups.setdefault(trajectory.group, []).append(number)
+            by_group.setdefault(trajectory.group, []).append(number)
+        groups = list(by_group.values())
         pending, members = [], []
         limit_s = REWARDS_SHARE * self.workers.timeout_s
         for rank, part in enumerate(np.array_split(np.arange(len(groups)), len(self.workers))):
-            share = np.array([number for group in part for number in list(groups.values())[group]], dtype=int)
+            share = np.array([number for group in part for number in groups[group]], dtype=int)
             if not len(share):
                 continue
             own = [trajectories[number] for number in share]

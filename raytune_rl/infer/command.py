@@ -18,8 +18,9 @@ from raytune_rl.data.example import Message
 from raytune_rl.data.model_tokens import as_ids, read_eos
 from raytune_rl.errors import ConfigError
 from raytune_rl.groups.engine_fit import fit
-from raytune_rl.groups.fleet import RolloutFleet, read_texts, sample_seed
+from raytune_rl.groups.fleet import RolloutFleet, read_texts
 from raytune_rl.groups.fleet_start import CPU_HANG_S, start_fleet
+from raytune_rl.groups.seeds import sample_seed
 from raytune_rl.groups.sizes import Groups, infer_groups
 from raytune_rl.infer.chat import HELP, converse
 from raytune_rl.infer.rows import Asked, encode_rows_task

@@ -20,7 +20,7 @@ from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule
 from raytune_rl.data.sampler import BatchPlan
 from raytune_rl.errors import RaytuneError
-from raytune_rl.groups.fleet import row_seeds
+from raytune_rl.groups.seeds import row_seeds
 from raytune_rl.groups.start import Samplers
 from raytune_rl.groups.trajectory_data import TrajectoryStore
 from raytune_rl.pipelines.buffer import Asked, ExperienceBuffer

@@ -20,7 +20,7 @@ from raytune_rl.algorithms.experience import Experience, fill_with_signal, join
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.data.sampler import BatchPlan, stretch
 from raytune_rl.errors import CheckpointError, RaytuneError
-from raytune_rl.groups.fleet import row_seeds
+from raytune_rl.groups.seeds import row_seeds
 from raytune_rl.groups.start import Samplers
 from raytune_rl.pipelines.demonstrations import Demonstrations
 from raytune_rl.pipelines.group_flow import Outcome, Outside, Scored

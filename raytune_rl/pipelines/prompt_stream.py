@@ -9,7 +9,7 @@ from typing import Any
 
 from raytune_rl.config import RLHFConfig
 from raytune_rl.data.sampler import BatchPlan, stretch
-from raytune_rl.groups.fleet import row_seeds
+from raytune_rl.groups.seeds import row_seeds
 from raytune_rl.pipelines.position import PromptDraw
 from raytune_rl.pipelines.run_state import RunState
 

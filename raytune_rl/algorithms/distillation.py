@@ -16,6 +16,10 @@ from raytune_rl.algorithms.lazy import np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+TEACHER_COLUMNS = ("teacher_ids", "teacher_top_logprobs")
+"""Columns of a loss that needs a teacher's distribution: its likeliest tokens and their log-probs, k a loss
+token."""
+
 
 def advantages(
     earned: NDArray[np.float32], teacher: NDArray[np.float32], old: NDArray[np.float32], coefficient: float

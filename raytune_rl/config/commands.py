@@ -143,15 +143,16 @@ class RLHFConfig(
             )
         if self.teachers_alone and not self.has_teachers:
             raise ConfigError("--advantage_estimator distill needs somebody to learn from: --teacher_model.")
-        if self.loss_type == "gkd":
-            self._check_gkd()
+        built_in = {loss.name: loss for loss in online_losses()}
+        if self.loss_type in built_in and built_in[self.loss_type].divergence_beta is not None:
+            self._check_distribution()
         if not self.reward_funcs and not self.reward_model and not self.teachers_alone:
             raise ConfigError(
                 "--reward_funcs is required: name at least one, such as accuracy, or give a --reward_model; "
                 "or learn from a --teacher_model alone, by --advantage_estimator distill."
             )
         check_names(self.loss_type, self.advantage_estimator, self.external_plugins)
-        if self.loss_type in (built_in := {loss.name: loss for loss in online_losses()}):
+        if self.loss_type in built_in:
             loss_settings(self, built_in[self.loss_type], {})
         if self.sync_ref_model and (self.train_type != "full" or self.beta == 0):
             why = (
@@ -197,13 +198,13 @@ class RLHFConfig(
             grpo_batch_of(self, self.policy_workers)
         return self
 
-    def _check_gkd(self) -> None:
+    def _check_distribution(self) -> None:
         if not self.has_teachers:
-            raise ConfigError("--loss_type gkd needs somebody to learn from: --teacher_model.")
+            raise ConfigError(f"--loss_type {self.loss_type} needs somebody to learn from: --teacher_model.")
         if len(self.teacher_model) > 1 and self.teacher_column is None:
             raise ConfigError(
-                "--loss_type gkd takes the distribution of one teacher a row: name one --teacher_model, or "
-                "say whose a row is by --teacher_column."
+                f"--loss_type {self.loss_type} takes the distribution of one teacher a row: name one "
+                "--teacher_model, or say whose a row is by --teacher_column."
             )
         if self.demonstrates and self.async_generate:
             raise ConfigError(

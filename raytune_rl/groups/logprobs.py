@@ -5,6 +5,7 @@ KL.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,58 @@ from raytune_rl.protocol.train import RowLogprobs
 from raytune_rl.protocol.weights import Manifest
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch_all, settle
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Workers that were asked about rows, each about its share: they tell something of it, and give columns.
+
+    Attributes:
+        calls: The questions.
+        shares: The rows that each is about.
+    """
+
+    calls: list[Pending]
+    shares: list[list[int]]
+
+    def answers(self) -> tuple[list[RowPointer], list[tuple[list[int], Any]]]:
+        """Where each row's columns lie, in the order of rows; and by share the rows and what was told."""
+        columns: dict[int, RowPointer] = {}
+        done, told = settle(self.calls)
+        for call, rows in zip(done, self.shares, strict=True):
+            columns |= {row: RowPointer(call.ref[1], number) for number, row in enumerate(rows)}
+        return [columns[row] for row in range(len(columns))], list(zip(self.shares, told, strict=True))
+
+
+def ask_about(
+    group: WorkerGroup,
+    rows: TrainBatch,
+    budget: Budget,
+    method: str,
+    *settings: Any,
+    what: str,
+    collective: bool = False,
+) -> Asked:
+    """Asks workers about rows, the work balanced by tokens.
+
+    Args:
+        group: Who is asked.
+        rows: With the columns that are read.
+        budget: Of a micro-batch.
+        method: What the workers call it; it has two results.
+        settings: Further arguments of it.
+        what: The work as a person would name it, before "N rows".
+        collective: Every worker must take part even without rows (a sharded model).
+    """
+    schedule = plan_step(rows.lengths, rows.prefixes, budget)
+    asked = Asked([], [])
+    for rank in range(len(group)):
+        share = rank_share(schedule, rank, rows)
+        if share.rows or collective:
+            named = f"{what} {len(share.rows)} rows"
+            asked.calls.append(group.submit(rank, method, share.batch, *settings, what=named, returns=2))
+            asked.shares.append(share.rows)
+    return asked
 
 
 def score_rows(
@@ -40,23 +93,14 @@ def score_rows(
         collective: Every worker must take part even without rows (a sharded model).
         method: What the workers call it.
     """
-    rows_batch = batch.keep({ROW_COLUMN}).without_scalars()
-    schedule = plan_step(batch.lengths, batch.prefixes, Budget.of(settled, len(group), max_tokens))
-    pending: list[Pending] = []
-    shares: list[list[int]] = []
-    for rank in range(len(group)):
-        share = rank_share(schedule, rank, rows_batch)
-        if not share.rows and not collective:
-            continue
-        what = f"log-probs of {len(share.rows)} rows"
-        pending.append(group.submit(rank, method, share.batch, what=what, returns=2))
-        shares.append(share.rows)
-    columns: dict[int, RowPointer] = {}
+    rows = batch.keep({ROW_COLUMN}).without_scalars()
+    budget = Budget.of(settled, len(group), max_tokens)
+    asked = ask_about(group, rows, budget, method, what="log-probs of", collective=collective)
+    columns, told = asked.answers()
     sums = np.empty(len(batch))
-    for own_rows, done, answered in zip(shares, *settle(pending), strict=True):
-        sums[own_rows] = answered
-        columns |= {row: RowPointer(done.ref[1], number) for number, row in enumerate(own_rows)}
-    return RowLogprobs([columns[row] for row in range(len(batch))], sums)
+    for own, answer in told:
+        sums[own] = answer
+    return RowLogprobs(columns, sums)
 
 
 class Reference(Protocol):

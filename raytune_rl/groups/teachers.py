@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.algorithms.credit.base import Credited
-from raytune_rl.algorithms.losses.gkd import TEACHER_COLUMNS
+from raytune_rl.algorithms.distillation import TEACHER_COLUMNS
 from raytune_rl.data.media_table import ROW_COLUMN
-from raytune_rl.data.prefix_plan import Budget, plan_step
-from raytune_rl.groups.world import rank_share
+from raytune_rl.data.prefix_plan import Budget
+from raytune_rl.groups.logprobs import Asked, ask_about
 from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
 from raytune_rl.runtime.group import WorkerGroup
-from raytune_rl.runtime.wait import Pending, settle
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,12 @@ class Teachers:
                 (own, self._ask(t, _with_earned(rows, own, earned), "advise", t.coefficient))
                 for t, own in judges
             ]
-            for own, calls in asked:
-                columns, answers = _answered(calls, len(own))
+            for own, opinion in asked:
+                columns, told = opinion.answers()
                 earned |= dict(zip(own, columns, strict=True))
+                answers = np.zeros((len(own), 3))
+                for share, answer in told:
+                    answers[share] = answer
                 sums[own] = answers
                 kl, judged = kl + float(answers[:, 0].sum()), judged + float(answers[:, 2].sum())
         return Credited(
@@ -84,7 +86,7 @@ class Teachers:
             teacher.workers.call("reload", what="reloading a teacher")
 
     def distributions(self, batch: TrainBatch, whose: NDArray[np.int64] | None, k: int) -> TrainBatch:
-        """The batch with the teachers' likeliest tokens (`losses.gkd.TEACHER_COLUMNS`).
+        """The batch with the teachers' likeliest tokens (`distillation.TEACHER_COLUMNS`).
 
         Args:
             batch: The rows.
@@ -95,10 +97,8 @@ class Teachers:
         places: dict[int, RowPointer] = {}
         (judges,) = self._at_once(len(batch), whose)
         asked = [(own, self._ask(t, rows.part(own), "distributions", k)) for t, own in judges]
-        for own, calls in asked:
-            done, _ = settle([call for call, _ in calls])
-            for call, (_, part) in zip(done, calls, strict=True):
-                places |= {own[row]: RowPointer(call.ref[1], number) for number, row in enumerate(part)}
+        for own, opinion in asked:
+            places |= dict(zip(own, opinion.answers()[0], strict=True))
         column = [places[row] for row in range(len(batch))]
         return batch.with_columns(**dict.fromkeys(TEACHER_COLUMNS, column))
 
@@ -111,19 +111,9 @@ class Teachers:
         parts = [(t, np.flatnonzero(whose == number).tolist()) for number, t in enumerate(self._teachers)]
         return [[(teacher, own) for teacher, own in parts if own]]
 
-    def _ask(
-        self, teacher: Teacher, rows: TrainBatch, method: str, setting: float
-    ) -> list[tuple[Pending, list[int]]]:
+    def _ask(self, teacher: Teacher, rows: TrainBatch, method: str, setting: float) -> Asked:
         budget = Budget.of(teacher.settled, len(teacher.workers), self._max_tokens)
-        schedule = plan_step(rows.lengths, rows.prefixes, budget)
-        calls = []
-        for rank in range(len(teacher.workers)):
-            share = rank_share(schedule, rank, rows)
-            if share.rows:
-                what = f"an opinion of {len(share.rows)} rows"
-                call = teacher.workers.submit(rank, method, share.batch, setting, what=what, returns=2)
-                calls.append((call, share.rows))
-        return calls
+        return ask_about(teacher.workers, rows, budget, method, setting, what="an opinion of")
 
 
 def _with_earned(rows: TrainBatch, own: list[int], earned: dict[int, RowPointer]) -> TrainBatch:
@@ -131,16 +121,3 @@ def _with_earned(rows: TrainBatch, own: list[int], earned: dict[int, RowPointer]
     if own[0] not in earned:
         return part
     return part.with_columns(advantages=[earned[row] for row in own])
-
-
-def _answered(
-    calls: Sequence[tuple[Pending, list[int]]], count: int
-) -> tuple[list[RowPointer], NDArray[np.float64]]:
-    """Where each row's advantages lie, and what was told of it."""
-    columns: dict[int, RowPointer] = {}
-    sums = np.zeros((count, 3))
-    done, answers = settle([call for call, _ in calls])
-    for call, told, (_, own) in zip(done, answers, calls, strict=True):
-        sums[own] = told
-        columns |= {row: RowPointer(call.ref[1], number) for number, row in enumerate(own)}
-    return [columns[row] for row in range(count)], sums

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from raytune_rl.algorithms.aggregation import lengths_in_loss, row_weights
 from raytune_rl.algorithms.before_step import OnlineStep
 from raytune_rl.algorithms.credit.base import Credit, Credited
-from raytune_rl.algorithms.losses.gkd import TEACHER_COLUMNS
+from raytune_rl.algorithms.distillation import TEACHER_COLUMNS
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
 from raytune_rl.errors import ConfigError

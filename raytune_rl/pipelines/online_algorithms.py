@@ -13,7 +13,7 @@ from functools import partial
 from raytune_rl.algorithms.aggregation import normaliser_of
 from raytune_rl.algorithms.before_step import OnlineStep, StepModels, StepValues
 from raytune_rl.algorithms.credit.base import Credit, get_credit, is_built_in_credit
-from raytune_rl.algorithms.losses.gkd import GKD, TEACHER_COLUMNS
+from raytune_rl.algorithms.distillation import TEACHER_COLUMNS
 from raytune_rl.algorithms.registry import Loss, get_loss, is_built_in_loss
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.algorithms import credit_settings, loss_settings
@@ -114,7 +114,7 @@ def in_words(config: RLHFConfig, algorithm: Algorithm) -> list[tuple[str, str]]:
         ("advantage", algorithm.credit.in_words()),
     ]
     if config.has_teachers:
-        rows.append(("teachers", _teachers(config)))
+        rows.append(("teachers", _teachers(config, not algorithm.needs.isdisjoint(TEACHER_COLUMNS))))
     if config.beta > 0:
         where = "off the reward" if resolved.kl_in_reward(config) else "in the loss"
         rows.append(("KL", f"{resolved.kl_estimator(config)} {where}, beta {config.beta:g}"))
@@ -135,10 +135,11 @@ def in_words(config: RLHFConfig, algorithm: Algorithm) -> list[tuple[str, str]]:
     return rows
 
 
-def _teachers(config: RLHFConfig) -> str:
+def _teachers(config: RLHFConfig, whole: bool) -> str:
+    """`whole`: their distributions are learned, not their opinion of a token."""
     models = " and ".join(config.teacher_model or (f"{config.model} with {config.teacher_adapters[0]}",))
     chosen = f", by the column {config.teacher_column}" if config.teacher_column else ""
-    if config.loss_type == GKD.name:
+    if whole:
         own = (
             f", on the policy's own answers with probability {config.lmbda:g}" if config.demonstrates else ""
         )

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.algorithms.distillation import advantages
-from raytune_rl.algorithms.losses.gkd import TEACHER_COLUMNS
+from raytune_rl.algorithms.distillation import TEACHER_COLUMNS, advantages
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, Settled
 from raytune_rl.protocol.rows import RowBatch
@@ -66,7 +65,7 @@ class TeacherWorker:
         """What this teacher would have said at every token of rows.
 
         Returns:
-            The number of rows, and the columns `losses.gkd.TEACHER_COLUMNS`: ids as Ragged int32 and
+            The number of rows, and the columns `distillation.TEACHER_COLUMNS`: ids as Ragged int32 and
             log-probs as Ragged float32 of its k likeliest tokens, one token after the other.
         """
         ids: list[Any] = [None] * len(batch)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raytune_rl.algorithms.losses.gkd import TEACHER_COLUMNS
+from raytune_rl.algorithms.distillation import TEACHER_COLUMNS
 from raytune_rl.data.media_table import ROW_COLUMN
 from raytune_rl.data.read_rows import ReadRows
 from raytune_rl.errors import ModelError

@@ -12,7 +12,7 @@ from raytune_rl.algorithms.credit.base import Credited
 from raytune_rl.algorithms.distillation import advantages
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ConfigError
-from raytune_rl.groups import teachers
+from raytune_rl.groups import logprobs
 from raytune_rl.groups.start import teacher_coefficients
 from raytune_rl.groups.teachers import Teacher, Teachers
 from raytune_rl.prepare.task import teacher_of_rows
@@ -47,7 +47,7 @@ class Copies:
 
 @pytest.fixture(autouse=True)
 def _answers_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teachers, "settle", lambda calls: (list(calls), [call.ref[0] for call in calls]))
+    monkeypatch.setattr(logprobs, "settle", lambda calls: (list(calls), [call.ref[0] for call in calls]))
 
 
 def advised(whose: list[int] | None, *numbers: float) -> tuple[Credited, list[Copies]]:

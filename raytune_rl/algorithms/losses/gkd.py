@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raytune_rl.algorithms.distillation import TEACHER_COLUMNS
 from raytune_rl.algorithms.metrics import MetricSums, Stat, mean_of
 from raytune_rl.algorithms.options import option
 from raytune_rl.algorithms.registry import Loss, LossInputs, LossOutput, register_loss
-
-TEACHER_COLUMNS = ("teacher_ids", "teacher_top_logprobs")
-"""The teacher's likeliest tokens and their log-probs, k a loss token."""
 
 
 @dataclass(frozen=True, kw_only=True)

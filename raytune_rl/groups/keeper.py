@@ -91,6 +91,7 @@ class Keeper:
     def stepped(self, batch: TrainBatch, step: int, began: float) -> None:
         """An optimizer step is done that began at this time of the monotonic clock."""
         now = time.monotonic()
+        self.probe.started()
         self.history.stepped(batch, step)
         self.snapshots.stepped(now - (began if self._stepped is None else self._stepped))
         self._stepped = now
@@ -175,6 +176,7 @@ class Keeper:
         group.restart()
         self.probe.forget()
         self._join()
+        self.probe.started()
         if history.snapshot is not None:
             what = "going back to the snapshot"
             parts, refs = history.snapshot.parts, history.snapshot.refs

@@ -27,7 +27,7 @@ class Look:
     Attributes:
         question: The open one; None: it may be asked.
         asked: When.
-        answered: Whether it ever answered: before, it may only be starting.
+        answered: Whether it ever did, or has worked: before, it may only be starting.
         count: Its last.
     """
 
@@ -68,6 +68,11 @@ class ProgressProbe:
         self._looked = self._moved = self._clock()
         self._longest_s: float | None = None
         self._counting = False
+
+    def started(self) -> None:
+        """All have done work, so that none may be only starting."""
+        for one in self._looks:
+            one.answered = True
 
     def counting(self, begins: bool) -> None:
         """The work that is counted begins or has ended; its pauses are measured between."""

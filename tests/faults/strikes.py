@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,25 +106,37 @@ class Left:
 
 
 def left() -> Left:
-    """What a run has left, after the cluster had up to 15 s to notice its end."""
-    deadline = time.monotonic() + 15
-    while True:
-        found = _left()
-        if found == Left((), 0, (), (), ()) or time.monotonic() > deadline:
-            return found
-        time.sleep(0.3)
-
-
-def _left() -> Left:
+    """What is there now."""
     states = ray._private.state.actors().values()
     actors = tuple(sorted(s["ActorClassName"] for s in states if s["State"] != "DEAD"))
     table = ray.util.placement_group_table().values()
-    pids = {str(s["Pid"]) for s in ray._private.state.actors().values() if s["Pid"]}
+    pids = {str(s["Pid"]) for s in states if s["Pid"]}
     names = [p.name for p in Path("/dev/shm").iterdir() if "raytune_rl-" in p.name]
     shared = tuple(sorted(name for name in names if pids & set(name.split("-"))))
     temporary = Path(os.environ.get("TMPDIR", "/tmp"))
     sockets = tuple(sorted(p.name for p in temporary.glob("*raytune*") if p.is_socket()))
     return Left(actors, sum(g["state"] != "REMOVED" for g in table), shared, _workers(), sockets)
+
+
+def assert_nothing_left(before: Left) -> None:
+    """A run has left nothing that was not there `before`, 15 s after its end at the latest.
+
+    What was there may go meanwhile: of earlier tests' runs, say.
+    """
+    deadline = time.monotonic() + 15
+    while (more := _beyond(left(), before)) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert more == {}
+
+
+def _beyond(now: Left, before: Left) -> dict[str, Any]:
+    """By name, what there is `now` and was not `before`."""
+    more: dict[str, Any] = {"groups": now.groups - before.groups} if now.groups > before.groups else {}
+    for name in ("actors", "shared", "processes", "sockets"):
+        new = Counter(getattr(now, name)) - Counter(getattr(before, name))
+        if new:
+            more[name] = sorted(new.elements())
+    return more
 
 
 def _workers() -> tuple[str, ...]:

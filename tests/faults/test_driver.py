@@ -17,7 +17,7 @@ import ray
 
 from tests.cluster.conftest import Tiny
 from tests.faults.runs import assert_same, outcome, small
-from tests.faults.strikes import left
+from tests.faults.strikes import assert_nothing_left, left
 
 pytestmark = [
     pytest.mark.cluster,
@@ -71,4 +71,4 @@ def test_the_same_command_goes_on_after_its_driver_was_killed(tiny: Tiny, tmp_pa
     checkpoint = run_dir / "checkpoint-4"
     result = lifecycle.RunResult(run_dir, "finished", 4, 4, checkpoint, None)
     assert_same(outcome(result), undisturbed)
-    assert left() == before
+    assert_nothing_left(before)

@@ -17,7 +17,7 @@ from raytune_rl.groups.weight_store import WeightStore
 from tests.cluster.conftest import Tiny
 from tests.faults.cases import GRPO, PPO
 from tests.faults.runs import Outcome, assert_same, run_grpo, run_ppo
-from tests.faults.strikes import Strike, left, process_of, struck
+from tests.faults.strikes import Strike, assert_nothing_left, left, process_of, struck
 
 pytestmark = [
     pytest.mark.cluster,
@@ -47,7 +47,7 @@ def survive(strike: Strike, run: Any, undisturbed: Outcome) -> None:
     assert len(strike.struck) == 1, "it happened"
     assert_same(disturbed, undisturbed)
     assert [line["group"] for line in disturbed.faults] == [strike.group]
-    assert left() == before
+    assert_nothing_left(before)
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -96,4 +96,4 @@ def test_the_weight_store_is_lost(
     disturbed = run_grpo(tiny, tmp_path, **SETTINGS)
     assert_same(disturbed, undisturbed)
     assert [line["group"] for line in disturbed.faults] == ["weight_store"]
-    assert left() == before
+    assert_nothing_left(before)

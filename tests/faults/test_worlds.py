@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.conftest import Tiny
 from tests.faults.runs import assert_same, run_ppo
-from tests.faults.strikes import Strike, left, struck
+from tests.faults.strikes import Strike, assert_nothing_left, left, struck
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.usefixtures("cluster")]
 
@@ -37,7 +37,7 @@ def test_policy_and_critic_lose_ranks_and_the_run_comes_to_the_same_bits(tiny: T
     ]
     assert "gives no sign of life" in disturbed.faults[2]["loss"]
     assert all(line["recovered_s"] > 0 for line in disturbed.faults)
-    assert left() == before
+    assert_nothing_left(before)
     report = (disturbed.result.run_dir / "report.html").read_text()
     assert "Lost and started anew" in report
     assert "policy[1]" in report

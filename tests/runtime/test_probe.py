@@ -47,6 +47,14 @@ def test_one_that_never_answered_is_starting_and_left_to_its_deadline() -> None:
     ranks.wait(500)
 
 
+def test_one_that_has_worked_but_was_never_looked_at_is_judged_too() -> None:
+    ranks = Ranks()
+    ranks.probe.started()
+    ranks.silent = {0}
+    with pytest.raises(WorkerHungError, match=r"^policy\[0\] gives no sign of life"):
+        ranks.wait(20)
+
+
 def test_slow_work_that_gets_on_is_never_a_hang() -> None:
     ranks = Ranks()
     ranks.probe.counting(True)

@@ -35,6 +35,7 @@ from raytune_rl.protocol.rewards import TrainerState
 from raytune_rl.protocol.tickets import ServeReport, Ticket
 from raytune_rl.protocol.trajectory import EpisodeRequest, Trajectory
 from raytune_rl.tracking.timer import StepTimer
+from raytune_rl.workers.saving import writing
 
 
 class AheadCollector:
@@ -173,7 +174,8 @@ class AheadCollector:
         groups = {str(asked.number): group for asked, group in self._buffer.finished()}
         replaced = {f"replaced-{number}": group for number, group in enumerate(self._replaced)}
         state = {"buffer": self._buffer.state_dict(), "stream": self._stream.state_dict()}
-        left_out = write_groups(directory / FOLDER, state, {**groups, **replaced}.items(), self._store)
+        with writing(str(directory / FOLDER)):
+            left_out = write_groups(directory / FOLDER, state, {**groups, **replaced}.items(), self._store)
         if left_out:
             self._say(
                 f"Note: {directory.name}: {len(left_out)} group(s) sampled ahead are not in it, as what "

@@ -22,6 +22,10 @@ STORE_FLAGS = (
     "a larger object store (`ray start --object-store-memory`, /dev/shm of a container), --train_type lora "
     "so that only an adapter is published, fewer --per_device_train_batch_size or --steps_per_generation"
 )
+DISK_FLAGS = (
+    "room on the disk of Ray's session (/tmp/ray, or RAY_TMPDIR), to which the store spills up to 95% of "
+    f"it, {STORE_FLAGS}"
+)
 
 _AMOUNTS = (
     (re.compile(r"Tried to allocate ([\d.]+ \w+)"), "{} were asked for"),
@@ -41,6 +45,7 @@ _KINDS = (
     (re.compile(r"Free memory on device .* is less than desired GPU memory"), "GPU"),
     (re.compile(r"(?i)CUDA (error:|failure[^\n]*?)? ?'?out of memory|OutOfMemoryError: CUDA"), "GPU"),
     (re.compile(r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|NVML_ERROR_MEMORY"), "GPU"),
+    (re.compile(r"OutOfDiskError|Local disk is full|local disk's utilization is over capacity"), "disk"),
     (re.compile(r"ObjectStoreFullError|object store is full|Failed to put object"), "store"),
     (
         re.compile(r"memory usage threshold|due to the node running low"),
@@ -54,6 +59,7 @@ _SAID = {
     "cache": ("no GPU memory for its engine's key-value cache", CACHE_FLAGS),
     "GPU": ("ran out of GPU memory", GPU_FLAGS),
     "store": ("found Ray's object store full", STORE_FLAGS),
+    "disk": ("found Ray's object store full, and the disk that it spills to,", DISK_FLAGS),
     "host": ("ran out of the machine's memory", HOST_FLAGS),
 }
 

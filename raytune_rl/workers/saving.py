@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from raytune_rl.errors import CheckpointError
+
+_REFUSED = re.compile(r"\(os error \d+\)")
+"""How libraries written in Rust say what the system refused: safetensors by an error of its own, tokenizers
+by a plain Exception."""
 
 
 @contextmanager
@@ -14,10 +19,10 @@ def writing(directory: str) -> Iterator[None]:
 
     Only for a block in which no other worker waits for this one.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and not _REFUSED.search(str(error)):
+            raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CheckpointError(f"{directory} could not be written: {reason}.") from error

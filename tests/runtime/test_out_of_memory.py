@@ -82,7 +82,8 @@ def test_a_gpu() -> None:
         (
             "ray.exceptions.OutOfDiskError: Local disk is full\nThe object cannot be created because the "
             "local object store is full and the local disk's utilization is over capacity (95% by default).",
-            "rollout[0] found Ray's object store full during 'starting'",
+            "rollout[0] found Ray's object store full, and the disk that it spills to, during 'starting'. "
+            "Try, in this order: room on the disk of Ray's session",
         ),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from raytune_rl.tracking.line_file import LineFile
 from raytune_rl.tracking.logger import RunLogger
 from raytune_rl.tracking.run_dir import RunDir
 from raytune_rl.tracking.unwritten import missing
+from tests.disks import small_disk
 
 KIB = 1024
 
@@ -22,13 +22,8 @@ KIB = 1024
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A disk of 64 KiB."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("only root may mount a small disk")
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    with small_disk(tmp_path, 64):
+        yield tmp_path
 
 
 def test_lines_are_whole_or_counted_and_later_ones_are_tried(

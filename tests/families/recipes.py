@@ -65,7 +65,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", {}),
     "glm4": ("Glm4", WIDE),
     "gpt2": ("GPT2", {**dict.fromkeys(COMMON), **GPT2, "vocab_size": VOCAB_SIZE, "initializer_range": 0.1}),
-    "gpt_neox": ("GPTNeoX", {}),
+    "gpt_neox": ("GPTNeoX", {"num_key_value_heads": None}),  # it has none; vLLM would believe it
     "opt": ("OPT", {"ffn_dim": 192, "word_embed_proj_dim": 128, "init_std": 0.1}),
     "falcon": ("Falcon", {"new_decoder_architecture": False, "multi_query": True}),
     "stablelm": ("StableLm", {}),

@@ -105,6 +105,6 @@ def test_traits(family: str, traits: Traits, tmp_path: Path) -> None:
     assert traits_of(load_config(path)) == traits
 
 
-@pytest.mark.parametrize(("family", "why"), [("deepseek_v3", "latent attention"), ("minimax_m2", "router")])
-def test_families_that_vllm_has_no_kernels_for_on_a_cpu(family: str, why: str, tmp_path: Path) -> None:
-    assert why in traits_of(load_config(str(make_family(family, tmp_path / "m", tied=True)))).not_on_cpu
+def test_a_family_that_vllm_has_no_kernel_for_on_a_cpu(tmp_path: Path) -> None:
+    traits = traits_of(load_config(str(make_family("minimax_m2", tmp_path / "m", tied=True))))
+    assert "router" in traits.not_on_cpu

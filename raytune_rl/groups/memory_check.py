@@ -9,6 +9,7 @@ from typing import Any, cast
 from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
 from raytune_rl.errors import PlacementError
 from raytune_rl.groups import memory_plan, specs
+from raytune_rl.groups.lora_sync import publish_mode
 from raytune_rl.groups.memory_plan import GIB, DevicePlan, Engine, Process, Training
 from raytune_rl.groups.sizes import Groups, teacher_groups
 from raytune_rl.models.size import size_of
@@ -177,6 +178,27 @@ def check_memory(
                 raise PlacementError(sentence)
             doubts.append(f"this may run out of GPU memory: {sentence}")
     return doubts
+
+
+def store_doubts(config: TrainConfig, sizes: Sizes, store_bytes: int | None) -> list[str]:
+    """A sentence if two versions of whole weights, the one served and the one that comes, are more than Ray's
+    object store holds: it then writes them to disk at every publication.
+
+    Args:
+        config: Of the run.
+        sizes: Of its models.
+        store_bytes: The object store of all nodes together; None where nobody can tell.
+    """
+    if not isinstance(config, RLHFConfig) or store_bytes is None or publish_mode(config) == "adapter":
+        return []
+    two = 2 * sizes.policy.parameters * (4 if specs.dtype(config, on_gpu=True) == "float32" else 2)
+    if two <= store_bytes:
+        return []
+    return [
+        f"two versions of the policy's weights take {two / GIB:.1f} GiB of Ray's object store and it has "
+        f"{store_bytes / GIB:.1f}: each publication goes through a disk. A larger store (`ray start "
+        "--object-store-memory`, /dev/shm of a container) or --train_type lora helps"
+    ]
 
 
 def _short(plan: DevicePlan, phase: str, needs: int, device_bytes: int) -> str:

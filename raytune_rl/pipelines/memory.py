@@ -21,6 +21,7 @@ def added(
     gpu_bytes: int | None,
     *,
     max_model_len: int | None = None,
+    store_bytes: int | None = None,
 ) -> tuple[RunPlan, PlacementError | None]:
     """The plan with the estimate, and why it cannot run, if it cannot: it is worth seeing either way.
 
@@ -30,6 +31,7 @@ def added(
         groups: Its groups.
         gpu_bytes: Memory of the smallest GPU; None where nobody can tell.
         max_model_len: Tokens of an engine's longest sequence, where it is known.
+        store_bytes: Ray's object store of all nodes together, where it is known.
 
     Raises:
         ModelError: A model's config cannot be read.
@@ -48,6 +50,7 @@ def added(
             doubts = memory_check.check_memory(config, groups, sizes, gpu_bytes, max_model_len)
         except PlacementError as error:
             problem = error
+    doubts += memory_check.store_doubts(config, sizes, store_bytes)
     section = _section(config, groups, sizes, gpu_bytes)
     return replace(plan, sections=[*plan.sections, section], notices=[*plan.notices, *doubts]), problem
 

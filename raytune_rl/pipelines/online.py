@@ -136,7 +136,12 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
             config, algorithm, groups, schedule, train, held_out, longest, resume_point, cluster, all_notices
         )
         plan, no_room = memory.added(
-            plan, config, groups, gpu_memory.of(cluster), max_model_len=max_model_len
+            plan,
+            config,
+            groups,
+            gpu_memory.of(cluster),
+            max_model_len=max_model_len,
+            store_bytes=cluster.object_store_bytes,
         )
         shown = [s.account.media for s in (train, held_out) if s is not None]
         media = specs.prompt_limits(config, train.account.takes_media, shown)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, Qwen2Config
 from raytune_rl.config import RLHFConfig, SFTConfig
 from raytune_rl.errors import PlacementError
 from raytune_rl.groups import memory_plan, specs
-from raytune_rl.groups.memory_check import Sizes, check_memory, device_plans, remedies
+from raytune_rl.groups.memory_check import Sizes, check_memory, device_plans, remedies, store_doubts
 from raytune_rl.groups.memory_plan import GIB, Training
 from raytune_rl.groups.sizes import Groups, offline_groups, online_groups
 from raytune_rl.models.size import measure
@@ -182,6 +182,15 @@ def test_what_may_not_fit_is_said() -> None:
     assert "may run out of GPU memory: training the policy needs about" in doubt
     assert "Set --max_tokens_per_micro_batch 6144" in doubt
     assert check_memory(sft(), groups_of(sft(), 1), Sizes(llm()), 24 * GIB) == []
+
+
+def test_weights_that_the_object_store_cannot_hold_twice_are_said() -> None:
+    full, lora = grpo(train_type="full"), grpo(train_type="lora")
+    sizes = Sizes(llm(FULL))
+    (doubt,) = store_doubts(full, sizes, 20 * GIB)
+    assert "take 28.4 GiB of Ray's object store and it has 20.0" in doubt
+    assert store_doubts(full, sizes, 30 * GIB) == store_doubts(full, sizes, None) == []
+    assert store_doubts(lora, sizes, GIB) == store_doubts(sft(), sizes, GIB) == []
 
 
 def test_an_engine_without_room_for_its_weights_is_refused() -> None:

@@ -19,9 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raytune_rl.algorithms.distillation import TEACHER_COLUMNS
-from raytune_rl.data.media_table import ROW_COLUMN
-from raytune_rl.data.read_rows import ReadRows
 from raytune_rl.errors import ModelError
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rows import RowBatch
@@ -38,18 +35,15 @@ from raytune_rl.protocol.weights import TensorEntry
 from raytune_rl.runtime.device_env import one_device, pinned_as_asked
 from raytune_rl.workers import estimates, publishing, row_stats, scoring
 from raytune_rl.workers.collectives import limit_collectives
+from raytune_rl.workers.micro_steps import MicroSteps
 from raytune_rl.workers.publishing import Publisher
 from raytune_rl.workers.saving import writing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from raytune_rl.algorithms.metrics import MetricSums
     from raytune_rl.algorithms.moments import Moments
-    from raytune_rl.data.collate import MicroBatch
-    from raytune_rl.models.distribution import TeacherDistribution
-    from raytune_rl.models.routing import ExpertLoad
 
 
 def trainer_env(threads: int, on_gpu: bool) -> dict[str, str]:
@@ -138,12 +132,11 @@ class TrainerWorker:
         spec = self._spec
         torch.manual_seed(spec.seed)
         load_plugins(spec.plugin_files)
-        self._loss = get_loss(spec.loss)
-        given = spec.loss_settings
-        self._settings = self._loss.settings_type(**given) if isinstance(given, Mapping) else given
+        loss, given = get_loss(spec.loss), spec.loss_settings
+        settings = loss.settings_type(**given) if isinstance(given, Mapping) else given
         zero = spec.optimizer.deepspeed.get("zero_optimization", {})
         sharded = zero.get("stage") == 3
-        loaded = scoring.load(spec.model, self._loss.forward, zero if sharded else None)
+        loaded = scoring.load(spec.model, loss.forward, zero if sharded else None)
         own_head = head_of_its_own(loaded.model)  # its files have one, and so the engine's
         if spec.router_aux_loss_coef:
             check_balanced(loaded.model)
@@ -154,7 +147,7 @@ class TrainerWorker:
             narrow_adapters(tuned.model, computes_in)
         if spec.gradient_checkpointing:
             enable_gradient_checkpointing(tuned.model)
-        scorer = scoring.scorer_of(tuned.model, self._loss.forward)
+        scorer = scoring.scorer_of(tuned.model, loss.forward)
         cut = is_sharded(scorer)  # and so not checked yet
         self._media = scoring.media_collator(spec.model, loaded, always=sharded or trains_vision(tuned.model))
         self._tokenizer = (
@@ -173,6 +166,7 @@ class TrainerWorker:
             scorer.verify()
         settled = isolation.settle_rows(scorer, spec.model, self._media)
         self._spec = replace(spec, model=replace(spec.model, layout=settled.layout))
+        self._micro = MicroSteps(self._engine, loss, settings, self._spec, self._media)
         self._offload = Offload(self._engine)
         self._gather = gathered if shards_parameters(self._engine) else whole
         self._publisher = (
@@ -183,8 +177,8 @@ class TrainerWorker:
         notices += rounded_sums(self._engine)
         notices += scoring.end_of_turn_in_files(loaded, self._tokenizer)
         if loaded.new_head and not spec.model.adapters:
-            start = "starts at 0" if self._loss.forward == "values" else "has random weights"
-            notices += (f"the head that gives {self._loss.forward} is new and {start}",)
+            start = "starts at 0" if loss.forward == "values" else "has random weights"
+            notices += (f"the head that gives {loss.forward} is new and {start}",)
         return TrainerFacts(tuned.trainable, tuned.total, dtype, settled.layout, notices, settled.sharing)
 
     # -- training
@@ -225,14 +219,14 @@ class TrainerWorker:
         torch.manual_seed(step_seed(self._spec.seed, step, self._rank))
         rows = scoring.read_rows(batch, self._spec.score.timeout_s)
         scoring.expect_media(rows, batch, self._media)
-        load = self._expert_load(rows, batch) if self._spec.router_aux_loss_coef else None
+        load = self._micro.expert_load(rows, batch) if self._spec.router_aux_loss_coef else None
         self._engine.train()
         parts = []
         tokens = 0
         last = len(batch.micro_batches) - 1
         for number, members in enumerate(batch.micro_batches):
             self._engine.set_gradient_accumulation_boundary(number == last)
-            loss, metrics, size = self._micro_step(rows, batch, members, load)
+            loss, metrics, size = self._micro.loss_of(rows, batch, members, load)
             # DeepSpeed averages over ranks; the weights already hold the global normaliser, so undo that
             # mean.
             self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
@@ -242,131 +236,6 @@ class TrainerWorker:
             tokens += size
             self._counted += 1
         return merge_all(parts), tokens
-
-    def _expert_load(self, rows: ReadRows, batch: RowBatch) -> ExpertLoad:
-        """How often each expert is chosen in the whole step, under the weights that it starts from."""
-        import torch
-        from torch import distributed
-
-        from raytune_rl.models.routing import ExpertLoad, experts_per_token
-        from raytune_rl.models.unwrap import hf_model
-
-        self._engine.eval()
-        counts: Tensor | None = None
-        with torch.no_grad():
-            for members in batch.micro_batches:
-                micro = scoring.micro_batch(rows, members, self._spec.model.layout, self._media)
-                of_micro = self._forward(micro, with_router=True)["router_counts"] * (micro.n_rows > 0)
-                counts = of_micro if counts is None else counts + of_micro
-        assert counts is not None, "a rank without rows runs an empty micro-batch"
-        distributed.all_reduce(counts)
-        return ExpertLoad(counts, experts_per_token(hf_model(self._engine).config))
-
-    def _micro_step(
-        self,
-        rows: ReadRows,
-        batch: RowBatch,
-        members: tuple[int, ...],
-        load: ExpertLoad | None = None,
-    ) -> tuple[Tensor, MetricSums, int]:
-        """Loss of one micro-batch (this rank's share of the step's loss), its metrics, and its size in
-        tokens.
-        """
-        from raytune_rl.algorithms.metrics import MetricSums, total_of
-        from raytune_rl.algorithms.mismatch import rollout_mismatch
-        from raytune_rl.algorithms.registry import LossInputs
-
-        spec = self._spec
-        micro = scoring.micro_batch(rows, members, spec.model.layout, self._media)
-        extra = [name for name in batch.places if name not in ("", ROW_COLUMN)]
-        columns = {name: scoring.extra_column(rows, members, name) for name in extra}
-        # A rank without rows has no column either, but its loss may ask for one.
-        wanted = "rollout_logprobs" in self._loss.required_columns(self._settings)
-        sampled = rows.has("logprobs") and self._loss.forward == "logprobs"
-        if sampled or (wanted and not len(batch)):
-            columns["rollout_logprobs"] = scoring.flat_column(rows, members, "logprobs")
-        values = self._row_values(batch, members)
-        outputs = self._forward(micro, self._teacher(columns, len(micro.targets)), load is not None)
-        probabilities = outputs.pop("router_probabilities", None)
-        outputs.pop("router_counts", None)
-        advantages = columns.pop("advantages", None)
-        if advantages is None and "advantage" in values:
-            advantages = values["advantage"][micro.row_of].float()
-        output = self._loss(
-            LossInputs(
-                row_of=micro.row_of,
-                n_rows=micro.n_rows,
-                settings=self._settings,
-                columns=columns,
-                advantages=advantages,
-                row_values=values,
-                **outputs,
-            )
-        )
-        weight = values["weight"][micro.row_of] if "weight" in values else None
-        loss = output.total(weight, values.get("row_weight"))
-        metrics = output.metrics.merge(MetricSums({"loss": total_of(loss.detach())}))
-        if load is not None and probabilities is not None:
-            aux_loss = load.share(probabilities) * (micro.n_rows > 0)
-            metrics = metrics.merge(MetricSums({"router_aux_loss": total_of(aux_loss.detach())}))
-            loss = loss + spec.router_aux_loss_coef * aux_loss
-        if "rollout_logprobs" in columns:
-            # Before the first update of a generation both sides hold the same weights: old_logprobs if they
-            # were computed, else the log-probs of this very pass.
-            train = columns.get("old_logprobs", outputs["logprobs"].detach())
-            metrics = metrics.merge(
-                rollout_mismatch(train, columns["rollout_logprobs"], micro.row_of, micro.n_rows)
-            )
-        return loss, metrics, micro.input_ids.numel()
-
-    def _teacher(self, columns: dict[str, Tensor], count: int) -> TeacherDistribution | None:
-        """A teacher's distributions at `count` tokens, as the columns have them, if the loss needs them."""
-        if self._loss.divergence_beta is None:
-            return None
-        from raytune_rl.models.distribution import TeacherDistribution
-
-        ids, logprobs = (columns[name] for name in TEACHER_COLUMNS)
-        k = max(len(ids) // max(count, 1), 1)
-        return TeacherDistribution(
-            ids.view(count, k).long(), logprobs.view(count, k), self._loss.divergence_beta(self._settings)
-        )
-
-    def _forward(
-        self, micro: MicroBatch, teacher: TeacherDistribution | None = None, with_router: bool = False
-    ) -> dict[str, Any]:
-        """The model's outputs, under the names that `LossInputs` has for it; with those of the routers, where
-        asked for."""
-        import torch
-
-        forward, spec = self._loss.forward, self._spec
-        inputs = scoring.forward_inputs(micro, forward)
-        if forward != "logprobs":
-            return {"logprobs": torch.empty(0, device=scoring.device()), forward: self._engine(**inputs)}
-        scored = self._engine(
-            **inputs,
-            temperature=spec.score.temperature,
-            with_entropy=spec.with_entropy,
-            disallowed_token_ids=spec.score.disallowed_token_ids,
-            teacher=teacher,
-            **({"with_router": True} if with_router else {}),
-        )
-        outputs = {
-            "logprobs": scored.logprobs,
-            "entropy": None if scored.entropy is None else scored.entropy.detach(),
-            "correct": scored.correct,
-            "divergence": scored.divergence,
-        }
-        if with_router:
-            outputs["router_probabilities"] = scored.router_probabilities
-            outputs["router_counts"] = scored.router_counts
-        return outputs
-
-    def _row_values(self, batch: RowBatch, members: tuple[int, ...]) -> dict[str, Tensor]:
-        """The row scalars of a micro-batch by name, float64 `[n_rows]` on this worker's device."""
-        import torch
-
-        device = scoring.device()
-        return {n: torch.from_numpy(v[list(members)]).to(device) for n, v in batch.scalars.items()}
 
     def logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
         """Log-probs under the present weights; see `scoring.score`."""
@@ -445,7 +314,7 @@ class TrainerWorker:
         scoring.expect_media(rows, batch, self._media)
         self._engine.eval()
         with torch.no_grad():
-            parts = [self._micro_step(rows, batch, members)[1].host() for members in batch.micro_batches]
+            parts = [self._micro.loss_of(rows, batch, members)[1].host() for members in batch.micro_batches]
         return merge_all(parts)
 
     def offload(self, weights: bool, optimizer: bool) -> None:

@@ -23,6 +23,7 @@ from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rows import RowBatch, RowPointer, TrainBatch
 from raytune_rl.protocol.train import RowLogprobs, ScoreSettings
 from raytune_rl.workers import row_stats, scoring
+from raytune_rl.workers.micro_steps import MicroSteps
 from raytune_rl.workers.trainer import TrainerWorker
 
 
@@ -80,9 +81,9 @@ class LocalWorld:
         )
         self.workers = [TrainerWorker(spec, rank, ranks) for rank in range(ranks)]
         for worker in self.workers:
-            vars(worker).update(
-                _engine=PlainEngine(scorer), _loss=get_loss(loss), _settings=settings, _media=None
-            )
+            engine = PlainEngine(scorer)
+            micro = MicroSteps(engine, get_loss(loss), settings, spec, None)
+            vars(worker).update(_engine=engine, _micro=micro, _media=None)
         self.scorer = scorer
 
     def _read(self, batch: RowBatch, timeout_s: float) -> ReadRows:
@@ -147,6 +148,6 @@ class LocalWorld:
         own: list[torch.Tensor] = []
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: own.append(counts.clone()))
         for worker, share in zip(self.workers, shares, strict=True):
-            worker._expert_load(self._read(share.batch, 0.0), share.batch)
+            worker._micro.expert_load(self._read(share.batch, 0.0), share.batch)
         whole = torch.stack(own).sum(0)
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.copy_(whole))

@@ -60,12 +60,15 @@ class InspectedPolicy(TrainerWorker):
         """
         from deepspeed.utils import safe_get_full_grad
 
-        before = (self._spec, self._loss, self._settings)
-        self._spec = replace(self._spec, model=replace(self._spec.model, layout=layout))
-        self._loss = self._loss if loss is None else get_loss(loss)
-        self._settings = settings or self._settings
+        own = self._micro
+        self._micro = replace(
+            own,
+            spec=replace(own.spec, model=replace(own.spec.model, layout=layout)),
+            loss=own.loss if loss is None else get_loss(loss),
+            settings=settings or own.settings,
+        )
         self._backward(batch, step=0)
-        self._spec, self._loss, self._settings = before
+        self._micro = own
         found = {n: safe_get_full_grad(p).numpy().copy() for n, p in self._engine.module.named_parameters()}
         self._engine.optimizer.zero_grad()
         self._engine.optimizer.averaged_gradients = {}

@@ -9,7 +9,8 @@ with `teacher_kl_coef`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from raytune_rl.algorithms.lazy import np
 
@@ -19,6 +20,42 @@ if TYPE_CHECKING:
 TEACHER_COLUMNS = ("teacher_ids", "teacher_top_logprobs")
 """Columns of a loss that needs a teacher's distribution: its likeliest tokens and their log-probs, k a loss
 token."""
+
+TEACHER_LOGPROBS = "teacher_logprobs"
+"""Column of a loss that needs a teacher's log-probs of the tokens."""
+
+
+class Advice(Protocol):
+    """What becomes of a row's advantages when a teacher has seen its tokens."""
+
+    def __call__(
+        self, earned: NDArray[np.float32], teacher: NDArray[np.float32], old: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """The new ones.
+
+        Args:
+            earned: What each token earned otherwise, float32 `[N]`.
+            teacher: The teacher's log-probs, float32 `[N]`.
+            old: Those of the policy before the step, float32 `[N]`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """Adds the teacher's opinion; see the file.
+
+    Attributes:
+        coefficient: Its weight.
+    """
+
+    coefficient: float
+
+    def __call__(
+        self, earned: NDArray[np.float32], teacher: NDArray[np.float32], old: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """See `advantages`."""
+        return advantages(earned, teacher, old, self.coefficient)
 
 
 def advantages(

@@ -26,11 +26,14 @@ class Experience:
         batch: The trajectories, those of one group together.
         scored: Their rewards by function.
         rewards: The weighted total of each, float64 `[n]`; NaN where there is none.
+        greedy: The reward of the likeliest answer to each one's prompt, float64 `[n]`, for a credit that asks
+            for it; NaN where there is none.
     """
 
     batch: list[Trajectory]
     scored: RewardTable
     rewards: NDArray[np.float64]
+    greedy: NDArray[np.float64] | None = None
 
     @property
     def groups(self) -> list[int]:
@@ -68,7 +71,8 @@ class Experience:
             values=self.scored.values[rows],
             failures=tuple(replace(f, row=place[f.row]) for f in self.scored.failures if f.row in place),
         )
-        return Experience([self.batch[row] for row in rows], scored, self.rewards[rows])
+        greedy = None if self.greedy is None else self.greedy[rows]
+        return Experience([self.batch[row] for row in rows], scored, self.rewards[rows], greedy)
 
 
 def join(parts: Sequence[Experience]) -> Experience:
@@ -86,7 +90,9 @@ def join(parts: Sequence[Experience]) -> Experience:
         values=np.concatenate([part.scored.values for part in parts]),
         failures=tuple(failures),
     )
-    return Experience(batch, scored, np.concatenate([part.rewards for part in parts]))
+    known = [part.greedy for part in parts if part.greedy is not None]
+    greedy = np.concatenate(known) if len(known) == len(parts) else None
+    return Experience(batch, scored, np.concatenate([part.rewards for part in parts]), greedy)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 Forward = Literal["logprobs", "scores", "values"]
 Rows = Literal["single", "pairs"]
 
+EXPERT = "expert"
+"""Row value: 1 for an answer of the data that a step learns beside the policy's own, else 0."""
+
 
 @dataclass(frozen=True)
 class LossInputs:
@@ -132,6 +135,8 @@ class Loss:
         paper: where it comes from.
         fixed: settings that this name stands for: their flags do not act.
         before_step: what it works out of the whole optimizer step first, or None; of an online loss.
+        expert_share: (settings, optimizer step from 0) -> the weight of an expert's answers in the step,
+            beside 1 less that of the policy's own; None: there are none. Their rows have `EXPERT` 1.
     """
 
     name: str
@@ -149,6 +154,7 @@ class Loss:
     paper: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     before_step: BeforeStep | None = None
+    expert_share: Callable[[Any, int], float] | None = None
 
     @property
     def is_online(self) -> bool:

@@ -12,6 +12,7 @@ from pydantic import create_model
 
 from raytune_rl.algorithms.correction import Mode, RolloutCorrection
 from raytune_rl.algorithms.credit.base import Credit, CreditKind, credit_names, get_credit
+from raytune_rl.algorithms.distillation import TEACHER_COLUMNS, TEACHER_LOGPROBS
 from raytune_rl.algorithms.options import Option, options_of
 from raytune_rl.algorithms.registry import Loss, online_losses
 from raytune_rl.config.asynchrony import staleness_bound
@@ -110,6 +111,16 @@ def rollout_correction(config: Any) -> Mode | None:
     if mode is None:
         return "token_truncate" if staleness_bound(config) else None
     return None if mode == "none" else mode
+
+
+def compares(estimator: str) -> bool:
+    """Whether a credit needs several completions of a prompt; one that is not known here does."""
+    return estimator not in credit_names() or get_credit(estimator).compares
+
+
+def is_taught(loss: Loss, settings: Any) -> bool:
+    """Whether a loss with such settings learns from a teacher itself, not by advantages."""
+    return not {*TEACHER_COLUMNS, TEACHER_LOGPROBS}.isdisjoint(loss.required_columns(settings))
 
 
 def loss_settings(config: Any, loss: Loss, loss_args: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:

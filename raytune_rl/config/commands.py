@@ -8,12 +8,13 @@ from pydantic import model_validator
 
 from raytune_rl.algorithms.registry import online_losses
 from raytune_rl.config import deepspeed as presets
-from raytune_rl.config.algorithms import loss_settings
+from raytune_rl.config.algorithms import compares, is_taught, loss_settings
 from raytune_rl.config.asynchrony import AsyncOptions
 from raytune_rl.config.batching import grpo_batch_of
 from raytune_rl.config.cluster import OnlineGroupsOptions, PolicyGroupOptions
 from raytune_rl.config.corrections import CorrectionOptions
 from raytune_rl.config.data import DataOptions
+from raytune_rl.config.experts import ExpertOptions
 from raytune_rl.config.model import ModelOptions
 from raytune_rl.config.ppo import PPOOptions
 from raytune_rl.config.preference import PreferenceOptions
@@ -96,6 +97,7 @@ class RLHFConfig(
     RewardOptions,
     CorrectionOptions,
     TeacherOptions,
+    ExpertOptions,
     RLOptions,
     AsyncOptions,
     RolloutOptions,
@@ -135,7 +137,7 @@ class RLHFConfig(
 
     @model_validator(mode="after")
     def _check_online(self) -> Self:
-        if self.num_generations < 2 and not self.WITH_CRITIC and not self.teachers_alone:
+        if self.num_generations < 2 and compares(self.advantage_estimator):
             raise ConfigError(
                 f"--num_generations {self.num_generations}: GRPO compares the completions of one prompt with "
                 "each "
@@ -144,16 +146,15 @@ class RLHFConfig(
         if self.teachers_alone and not self.has_teachers:
             raise ConfigError("--advantage_estimator distill needs somebody to learn from: --teacher_model.")
         built_in = {loss.name: loss for loss in online_losses()}
-        if self.loss_type in built_in and built_in[self.loss_type].divergence_beta is not None:
-            self._check_distribution()
+        loss = built_in.get(self.loss_type)
+        if loss is not None and is_taught(loss, loss_settings(self, loss, {})[1]):
+            self._check_taught()
         if not self.reward_funcs and not self.reward_model and not self.teachers_alone:
             raise ConfigError(
                 "--reward_funcs is required: name at least one, such as accuracy, or give a --reward_model; "
                 "or learn from a --teacher_model alone, by --advantage_estimator distill."
             )
         check_names(self.loss_type, self.advantage_estimator, self.external_plugins)
-        if self.loss_type in built_in:
-            loss_settings(self, built_in[self.loss_type], {})
         if self.sync_ref_model and (self.train_type != "full" or self.beta == 0):
             why = (
                 "there is none with --beta 0"
@@ -166,6 +167,12 @@ class RLHFConfig(
                 "--sync_ref_model true mixes whole weights, but --ref_adapters "
                 f"{' '.join(self.ref_adapters)} are weights beside them: merge them first (raytune-rl export "
                 "--merge_lora true)."
+            )
+        if self.teacher_sync_steps is not None and self.train_type != "full":
+            raise ConfigError(
+                f"--teacher_sync_steps {self.teacher_sync_steps} mixes whole weights, but --train_type "
+                f"{self.train_type} trains an adapter: use --train_type full, or leave it out, and the "
+                "teacher stays as it was."
             )
         if self.truncation_strategy == "right":
             raise ConfigError("--truncation_strategy right would cut off the question: use left or delete.")
@@ -198,12 +205,12 @@ class RLHFConfig(
             grpo_batch_of(self, self.policy_workers)
         return self
 
-    def _check_distribution(self) -> None:
+    def _check_taught(self) -> None:
         if not self.has_teachers:
             raise ConfigError(f"--loss_type {self.loss_type} needs somebody to learn from: --teacher_model.")
         if len(self.teacher_model) > 1 and self.teacher_column is None:
             raise ConfigError(
-                f"--loss_type {self.loss_type} takes the distribution of one teacher a row: name one "
+                f"--loss_type {self.loss_type} takes one teacher a row: name one "
                 "--teacher_model, or say whose a row is by --teacher_column."
             )
         if self.demonstrates and self.async_generate:

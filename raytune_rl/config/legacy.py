@@ -19,6 +19,7 @@ RENAMED = {
     "tuner_type": "train_type",
     "custom_register_path": "external_plugins",
     "multi_turn_func": "multi_turn_scheduler",
+    "advantage_reweight": "advantage_estimator",
     "tensor_parallel_size": "vllm_tensor_parallel_size",
     "gpu_memory_utilization": "vllm_gpu_memory_utilization",
     "max_model_len": "vllm_max_model_len",

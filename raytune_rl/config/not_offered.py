@@ -109,11 +109,12 @@ NOT_BUILT: dict[str, str] = {
     "train_dataloader_shuffle": "use --dataset_shuffle",
     "packing_length": "packs hold --max_length tokens", "packing_num_proc": "", "download_mode": "",
     # online RL
-    "move_model_batches": "", "chord_mu": "", "chord_phi": "",
-    "chord_sft_dataset": "", "use_gym_env": _GYM, "gym_env": _GYM, "context_manager": _GYM,
+    "move_model_batches": "", "chord_mu": "use --chord_mu_peak and --chord_mu_valley",
+    "chord_phi": "use --chord_enable_phi_function",
+    "use_gym_env": _GYM, "gym_env": _GYM, "context_manager": _GYM,
     "completion_length_limit_scope": "each answer of several turns may have --max_completion_length tokens",
     "infer_backend": "answers come from vLLM", "use_liger_loss": "",
-    "advantage_reweight": "", "reference_free": "", "offload_teacher_model": "",
+    "reference_free": "", "offload_teacher_model": "",
     "seq_kd": "let the teacher answer the prompts by raytune-rl infer, and give its answers as --dataset",
     "vllm_data_parallel_size": "use --rollout_workers", "vllm_pipeline_parallel_size": "",
     "vllm_disable_custom_all_reduce": "use --vllm_engine_kwargs", "vllm_quantization": "",
@@ -122,15 +123,9 @@ NOT_BUILT: dict[str, str] = {
 }  # fmt: skip
 """Name to what to do instead, or nothing."""
 
-NOT_BUILT_FAMILIES = {
-    "chord_": "", "rlsd_": "", "sdar_": "",
-}  # fmt: skip
-"""Beginnings of names of ms-swift's algorithms that are not here, to the same."""
-
 
 def instead_of(name: str) -> str | None:
     """The way to do without a flag of ms-swift that is not here ("" if there is nothing); None for a name
     that is none of ms-swift's.
     """
-    families = (instead for start, instead in NOT_BUILT_FAMILIES.items() if name.startswith(start))
-    return NOT_BUILT.get(name, next(families, None))
+    return NOT_BUILT.get(name)

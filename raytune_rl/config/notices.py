@@ -174,9 +174,14 @@ def _online(config: RLHFConfig) -> Iterable[str]:
         own = [name for name in type(config).model_fields if "teacher_" in name]
         own += ["lmbda", "gkd_logits_topk"]
         yield from _idle(config, own, "there is no --teacher_model")
+    elif config.teacher_sync_steps is None:
+        yield from _idle(config, ("teacher_mixup_alpha",), "it belongs to --teacher_sync_steps")
     if not config.reward_model:
         own = [name for name in type(config).model_fields if "reward_model_" in name]
         yield from _idle(config, own, "there is no --reward_model")
+    if config.loss_type != "chord":
+        own = ["chord_sft_dataset", "chord_sft_per_device_train_batch_size"]
+        yield from _idle(config, own, "they belong to --loss_type chord")
     if not config.reward_funcs:
         own = ["reward_workers", "cpus_per_reward_worker", "reward_timeout", "reward_memory_limit"]
         yield from _idle(config, own, "there are no --reward_funcs")

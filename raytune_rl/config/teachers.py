@@ -21,7 +21,8 @@ class TeacherOptions(Options):
         (),
         "Frozen models to learn from, token by token (on-policy distillation): to the advantage of every "
         "token comes --teacher_kl_coef times the teacher's log-prob less the policy's. They must have the "
-        "policy's vocabulary.",
+        "policy's vocabulary. The --model itself is one for self-distillation: with a column teacher_prompt "
+        "the teacher sees that in the place of the last user turn.",
     )
     teacher_adapters: tuple[str, ...] = _setting(
         (),
@@ -51,6 +52,18 @@ class TeacherOptions(Options):
         "--loss_type gkd: likeliest tokens of the teacher that stand for its distribution, all others "
         "together being one more. Not set: 64, or all of a vocabulary up to 1,024.",
         ge=1,
+    )
+    teacher_sync_steps: int | None = _setting(
+        None,
+        "Self-distillation: the teacher, which is then the --model itself, moves towards the policy every so "
+        "many optimizer steps. Not set: it stays as it was.",
+        ge=1,
+    )
+    teacher_mixup_alpha: float = _setting(
+        0.05,
+        "--teacher_sync_steps: the policy's share in the mixture; 1: the teacher is the policy of that step.",
+        gt=0,
+        le=1,
     )
     teacher_quant_bits: int | None = _setting(
         None, "4: load the teachers quantised to NF4, which needs bitsandbytes. Not set: as they are."
@@ -94,6 +107,16 @@ class TeacherOptions(Options):
             raise ConfigError(
                 "--teacher_column gives each row to one teacher, --teacher_weights has all of them judge "
                 "every row: give only one of the two."
+            )
+        if self.teacher_sync_steps is not None and count != 1:
+            raise ConfigError(
+                f"--teacher_sync_steps {self.teacher_sync_steps} moves one teacher, the policy as it was, "
+                f"but there are {count}: give --model as the one --teacher_model."
+            )
+        if self.teacher_sync_steps is not None and (self.teacher_adapters or self.teacher_quant_bits):
+            raise ConfigError(
+                "--teacher_sync_steps mixes whole weights, which a teacher with --teacher_adapters or "
+                "--teacher_quant_bits does not have: leave these out."
             )
         if self.teacher_quant_bits not in (None, 4):
             raise ConfigError(f"--teacher_quant_bits {self.teacher_quant_bits}: only 4 (NF4) is offered.")

@@ -80,6 +80,17 @@ class RolloutFleet:
             timeout_s=self._timeout_s,
         )
 
+    def greedy(self) -> RolloutFleet:
+        """The same engines, always giving the likeliest token."""
+        return RolloutFleet(
+            self.workers,
+            self._fleet,
+            replace(self._sampling, temperature=0.0),
+            self._seed,
+            multi_turn=self._multi_turn,
+            timeout_s=self._timeout_s,
+        )
+
     # -- prompts
 
     def submit(self, request: EpisodeRequest, prompts: PromptSet, *, evaluation: bool = False) -> Ticket:

@@ -158,7 +158,7 @@ class Moves:
         ones."""
         self._become({**self._now, "mix": (manifest, share)})
         (kept,) = settle(
-            [self._group.submit(0, "weights", what="keeping the reference's weights", returns=2)]
+            [self._group.submit(0, "weights", what="keeping the weights of a model that moves", returns=2)]
         )[0]
         self._become({"become": (kept.ref[1],)})
 
@@ -174,13 +174,10 @@ class ReferenceGroup:
         group: The started workers.
         max_tokens: Token budget of a micro-batch.
         settled: How rows are laid out.
-        moves: Of a reference that follows the policy.
     """
 
-    def __init__(
-        self, group: WorkerGroup, max_tokens: int, settled: Settled, moves: Moves | None = None
-    ) -> None:
-        self.workers, self._moves = group, moves
+    def __init__(self, group: WorkerGroup, max_tokens: int, settled: Settled) -> None:
+        self.workers = group
         self._max_tokens = max_tokens
         self._settled = settled
 
@@ -196,18 +193,41 @@ class ReferenceGroup:
         """Brings them back."""
         self.workers.call("reload", what="reloading the reference")
 
-    def mix(self, manifest: Manifest, share: float) -> None:
+
+class Follower:
+    """Copies of a model that follows the policy: now and then its weights move towards the policy's.
+
+    Args:
+        name: Folder of a checkpoint with its weights.
+        group: The copies.
+        every: Optimizer steps between two moves.
+        share: The policy's share in the mixture.
+        start_timeout_s: Deadline of the start of a copy in the place of a lost one.
+        tell: Told of each loss.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        group: WorkerGroup,
+        every: int,
+        share: float,
+        start_timeout_s: float,
+        tell: Callable[[str, str], None],
+    ) -> None:
+        self.name, self.every, self._group, self._share = name, every, group, share
+        self._moves = Moves(group, start_timeout_s, tell)
+
+    def mix(self, manifest: Manifest) -> None:
         """Every copy moves its weights towards those of a published version."""
-        self.workers.call("mix", manifest, share, what="mixing the policy into the reference")
-        if self._moves is not None:
-            self._moves.mixed(manifest, share)
+        self._group.call("mix", manifest, self._share, what=f"mixing the policy into the {self.name}")
+        self._moves.mixed(manifest, self._share)
 
     def save(self, directory: Path) -> None:
         """Writes the weights of one copy: all are the same."""
-        fetch_all([self.workers.submit(0, "save", str(directory), what="saving the reference")])
+        fetch_all([self._group.submit(0, "save", str(directory), what=f"saving the {self.name}")])
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote, in every copy."""
-        self.workers.call("load", str(directory), what="restoring the reference")
-        if self._moves is not None:
-            self._moves.loaded(directory)
+        self._group.call("load", str(directory), what=f"restoring the {self.name}")
+        self._moves.loaded(directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ from raytune_rl.groups.fleet import RewardGroup, RolloutFleet
 from raytune_rl.groups.fleet_start import Growth, hang_limits, start_fleet
 from raytune_rl.groups.gpu_sharing import GPUSharing
 from raytune_rl.groups.learners import Learner, Learners
-from raytune_rl.groups.logprobs import AdapterOff, Moves, Reference, ReferenceGroup
+from raytune_rl.groups.logprobs import AdapterOff, Follower, Reference, ReferenceGroup
 from raytune_rl.groups.restarts import RecoveryRules
 from raytune_rl.groups.rewards import NoRewards, RewardModelGroup, Scorer, Together
 from raytune_rl.groups.scaling import Patience
@@ -82,6 +82,7 @@ class OnlineGroups:
         critic: Says what tokens are worth; None without one.
         store: Where published weights are found.
         teachers: Add their opinion to the advantages; None without any.
+        followers: Reference and teacher, where they follow the policy.
     """
 
     sizes: Groups
@@ -94,6 +95,7 @@ class OnlineGroups:
     critic: CriticGroup | None
     store: WeightStore
     teachers: Teachers | None = None
+    followers: Sequence[Follower] = ()
 
 
 @dataclass(frozen=True)
@@ -383,8 +385,7 @@ def start_groups(
     scorers = scorers or [NoRewards()]
     own_reference: ReferenceGroup | None = None
     if reference is not None:
-        moves = Moves(reference, config.start_timeout, lost) if config.sync_ref_model else None
-        own_reference = ReferenceGroup(reference, ranks.max_tokens, settled[0], moves)
+        own_reference = ReferenceGroup(reference, ranks.max_tokens, settled[0])
     reference_scorer: Reference | None = own_reference
     if reference is None and "ref_logprobs" in setup.needs:
         reference_scorer = AdapterOff(policy)
@@ -394,6 +395,11 @@ def start_groups(
     ]
     taught = Teachers(advisers, ranks.max_tokens) if advisers else None
     frozen = [group for group in (own_reference, taught) if group is not None]
+    moving: list[tuple[WorkerGroup, int, float]] = []
+    if reference is not None and config.sync_ref_model:
+        moving.append((reference, config.ref_model_sync_steps, config.ref_model_mixup_alpha))
+    if config.teacher_sync_steps is not None:
+        moving += [(group, config.teacher_sync_steps, config.teacher_mixup_alpha) for group in teachers]
     learners = learners_of(ranks, critics, config, in_turn=sizes.on_gpu and sizes.colocated)
     return OnlineGroups(
         sizes,
@@ -406,6 +412,7 @@ def start_groups(
         None if critics is None else CriticGroup(critics),
         store,
         taught,
+        tuple(Follower(g.name, g, every, share, config.start_timeout, lost) for g, every, share in moving),
     )
 
 

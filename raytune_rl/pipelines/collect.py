@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -235,7 +235,20 @@ class Collector:
             attempt += 1
             others = np.random.default_rng([self._config.data_seed, batch, attempt])
             asked = {place: int(others.integers(self._order.n)) for place in lost}
-        return join([found[place] for place in sorted(found)])
+        sampled = join([found[place] for place in sorted(found)])
+        return self._with_greedy(sampled, batch, version, timer) if self._credit.wants_greedy else sampled
+
+    def _with_greedy(self, sampled: Experience, batch: int, version: int, timer: StepTimer) -> Experience:
+        """The same, with the rewards of the likeliest answers to its prompts, for a credit that asks."""
+        prompt_of = {t.group: t.prompt for t in sampled.batch}
+        with timer.phase("generate"):
+            answers = self._groups.rollout.greedy().generate(
+                self._prompts, list(prompt_of.values()), 1, version, batch
+            )
+        with timer.phase("reward"):
+            scored = self._scoring.score(answers, self._prompts, self._progress)
+        rewards = dict(zip(prompt_of, scored.rewards, strict=True))
+        return replace(sampled, greedy=np.array([rewards[t.group] for t in sampled.batch]))
 
     def held_out(self, prompts: PromptSet, version: int, state: TrainerState) -> Experience:
         """Completions of all held-out prompts; the same seeds each time: what changes is the policy alone."""

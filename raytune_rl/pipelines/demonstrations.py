@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,20 @@ from raytune_rl.protocol.rows import RowPointer
 from raytune_rl.protocol.trajectory import EpisodeFacts, Trajectory
 
 
-def demonstrated_rows(config: RLHFConfig) -> SFTConfig:
-    """How the rows of an online run are read as conversations to imitate: the answer after the last user
-    turn, and as many tokens as a prompt and a completion may have together.
+def demonstrated_rows(config: RLHFConfig, dataset: Sequence[str] | None = None) -> SFTConfig:
+    """How rows are read as conversations to imitate in an online run: the answer after the last user turn,
+    and as many tokens as a prompt and a completion may have together.
+
+    Args:
+        config: Of the run.
+        dataset: They; None: those of the run itself.
     """
     shared = SFTConfig.model_fields.keys() & type(config).model_fields.keys()
     given: dict[str, Any] = {name: getattr(config, name) for name in shared if config.is_set(name)}
     given |= {"loss_scale": "last_round", "truncation_strategy": "delete", "dry_run": False}
+    if dataset is not None:
+        given = {name: value for name, value in given.items() if name not in _OF_THE_PROMPTS}
+        given["dataset"] = tuple(dataset)
     if config.max_length is not None:
         given["max_length"] = config.max_length + config.max_completion_length
     return SFTConfig(**given)
@@ -93,3 +100,6 @@ def demonstrations_of(
 
 _DRAW = 0x6B64
 """Sets these draws apart from others of the same seed."""
+
+_OF_THE_PROMPTS = ("val_dataset", "split_dataset_ratio", "eval_strategy", "eval_steps")
+"""Settings that belong to the run's own data."""

@@ -10,7 +10,9 @@ from raytune_rl.rewards.plugins import PluginFile
 
 Config = TypeVar("Config", bound=Options)
 
-_MODELS = ("model", "adapters", "ref_model", "ref_adapters", "reward_model")
+_MODELS = (
+    "model", "adapters", "ref_model", "ref_adapters", "reward_model", "teacher_model", "teacher_adapters"
+)  # fmt: skip
 """Settings that workers load by name: a folder, else a hub id. Data, system prompts and DeepSpeed files are
 read on the driver's own machine and in its folder."""
 

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from raytune_rl.algorithms.aggregation import lengths_in_loss, row_weights
 from raytune_rl.algorithms.before_step import OnlineStep
 from raytune_rl.algorithms.credit.base import Credit, Credited
-from raytune_rl.algorithms.distillation import TEACHER_COLUMNS
+from raytune_rl.algorithms.distillation import TEACHER_COLUMNS, TEACHER_LOGPROBS
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
 from raytune_rl.errors import ConfigError
@@ -27,15 +26,16 @@ from raytune_rl.groups import specs
 from raytune_rl.groups.engine_fit import fit
 from raytune_rl.groups.fleet import batch_of
 from raytune_rl.groups.growth import check_growth
-from raytune_rl.groups.logprobs import ReferenceGroup
 from raytune_rl.groups.sizes import online_groups
 from raytune_rl.groups.start import OnlineGroups, OnlineSetup, start_groups
+from raytune_rl.groups.teachers import as_seen
 from raytune_rl.multi_turn.scheduler import make_scheduler
 from raytune_rl.pipelines import dry_run, memory, report
 from raytune_rl.pipelines.ahead import AheadCollector
 from raytune_rl.pipelines.collect import Collected, Collector, Collects
 from raytune_rl.pipelines.demonstrations import Demonstrations, demonstrations_of
 from raytune_rl.pipelines.engine_guard import METRIC, EngineGuard
+from raytune_rl.pipelines.experts import Experts, experts_of
 from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.going_on import going_on
 from raytune_rl.pipelines.group_flow import Outside
@@ -116,6 +116,17 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
                     one_machine=cluster.started_here,
                     tell=tell,
                 )
+        experts = None
+        if algorithm.expert_share is not None:
+            with stage("reading the expert's answers") as tell:
+                experts = experts_of(
+                    config,
+                    schedule.batch,
+                    algorithm.expert_share,
+                    resume_point.run_dir.quarantine_jsonl.with_name("quarantine.expert.jsonl"),
+                    one_machine=cluster.started_here,
+                    tell=tell,
+                )
         schedule, resized = generations_go_on(schedule, len(train), resume_point, config.max_steps)
         longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)
         max_model_len = check_lengths(
@@ -178,7 +189,16 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
             rules = rules_of(config, controlled.faults, cluster.object_store_bytes, worlds)
             actors = start_groups(setup, slots, stack, rules, lost)
             online = OnlineRun(
-                config, algorithm, schedule, train, held_out, controlled, state, actors, demonstrations
+                config,
+                algorithm,
+                schedule,
+                train,
+                held_out,
+                controlled,
+                state,
+                actors,
+                demonstrations,
+                experts,
             )
             online.restore(resume_point)
         with controlled.watched():
@@ -202,6 +222,7 @@ class OnlineRun:
         state: What the run has come to.
         actors: The groups.
         demonstrations: Answers of the data that some generations consist of; None without any.
+        experts: Answers of other data that steps learn beside; None without any.
         outside: The world of the collectors.
     """
 
@@ -216,9 +237,10 @@ class OnlineRun:
         state: RunState,
         actors: OnlineGroups,
         demonstrations: Demonstrations | None = None,
+        experts: Experts | None = None,
         outside: Outside = Outside(),  # noqa: B008, frozen
     ) -> None:
-        self.config, self.algorithm, self.schedule = config, algorithm, schedule
+        self.config, self.algorithm, self.schedule, self.experts = config, algorithm, schedule, experts
         self.prompts, self.held_out = prompts, held_out if resolved.eval_strategy(config) != "no" else None
         self.run, self.state, self.actors = run, state, actors
         self.credit: Credit = algorithm.credit
@@ -251,14 +273,8 @@ class OnlineRun:
             return
         self.collector.load(resume_point.checkpoint)
         self.actors.learners.load(resume_point.checkpoint)
-        if self.moving_reference is not None:
-            self.moving_reference.load(resume_point.checkpoint / REFERENCE)
-
-    @property
-    def moving_reference(self) -> ReferenceGroup | None:
-        """The reference, if it follows the policy; the config makes sure that it is then a group."""
-        reference = self.actors.reference
-        return cast(ReferenceGroup, reference) if self.config.sync_ref_model else None
+        for follower in self.actors.followers:
+            follower.load(resume_point.checkpoint / follower.name)
 
     # -- the loop
     # ---------------------------------------------------------------------------------------------
@@ -300,9 +316,9 @@ class OnlineRun:
         if actors.reference is not None:
             with timer.phase("reference"):
                 batch = batch.with_columns(ref_logprobs=actors.reference.logprobs(trajectories).columns)
-        teachers = actors.teachers
-        distils = not self.algorithm.needs.isdisjoint(TEACHER_COLUMNS)
-        advises = teachers is not None and not distils
+        teachers, needs = actors.teachers, self.algorithm.needs
+        taught = not needs.isdisjoint({*TEACHER_COLUMNS, TEACHER_LOGPROBS})
+        advises = teachers is not None and not taught
         if not self.schedule.batch.on_policy or "old_logprobs" in self.credit.needs or advises:
             with timer.phase("train"):
                 batch = batch.with_columns(old_logprobs=actors.policy.logprobs(trajectories).columns)
@@ -311,11 +327,18 @@ class OnlineRun:
             return credited
         with timer.phase("teacher"):
             whose = self.whose(experience.batch)
+            seen = as_seen(batch, experience.batch, self.prompts)
             if advises:
-                return teachers.advise(batch, credited, whose)
-            known = teachers.distributions(credited.batch, whose, self.config.gkd_logits_topk or 0)
-            given = [float(collected.demonstrated)] * len(known)
-            return replace(credited, batch=known.with_scalars(off_policy=given))
+                return teachers.advise(seen, credited, whose, self.credit.advice(self.run.step))
+            known = {}
+            if TEACHER_LOGPROBS in needs:
+                known[TEACHER_LOGPROBS] = teachers.logprobs(seen, whose)
+            if not needs.isdisjoint(TEACHER_COLUMNS):
+                known |= teachers.distributions(seen, whose, self.config.gkd_logits_topk or 0)
+            given = [float(collected.demonstrated)] * len(batch)
+            return replace(
+                credited, batch=credited.batch.with_columns(**known).with_scalars(off_policy=given)
+            )
 
     def whose(self, trajectories: Sequence[Trajectory]) -> NDArray[np.int64] | None:
         """The teacher of each completion; None where all teachers judge all of them."""
@@ -353,6 +376,8 @@ class OnlineRun:
                 batch = self.with_entropy_threshold(batch, batch_of(trajectories), tokens)
             if self.algorithm.before_step is not None:
                 batch = self.prepared(batch, trajectories, tokens)
+            if self.experts is not None:
+                batch = self.experts.mixed(batch, run.step)
             step = self.actors.learners.train(batch, run.step)
         # Older weights sampled other log-probs: that is no defect, and such a step is not looked at.
         fresh = all(t.episode.version == self.version for t in trajectories)
@@ -419,14 +444,14 @@ class OnlineRun:
             self.collector.ask_ahead(self.progress())
 
     def after_generation(self, last: bool) -> None:
-        """Does what is due: the reference's move, evaluation, checkpoint. A step inside a generation counts
-        at its end.
+        """Does what is due: moves of models that follow the policy, evaluation, checkpoint. A step inside a
+        generation counts at its end.
         """
         run, config, epoch = self.run, self.config, self.schedule.steps_per_epoch
         per = self.schedule.batch.optimizer_steps_per_generation * config.num_iterations
-        moving = self.moving_reference
-        if moving is not None and due(run.step, per, config.ref_model_sync_steps):
-            moving.mix(self.published, config.ref_model_mixup_alpha)
+        for follower in self.actors.followers:
+            if due(run.step, per, follower.every):
+                follower.mix(self.published)
         if last or run.stop_requested or due(run.step, per, resolved.evaluation_interval(config, epoch)):
             self.evaluate()
         if last or run.stop_requested or due(run.step, per, resolved.checkpoint_interval(config, epoch)):
@@ -440,8 +465,8 @@ class OnlineRun:
             self.collector.save(directory)
         with self.collector.going_on():
             self.actors.learners.save(directory, only_model)
-            if self.moving_reference is not None and not only_model:
-                self.moving_reference.save(directory / REFERENCE)
+            for follower in () if only_model else self.actors.followers:
+                follower.save(directory / follower.name)
 
     def evaluate(self) -> None:
         """Rewards of completions of the held-out prompts."""
@@ -453,10 +478,6 @@ class OnlineRun:
     def progress(self) -> TrainerState:
         """How far the run has come, as reward functions are told."""
         return TrainerState(self.run.step, self.run.total_steps)
-
-
-REFERENCE = "reference"
-"""Folder of a checkpoint with the weights of a reference that moves."""
 
 
 def due(step: int, window: int, every: int) -> bool:

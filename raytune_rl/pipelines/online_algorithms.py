@@ -13,10 +13,10 @@ from functools import partial
 from raytune_rl.algorithms.aggregation import normaliser_of
 from raytune_rl.algorithms.before_step import OnlineStep, StepModels, StepValues
 from raytune_rl.algorithms.credit.base import Credit, get_credit, is_built_in_credit
-from raytune_rl.algorithms.distillation import TEACHER_COLUMNS
+from raytune_rl.algorithms.distillation import TEACHER_COLUMNS, TEACHER_LOGPROBS
 from raytune_rl.algorithms.registry import Loss, get_loss, is_built_in_loss
 from raytune_rl.config import RLHFConfig, resolved
-from raytune_rl.config.algorithms import credit_settings, loss_settings
+from raytune_rl.config.algorithms import credit_settings, is_taught, loss_settings
 from raytune_rl.errors import ConfigError
 from raytune_rl.protocol.train import LossSpec
 from raytune_rl.rewards.plugins import load_plugins
@@ -32,6 +32,7 @@ class Algorithm:
         credit: Who earned what.
         needs: Columns that loss and credit cannot do without; the groups that give them are started.
         before_step: What the loss works out of each optimizer step before it is made, or None.
+        expert_share: Optimizer step -> the weight of an expert's answers in it; None: there are none.
     """
 
     loss: LossSpec
@@ -39,6 +40,7 @@ class Algorithm:
     credit: Credit
     needs: frozenset[str]
     before_step: Callable[[OnlineStep, StepModels], StepValues] | None = None
+    expert_share: Callable[[int], float] | None = None
 
 
 def algorithm_of(config: RLHFConfig) -> Algorithm:
@@ -63,9 +65,19 @@ def algorithm_of(config: RLHFConfig) -> Algorithm:
     spec = LossSpec(loss.name, dict(given), normaliser_of(loss.normaliser), files, config.log_entropy)
     needed = frozenset(loss.required_columns(settings))
     _check_columns(config, loss, {*needed, *loss.required_rows(settings)})
+    if credit.advice(0) is not None and is_taught(loss, settings):
+        raise ConfigError(
+            f"--advantage_estimator {config.advantage_estimator} and --loss_type {loss.name} both learn from "
+            "the teacher, each in its own way: choose one."
+        )
     words = "" if loss.in_words is None else loss.in_words(settings)
     before_step = None if loss.before_step is None else partial(loss.before_step.prepare, settings)
-    return Algorithm(spec, words, credit, needed | credit.needs, before_step)
+    share = None if loss.expert_share is None else partial(loss.expert_share, settings)
+    if share is not None and not config.chord_sft_dataset:
+        raise ConfigError(
+            f"--loss_type {loss.name} learns from an expert's answers too: --chord_sft_dataset."
+        )
+    return Algorithm(spec, words, credit, needed | credit.needs, before_step, share)
 
 
 def credit_of(config: RLHFConfig) -> Credit:
@@ -86,6 +98,16 @@ def credit_of(config: RLHFConfig) -> Credit:
         )
     if "teacher_advantages" in credit.needs and not config.has_teachers:
         raise ConfigError(f"--advantage_estimator {name} needs somebody to learn from: --teacher_model.")
+    if credit.wants_greedy and resolved.max_staleness(config):
+        raise ConfigError(
+            f"--advantage_estimator {name} compares completions with the likeliest answer under the same "
+            "weights, which is not asked for ahead of the training: leave out --async_generate."
+        )
+    if credit.advice(0) is not None and len(config.teacher_model) > 1 and config.teacher_column is None:
+        raise ConfigError(
+            f"--advantage_estimator {name} takes one teacher a row: name one --teacher_model, or say whose a "
+            "row is by --teacher_column."
+        )
     if "ref_logprobs" in credit.needs and config.beta == 0:
         raise ConfigError(f"--advantage_estimator {name} needs a reference model: --beta must be over 0.")
     return credit
@@ -94,7 +116,7 @@ def credit_of(config: RLHFConfig) -> Credit:
 def _check_columns(config: RLHFConfig, loss: Loss, needed: set[str]) -> None:
     known_columns = {"old_logprobs", "rollout_logprobs"}
     known_columns |= {"ref_logprobs"} if config.beta > 0 else set()
-    known_columns |= {*TEACHER_COLUMNS} if config.has_teachers else set()
+    known_columns |= {*TEACHER_COLUMNS, TEACHER_LOGPROBS} if config.has_teachers else set()
     known_columns |= {"entropy", "entropy_threshold"} if config.top_entropy_quantile < 1 else set()
     known_columns |= set() if loss.before_step is None else loss.before_step.gives
     if missing := needed - known_columns:
@@ -114,7 +136,7 @@ def in_words(config: RLHFConfig, algorithm: Algorithm) -> list[tuple[str, str]]:
         ("advantage", algorithm.credit.in_words()),
     ]
     if config.has_teachers:
-        rows.append(("teachers", _teachers(config, not algorithm.needs.isdisjoint(TEACHER_COLUMNS))))
+        rows.append(("teachers", _teachers(config, algorithm)))
     if config.beta > 0:
         where = "off the reward" if resolved.kl_in_reward(config) else "in the loss"
         rows.append(("KL", f"{resolved.kl_estimator(config)} {where}, beta {config.beta:g}"))
@@ -135,15 +157,18 @@ def in_words(config: RLHFConfig, algorithm: Algorithm) -> list[tuple[str, str]]:
     return rows
 
 
-def _teachers(config: RLHFConfig, whole: bool) -> str:
-    """`whole`: their distributions are learned, not their opinion of a token."""
+def _teachers(config: RLHFConfig, algorithm: Algorithm) -> str:
     models = " and ".join(config.teacher_model or (f"{config.model} with {config.teacher_adapters[0]}",))
     chosen = f", by the column {config.teacher_column}" if config.teacher_column else ""
-    if whole:
+    if config.teacher_sync_steps is not None:
+        chosen = f", follows the policy every {config.teacher_sync_steps} steps"
+    if not algorithm.needs.isdisjoint(TEACHER_COLUMNS):
         own = (
             f", on the policy's own answers with probability {config.lmbda:g}" if config.demonstrates else ""
         )
         return f"{models}{chosen}, its distribution{own}"
+    if TEACHER_LOGPROBS in algorithm.needs or algorithm.credit.advice(0) is not None:
+        return f"{models}{chosen}, its log-probs"
     return f"{models}{chosen}: reverse KL a token, coefficient {config.teacher_kl_coef:g}"
 
 

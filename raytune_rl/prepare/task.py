@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from raytune_rl.prepare.cache import (
 from raytune_rl.prepare.places import MediaPlaces
 from raytune_rl.prepare.progress import RowProgress, Tell, stream_progress
 from raytune_rl.protocol.columns import Columns
-from raytune_rl.protocol.data import Account
+from raytune_rl.protocol.data import TEACHER_PROMPT, TEACHER_PROMPT_TOKENS, Account
 from raytune_rl.protocol.model import Traits
 from raytune_rl.redaction import redact_texts
 
@@ -72,8 +73,9 @@ def encode_prompts_task(config: RLHFConfig, quarantine: str, places: MediaPlaces
 def _encoded_prompts(
     config: RLHFConfig, quarantine: Path, places: MediaPlaces, tell: Tell
 ) -> Iterator[tuple[Any, ...]]:
-    from raytune_rl.data.encode import MediaSettings, encode_prompts
-    from raytune_rl.data.example import conversations
+    from raytune_rl.data.encode import EncodedPrompts, MediaSettings, encode_prompts
+    from raytune_rl.data.example import Example, conversations
+    from raytune_rl.data.teacher_prompts import encode_teacher_prompts, has_views
 
     facts = model_facts(config)
     tokenizer = facts.tokenizer
@@ -89,17 +91,37 @@ def _encoded_prompts(
         if part is None:
             continue
         examples, report = part
-        encoded = encode_prompts(
-            examples,
-            tokenizer,
-            config.max_length,
-            resolved.truncation_strategy(config),  # type: ignore[arg-type]
-            strict=config.strict,
-            num_proc=config.dataset_num_proc,
-            progress=RowProgress("tokenized", tell, len(examples)),
-            media=media,
-            model=facts.tokens,
-        )
+
+        def encode(
+            rows: Sequence[Example], max_length: int | None, truncation: str, total: int = len(examples)
+        ) -> EncodedPrompts:
+            return encode_prompts(
+                rows,
+                tokenizer,
+                max_length,
+                truncation,  # type: ignore[arg-type]
+                strict=config.strict,
+                num_proc=config.dataset_num_proc,
+                progress=RowProgress("tokenized", tell, total),
+                media=media,
+                model=facts.tokens,
+            )
+
+        taught = None
+        if config.has_teachers and has_views(examples):
+            refuse_demonstrations(config)
+            room = None if facts.max_positions is None else facts.max_positions - config.max_completion_length
+            taught = encode_teacher_prompts(
+                examples, partial(encode, max_length=room, truncation="delete"), strict=config.strict
+            )
+            examples = taught.examples
+        encoded = encode(examples, config.max_length, resolved.truncation_strategy(config))
+        if taught is not None:
+            encoded = replace(
+                encoded,
+                dropped=(*taught.dropped, *encoded.dropped),
+                notices=(*taught.notices, *encoded.notices),
+            )
         left_out = quarantine_dropped(encoded.dropped, path) or report.quarantine_path
         columns = {"prompt": encoded.prompts, **encoded.media}
         if encoded.engine_prompt_ids is not None:
@@ -110,7 +132,14 @@ def _encoded_prompts(
         texts = tokenizer.batch_decode([shown[i].tolist() for i in range(len(shown))])
         extra = {**encoded.extra, **conversations([examples[i] for i in encoded.index])}
         account = replace(_account(report, encoded, facts, left_out), columns=tuple(extra))
+        if TEACHER_PROMPT in extra and not config.has_teachers:
+            idle = f"the column {TEACHER_PROMPT!r} does nothing: there is no --teacher_model"
+            account = replace(account, notices=(*account.notices, idle))
         values = {}
+        if taught is not None:
+            asked = taught.prompts.take(encoded.index.tolist())
+            columns[TEACHER_PROMPT] = asked
+            values[TEACHER_PROMPT_TOKENS] = asked.lengths.astype(np.float64)
         if config.teacher_column is not None:
             values["teacher"] = teacher_of_rows(extra, config.teacher_column, config.teacher_model)
         yield (encoded.prompts.lengths, account, values), columns, extra, texts
@@ -324,6 +353,19 @@ def check_vocabulary(tokenizer: Any, model: str, config: TrainConfig, flag: str)
             f"{flag} {model} has another vocabulary than --model {config.model}: the piece {piece!r}, number "
             f"{number} here, is {there}, so the same token means something else to it. Take a model of the "
             "same family."
+        )
+
+
+def refuse_demonstrations(config: RLHFConfig) -> None:
+    """A teacher that is asked something else is asked about the policy's own answers.
+
+    Raises:
+        ConfigError: Some generations are the answers of the data.
+    """
+    if config.demonstrates:
+        raise ConfigError(
+            f"--lmbda {config.lmbda:g} trains on answers of the data too, but the column {TEACHER_PROMPT!r} "
+            "says what a teacher sees beside the policy's own: use --lmbda 1, or leave the column out."
         )
 
 

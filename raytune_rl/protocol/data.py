@@ -82,13 +82,19 @@ class Account:
     traits: Traits = field(default_factory=Traits)
 
 
+TEACHER_PROMPT, TEACHER_PROMPT_TOKENS = "teacher_prompt", "teacher_prompt_tokens"
+"""A column: of the data what a teacher is asked instead of the prompt, of prompts its tokens; and the value
+that says how many they are."""
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """Prompts in the object store.
 
     Attributes:
         columns: Reference to {"prompt": Ragged int32}; where rows have media also "engine_prompt_ids", the
-            prompts as the engine takes them beside those, and the columns of `data.media_table`.
+            prompts as the engine takes them beside those, and the columns of `data.media_table`; where
+            teachers are asked something else, `TEACHER_PROMPT`, Ragged int32.
         extra: Reference to the data set's other columns, one entry a prompt, for the rewards.
         texts: Reference to the prompts as text, for the completion log.
         lengths: Tokens of each prompt, int64 `[n]`.

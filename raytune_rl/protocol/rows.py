@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+PROMPT_TOKENS = "prompt_tokens"
+"""A scalar: how many of a row's first tokens are its prompt."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowPointer:
@@ -20,6 +23,10 @@ class RowPointer:
 
     ref: Any
     row: int
+
+
+ABSENT, NOWHERE = RowPointer(None, -1), -1
+"""What stands in an extra column for a row that has no values there; and its object's number in a message."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,9 @@ class TrainBatch:
         index: dict[Any, int] = {}
 
         def place(pointers: Sequence[RowPointer]) -> NDArray[np.int32]:
-            pairs = [(index.setdefault(p.ref, len(index)), p.row) for p in pointers]
+            pairs = [
+                (NOWHERE if p == ABSENT else index.setdefault(p.ref, len(index)), p.row) for p in pointers
+            ]
             return np.asarray(pairs, dtype=np.int32).reshape(-1, 2)
 
         places = {"": place(self.rows)}

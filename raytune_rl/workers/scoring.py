@@ -179,8 +179,8 @@ def micro_batch(
     from raytune_rl.data.collate import collate
     from raytune_rl.data.shared_prefix import collate_shared
 
-    tokens = [rows.column("tokens", row) for row in members]
-    masks = [rows.column("loss_mask", row) for row in members]
+    laid_out = [rows.laid_out(row) for row in members]
+    tokens, masks = [own for own, _ in laid_out], [mask for _, mask in laid_out]
     own = None if rows.prefixes is None else rows.prefixes.part(np.asarray(members, dtype=np.int64))
     if media is not None:
         shown = [_media(rows, row) for row in members]
@@ -192,8 +192,9 @@ def micro_batch(
 
 
 def flat_column(rows: ReadRows, members: Sequence[int], name: str) -> torch.Tensor:
-    """A float32 `[N]` tensor of one per-token column of the rows' own over a micro-batch's loss tokens."""
-    return _flat([rows.column(name, row) for row in members])
+    """A float32 `[N]` tensor of one per-token column of the rows' own over a micro-batch's loss tokens; NaN
+    for rows without."""
+    return _flat([rows.own(name, row) for row in members])
 
 
 def extra_column(rows: ReadRows, members: Sequence[int], name: str) -> torch.Tensor:

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.algorithms.distillation import TEACHER_COLUMNS, advantages
+from raytune_rl.algorithms.distillation import TEACHER_COLUMNS, Advice
 from raytune_rl.protocol.columns import Columns, Ragged
-from raytune_rl.protocol.model import ModelSpec, ScoreSettings, Settled
 from raytune_rl.protocol.rows import RowBatch
-from raytune_rl.workers.frozen import FrozenModel
+from raytune_rl.workers.frozen import FrozenWorker
 from raytune_rl.workers.scoring import read_rows
 
 
-class TeacherWorker:
-    """A copy of a teacher. It has no state of its own."""
+class TeacherWorker(FrozenWorker):
+    """A copy of a teacher."""
 
-    def __init__(self, spec: ModelSpec, settings: ScoreSettings) -> None:
-        self._model = FrozenModel(spec, settings)
+    role: ClassVar[str] = "teacher"
 
-    def ping(self) -> Settled:
-        """Proves that the model is loaded; how its rows are laid out."""
-        return self._model.settled
+    def logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
+        """See `scoring.score`."""
+        return self._model.logprobs(batch)
 
-    def offload(self, weights: bool) -> None:
-        """See `FrozenModel.offload`."""
-        self._model.offload(weights)
-
-    def reload(self) -> None:
-        """Brings back what `offload` moved."""
-        self._model.reload()
-
-    def advise(self, batch: RowBatch, coefficient: float) -> tuple[NDArray[np.float64], Columns]:
-        """Adds this teacher's part to the advantages of rows; see `algorithms.distillation.advantages`.
+    def advise(self, batch: RowBatch, advice: Advice) -> tuple[NDArray[np.float64], Columns]:
+        """What the advantages of rows become by this teacher's opinion.
 
         Args:
             batch: Rows with the extra column "old_logprobs", and what they earned so far: the extra column
                 "advantages", else the scalar "advantage".
-            coefficient: Weight of this teacher's part.
+            advice: How.
 
         Returns:
             Of each row the sums over its tokens of the reverse KL's estimate, nats, and of the new
@@ -56,7 +46,7 @@ class TeacherWorker:
                 if rows.has_extra("advantages")
                 else np.full(len(old), batch.scalars["advantage"][row], dtype=np.float32)
             )
-            new = advantages(earned, own[row], old, coefficient)
+            new = advice(earned, own[row], old)
             made.append(new)
             sums[row] = (old.astype(np.float64) - own[row]).sum(), new.sum(dtype=np.float64), len(old)
         return sums, {"advantages": Ragged.from_rows(made, np.float32)}

@@ -86,7 +86,7 @@ WRONG_RL = [
     ({"rlhf_type": "gkd"}, "needs somebody to learn from"),
     (
         {"rlhf_type": "gkd", "teacher_model": ["a", "b"]},
-        "takes the distribution of one teacher a row",
+        "takes one teacher a row",
     ),
     (
         {"rlhf_type": "gkd", "teacher_model": ["a", "b"], "teacher_column": "whose"},

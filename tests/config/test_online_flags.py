@@ -39,6 +39,14 @@ def notices(*argv: str) -> str:
         ),
         ("--rollout_importance_sampling_threshold 3", "--rollout_importance_sampling_mode is not given"),
         ("--ref_model_sync_steps 5", "they belong to --sync_ref_model true"),
+        ("--teacher_model t --teacher_mixup_alpha 1", "it belongs to --teacher_sync_steps"),
+        ("--chord_sft_dataset e", "--chord_sft_dataset does nothing: they belong to --loss_type chord"),
+        ("--rlsd_lambda 1", "it belongs to --advantage_estimator rlsd"),
+        ("--sdar_loss_coef 1", "--loss_type grpo does not read it, as sdar would"),
+        (
+            "--advantage_reweight rlsd --teacher_model t",
+            "--advantage_reweight is read as --advantage_estimator",
+        ),
         (
             "--max_staleness 2 --rollout_in_flight abort",
             "--max_staleness, --rollout_in_flight do nothing: they belong to --async_generate true",
@@ -121,6 +129,9 @@ def test_nothing_is_said_where_all_acts() -> None:
         ("--sync_ref_model true --train_type full --beta 0", "there is none with --beta 0"),
         ("--sync_ref_model true --train_type full --ref_adapters a", "mixes whole weights"),
         ("--chord_mu 0.5", "is a flag of ms-swift that is not built yet"),
+        ("--teacher_model a b --teacher_sync_steps 1", "moves one teacher, the policy as it was, but"),
+        ("--teacher_model a --teacher_sync_steps 1 --teacher_quant_bits 4", "mixes whole weights, which"),
+        ("--teacher_model a --teacher_sync_steps 1", "--train_type lora trains an adapter"),
     ],
 )
 def test_what_cannot_be_is_refused(argv: str, message: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raytune_rl.algorithms.credit.base import Credited
-from raytune_rl.algorithms.distillation import advantages
+from raytune_rl.algorithms.distillation import ReverseKL, advantages
 from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import ConfigError
 from raytune_rl.groups import logprobs
@@ -36,9 +36,10 @@ class Copies:
         return self.workers
 
     def submit(
-        self, rank: int, method: str, batch: RowBatch, coefficient: float, *, what: str, returns: int
+        self, rank: int, method: str, batch: RowBatch, advice: ReverseKL, *, what: str, returns: int
     ) -> Pending:
         assert (method, returns) == ("advise", 2)
+        coefficient = advice.coefficient
         self.asked.append((rank, batch))
         name = f"teacher {self.number:g}, call {len(self.asked)}"
         answer = np.array([[self.number, coefficient * self.number, 1.0]] * len(batch))

@@ -64,6 +64,23 @@ class TablePolicy:
         prompt, place, symbol = (torch.tensor(x) for x in zip(*places, strict=True))
         return logs[prompt, place, symbol], torch.tensor(row_of)
 
+    def said_by_a_teacher(self, made: list[tuple[int, list[int]]]) -> Tensor:
+        """Log-probs of the symbols under one who knows the right answers, and says them mostly."""
+        logits = torch.zeros_like(self.logits)
+        for prompt, answer in enumerate(self.right):
+            for place, symbol in enumerate([*answer, STOP]):
+                logits[prompt, place, symbol] = 4.0
+        logs = logits.log_softmax(-1)
+        return torch.stack([logs[p, k, s] for p, said in made for k, s in enumerate(said)])
+
+    def greedy(self) -> list[list[int]]:
+        """The likeliest answer to each prompt, symbol by symbol."""
+        found = []
+        for symbols in self.logits.detach().argmax(-1).tolist():
+            length = symbols.index(STOP) + 1 if STOP in symbols else PLACES
+            found.append(symbols[:length])
+        return found
+
     def rightness(self) -> float:
         """The expected reward, exactly."""
         chances = self.logits.detach().softmax(-1)
@@ -77,8 +94,10 @@ class TablePolicy:
         )
 
 
-def experience_of(made: list[tuple[int, list[int]]], rewards: list[float]) -> Experience:
-    """What a credit sees of the completions."""
+def experience_of(
+    made: list[tuple[int, list[int]]], rewards: list[float], greedy: list[float] | None = None
+) -> Experience:
+    """What a credit sees of the completions; `greedy` are the rewards of the likeliest answers by prompt."""
     row = RowPointer("data", 0)
     batch = [
         Trajectory(
@@ -91,7 +110,8 @@ def experience_of(made: list[tuple[int, list[int]]], rewards: list[float]) -> Ex
         for k, (prompt, said) in enumerate(made)
     ]
     values = np.asarray(rewards, dtype=np.float64)
-    return Experience(batch, RewardTable(("Exact",), ("exact",), values[:, None], ()), values)
+    baseline = None if greedy is None else np.array([greedy[prompt] for prompt, _ in made])
+    return Experience(batch, RewardTable(("Exact",), ("exact",), values[:, None], ()), values, baseline)
 
 
 class TableModels:
@@ -131,6 +151,7 @@ def gain(
     flags: dict[str, Any],
     generations: int = 12,
     spoil: Callable[[np.ndarray], np.ndarray] = lambda advantages: advantages,
+    mislead: Callable[[Tensor], Tensor] = lambda logprobs: logprobs,
 ) -> float:
     """How much the expected reward rises.
 
@@ -138,6 +159,7 @@ def gain(
         flags: Of the algorithm.
         generations: Two steps each.
         spoil: A way to break the advantages.
+        mislead: A way to break what a teacher says.
     """
     given = {"model": "m", "dataset": "d", "reward_funcs": "accuracy", "beta": 0.0, "num_iterations": 2}
     config = RLHFConfig(**{**given, "num_generations": PER, "max_completion_length": PLACES, **flags})
@@ -151,8 +173,9 @@ def gain(
         made = policy.sample(generator)
         rewards = [float(said == [*policy.right[p], STOP]) for p, said in made]
         models = cast(Models, TableModels(policy, made))
+        likeliest = [float(said == [*policy.right[p], STOP]) for p, said in enumerate(policy.greedy())]
         credited = algorithm.credit.assign(
-            experience_of(made, rewards), cast(TrainBatch, TableBatch()), models
+            experience_of(made, rewards, likeliest), cast(TrainBatch, TableBatch()), models
         )
         by_token = cast(TableBatch, credited.batch).advantages
         weights = torch.from_numpy(
@@ -160,13 +183,18 @@ def gain(
         )
         with torch.no_grad():
             old, row_of = policy.logprobs(made)
-        if by_token is None:
+            teacher = mislead(policy.said_by_a_teacher(made))
+        if (advice := algorithm.credit.advice(0)) is not None:
+            earned = spoil(credited.advantages)[row_of.numpy()]
+            advantages = torch.from_numpy(advice(earned, teacher.numpy(), old.numpy())).double()
+        elif by_token is None:
             advantages = torch.from_numpy(spoil(credited.advantages)).double()[row_of]
         else:
             advantages = torch.from_numpy(spoil(np.concatenate(by_token))).double()
         for _ in range(config.num_iterations):
             logprobs, _ = policy.logprobs(made)
             columns = {"old_logprobs": old, "rollout_logprobs": old, "ref_logprobs": old}
+            columns["teacher_logprobs"] = teacher
             inputs = LossInputs(logprobs, row_of, len(made), settings, columns, advantages)
             inputs = prepared(loss.name, inputs, [prompt for prompt, _ in made])
             row_weight = torch.full((len(made),), 1 / len(made), dtype=torch.float64)

@@ -109,17 +109,19 @@ def test_of_the_teacher_itself_there_is_none(models: tuple[Tensor, nn.Linear, nn
             assert slope.abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.7])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_temperature_and_disallowed_tokens_hold_for_both(
-    models: tuple[Tensor, nn.Linear, nn.Linear],
+    models: tuple[Tensor, nn.Linear, nn.Linear], beta: float, temperature: float
 ) -> None:
     hidden, student, teacher = models
-    shape = logit_shape(0.7, disallowed_token_ids=(2, 3))
+    shape = logit_shape(temperature, disallowed_token_ids=(2, 3))
     ids, known = top_logprobs(hidden, Double(teacher), shape, VOCABULARY - 2, 64)
     assert not torch.isin(ids, torch.tensor([2, 3])).any()
-    mine = token_divergence(hidden, Double(student), shape, TeacherDistribution(ids, known, 0.5), 64)
+    mine = token_divergence(hidden, Double(student), shape, TeacherDistribution(ids, known, beta), 64)
     kept = [i for i in range(VOCABULARY) if i not in (2, 3)]
-    s, t = ((head(hidden)[:, kept] / 0.7).softmax(-1) for head in (student, teacher))
-    assert torch.allclose(mine, by_definition(s, t, 0.5), rtol=1e-8, atol=1e-10)
+    s, t = ((head(hidden)[:, kept] / temperature).softmax(-1) for head in (student, teacher))
+    assert torch.allclose(mine, by_definition(s, t, beta), rtol=1e-8, atol=1e-10)
 
 
 def test_no_token_is_still_connected_to_the_graph(models: tuple[Tensor, nn.Linear, nn.Linear]) -> None:

@@ -104,6 +104,12 @@ class FakeRollout:
         probe.loaded = self.loaded
         return probe
 
+    def greedy(self) -> FakeRollout:
+        """The same engines for the likeliest answers."""
+        likeliest = FakeRollout(self._stage, "greedy", self.engines)
+        likeliest.loaded = self.loaded
+        return likeliest
+
     def load(self, version: int) -> float:
         """Pulls a version."""
         self._stage.call(f"rollout.load {version}", "rollout")
@@ -428,19 +434,21 @@ class FakePolicy:
 
 
 class FakeReference:
-    """See `groups.logprobs.ReferenceGroup`."""
+    """See `groups.logprobs.ReferenceGroup`, and `Follower` of it."""
 
-    def __init__(self, stage: Stage) -> None:
-        self._stage, self.mixed = stage, -1
+    name = "reference"
+
+    def __init__(self, stage: Stage, every: int, share: float) -> None:
+        self._stage, self.every, self._share, self.mixed = stage, every, share, -1
 
     def logprobs(self, batch: TrainBatch) -> RowLogprobs:
         """Log-probs of rows."""
         self._stage.call(f"reference.logprobs {len(batch)}", "policy")
         return RowLogprobs(_column("reference logprobs", batch), np.zeros(len(batch)))
 
-    def mix(self, manifest: Manifest, share: float) -> None:
+    def mix(self, manifest: Manifest) -> None:
         """Moves towards a version."""
-        self._stage.call(f"reference.mix {manifest.version}, {share:g}")
+        self._stage.call(f"reference.mix {manifest.version}, {self._share:g}")
         self.mixed = manifest.version
 
     def save(self, directory: Path) -> None:
@@ -499,6 +507,7 @@ def cast_of(config: RLHFConfig, needs: frozenset[str], stage: Stage, reward: Rew
     policy, model, critic = FakePolicy(stage), FakeTrainable(stage, "policy"), FakeTrainable(stage, "critic")
     worlds: list[Any] = [model, critic if "values" in needs else None]
     learners = learners_of(worlds[0], worlds[1], config)
+    reference = FakeReference(stage, config.ref_model_sync_steps, config.ref_model_mixup_alpha)
     groups: dict[str, Any] = {
         "sizes": SimpleNamespace(on_gpu=False, elastic=None),
         "policy": policy,
@@ -506,7 +515,8 @@ def cast_of(config: RLHFConfig, needs: frozenset[str], stage: Stage, reward: Rew
         "rollout": FakeFleet(stage),
         "rewards": FakeRewards(stage, reward),
         "gpu_sharing": FakeSharing(stage),
-        "reference": FakeReference(stage) if "ref_logprobs" in needs else None,
+        "reference": reference if "ref_logprobs" in needs else None,
+        "followers": (reference,) if config.sync_ref_model else (),
         "critic": FakeCritic(stage) if "values" in needs else None,
         "store": FakeWeights(stage),
     }

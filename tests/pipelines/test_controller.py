@@ -18,12 +18,15 @@ from raytune_rl.config import PPOConfig, RLHFConfig
 from raytune_rl.config.batching import grpo_schedule_of
 from raytune_rl.errors import EngineMismatchError
 from raytune_rl.pipelines import lifecycle
+from raytune_rl.pipelines.experts import Experts
 from raytune_rl.pipelines.lifecycle import Run, RunResult
 from raytune_rl.pipelines.online import OnlineRun
 from raytune_rl.pipelines.online_algorithms import algorithm_of
 from raytune_rl.pipelines.position import generations_go_on
 from raytune_rl.pipelines.resume_point import ResumePoint, open_run
 from raytune_rl.pipelines.run_state import RunState
+from raytune_rl.protocol.data import Account, TokenSet
+from raytune_rl.protocol.rows import ABSENT
 from raytune_rl.protocol.trajectory import Trajectory
 from tests.pipelines.fakes import Cast, Reward, Stage, cast_of, outside, prompt_set
 
@@ -495,3 +498,45 @@ def test_engines_that_are_not_the_policy_end_the_run_before_a_step(tmp_path: Pat
         play(chosen, before=before)
     assert [call for call in asked if call.startswith(("policy.start_step", "rollout.submit_burst"))] == []
     assert asked[-1] == "policy.row_kl 4, k2"
+
+
+def test_remax_asks_for_the_likeliest_answer_of_each_prompt(tmp_path: Path) -> None:
+    """One more completion a prompt, scored, and not trained on."""
+    played = play(config(tmp_path, advantage_estimator="remax", beta=0.0, max_steps=1), held_out=0)
+    (greedy,) = played.calls_of("greedy.generate")
+    assert greedy == "greedy.generate batch 0: prompts 0 1, 1 each"
+    assert played.calls_of("rewards.score")[-1].startswith("rewards.score 2 of train")
+    (batch,) = played.cast.policy_model.batches
+    assert [place.row for place in batch.rows] == [0, 1, 10, 11]
+    assert batch.scalars["advantage"].tolist() == [0, -1, 0, -1], "the likeliest answers were right"
+    assert played.steps()[1]["remax/greedy_reward"] == 1.0
+    assert played.state.account().unaccounted == 0
+
+
+def test_an_experts_rows_come_behind_the_policys(tmp_path: Path) -> None:
+    """CHORD: in every step as many, the next ones, weighed by mu; none where mu is 0."""
+    rows = TokenSet("expert", np.array([6, 5, 7]), np.array([2, 1, 5]), Account((), {}, None, (), None, ()))
+    shares = [0.0, 0.25, 0.5]
+
+    def before(online: OnlineRun, stage: Stage) -> None:
+        online.experts = Experts(rows, 2, lambda step: shares[step], seed=0, shuffle=False)
+
+    flags: dict[str, Any] = {"loss_type": "chord", "chord_sft_dataset": "e", "beta": 0.1, "max_steps": 3}
+    played = play(config(tmp_path, **flags), held_out=0, before=before)
+    first, second, third = played.cast.policy_model.batches
+    assert len(first) == 4
+    assert first.scalars["expert"].tolist() == [0] * 4
+    assert first.scalars["weight"].tolist() == pytest.approx([1 / 8, 1 / 12] * 2)
+    assert [(p.ref, p.row) for p in second.rows[4:]] == [("expert", 2), ("expert", 0)]
+    assert [(p.ref, p.row) for p in third.rows[4:]] == [("expert", 1), ("expert", 2)]
+    assert second.lengths[4:].tolist() == [7, 6]
+    assert second.scalars["expert"].tolist() == [0, 0, 0, 0, 1, 1]
+    assert second.scalars["weight"].tolist() == pytest.approx([0.75 / 8, 0.75 / 12] * 2 + [0.25 / 7] * 2)
+    assert second.scalars["advantage"][4:].tolist() == [0, 0]
+    assert second.columns["ref_logprobs"][4:] == [ABSENT, ABSENT]
+    assert second.prefixes is not None
+    assert len(set(second.prefixes.groups[4:].tolist()) - set(second.prefixes.groups[:4].tolist())) == 2
+    weights = third.scalars["weight"]
+    lengths = np.array([2, 3, 2, 3, 1, 5])
+    assert (weights * lengths)[:4].sum() == pytest.approx(0.5)
+    assert (weights * lengths)[4:].sum() == pytest.approx(0.5)

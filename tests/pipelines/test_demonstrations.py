@@ -49,3 +49,12 @@ def test_rows_are_read_as_sft_reads_them() -> None:
     read = demonstrated_rows(config)
     assert (read.max_length, read.system, read.columns) == (48, "Be brief.", {"q": "query"})
     assert read.loss_scale == "last_round"
+
+
+def test_an_experts_rows_are_read_so_too_and_nothing_is_held_out() -> None:
+    config = RLHFConfig(
+        model="m", dataset="d", val_dataset="v", reward_funcs="accuracy", loss_type="chord",
+        chord_sft_dataset=["e", "f"], max_length=32, max_completion_length=16,
+    )  # fmt: skip
+    read = demonstrated_rows(config, config.chord_sft_dataset)
+    assert (read.dataset, read.val_dataset, read.max_length) == (("e", "f"), (), 48)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from raytune_rl.algorithms.distillation import Advice
     from raytune_rl.algorithms.experience import Experience
     from raytune_rl.protocol.rows import RowPointer, TrainBatch
     from raytune_rl.protocol.train import Estimates, EstimateSettings
@@ -72,6 +73,8 @@ class Credit(ABC):
 
     no_signal: ClassVar[str] = "in no group do two completions have different rewards"
     """The reason why there is nothing to learn."""
+    wants_greedy: ClassVar[bool] = False
+    """Whether the likeliest answer to each prompt is sampled and scored too: `Experience.greedy`."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -88,6 +91,11 @@ class Credit(ABC):
             batch: Where the rows lie, with the columns that are needed.
             models: Whom to ask.
         """
+
+    def advice(self, step: int) -> Advice | None:
+        """How teachers' opinions change what tokens have earned, at an optimizer step from 0; None: by
+        --teacher_kl_coef times the reverse KL."""
+        return None
 
     def informative(self, experience: Experience) -> set[int]:
         """Groups that teach anything: dynamic sampling replaces the others."""
@@ -113,6 +121,7 @@ class CreditKind:
         paper: Where it comes from.
         fixed: Settings of the class that this name stands for.
         kl_in_reward: Whether the KL belongs into the reward unless the user says otherwise.
+        compares: Whether completions of a prompt are compared with each other, so that one is not enough.
     """
 
     name: str
@@ -121,6 +130,7 @@ class CreditKind:
     paper: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     kl_in_reward: bool = False
+    compares: bool = True
 
     @property
     def is_built_in(self) -> bool:

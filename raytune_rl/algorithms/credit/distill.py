@@ -43,5 +43,6 @@ DISTILL = register_credit(
         TeachersAlone,
         "what the --teacher_model thinks of each token, alone; rewards are logged only",
         "Agarwal et al. 2024, On-policy distillation of language models",
+        compares=False,
     )
 )

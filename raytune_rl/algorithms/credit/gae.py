@@ -67,5 +67,6 @@ GAE = register_credit(
         "against a critic (--rlhf_type ppo)",
         "Schulman et al. 2016 (GAE), 2017 (PPO)",
         kl_in_reward=True,
+        compares=False,
     )
 )

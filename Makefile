@@ -21,7 +21,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-gpu faults demo demo-real bench families clean uv
+.PHONY: help setup lock check test test-gpu faults learning demo demo-real bench families clean uv
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -63,6 +63,9 @@ test: setup ## every test
 
 faults: setup ## kill every part of a run at every phase, and compare what it comes to (an hour)
 	$(BIN)/python -m pytest -m "cluster or faults" tests/faults
+
+learning: setup ## a tiny teacher teaches tiny students on the whole stack: sums, and pictures (some minutes)
+	$(BIN)/python -m pytest -s -m learning tests/learning
 
 test-gpu: setup ## the tests that need a GPU, and what it does: tokens a second, MFU, memory (EXTRA=gpu)
 	$(BIN)/python -m pytest tests/gpu

@@ -8,7 +8,7 @@ from flags, as in the pipeline.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -18,9 +18,11 @@ from torch import Tensor
 from raytune_rl.algorithms.aggregation import row_weights
 from raytune_rl.algorithms.credit.base import Models
 from raytune_rl.algorithms.credit.otb import otb_advantages
+from raytune_rl.algorithms.distillation import TEACHER_COLUMNS, ReverseKL
 from raytune_rl.algorithms.experience import Experience
 from raytune_rl.algorithms.registry import LossInputs, get_loss
 from raytune_rl.config import RLHFConfig
+from raytune_rl.models.distribution import divergence
 from raytune_rl.pipelines.online_algorithms import algorithm_of
 from raytune_rl.protocol.rewards import RewardTable
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
@@ -64,14 +66,23 @@ class TablePolicy:
         prompt, place, symbol = (torch.tensor(x) for x in zip(*places, strict=True))
         return logs[prompt, place, symbol], torch.tensor(row_of)
 
-    def said_by_a_teacher(self, made: list[tuple[int, list[int]]]) -> Tensor:
-        """Log-probs of the symbols under one who knows the right answers, and says them mostly."""
+    def teacher(self) -> Tensor:
+        """Log-probs `[prompts, places, symbols]` of one who knows the right answers, and says them mostly."""
         logits = torch.zeros_like(self.logits)
         for prompt, answer in enumerate(self.right):
             for place, symbol in enumerate([*answer, STOP]):
                 logits[prompt, place, symbol] = 4.0
-        logs = logits.log_softmax(-1)
+        return logits.log_softmax(-1).detach()
+
+    def said_by_a_teacher(self, made: list[tuple[int, list[int]]]) -> Tensor:
+        """Its log-probs of the symbols, end to end."""
+        logs = self.teacher()
         return torch.stack([logs[p, k, s] for p, said in made for k, s in enumerate(said)])
+
+    def divergence(self, made: list[tuple[int, list[int]]], beta: float) -> Tensor:
+        """How far the policy is from it at each symbol, end to end."""
+        apart = divergence(self.logits.log_softmax(-1), self.teacher(), beta)
+        return torch.stack([apart[p, k] for p, said in made for k in range(len(said))])
 
     def greedy(self) -> list[list[int]]:
         """The likeliest answer to each prompt, symbol by symbol."""
@@ -138,13 +149,17 @@ class TableModels:
 
 @dataclass(frozen=True)
 class TableBatch:
-    """A batch of which only a column of advantages matters."""
+    """A batch of which only its size and a column of advantages matter."""
 
+    rows: int
     advantages: Any = None
+
+    def __len__(self) -> int:
+        return self.rows
 
     def with_columns(self, advantages: Any) -> TableBatch:
         """The same with that column."""
-        return TableBatch(advantages)
+        return TableBatch(self.rows, advantages)
 
 
 def gain(
@@ -175,7 +190,7 @@ def gain(
         models = cast(Models, TableModels(policy, made))
         likeliest = [float(said == [*policy.right[p], STOP]) for p, said in enumerate(policy.greedy())]
         credited = algorithm.credit.assign(
-            experience_of(made, rewards, likeliest), cast(TrainBatch, TableBatch()), models
+            experience_of(made, rewards, likeliest), cast(TrainBatch, TableBatch(len(made))), models
         )
         by_token = cast(TableBatch, credited.batch).advantages
         weights = torch.from_numpy(
@@ -184,7 +199,10 @@ def gain(
         with torch.no_grad():
             old, row_of = policy.logprobs(made)
             teacher = mislead(policy.said_by_a_teacher(made))
-        if (advice := algorithm.credit.advice(0)) is not None:
+        advice = algorithm.credit.advice(0)
+        if advice is None and "teacher_advantages" in algorithm.needs:
+            advice = ReverseKL(config.teacher_kl_coef)
+        if advice is not None:
             earned = spoil(credited.advantages)[row_of.numpy()]
             advantages = torch.from_numpy(advice(earned, teacher.numpy(), old.numpy())).double()
         elif by_token is None:
@@ -196,6 +214,10 @@ def gain(
             columns = {"old_logprobs": old, "rollout_logprobs": old, "ref_logprobs": old}
             columns["teacher_logprobs"] = teacher
             inputs = LossInputs(logprobs, row_of, len(made), settings, columns, advantages)
+            if loss.divergence_beta is not None:
+                apart = policy.divergence(made, loss.divergence_beta(settings))
+                known = dict.fromkeys(TEACHER_COLUMNS, teacher)
+                inputs = replace(inputs, divergence=apart, columns={**columns, **known})
             inputs = prepared(loss.name, inputs, [prompt for prompt, _ in made])
             row_weight = torch.full((len(made),), 1 / len(made), dtype=torch.float64)
             optimizer.zero_grad()

@@ -22,7 +22,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 LOSSES = [loss.name for loss in online_losses() if loss.divergence_beta is None]
 ANOTHERS = {"gae": "a critic", "distill": "a teacher"}
-"""Credits that ask another model, each with a test of its own."""
+"""Credits without a reward of their own table: `test_ppo_learns`, and the teacher's below."""
 CREDITS = [name for name in credit_names() if is_built_in_credit(name) and name not in ANOTHERS]
 CASES = [("loss_type", name) for name in LOSSES] + [("advantage_estimator", name) for name in CREDITS]
 
@@ -47,3 +47,14 @@ def test_a_teacher_says_which_tokens_made_it_right() -> None:
     flags = {"advantage_estimator": "rlsd", "teacher_model": "t", "rlsd_lambda": 1.0}
     flags |= {"rlsd_reweight_clip_range": 0.9}
     assert gain(flags, 4) > gain(flags, 4, mislead=lambda said: -4 - said) + 0.02
+
+
+def test_a_teachers_opinion_alone_teaches_and_the_opposite_unlearns() -> None:
+    flags = {"advantage_estimator": "distill", "teacher_model": "t"}
+    assert gain(flags) > 0.2
+    assert gain(flags, mislead=lambda said: -4 - said) < -0.05
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_teachers_distribution_teaches(beta: float) -> None:
+    assert gain({"rlhf_type": "gkd", "teacher_model": "t", "beta": beta}) > 0.2

@@ -66,11 +66,12 @@ def online_plan(
     arrive = (
         "as an adapter" if lora_sync.publish_mode(config, train.account.takes_media) == "adapter" else "whole"
     )
+    stays = "frozen" if config.teacher_sync_steps is None else "follows the policy"
     inside = {
         "policy": trainer(config, groups),
         "rollout": f"vLLM, weights arrive {arrive}",
         "reference": "for the KL term",
-        **dict.fromkeys(teacher_groups(config), "frozen, judges every token"),
+        **dict.fromkeys(teacher_groups(config), f"{stays}, judges every token"),
         "critic": "DeepSpeed, predicts what the rest of a completion will earn",
         "reward": " + ".join(config.reward_funcs),
         "reward_model": " + ".join(config.reward_model),

@@ -28,7 +28,7 @@ def test_constant_token_loss(loss_type: str) -> None:
     """Mean-like types give back the constant; a row without tokens counts in n but adds nothing."""
     total = float(np.sum(row_weights(LENGTHS, loss_type, 8) * np.array(LENGTHS)))
     expected = {
-        **dict.fromkeys(("grpo", "sapo", "gmpo", "real"), 5 / 6),
+        **dict.fromkeys(("grpo", "sapo", "gmpo", "real", "chord"), 5 / 6),
         "dr_grpo": 19 / 48,
         "luspo": 19 / 6,
     }.get(loss_type, 1.0)

@@ -52,8 +52,10 @@ class Policy:
         self.scorer = TokenScorer(self.model)
         self.end = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
 
-    def prompts(self, problems: Sequence[Problem]) -> list[np.ndarray]:
-        rows = [Example((Message("user", question(p, in_words=False)),)) for p in problems]
+    def prompts(self, problems: Sequence[Problem], hint: str = "") -> list[np.ndarray]:
+        rows = [
+            Example((Message("user", question(p, in_words=False) + hint.format(p.answer)),)) for p in problems
+        ]
         found = encode_prompts(rows, self.tokenizer, None, "left").prompts
         return [found[i].copy() for i in range(len(found))]
 
@@ -91,11 +93,20 @@ class Policy:
         )
         return scored.logprobs, micro.row_of
 
-    def imitate(self, problems: Sequence[Problem], answers: Sequence[int], steps: int, rate: float) -> None:
-        """The warm-up: cross-entropy on a teacher's completions, 64 rows a step."""
+    def imitate(
+        self,
+        problems: Sequence[Problem],
+        answers: Sequence[int],
+        steps: int,
+        rate: float,
+        hints: Sequence[str] | None = None,
+    ) -> None:
+        """The warm-up: cross-entropy on a teacher's completions, 64 rows a step; `hints` stand behind the
+        questions.
+        """
         rows = [
-            Example((Message("user", question(p, in_words=False)), Message("assistant", p.completion(a))))
-            for p, a in zip(problems, answers, strict=True)
+            Example((Message("user", question(p, in_words=False) + h), Message("assistant", p.completion(a))))
+            for p, a, h in zip(problems, answers, hints or [""] * len(problems), strict=True)
         ]
         found = encode_sft(rows, self.tokenizer, None, "delete", "default")
         optimizer = torch.optim.AdamW(self.model.parameters(), rate, betas=(0.9, 0.95))
@@ -110,11 +121,11 @@ class Policy:
             (-logprobs.mean()).backward()
             optimizer.step()
 
-    def rightness(self, problems: Sequence[Problem]) -> float:
+    def rightness(self, problems: Sequence[Problem], hint: str = "") -> float:
         """The expected reward on problems: the mean probability of the right completion. No sampling, no
-        noise.
+        noise. A `hint` stands behind each question, with the answer in the place of its braces.
         """
-        prompts = self.prompts(problems)
+        prompts = self.prompts(problems, hint)
         rows = []
         for prompt, p in zip(prompts, problems, strict=True):
             answer = self.tokenizer.encode(p.completion(p.answer), add_special_tokens=False)

@@ -1,5 +1,6 @@
 """A tiny teacher really teaches a tiny student, on the real stack: two ranks, vLLM, and the teacher's
-distribution on the student's own answers (GKD), about sums and about pictures.
+distribution on the student's own answers (GKD), about sums and about pictures; and one that is told the
+answer teaches itself, who is not.
 
 Minutes on two cores, so only `make learning` runs it.
 """
@@ -119,6 +120,53 @@ def test_about_sums(tmp_path: Path) -> None:
         max_steps=90,
     )
     check(result, lines, rightness["teacher"])
+
+
+def test_itself_by_what_only_the_teacher_sees(tmp_path: Path) -> None:
+    """Self-distillation: the same weights are right where the answer stands behind the question."""
+    rng = random.Random(0)
+    pool = problems()
+    rng.shuffle(pool)
+    held_out, seen = pool[:64], pool[64:]
+    taught = rng.choices(seen, k=4096)
+    told = [rng.random() < 0.5 for _ in taught]
+    answers = [
+        p.answer if known or rng.random() < 0.3 else 10 + rng.randrange(90)
+        for p, known in zip(taught, told, strict=True)
+    ]
+    hints = [f" {p.answer}" if known else "" for p, known in zip(taught, told, strict=True)]
+    policy = Policy(make_tiny_model(tmp_path / "tiny", hidden=128, layers=2))
+    policy.imitate(taught, answers, 200, rate=4e-3, hints=hints)
+    for name in ("student", "teacher"):
+        policy.model.save_pretrained(tmp_path / name)
+        policy.tokenizer.save_pretrained(tmp_path / name)
+    teacher = policy.rightness(held_out, " {}")
+    assert teacher > 0.9
+    train = write(
+        tmp_path / "train.jsonl",
+        (
+            {
+                "query": question(p, in_words=False),
+                "teacher_prompt": f"{question(p, in_words=False)} {p.answer}",
+                "solution": p.completion(p.answer),
+            }
+            for p in seen[:1024]
+        ),
+    )
+    result, lines = distilled(
+        tmp_path,
+        dataset=train,
+        val_dataset=write(
+            tmp_path / "held_out.jsonl",
+            ({"query": question(p, in_words=False), "solution": p.completion(p.answer)} for p in held_out),
+        ),
+        per_device_train_batch_size=64,
+        max_completion_length=20,
+        learning_rate=4e-3,
+        warmup_steps=5,
+        max_steps=90,
+    )
+    check(result, lines, teacher)
 
 
 class Painter:

@@ -21,7 +21,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-gpu faults learning demo demo-real bench families clean uv
+.PHONY: help setup lock check test test-gpu faults learning demo demo-real bench bench-smallest families clean uv
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -80,6 +80,9 @@ demo-real: setup | uv ## the same with a real model of 135M parameters, which is
 
 bench: setup ## the programs behind our numbers
 	@for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
+
+bench-smallest: setup ## every benchmark and example once, at its smallest size (half an hour)
+	$(BIN)/python -m pytest -m bench tests/benchmarks
 
 families: setup ## does vLLM serve the policy's weights: every family, in full, merged and as an adapter
 	$(BIN)/python -m tests.families

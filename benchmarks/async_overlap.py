@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,10 @@ class Script:
 SCRIPTS = (Script("equal", (MEAN,)), Script("long-tailed", tuple(long_tailed(997, MEAN, LONGEST))))
 
 
-def step_seconds(script: Script, staleness: int, options: argparse.Namespace, scratch: Path) -> float:
-    """Of a step on average, once the engines are ahead."""
+def step_seconds(
+    script: Script, staleness: int, options: argparse.Namespace, scratch: Path
+) -> tuple[float, float]:
+    """Seconds of a step on average, once the engines are ahead, and CPU-seconds of this process for it."""
     config = RLHFConfig(
         model="m",
         dataset="d",
@@ -72,7 +75,7 @@ def step_seconds(script: Script, staleness: int, options: argparse.Namespace, sc
         max_staleness=max(staleness, 1),
         output_dir=str(scratch / f"{script.name}-{staleness}"),
     )
-    begun: list[float] = []
+    begun: list[tuple[float, float]] = []
     fleet = SleepingFleet(options.slots, options.token_s, script.length, LOAD_S)
     trainer = SleepingTrainer(MEAN * options.token_s, begun)
     algorithm = algorithm_of(config)
@@ -85,7 +88,9 @@ def step_seconds(script: Script, staleness: int, options: argparse.Namespace, sc
         with run.watched():
             online.train()
     first = WARMUP + staleness
-    return (begun[-1] - begun[first]) / (len(begun) - 1 - first)
+    steps = len(begun) - 1 - first
+    seconds, cpu = (last - then for last, then in zip(begun[-1], begun[first], strict=True))
+    return seconds / steps, cpu / steps
 
 
 def limit_seconds(script: Script, options: argparse.Namespace) -> float:
@@ -95,8 +100,8 @@ def limit_seconds(script: Script, options: argparse.Namespace) -> float:
     return max(MEAN, completions * mean / options.slots) * options.token_s
 
 
-def main() -> None:
-    """Measures all and prints a table."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -109,7 +114,12 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64, help="completions sampled at once (default 64)")
     parser.add_argument("--token_s", type=float, default=0.02, help="seconds of a token (default 0.02)")
     parser.add_argument("--markdown", action="store_true", help="print the table ready to paste")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Measures all and prints a table."""
+    options = parse()
     lifecycle.write_plots = lambda *args, **kwargs: []
     rows = []
     with tempfile.TemporaryDirectory(prefix="raytune_rl_benchmark_") as scratch:
@@ -117,7 +127,7 @@ def main() -> None:
             limit = limit_seconds(script, options)
             synchronous = None
             for staleness in options.staleness:
-                seconds = step_seconds(script, staleness, options, Path(scratch))
+                seconds, cpu = step_seconds(script, staleness, options, Path(scratch))
                 synchronous = seconds if staleness == 0 else synchronous
                 rows.append(
                     [
@@ -127,12 +137,13 @@ def main() -> None:
                         f"{limit:.3f}",
                         f"{limit / seconds:.0%}",
                         "" if synchronous is None else f"{synchronous / seconds:.2f}",
+                        f"{cpu * 1e3:.0f}",
                     ]
                 )
     print(f"\n{options.steps} steps of {options.prompts * options.generations} completions each; ", end="")
     print("engines and trainer sleep for scripted times, the controller is the product's")
     print(machine() + "\n")
-    header = ["lengths", "k", "step s", "limit s", "of the limit", "times k = 0"]
+    header = ["lengths", "k", "step s", "limit s", "of the limit", "times k = 0", "CPU ms a step"]
     print(render(header, rows, options.markdown))
 
 

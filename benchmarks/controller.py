@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
@@ -164,7 +165,8 @@ def measure(members: int, completions: int, groups: int) -> Measured:
     return Measured(groups * completions / seconds, 1e6 * cpu / (groups * completions))
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -175,7 +177,11 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=20_000, help="prompts of a round (default 20,000)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each, in turns (default 5)")
     parser.add_argument("--markdown", action="store_true", help="print the table ready to paste")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    options = parse()
     found: dict[int, list[Measured]] = {members: [] for members in options.members}
     for number in range(1 + options.rounds):
         for members, rounds in found.items():

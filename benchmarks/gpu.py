@@ -19,7 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,11 +77,12 @@ class Settings:
 
 @dataclass
 class Found:
-    """What was measured: by phase the seconds and the memory, GiB; and what the steps gave."""
+    """What was measured: by phase seconds, CPU-seconds and memory, GiB; and what the steps gave."""
 
     device: str
     operations: float = 0.0
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -90,10 +91,11 @@ class Found:
     def phase(self, name: str) -> Iterator[None]:
         """Measures what is done inside."""
         reset_peak()
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         yield
         synchronise()
         self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+        self.cpu.setdefault(name, []).append(time.process_time() - cpu)
         self.memory[name] = max(self.memory.get(name, 0.0), peak())
 
 
@@ -304,15 +306,16 @@ def rows_of(found: Found, settings: Settings) -> list[list[str]]:
         if name == "forward and backward" and found.operations:
             share = flops.mfu(found.operations, later, found.device)
             used = f"{found.operations / later / 1e12:.2f}" + (f" ({share:.0%})" if share else "")
-        rows.append([name, f"{later:.3f}", f"{found.memory[name]:.2f}", tokens, used])
+        cpu = median(found.cpu[name][1:] or found.cpu[name])
+        rows.append([name, f"{later:.3f}", f"{cpu:.3f}", f"{found.memory[name]:.2f}", tokens, used])
     return rows
 
 
-HEADER = ("phase", "seconds", "GiB", "tokens/s", "TFLOP/s (MFU)")
+HEADER = ("phase", "seconds", "CPU-s", "GiB", "tokens/s", "TFLOP/s (MFU)")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the table."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -328,7 +331,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mask", action="store_true", help="mask the padding")
     parser.add_argument("--no_engine", action="store_true", help="without vLLM")
     parser.add_argument("--markdown", action="store_true")
-    given = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Prints the table."""
+    given = parse()
     on_gpu = device().type == "cuda"
     settings = Settings(
         given.shape or ("1.5b" if on_gpu else "tiny"), given.train_type,

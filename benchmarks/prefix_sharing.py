@@ -129,8 +129,8 @@ def measure(options: argparse.Namespace, trainer: Trainer, shape: str) -> list[s
     ]
 
 
-def main() -> None:
-    """Measures and prints."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="prompt/completion tokens")
     parser.add_argument("--prompts", type=int, default=2)
@@ -140,7 +140,12 @@ def main() -> None:
     parser.add_argument("--ragged", action="store_true", help="completions of different lengths")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--markdown", action="store_true")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Measures and prints."""
+    options = parse()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         longest = max(sum(int(n) * 2 for n in shape.split("/")) for shape in options.shapes)

@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.clock import Clock
 from benchmarks.table import machine, render
 from raytune_rl.config import SFTConfig
 from raytune_rl.tiny.model import make_tiny_model
@@ -46,20 +48,23 @@ def encode(model: str, data: str, processes: int) -> dict[str, float]:
     from raytune_rl.models.load import load_tokenizer
     from raytune_rl.prepare.task import model_facts
 
+    clock = Clock(cpu=True)
     config = SFTConfig(model=model, dataset=data, dataset_num_proc=max(processes, 1))
     tokenizer = load_tokenizer(model)
     model_facts(config)
-    before = _peak(resource.RUSAGE_SELF)
+    before, cpu = _peak(resource.RUSAGE_SELF), clock.now()
     if not processes:
-        return stream(data, tokenizer, before, time.perf_counter())
+        return stream(data, tokenizer, before, time.perf_counter()) | {"cpu": clock.now() - cpu}
     with tempfile.TemporaryDirectory(prefix="raytune_rl_benchmark_") as cache:
-        seconds, facts = _task(config, cache)
+        seconds, lengths = _task(config, cache)
+        cpu = clock.now() - cpu
         again, _ = _task(config, cache)
         size = sum(path.stat().st_size for path in Path(cache).rglob("*.npy"))
     return {
-        "rows": len(facts.lengths),
-        "tokens": int(facts.lengths.sum()),
+        "rows": len(lengths),
+        "tokens": int(lengths.sum()),
         "seconds": seconds,
+        "cpu": cpu,
         "again": again,
         "peak": _peak(resource.RUSAGE_SELF) - before,
         "result": size / 2**20,
@@ -67,15 +72,15 @@ def encode(model: str, data: str, processes: int) -> dict[str, float]:
 
 
 def _task(config: SFTConfig, cache: str) -> tuple[float, Any]:
-    """Seconds of the data task, and the facts that it gives."""
-    from raytune_rl.prepare.sets import ImagePlaces
+    """Seconds of the data task, and the lengths that it gives, tokens."""
+    from raytune_rl.prepare.places import MediaPlaces
     from raytune_rl.prepare.task import encode_rows_task
 
     began = time.perf_counter()
     quarantine = str(Path(cache).parent / "quarantine.jsonl")
-    items = encode_rows_task(config, "sft", quarantine, ImagePlaces.of(config, True), cache)
-    facts = next(item for item in items if not isinstance(item, str))
-    return time.perf_counter() - began, facts
+    items = encode_rows_task(config, "sft", quarantine, MediaPlaces.of(config, True), cache)
+    lengths, *_ = next(item for item in items if not isinstance(item, str))
+    return time.perf_counter() - began, lengths
 
 
 def stream(data: str, tokenizer: Any, before: float, began: float) -> dict[str, float]:
@@ -102,7 +107,7 @@ def _peak(who: int) -> float:
     return resource.getrusage(who).ru_maxrss / 2**10
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -114,7 +119,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, cores], help="--dataset_num_proc")
     parser.add_argument("--markdown", action="store_true", help="print the table ready to paste")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:
@@ -140,12 +145,13 @@ def main() -> None:
                         str(processes or "stream"),
                         f"{found['rows'] / found['seconds']:,.0f}",
                         f"{found['tokens'] / found['seconds']:,.0f}",
+                        f"{found['rows'] / found['cpu']:,.0f}",
                         f"{found['again']:.1f}" if "again" in found else "",
                         f"{found['peak']:,.0f}",
                         f"{found['result']:,.0f}",
                     ]
                 )
-    header = ["rows", "processes", "rows/s", "tokens/s", "again s", "peak MiB", "result MiB"]
+    header = ["rows", "processes", "rows/s", "tokens/s", "rows/CPU-s", "again s", "peak MiB", "result MiB"]
     print("\nSFT rows to tokens (memory of worker processes not counted)")
     print(machine() + "\n")
     print(render(header, lines, options.markdown))

@@ -6,7 +6,8 @@ engine). Printed are the seconds from the kill
   noticed   until the loss was known
   starting  that the start of what had to be started anew took by itself, and cannot be avoided
   beside    what recovery took beside that: ending what is left, going back to the snapshot, repeating steps
-  back      until the next optimizer step was done, whatever it had to wait for
+  back      until the next optimizer step was done, whatever it had to wait for; also in CPU-seconds of all
+            processes
 
 and for a snapshot after every step the median step with it and without it, in turns. Nothing is downloaded:
 the model is one of raytune_rl.tiny.
@@ -21,7 +22,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from unittest import mock
 
 import ray
 
+from benchmarks.clock import Clock
 from benchmarks.table import machine, median, render, spread
 from raytune_rl.config import PPOConfig
 from raytune_rl.groups.keeper import Keeper
@@ -65,10 +67,14 @@ class Watch:
     def __init__(self) -> None:
         self.killed = self.noticed = self.started = self.recovered = 0.0
         self.steps: list[float] = []
+        self.clock = Clock(cpu=True)
+        self.cpu_killed = 0.0
+        self.cpu: list[float] = []
 
     def kill(self, actor: Any) -> None:
         """Kills an actor's process."""
         pid = ray._private.state.actors(actor._actor_id.hex())["Pid"]
+        self.cpu_killed = self.clock.now()
         self.killed = time.monotonic()
         os.kill(pid, signal.SIGKILL)
 
@@ -94,6 +100,7 @@ def watched(watch: Watch, role: str | None) -> Iterator[None]:
 
     def recorded(run: Any, metrics: Any) -> None:
         watch.steps.append(time.monotonic())
+        watch.cpu.append(watch.clock.now())
         record(run, metrics)
 
     def began(keeper: Keeper) -> None:
@@ -152,13 +159,18 @@ def recovery(root: Path, role: str) -> list[str]:
     with watched(watch, role):
         run_dir = run(root, KILLED_AT + 2)
     (fault,) = [json.loads(line) for line in (run_dir / "faults.jsonl").read_text().splitlines()]
-    back = next(at for at in watch.steps if at > watch.killed) - watch.killed
+    back, cpu = next(
+        (at - watch.killed, spent - watch.cpu_killed)
+        for at, spent in zip(watch.steps, watch.cpu, strict=True)
+        if at > watch.killed
+    )
+    last = [f"{back:.1f}", f"{cpu:.1f}"]
     if not watch.noticed:  # replaced by another beside the run
         seconds = fault["recovered_s"]
-        return [role, "-", "-", "-" if seconds is None else f"{seconds:.1f}", f"{back:.1f}"]
+        return [role, "-", "-", "-" if seconds is None else f"{seconds:.1f}", *last]
     beside = watch.recovered - watch.noticed - watch.started
     noticed = watch.noticed - watch.killed
-    return [role, f"{noticed:.1f}", f"{watch.started:.1f}", f"{beside:.1f}", f"{back:.1f}"]
+    return [role, f"{noticed:.1f}", f"{watch.started:.1f}", f"{beside:.1f}", *last]
 
 
 def cost(root: Path, steps: int, rounds: int) -> list[str]:
@@ -174,8 +186,8 @@ def cost(root: Path, steps: int, rounds: int) -> list[str]:
     return [f"{without:.3f}", f"{with_it:.3f}", f"{(with_it / without - 1):+.1%}", spread(seconds[1])]
 
 
-def main() -> None:
-    """Runs what is asked for and prints its tables."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -184,7 +196,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="pairs of such runs; 0: none")
     parser.add_argument("--hidden", type=int, default=256, help="of the model")
     parser.add_argument("--markdown", action="store_true")
-    chosen = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Runs what is asked for and prints its tables."""
+    chosen = parse()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -193,7 +210,7 @@ def main() -> None:
         print(machine())
         rows = [recovery(root, role) for role in chosen.roles]
         if rows:
-            header = ["killed", "noticed s", "starting s", "beside s", "back s"]
+            header = ["killed", "noticed s", "starting s", "beside s", "back s", "back CPU-s"]
             print(render(header, rows, chosen.markdown))
         if chosen.rounds:
             header = ["step s, no snapshot", "with one each", "difference", "min-max"]

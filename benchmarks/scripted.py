@@ -97,13 +97,15 @@ class SleepingFleet:
 
 
 class SleepingTrainer:
-    """Policy and learners: a step takes `seconds`."""
+    """Policy and learners: a step takes `seconds`. `begun` takes when each began, on the wall's clock and in
+    CPU-seconds of this process.
+    """
 
-    def __init__(self, seconds: float, begun: list[float]) -> None:
+    def __init__(self, seconds: float, begun: list[tuple[float, float]]) -> None:
         self._seconds, self._begun = seconds, begun
 
     def train(self, batch: TrainBatch, step: int) -> StepReport:
-        self._begun.append(time.monotonic())
+        self._begun.append((time.monotonic(), time.process_time()))
         time.sleep(self._seconds)
         return StepReport({"loss": 0.0, "grad_norm": 0.0}, int(batch.lengths.sum()), 0.0)
 

@@ -19,92 +19,40 @@ import argparse
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 from unittest import mock
 
 import ray
 
+from benchmarks import trl
 from benchmarks.bare_sft import BareSFT
+from benchmarks.clock import Clock, add_flag, measuring
 from benchmarks.table import machine, median, render, spread
 from raytune_rl.config import SFTConfig
 from raytune_rl.pipelines import offline, offline_report, sft
 from raytune_rl.tiny.model import make_tiny_model
-
-TRL = "trl==1.16.0"
-PINNED = ("torch", "transformers", "accelerate", "datasets")
-ROOT = Path(__file__).parents[1]
-TRL_PYTHON = ROOT / ".cache" / "trl" / "bin" / "python"
-
 
 BARE, DEFAULTS, SAME = "bare loop", "TRL, its defaults", "TRL, our batch, float32"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One step of each: tokens of rows a second."""
+    """One step of each: tokens of rows a second, or a CPU-second."""
 
     ours: float
     peers: dict[str, float]
-
-
-class Trl:
-    """TRL in a process of its own, which takes a step when it is told to.
-
-    Args:
-        flags: Of `peers/trl_sft.py`.
-        threads: Of torch.
-        errors: File for what it prints.
-    """
-
-    def __init__(self, flags: Sequence[str], threads: int, errors: Path) -> None:
-        # Not as a module of this folder, and without our environment's packages.
-        environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        self._errors = errors
-        with errors.open("w") as file:
-            self._process = subprocess.Popen(
-                [str(TRL_PYTHON), str(ROOT / "benchmarks" / "peers" / "trl_sft.py"), *flags],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                env=environ | {"OMP_NUM_THREADS": str(threads)},
-            )
-
-    def answer(self) -> dict[str, Any]:
-        """The next line that it prints."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"TRL failed:\n{self._errors.read_text()[-2000:]}")
-        return dict(json.loads(line))
-
-    def step(self) -> float:
-        """Takes a step; tokens of rows a second."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        done = self.answer()
-        return float(done["tokens"] / done["seconds"])
-
-    def close(self) -> None:
-        """Ends it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
 
 
 class MeasuredSFT(offline.OfflineRun):
     """The product's loop; after each step the peers have their turn. No checkpoint is written."""
 
     warmup: ClassVar[int]
-    trl: ClassVar[dict[str, Trl]]
+    clock: ClassVar[Clock]
+    trl: ClassVar[dict[str, trl.Trl]]
     measured: ClassVar[list[Turn]]
 
     def train(self) -> None:
@@ -118,12 +66,18 @@ class MeasuredSFT(offline.OfflineRun):
         self.run.timer.finish()
         while self.run.step < self.schedule.total_steps:
             batch = self.order.batch(self.run.step)
-            began = time.perf_counter()
+            began = self.clock.now()
             self.train_step(batch)
-            ours = time.perf_counter() - began
+            ours = self.clock.now() - began
             pointers, lengths, *_ = self.batch(self.rows, batch)
+            began = self.clock.now()
             bare, _ = ray.get(self.peer.step.remote(pointers))
-            peers = {BARE: sum(lengths) / bare} | {name: peer.step() for name, peer in self.trl.items()}
+            if self.clock.cpu:
+                bare = self.clock.now() - began
+            peers = {BARE: sum(lengths) / bare}
+            for name, peer in self.trl.items():
+                done = peer.step()
+                peers[name] = done["tokens"] / done["seconds"]
             if self.run.step > self.warmup:
                 self.measured.append(Turn(sum(lengths) / ours, peers))
 
@@ -166,37 +120,16 @@ def run(options: argparse.Namespace, model: Path, data: Path, output: Path, pack
     return MeasuredSFT.measured
 
 
-def install_trl() -> str | None:
-    """Makes TRL's environment unless it is there. Returns why not, or None."""
-    from importlib.metadata import version
-
-    if TRL_PYTHON.is_file():
-        return None
-    here = ROOT / ".cache" / "uv" / "bin" / "uv"
-    uv = str(here) if here.is_file() else "uv"
-    same = [f"{name}=={version(name)}" for name in PINNED]
-    try:
-        subprocess.run(
-            [uv, "venv", "--quiet", "--python", sys.executable, str(TRL_PYTHON.parents[1])], check=True
-        )
-        subprocess.run(
-            [uv, "pip", "install", "--quiet", "--python", str(TRL_PYTHON), TRL, *same],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return lines[-1] if lines else str(error)
-    return None
-
-
-def start_trl(options: argparse.Namespace, model: Path, data: Path, threads: int) -> dict[str, Trl]:
+def start_trl(
+    options: argparse.Namespace, python: Path, model: Path, data: Path, threads: int
+) -> dict[str, trl.Trl]:
     """TRL with its defaults and with our settings, both ready to take a step."""
     words = ["--model", str(model), "--data", str(data), "--threads", str(threads)]
     flags = {DEFAULTS: words, SAME: [*words, "--plain", "--rows", str(options.rows)]}
     started = {
-        name: Trl(given, threads, data.with_suffix(f".{number}.log"))
+        name: trl.Trl(
+            python, "trl_sft.py", given, threads, data.with_suffix(f".{number}.log"), options.cpu_seconds
+        )
         for number, (name, given) in enumerate(flags.items())
     }
     for peer in started.values():
@@ -208,13 +141,13 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[tuple[str, str],
     """The turns, by shape of the rows and by how ours ran."""
     model = make_tiny_model(scratch / "model")
     threads = len(os.sched_getaffinity(0))
-    missing = "not asked for" if options.no_trl else install_trl()
+    python, missing = trl.python_of(options)
     if missing:
         print(f"TRL is left out: {missing}")
     found: dict[tuple[str, str], list[Turn]] = {}
     for shape in ("equal", "ragged"):
         data = write_rows(scratch / f"{shape}.jsonl", shape, 64 * options.rows)
-        MeasuredSFT.trl = {} if missing else start_trl(options, model, data, threads)
+        MeasuredSFT.trl = {} if missing else start_trl(options, python, model, data, threads)
         for name, packing in (("unpacked", False), ("packed", True)):
             found[shape, name] = run(options, model, data, scratch / "output", packing)
         for peer in MeasuredSFT.trl.values():
@@ -225,9 +158,9 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[tuple[str, str],
 def table(found: dict[tuple[str, str], list[Turn]], markdown: bool) -> str:
     """One row for each way ours ran on each shape."""
     peers = list(next(iter(found.values()))[0].peers)
-    header = ["rows", "ours", "tokens/s"]
+    header = ["rows", "ours", f"tokens/{MeasuredSFT.clock.unit}"]
     for peer in peers:
-        header += [f"{peer}: tokens/s", "ours / it", "min-max"]
+        header += [f"{peer}: the same", "ours / it", "min-max"]
     rows = []
     for (shape, name), turns in found.items():
         row = [shape, name, f"{median(t.ours for t in turns):,.0f}"]
@@ -238,7 +171,7 @@ def table(found: dict[tuple[str, str], list[Turn]], markdown: bool) -> str:
     return render(header, rows, markdown)
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -248,18 +181,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12, help="measured steps of each (default 12)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default 3)")
     parser.add_argument("--rows", type=int, default=16, help="rows of a step (default 16)")
-    parser.add_argument("--no_trl", action="store_true", help="leave TRL out")
+    trl.add_flags(parser)
+    add_flag(parser)
     parser.add_argument("--markdown", action="store_true", help="print the table ready to paste")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:
     options = parse()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="raytune_rl_benchmark_") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="raytune_rl_benchmark_") as scratch,
+        measuring(options) as MeasuredSFT.clock,
+    ):
         found = measure(options, Path(scratch))
-    print(f"\nSFT, {options.rows} rows a step, float32 (medians of {options.steps} turns)")
+    unit = MeasuredSFT.clock.unit
+    print(f"\nSFT, {options.rows} rows a step, float32, tokens by {unit} (medians of {options.steps} turns)")
     print(f"{machine()}, {load:.1f} at the start\n")
     print(table(found, options.markdown))
 

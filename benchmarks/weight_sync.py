@@ -24,6 +24,7 @@ import mmap
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from benchmarks.clock import Clock
 from benchmarks.table import machine, median, render
 from raytune_rl.algorithms.losses.grpo import GRPOSettings
 from raytune_rl.config import deepspeed
@@ -100,13 +102,15 @@ class Reader:
 
 @dataclass(frozen=True)
 class Round:
-    """One version of one size, seconds."""
+    """One version of one size, seconds; and CPU-seconds of all processes."""
 
     publish: float
     load: float
     memcpy: float
     fresh: float
     call: float
+    publish_cpu: float
+    load_cpu: float
 
 
 def model_of(megabytes: int, directory: Path) -> Path:
@@ -137,7 +141,7 @@ def measure(megabytes: int, rounds: int, scratch: Path) -> tuple[int, list[Round
     wanted = GroupSpec("policy", 1, cpus=1)
     name = f"benchmark-weights-{megabytes}"
     store, reader = start_store(name), ray.remote(Reader).options(num_cpus=0).remote()
-    found = []
+    found, clock = [], Clock(cpu=True)
     with reserve([wanted], DEADLINE_S) as slots:
         group = WorkerGroup(
             wanted,
@@ -152,15 +156,19 @@ def measure(megabytes: int, rounds: int, scratch: Path) -> tuple[int, list[Round
         ray.get(store.__ray_ready__.remote())
         # Two versions stay in the store, so the first that can find its pages touched is the third or later.
         for version in range(rounds + 3):
+            cpu = [clock.now()]
             started = time.perf_counter()
             manifest = policy.publish(version)
             ray.get(store.publish.remote(manifest))
             publish = time.perf_counter() - started
+            cpu.append(clock.now())
             load = ray.get(reader.load.remote(name, version))
+            cpu.append(clock.now())
             memcpy, fresh = group.call("memcpy")[0], group.call("fresh")[0]
             started = time.perf_counter()
             group.call("ping")
-            found.append(Round(publish, load, memcpy, fresh, time.perf_counter() - started))
+            call = time.perf_counter() - started
+            found.append(Round(publish, load, memcpy, fresh, call, cpu[1] - cpu[0], cpu[2] - cpu[1]))
             size = manifest.nbytes
             del manifest
             time.sleep(PAUSE_S)
@@ -190,6 +198,8 @@ def row_of(size: int, found: list[Round]) -> list[str]:
         f"{first.fresh / first.publish:.2f}",
         speed(median(r.load for r in late)),
         f"{median(r.memcpy / r.load for r in late):.2f}",
+        f"{median(r.publish_cpu for r in late) * 1e3:.0f}",
+        f"{median(r.load_cpu for r in late) * 1e3:.0f}",
     ]
 
 
@@ -206,10 +216,13 @@ HEADER = [
     "/ fresh",
     "load GB/s",
     "/ memcpy",
+    "publish CPU ms",
+    "load CPU ms",
 ]
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -220,7 +233,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=12, help="publications of each size (default 12)")
     parser.add_argument("--markdown", action="store_true", help="print the table ready to paste")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     ray.init(
         address="local",

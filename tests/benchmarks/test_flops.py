@@ -59,8 +59,9 @@ def test_a_share_of_what_a_device_can() -> None:
 def test_the_table_leaves_out_the_first_of_several() -> None:
     found = Found("NVIDIA H200", operations=989e11)
     found.seconds = {"load": [3.0], "forward and backward": [9.0, 1.0, 1.0]}
+    found.cpu = {"load": [2.5], "forward and backward": [9.0, 0.25, 0.25]}
     found.memory = {"load": 2.0, "forward and backward": 20.5}
     assert rows_of(found, Settings(tokens=4096, row=1024)) == [
-        ["load", "3.000", "2.00", "", ""],
-        ["forward and backward", "1.000", "20.50", "4,096", "98.90 (10%)"],
+        ["load", "3.000", "2.500", "2.00", "", ""],
+        ["forward and backward", "1.000", "0.250", "20.50", "4,096", "98.90 (10%)"],
     ]

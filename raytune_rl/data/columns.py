@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 #: Accepted names of each part: those of ms-swift, and a few of other trainers.
@@ -145,6 +146,13 @@ def single(part: str, names: Iterable[str], explicit: Mapping[str, str]) -> str 
     Raises:
         ColumnError: Several columns could play it and `--columns` does not say which.
     """
+    return _single(part, tuple(names), tuple(explicit.items()))
+
+
+@lru_cache(maxsize=4096)
+def _single(part: str, names: tuple[str, ...], given: tuple[tuple[str, str], ...]) -> str | None:
+    """As `single`; the rows of a file have the same names, most of them."""
+    explicit = dict(given)
     if part in explicit:
         return explicit[part]
     taken = set(explicit.values())

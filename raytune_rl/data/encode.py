@@ -242,14 +242,13 @@ def encode_sft(
     job = make_job(tokenizer, max_length, truncation_strategy, loss_scale, media, model)
     writer = RowWriter(folder)
     named: list[str | None] = []
-    rows = run_job(job, examples, strict, num_proc, progress)
-    for number, (example, row) in enumerate(zip(examples, rows, strict=True)):
+    for number, row in enumerate(run_job(job, examples, strict, num_proc, progress)):
         if isinstance(row, Dropped):
             writer.dropped.append(row)
             continue
         writer.append(number, row)
         if channels:
-            named.append(channel_of(example))
+            named.append(channel_of(examples[number]))
     values, without = channel_values(named) if channels else ({}, ())
     cut = cut_notice(writer.cut, max_length, truncation_strategy, "rows")
     return writer.close((*notices_of(job), *cut, *without), values)

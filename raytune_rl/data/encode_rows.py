@@ -6,6 +6,7 @@ what is wrong with its media is that row's fault only.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -196,7 +197,6 @@ def _tokenize(job: Job, texts: list[str], spans: list[list[tuple[int, int]]]) ->
         texts,
         add_special_tokens=False,
         return_attention_mask=False,
-        return_offsets_mapping=with_offsets,
         verbose=False,
     )
     rows: list[EncodedRow | Failure] = []
@@ -204,13 +204,13 @@ def _tokenize(job: Job, texts: list[str], spans: list[list[tuple[int, int]]]) ->
         tokens = np.array(batch["input_ids"][number], dtype=np.int32)
         try:
             if with_offsets:
-                starts = _starts_by_offsets(batch["offset_mapping"][number], ranges)
+                mask = _mask_by_search(batch.encodings[number], len(tokens), ranges)
             else:
-                starts = _starts_by_prefix(tokenizer, text, tokens, ranges)
+                mask = _mask(_starts_by_prefix(tokenizer, text, tokens, ranges), ranges)
         except DataError as error:
             rows.append(Failure(str(error), "strict"))
         else:
-            rows.append(_truncated(job, tokens, _mask(starts, ranges)))
+            rows.append(_truncated(job, tokens, mask))
     return rows
 
 
@@ -223,11 +223,31 @@ def _mask(starts: NDArray[np.int64], ranges: list[tuple[int, int]]) -> NDArray[n
     return mask
 
 
-def _starts_by_offsets(
-    offsets: Sequence[tuple[int, int]] | NDArray[np.int64], ranges: list[tuple[int, int]]
-) -> NDArray[np.int64]:
+def _mask_by_search(encoding: Any, count: int, ranges: list[tuple[int, int]]) -> NDArray[np.bool_]:
+    """What `_mask` makes of all tokens' places, from a few: tokens stand in the order of the text, and taking
+    the places of all out of the tokenizer costs half as much as to tokenize.
+
+    Args:
+        encoding: Of the tokenizers library; knows of each token its first character and the one behind it.
+        count: Its tokens.
+        ranges: Of characters; each must begin where a token does.
+    """
+
+    def start_of(token: int) -> int:
+        return encoding.token_to_chars(token)[0]
+
+    mask = np.zeros(count, dtype=np.bool_)
+    for start, end in ranges:
+        first = bisect_left(range(count), start, key=start_of)
+        if first and encoding.token_to_chars(first - 1)[1] > start:
+            raise DataError(_MERGED)
+        mask[first : bisect_left(range(count), end, lo=first, key=start_of)] = True
+    mask[:1] = False
+    return mask
+
+
+def _starts_by_offsets(places: NDArray[np.int64], ranges: list[tuple[int, int]]) -> NDArray[np.int64]:
     """Where tokens begin in the text, int64 `[tokens]`; a range must begin where a token does."""
-    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     for border, _ in ranges:
         if ((places[:, 0] < border) & (border < places[:, 1])).any():
             raise DataError(_MERGED)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from raytune_rl.data.columns import SYNONYMS, ColumnError, single
@@ -46,12 +47,17 @@ class Parts:
     answer: str | None = None
     may_be_plain: bool = False
 
+    @cached_property
+    def filled(self) -> tuple[str, ...]:
+        """Columns with a value."""
+        return tuple(name for name, value in self.fields.items() if value is not None)
+
     def column(self, part: str) -> str | None:
         """The column that plays a part; None when there is none. Columns without a value do not count. Of
         several that could be the query, the one that holds turns is."""
         if part == "response" and self.answer is not None and part not in self.explicit:
             return self.answer
-        names = [name for name, value in self.fields.items() if value is not None]
+        names = self.filled
         if part in ("query", "messages") and part not in self.explicit:
             known = SYNONYMS["query"] if part == "query" else ("texts",)
             turns = [name for name in names if name.lower() in known and is_turns(self.fields[name])]

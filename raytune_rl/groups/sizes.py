@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 TEACHER = "teacher"
 """The role of all groups of teachers."""
-REWARD_WORKERS_AT_MOST = 4
+CORES_PER_REWARD_WORKER, REWARD_WORKERS_AT_MOST = 4, 16
+"""A worker compares one to two thousand plain answers a second, hard ones far slower; and on a small
+machine it takes turns with the models.
+"""
 SERVED_WITH = 0.3
 """Share of a GPU, in Ray's books, of each group that sits beside the policy, which has the rest; it divides
 no memory.
@@ -131,7 +134,10 @@ def online_groups(config: RLHFConfig, cluster: ClusterInfo, needs: Collection[st
         models = _sharing(config, cluster, _beside(config, needs))
     else:
         models = _apart(config, cluster, _beside(config, needs))
-    reward = _or(config.reward_workers, max(1, min(REWARD_WORKERS_AT_MOST, int(cluster.cpus / 4))))
+    reward = _or(
+        config.reward_workers,
+        max(1, min(REWARD_WORKERS_AT_MOST, int(cluster.cpus / CORES_PER_REWARD_WORKER))),
+    )
     functions = {"reward": (reward, 0.0)} if config.reward_funcs else {}
     specs = [
         GroupSpec(

@@ -80,7 +80,9 @@ def _score(text: str, gold: str) -> float | Unscored:
         )
     try:
         answer = answers_of(text)
-        given = read_said(text) if answer is None else read(answer)
+        if answer is not None:
+            return _compared(answer, gold)
+        given = read_said(text)
         return float(given is not None and equal(expected, given))
     except Exception:  # noqa: BLE001, nothing that sympy raises on an answer makes it right
         return 0.0
@@ -93,6 +95,13 @@ def _read_gold(gold: str) -> Reading | None:
         return read(gold_of(gold))
     except Exception:  # noqa: BLE001, whatever sympy raises, it cannot be read
         return None
+
+
+@lru_cache(maxsize=4096)
+def _compared(answer: str, gold: str) -> float:
+    """Once for all completions of a prompt that give the same answer."""
+    expected, given = _read_gold(gold), read(answer)
+    return float(expected is not None and given is not None and equal(expected, given))
 
 
 @contextlib.contextmanager

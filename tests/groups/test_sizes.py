@@ -109,7 +109,7 @@ def test_groups_share_every_gpu_and_leave_none_over(where: ClusterInfo, number: 
 def test_apart_half_of_the_gpus_sample() -> None:
     groups = online(EIGHT_GPUS, colocate=False)
     assert not groups.colocated
-    assert counts(groups) == {"policy": 4, "rollout": 3, "reference": 1, "reward": 4}
+    assert counts(groups) == {"policy": 4, "rollout": 3, "reference": 1, "reward": 16}
     assert gpus(groups) == {"policy": 1.0, "rollout": 1.0, "reference": 1.0}
     assert counts(online(EIGHT_GPUS, colocate=False, beta=0.0))["rollout"] == 4
     assert_fits(groups, EIGHT_GPUS)
@@ -117,7 +117,7 @@ def test_apart_half_of_the_gpus_sample() -> None:
 
 def test_an_engine_over_several_gpus() -> None:
     groups = online(EIGHT_GPUS, colocate=False, beta=0.0, vllm_tensor_parallel_size=2)
-    assert counts(groups) == {"policy": 4, "rollout": 2, "reward": 4}
+    assert counts(groups) == {"policy": 4, "rollout": 2, "reward": 16}
     assert gpus(groups) == {"policy": 1.0, "rollout": 2.0}
     with pytest.raises(ConfigError, match="--colocate false"):
         online(EIGHT_GPUS, vllm_tensor_parallel_size=2)
@@ -228,9 +228,9 @@ def test_cores_are_shared_out_by_node(cores: tuple[int, ...]) -> None:
 
 def test_two_nodes_of_eight_gpus() -> None:
     where = cluster({"CPU": 96, "GPU": 8}, {"CPU": 96, "GPU": 8})
-    assert counts(online(where)) == {"policy": 16, "rollout": 16, "reference": 16, "reward": 4}
+    assert counts(online(where)) == {"policy": 16, "rollout": 16, "reference": 16, "reward": 16}
     apart = online(where, colocate=False)
-    assert counts(apart) == {"policy": 7, "rollout": 7, "reference": 2, "reward": 4}
+    assert counts(apart) == {"policy": 7, "rollout": 7, "reference": 2, "reward": 16}
     assert counts(sft(where)) == {"policy": 16}
     for groups in (online(where), apart, sft(where)):
         assert_fits(groups, where)
@@ -243,7 +243,7 @@ def test_nodes_reserved_for_a_role_decide_where_it_runs() -> None:
     assert groups["policy"].resources == {"policy": 1.0}
     assert groups["rollout"].resources == {"rollout": 1.0}
     assert groups["reference"].resources == {}
-    assert counts(groups) == {"policy": 8, "rollout": 3, "reference": 2, "reward": 4}
+    assert counts(groups) == {"policy": 8, "rollout": 3, "reference": 2, "reward": 16}
     assert_fits(groups, where)
 
 
@@ -255,7 +255,7 @@ def test_so_many_on_each_node() -> None:
     where = cluster({"CPU": 96, "GPU": 8}, {"CPU": 96, "GPU": 8})
     each = {"policy_workers_per_node": 4, "rollout_workers_per_node": 4}
     groups = online(where, colocate=False, beta=0.0, **each)
-    assert counts(groups) == {"policy": 8, "rollout": 8, "reward": 4}
+    assert counts(groups) == {"policy": 8, "rollout": 8, "reward": 16}
     assert per_node(groups) == {"policy": 4, "rollout": 4}
     assert_fits(groups, where)
     placed = check_fits(make_layout(groups.specs), groups.specs, where.nodes)
@@ -263,7 +263,7 @@ def test_so_many_on_each_node() -> None:
         assert {placed[bundle] for bundle in bundles} == {"10.0.0.1"}
     assert counts(online(where, colocate=False, beta=0.0, policy_workers=4, **each))["rollout"] == 8
     one = online(where, colocate=False, beta=0.0, policy_workers_per_node=2)
-    assert counts(one) == {"policy": 4, "rollout": 12, "reward": 4}, "the others take what is left"
+    assert counts(one) == {"policy": 4, "rollout": 12, "reward": 16}, "the others take what is left"
     assert_fits(one, where)
     assert counts(sft(where, policy_workers_per_node=3)) == {"policy": 6}
     assert per_node(sft(where, policy_workers_per_node=3)) == {"policy": 3}
@@ -296,7 +296,7 @@ def test_so_many_on_each_node_without_gpus_or_on_nodes_of_a_role() -> None:
     policy = {"CPU": 48, "GPU": 8, "policy": 8}
     where = cluster(policy, policy, {"CPU": 48, "GPU": 8, "rollout": 8})
     groups = online(where, beta=0.0, policy_workers_per_node=4, rollout_workers_per_node=6)
-    assert counts(groups) == {"policy": 8, "rollout": 6, "reward": 4}
+    assert counts(groups) == {"policy": 8, "rollout": 6, "reward": 16}
     assert_fits(groups, where)
 
 
@@ -427,7 +427,7 @@ def here(where: ClusterInfo) -> ClusterInfo:
 
 def test_engines_that_come_and_go_start_with_the_least_and_are_placed_one_by_one() -> None:
     groups = online(EIGHT_GPUS, beta=0.0, rollout_workers="1:4", policy_workers=4)
-    assert counts(groups) == {"policy": 4, "rollout": 1, "reward": 4}
+    assert counts(groups) == {"policy": 4, "rollout": 1, "reward": 16}
     assert gpus(groups) == {"policy": 1.0, "rollout": 1.0}
     assert not groups.colocated, "they have GPUs of their own, unasked"
     assert [spec.name for spec in groups.fixed] == ["policy", "reward"]

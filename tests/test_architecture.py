@@ -262,3 +262,13 @@ def test_each_lock_has_its_own_engine_on_the_same_torch() -> None:
         assert {str(r.specifier) for r, _ in cpu[shared]} == {str(r.specifier) for r, _ in gpu[shared]}, (
             shared
         )
+
+
+def test_a_driver_names_its_workers_without_torch() -> None:
+    """Torch, Transformers and PEFT take seconds; only workers need them."""
+    code = (
+        "import sys, raytune_rl.pipelines.online, raytune_rl.pipelines.offline\n"
+        "print(*sorted({'torch', 'transformers', 'peft', 'datasets'} & sys.modules.keys()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.split() == []

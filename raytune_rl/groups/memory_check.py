@@ -12,7 +12,6 @@ from raytune_rl.groups import memory_plan, specs
 from raytune_rl.groups.lora_sync import publish_mode
 from raytune_rl.groups.memory_plan import GIB, DevicePlan, Engine, Process, Training
 from raytune_rl.groups.sizes import Groups, teacher_groups
-from raytune_rl.models.size import size_of
 from raytune_rl.protocol.model import ModelSize, ModelSpec, TunerSettings
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
@@ -48,6 +47,8 @@ def measured(config: TrainConfig, groups: Groups) -> Sizes:
     Raises:
         ModelError: One cannot be read.
     """
+    from raytune_rl.models.size import size_of  # imports torch, which a driver without GPUs can do without
+
     policy = specs.model_spec(config, groups.on_gpu)
     tuner = specs.tuner(config, config.lora_dropout)
     reference = critic = None

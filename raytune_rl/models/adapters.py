@@ -9,10 +9,9 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from raytune_rl.errors import ModelError
@@ -20,6 +19,9 @@ from raytune_rl.models.hub import first_line
 from raytune_rl.models.load import auto_class, load_config
 from raytune_rl.models.served import ADAPTER_CONFIG, adapter_tensors, read_adapter_config
 from raytune_rl.models.sharding import is_sharded, shape_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _PREFIX = "base_model.model."
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?Size\(\[([\d, ]*)\]\).*?Size\(\[([\d, ]*)\]\)")
@@ -44,6 +46,8 @@ def open_adapter(
     Raises:
         ModelError: It is not there, is of another kind, or does not fit.
     """
+    from peft import PeftConfig, PeftModel
+
     directory = Path(path).expanduser()
     if not (directory / ADAPTER_CONFIG).is_file():
         raise ModelError(f"adapter '{path}' does not exist or has no {ADAPTER_CONFIG}")
@@ -137,6 +141,8 @@ def _fit_rows(model: PreTrainedModel, path: str, shapes: Mapping[str, tuple[int,
 def _check_names(peft: PeftModel, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """PEFT leaves weights that the file lacks at their initial values, and others out, with a warning at
     most."""
+    from peft import get_peft_model_state_dict
+
     adapter = str(peft.active_adapters[0])
     wanted = set(get_peft_model_state_dict(peft, adapter_name=adapter, save_embedding_layers=False))
     missing = sorted(wanted - shapes.keys())

@@ -6,8 +6,8 @@ PEFT's own merge writes into the base weights and has to be undone after every p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,35 +24,9 @@ from torch import Tensor, nn
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.sharding import own_tensors, shape_of
+from raytune_rl.models.sources import Source, as_it_is, plain_sources
 
 _QUANTIZED = ("Params4bit", "Int8Params")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A tensor that can be made on demand.
-
-    Attributes:
-        name: In the model.
-        shape, dtype: Of the tensor.
-        parts: What it is made from; the first tells apart what shares storage by tying. Under ZeRO-3
-            they must be gathered while it is made.
-        make: Makes it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    parts: tuple[Tensor, ...]
-    make: Callable[[], Tensor]
-
-
-def plain_sources(model: nn.Module) -> Iterator[Source]:
-    """Every parameter and persistent buffer under its own name; tied ones appear under each of theirs."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        for inner, tensor in own_tensors(module):
-            yield _tensor(prefix + inner, tensor)
 
 
 def merged_sources(peft: PeftModel) -> Iterator[Source]:
@@ -215,13 +189,9 @@ def _merged_bias(layer: Any, adapter: str, bias: Tensor) -> Tensor:
     return (bias.detach().float() + extra).to(bias.dtype)
 
 
-def _tensor(name: str, tensor: Tensor) -> Source:
-    return Source(name, shape_of(tensor), tensor.dtype, (tensor,), tensor.detach)
-
-
 def _own_tensor(name: str, module: nn.Module, tensor: Tensor) -> Source:
     if type(tensor).__name__ not in _QUANTIZED:
-        return _tensor(name, tensor)
+        return as_it_is(name, tensor)
     return Source(
         name,
         *_dense_spec(module, tensor),

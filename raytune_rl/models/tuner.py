@@ -6,11 +6,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -20,8 +18,11 @@ from raytune_rl.models import experts
 from raytune_rl.models.adapters import head_of_its_own, open_adapter, untie
 from raytune_rl.models.load import takes_media
 from raytune_rl.models.sharding import changing, is_sharded, known_to_peft, numel_of
-from raytune_rl.models.unwrap import hf_model, scalar_head
+from raytune_rl.models.unwrap import hf_model, is_peft, scalar_head
 from raytune_rl.protocol.model import TunerSettings
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 # Names of the module that maps image features into the language model's space, over the families Transformers
 # has.
@@ -89,6 +90,8 @@ def _apply_tuner(
     if settings.tuner_type == "full":
         _freeze_parts(model, settings)
         return _report(model, notices)
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
     if quantized:
         # Norms to float32 and base frozen; layer recomputation is the caller's choice, not PEFT's.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -111,7 +114,7 @@ def narrow_adapters(model: Any, dtype: torch.dtype) -> None:
 
     Left as they are: DoRA, whose magnitudes are near to what they came from, and shares of ZeRO-3.
     """
-    if not isinstance(model, PeftModel) or is_sharded(model) or _has_magnitudes(model):
+    if not is_peft(model) or is_sharded(model) or _has_magnitudes(model):
         return
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype == torch.float32:
@@ -130,6 +133,8 @@ def trains_vision(model: nn.Module) -> bool:
 
 
 def _lora_config(model: PreTrainedModel, settings: TunerSettings) -> LoraConfig:
+    from peft import LoraConfig, TaskType
+
     init = {"true": True, "false": False}.get(settings.init_weights.lower(), settings.init_weights)
     targets = _targets(model, settings)
     scalar = scalar_head(model) is not None
@@ -246,6 +251,8 @@ def _freeze_parts(model: PreTrainedModel, settings: TunerSettings) -> None:
 def _merged(peft: PeftModel) -> Any:
     """The base with the adapter merged in. PEFT's own merge is for whole weights: cut ones are gathered layer
     by layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     if not is_sharded(peft):
         return peft.merge_and_unload()
     for layer in peft.modules():
@@ -257,7 +264,7 @@ def _merged(peft: PeftModel) -> Any:
 
 def _report(model: Any, notices: list[str]) -> TunedModel:
     # A 4-bit parameter holds two weights a byte; PEFT knows, so its count is used where there is one.
-    if isinstance(model, PeftModel):
+    if is_peft(model):
         trainable, total = model.get_nb_trainable_parameters()
     else:
         total = sum(numel_of(p) for p in model.parameters())

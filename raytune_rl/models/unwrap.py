@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_rl.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def is_peft(model: Any) -> TypeGuard[PeftModel]:
+    """Whether a model is a PeftModel. PEFT takes a second and a half to import, which only those spend who
+    put adapters on: where nobody has imported it, there is no PeftModel.
+    """
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def tuned_model(model: nn.Module) -> Any:
@@ -22,7 +33,7 @@ def tuned_model(model: nn.Module) -> Any:
         ModelError: there is no such model inside.
     """
     inner: Any = model
-    while not isinstance(inner, (PreTrainedModel, PeftModel)):
+    while not (isinstance(inner, PreTrainedModel) or is_peft(inner)):
         wrapped = getattr(inner, "module", None) or getattr(inner, "model", None)
         if not isinstance(wrapped, nn.Module):
             raise ModelError(f"{type(model).__name__} holds no Transformers or PEFT model")
@@ -33,14 +44,14 @@ def tuned_model(model: nn.Module) -> Any:
 def peft_model(model: nn.Module) -> PeftModel | None:
     """The PeftModel inside `model`, or None; arguments and errors as in `tuned_model`."""
     inner = tuned_model(model)
-    return inner if isinstance(inner, PeftModel) else None
+    return inner if is_peft(inner) else None
 
 
 def hf_model(model: nn.Module) -> Any:
     """The PreTrainedModel inside `model`, with tuner layers in place; arguments and errors as in
     `tuned_model`."""
     inner = tuned_model(model)
-    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    return inner.get_base_model() if is_peft(inner) else inner
 
 
 def scalar_head(model: Any) -> Any | None:

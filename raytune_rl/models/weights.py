@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from raytune_rl.errors import ModelError
 from raytune_rl.models.adapters import ties
 from raytune_rl.models.checkpoint_names import checkpoint_form, renames_twice
-from raytune_rl.models.merge import Source, merged_sources, plain_sources
 from raytune_rl.models.sharding import own_tensors
-from raytune_rl.models.unwrap import hf_model, peft_model, tuned_model
+from raytune_rl.models.sources import Source, plain_sources
+from raytune_rl.models.unwrap import hf_model, is_peft, peft_model, tuned_model
 from raytune_rl.protocol.weights import TensorEntry
 from raytune_rl.tracking.files import follow_umask
 
@@ -116,7 +115,12 @@ class WeightExporter:
                 yield from ((spec.name, made[spec.name]) for spec in group.specs if spec.name in wanted)
 
     def _sources(self) -> list[Source]:
-        sources = list(plain_sources(self._hf) if self._peft is None else merged_sources(self._peft))
+        if self._peft is None:
+            sources = list(plain_sources(self._hf))
+        else:
+            from raytune_rl.models.merge import merged_sources  # imports PEFT
+
+            sources = list(merged_sources(self._peft))
         # A tied head is the embedding under a second name; engines tie it themselves and want it once.
         copies = set(getattr(self._hf, "all_tied_weights_keys", None) or {})
         sources.sort(key=lambda source: source.name in copies)
@@ -130,6 +134,8 @@ class WeightExporter:
         return list(unique.values())
 
     def _adapter_state(self) -> dict[str, Tensor]:
+        from peft import get_peft_model_state_dict
+
         assert self._peft is not None
         adapter = str(self._peft.active_adapters[0])
         return dict(get_peft_model_state_dict(self._peft, adapter_name=adapter, save_embedding_layers=False))
@@ -165,7 +171,7 @@ def save_model(
         return
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    if isinstance(inner, PeftModel):
+    if is_peft(inner):
         # "auto" would look the base model up on the hub to see whether its vocabulary grew; ours never does.
         inner.save_pretrained(
             str(target), safe_serialization=True, save_embedding_layers=False, state_dict=state
@@ -186,7 +192,7 @@ def save_model(
 
 def _gathered_state(inner: Any, gather: Gather, keep: bool) -> dict[str, Tensor]:
     """State dict of a sharded model on the CPU, module by module; of a PeftModel only what was trained."""
-    adapter_only = isinstance(inner, PeftModel)
+    adapter_only = is_peft(inner)
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, module in inner.named_modules():

@@ -8,7 +8,6 @@ from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig
 from raytune_rl.errors import PlacementError
 from raytune_rl.groups import memory_check, memory_plan, specs
 from raytune_rl.groups.sizes import Groups
-from raytune_rl.models.size import UnknownSizeError
 from raytune_rl.tracking.plan import RunPlan, Section
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
@@ -38,6 +37,8 @@ def added(
     """
     if not groups.on_gpu:
         return plan, None
+    from raytune_rl.models.size import UnknownSizeError  # imports torch
+
     try:
         sizes = memory_check.measured(config, groups)
     except UnknownSizeError as error:

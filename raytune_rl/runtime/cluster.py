@@ -144,6 +144,8 @@ def _start_here(say: Callable[[str], None]) -> None:
         os.environ.setdefault("VLLM_RPC_BASE_PATH", str(folder))  # sockets too, of engines over several GPUs
         more = {"_temp_dir": str(folder), "object_spilling_directory": os.environ["TMPDIR"]}
     os.environ.update(make_token(os.environ))
+    # Ray starts a worker a core ahead, without the environment that ours need, so that nobody ever uses them.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
         # "local", or Ray would join whatever cluster somebody else started on this machine.
         ray.init(address="local", namespace=NAMESPACE, include_dashboard=False, **_QUIET, **more)

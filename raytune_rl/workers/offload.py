@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Frozen:
@@ -108,6 +109,8 @@ def empty_cache() -> None:
     """Gives back what the allocator keeps of freed memory; to this process it is free either way, but not to
     those that share its GPU.
     """
+    import torch  # not above: a driver names the classes of its workers and needs no torch
+
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

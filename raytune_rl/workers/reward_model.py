@@ -24,7 +24,6 @@ from raytune_rl.protocol.rewards import Failure, RewardModelSpec, Scores, Traine
 from raytune_rl.protocol.rows import RowsOf
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.workers import scoring
-from raytune_rl.workers.offload import empty_cache
 
 DEFAULT = "default"
 """The plugin that takes a classifier's score of the whole conversation."""
@@ -92,6 +91,8 @@ class RewardModelWorker:
 
     def empty_cache(self) -> None:
         """Gives back what the allocator keeps, to those that share its GPU."""
+        from raytune_rl.workers.offload import empty_cache
+
         empty_cache()
 
     def judge(self, conversations: Sequence[Mapping[str, Any]], state: TrainerState | None = None) -> Scores:

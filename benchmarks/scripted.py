@@ -136,7 +136,7 @@ def groups_of(config: RLHFConfig, fleet: SleepingFleet, trainer: SleepingTrainer
     """All that a run asks."""
     sharing = SimpleNamespace(to_policy=lambda: None, to_rollout=lambda: False, takes_turns=False)
     parts: dict[str, Any] = {
-        "sizes": SimpleNamespace(on_gpu=False),
+        "sizes": SimpleNamespace(on_gpu=False, elastic=None),
         "policy": trainer,
         "learners": trainer,
         "rollout": fleet,

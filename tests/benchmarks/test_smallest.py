@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALLEST = {
-    "async_overlap": "--steps 2 --staleness 0 1",
+    "async_overlap": "--steps 2 --staleness 0 1 --token_s 0.004",
     "controller": "--groups 200 --rounds 1 --members 10",
     "gpu": "--shape tiny --tokens 128 --row 64 --steps 2",
     "grpo_step": "--rounds 1 --warmup 1 --prompts 2 --generations 2 --shapes 46/64 --no_trl --cpu_seconds",

@@ -223,7 +223,12 @@ def test_about_pictures(tmp_path: Path) -> None:
     for name, chats in (("train", shapes.sft), ("held_out", shapes.held_out)):
         said = [json.loads(line) for line in chats.read_text(encoding="utf-8").splitlines()]
         rows = [
-            {"image": c["images"][0], "problem": QUESTION, "solution": c["messages"][1]["content"]}
+            {
+                "image": c["images"][0],
+                "problem": QUESTION,
+                "teacher_prompt": QUESTION,
+                "solution": c["messages"][1]["content"],
+            }
             for c in said
         ]
         files.append(write(tmp_path / f"{name}.jsonl", rows))

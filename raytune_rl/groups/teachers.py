@@ -67,15 +67,11 @@ class Teachers:
         earned = dict(enumerate(credited.batch.columns.get("advantages", ())))
         sums, kl, judged = np.zeros((len(batch), 3)), 0.0, 0.0
         for judges in self._at_once(len(batch), whose):
-            asked = [
-                (
-                    own,
-                    self._ask(
-                        t, _with_earned(rows, own, earned), "advise", advice or ReverseKL(t.coefficient)
-                    ),
-                )
-                for t, own in judges
-            ]
+            asked = []
+            for teacher, own in judges:
+                part = _with_earned(rows, own, earned)
+                how = advice or ReverseKL(teacher.coefficient)
+                asked.append((own, self._ask(teacher, part, "advise", how)))
             for own, opinion in asked:
                 columns, told = opinion.answers()
                 earned |= dict(zip(own, columns, strict=True))

@@ -38,9 +38,9 @@ from tests.learning.loop import Policy
 pytestmark = [pytest.mark.learning, pytest.mark.timeout(900)]
 
 SAYS = """
-from raytune_rl.rewards.registry import ORM, orms
+from raytune_rl.rewards.registry import orms
 
-class Says(ORM):
+class Says:
     def __call__(self, completions, solution, **kwargs):
         return [float(said.strip() == wanted) for said, wanted in zip(completions, solution)]
 

@@ -21,7 +21,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-gpu faults learning demo demo-real bench bench-smallest families clean uv
+.PHONY: help setup lock check test test-gpu faults variants learning demo demo-real bench bench-smallest families clean uv
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -66,6 +66,9 @@ faults: setup ## kill every part of a run at every phase, and compare what it co
 
 learning: setup ## a tiny teacher teaches tiny students on the whole stack: sums, and pictures (some minutes)
 	$(BIN)/python -m pytest -s -m learning tests/learning
+
+variants: setup ## every way of sampling ahead, a run each: prompts counted, tokens against their own weights (20 minutes)
+	$(BIN)/python -m pytest -m variants tests/cluster/test_async_variants.py
 
 test-gpu: setup ## the tests that need a GPU, and what it does: tokens a second, MFU, memory (EXTRA=gpu)
 	$(BIN)/python -m pytest tests/gpu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar, cast
 
-from raytune_rl.config import InferConfig, RLHFConfig
+from raytune_rl.config import InferConfig, RLHFConfig, resolved
 from raytune_rl.errors import ConfigError, ModelError
 from raytune_rl.protocol.model import Traits
 
@@ -14,13 +14,14 @@ DELTA_HEADS = (64, 128)
 """Widths that vLLM's CPU kernel of gated delta nets takes."""
 
 
-def fit(config: Config, traits: Traits, on_gpu: bool) -> tuple[Config, list[str]]:
+def fit(config: Config, traits: Traits, on_gpu: bool, takes_media: bool = False) -> tuple[Config, list[str]]:
     """The settings with which an engine starts, and a sentence for each that was changed.
 
     Args:
         config: Of the run. What the user gave in it stays.
         traits: Of the model.
         on_gpu: There vLLM has fewer limits.
+        takes_media: Whether the model does.
 
     Raises:
         ConfigError: The user's own setting keeps the engine from starting.
@@ -56,6 +57,9 @@ def fit(config: Config, traits: Traits, on_gpu: bool) -> tuple[Config, list[str]
         if of_what is not None:
             why = f"vLLM serves no adapters of {of_what}, so merged weights travel"
             choose("vllm_enable_lora", False, config.vllm_enable_lora, why)
+    if isinstance(config, RLHFConfig) and takes_media and _keeps_half_written(config):
+        why = "half-written completions would go on with media as the old weights saw them"
+        choose("rollout_in_flight", "recompute", config.rollout_in_flight, why)
     if on_gpu:
         return cast(Config, config.model_copy(update=changes)), notices
     if traits.recurrent:
@@ -65,3 +69,8 @@ def fit(config: Config, traits: Traits, on_gpu: bool) -> tuple[Config, list[str]
         why = "vLLM computes this model's attention on a CPU in bfloat16 only; a policy follows its engine"
         choose("torch_dtype", "bfloat16", config.torch_dtype, why)
     return cast(Config, config.model_copy(update=changes)), notices
+
+
+def _keeps_half_written(config: RLHFConfig) -> bool:
+    """Whether completions go on with the cache of older weights when new ones come."""
+    return resolved.max_staleness(config) > 0 and config.rollout_in_flight == "keep"

@@ -141,7 +141,7 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
             *growth,
             *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
         ]
-        config, fitted = fit(config, train.account.traits, groups.on_gpu)
+        config, fitted = fit(config, train.account.traits, groups.on_gpu, train.account.takes_media)
         all_notices += fitted
         plan = report.online_plan(
             config, algorithm, groups, schedule, train, held_out, longest, resume_point, cluster, all_notices

@@ -82,3 +82,22 @@ def test_adapters_that_vllm_does_not_serve_arrive_merged(on_gpu: bool) -> None:
     assert "--vllm_enable_lora false is used" in notice
     with pytest.raises(ConfigError, match=r"--vllm_enable_lora true: vLLM serves no adapters of this model"):
         fit(config(vllm_enable_lora=True), Traits(serves_adapters=False), on_gpu)
+
+
+def test_half_written_answers_to_media_go_on_with_a_cache_of_the_new_weights() -> None:
+    """The cache that the old weights made of a picture is no fit for the new ones."""
+    ahead = config(train_type="full", async_generate=True)
+    fitted, (notice,) = fit(ahead, Traits(), True, takes_media=True)
+    assert fitted.rollout_in_flight == "recompute"
+    assert notice.endswith("as the old weights saw them: --rollout_in_flight recompute is used")
+    for kept in (
+        config(train_type="full"),
+        config(train_type="full", async_generate=True, max_staleness=0),
+        config(train_type="full", async_generate=True, rollout_in_flight="drain"),
+    ):
+        assert fit(kept, Traits(), True, takes_media=True) == (kept, [])
+    assert fit(ahead, Traits(), True) == (ahead, [])
+    chosen = config(train_type="full", async_generate=True, rollout_in_flight="keep")
+    sentence = "--rollout_in_flight keep: half-written .* Write --rollout_in_flight recompute"
+    with pytest.raises(ConfigError, match=sentence):
+        fit(chosen, Traits(), True, takes_media=True)

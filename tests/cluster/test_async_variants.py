@@ -1,0 +1,289 @@
+"""Every way of sampling ahead on the real stack, one run each: `make variants`, not part of the test suite.
+
+Each run saves after every step, so what was sampled ahead lies in its checkpoints, token by token with
+log-prob and version, beside the weights of every version. A plain Transformers forward pass with the weights
+of a token's own version must come to the engine's number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raytune_rl.config import PPOConfig, RLHFConfig
+from raytune_rl.errors import ConfigError
+from raytune_rl.pipelines import online, ppo
+from raytune_rl.pipelines.lifecycle import RunResult
+from raytune_rl.tiny.shapes import write_shapes
+from raytune_rl.tiny.vision import make_tiny_vision_model
+from tests.cluster.conftest import Tiny
+from tests.cluster.test_online import log_lines, steps
+
+pytestmark = [pytest.mark.cluster, pytest.mark.variants, pytest.mark.timeout(400)]
+PLUGIN = """
+from swift.rewards import ORM, orms
+from swift.plugin.multi_turn import MultiTurnScheduler, multi_turns
+
+class Digits(ORM):
+    def __call__(self, completions, **kwargs):
+        return [sum(c.isdigit() for c in text) / 8 for text in completions]
+
+class Odd(ORM):
+    def __call__(self, completions, **kwargs):
+        return [float(len(text) % 2) for text in completions]
+
+class Echo(MultiTurnScheduler):
+    def step(self, infer_request, response_choice, current_turn):
+        said = infer_request.data_dict["solution"]
+        infer_request.messages.append({"role": "tool", "content": f"it is {said}"})
+        return {"infer_request": infer_request}
+
+orms["digits"] = Digits
+orms["odd"] = Odd
+multi_turns["echo"] = Echo
+"""
+TEMPERATURE = 0.9
+LONG = {"max_completion_length": 160, "vllm_max_num_seqs": 4}
+"""Completions that take longer than a training step, so that weights arrive while they are half written."""
+LORA = {"train_type": "lora", "lora_rank": 4, "learning_rate": 1e-3}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run.
+
+    Attributes:
+        settings: Of it.
+        staleness: Its bound.
+        gap: Largest difference between the engine's log-prob of a token and a forward pass with the weights
+            of the token's version, nats; None where such a pass is not made here.
+        half_written: What must have become of half-written completions at least once.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    staleness: int = 1
+    gap: float | None = 1e-4
+    half_written: str | None = None
+
+
+VARIANTS = {
+    "keep": Variant({**LONG}, half_written="kept", gap=None),
+    "recompute": Variant({**LONG, "rollout_in_flight": "recompute"}, half_written="recomputed"),
+    "abort": Variant({**LONG, "rollout_in_flight": "abort"}, half_written="aborted"),
+    "drain": Variant({**LONG, "rollout_in_flight": "drain"}),
+    "drain_k2": Variant({"rollout_in_flight": "drain", "max_staleness": 2}, staleness=2),
+    "adapter_keep": Variant({**LONG, **LORA}, half_written="kept", gap=None),
+    "adapter_recompute": Variant(
+        {**LONG, **LORA, "rollout_in_flight": "recompute"}, half_written="recomputed"
+    ),
+    "merged_keep": Variant({**LONG, **LORA, "vllm_enable_lora": False}, half_written="kept", gap=None),
+    "merged_recompute": Variant(
+        {**LONG, **LORA, "vllm_enable_lora": False, "rollout_in_flight": "recompute"},
+        half_written="recomputed",
+    ),
+    "ppo": Variant({"rlhf_type": "ppo"}),
+    "ppo_recompute": Variant(
+        {**LONG, "rlhf_type": "ppo", "rollout_in_flight": "recompute"}, half_written="recomputed"
+    ),
+    "images": Variant({**LONG, "images": True, "freeze_vit": False}, half_written="recomputed", gap=None),
+    "images_abort": Variant(
+        {**LONG, "images": True, "rollout_in_flight": "abort"}, half_written="aborted", gap=None
+    ),
+    "several_turns": Variant({"multi_turn_scheduler": "echo", "max_turns": 3, **LONG}, gap=None),
+    "several_turns_drain": Variant(
+        {"multi_turn_scheduler": "echo", "max_turns": 3, **LONG, "rollout_in_flight": "drain"}
+    ),
+    "dapo": Variant({"rlhf_type": "dapo", "reward_funcs": ["odd"], "num_generations": 2}),
+    "two_engines": Variant({"rollout_workers": 2, **LONG, "rollout_in_flight": "recompute"}),
+    "kl": Variant({"beta": 0.04}),
+    "k3": Variant({"max_staleness": 3}, staleness=3),
+}
+
+
+def settings_of(tiny: Tiny, output: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run of six steps."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "plugin.py").write_text(PLUGIN)
+    model, data = str(tiny.untied), str(tiny.data.train)
+    own = dict(own)
+    if own.pop("images", False):
+        model = str(make_tiny_vision_model(output / "model"))
+        data = str(write_shapes(output / "data", train=32).rl)
+        own["root_image_dir"] = str(output / "data")
+    if own.get("rlhf_type") == "ppo":
+        own = {"num_mini_batches": 1, "num_ppo_epochs": 1, "critic_learning_rate": 1e-4, **own}
+    else:
+        own = {"num_generations": 4, "beta": 0.0, **own}
+    return {
+        "model": model,
+        "dataset": data,
+        "reward_funcs": ["digits"],
+        "external_plugins": [str(output / "plugin.py")],
+        "train_type": "full",
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 16,
+        "temperature": TEMPERATURE,
+        "learning_rate": 1e-4,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "output_dir": str(output / "out"),
+        "log_completions": True,
+        "report_to": "none",
+        "async_generate": True,
+        **own,
+    }
+
+
+def run(settings: Mapping[str, Any]) -> RunResult:
+    if settings.get("rlhf_type") == "ppo":
+        return ppo.run(PPOConfig(**settings))
+    return online.run(RLHFConfig(**settings))
+
+
+def completions(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A completion as a checkpoint has it."""
+
+    tokens: np.ndarray
+    sampled: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+
+
+def sampled_ahead(run_dir: Path) -> Iterator[Row]:
+    """Every completion that some checkpoint holds, once."""
+    seen = set()
+    for folder in sorted(run_dir.glob("checkpoint-*/ahead")):
+        for file in folder.glob("*.npz"):
+            if file.name in seen:
+                continue
+            seen.add(file.name)
+            with np.load(file) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            columns = {}
+            for name in ("tokens", "loss_mask", "logprobs", "versions"):
+                cuts = arrays[f"{name}.offsets"][1:-1]
+                columns[name] = np.split(arrays[f"{name}.values"], cuts)
+            for tokens, mask, logprobs, versions in zip(*columns.values(), strict=True):
+                yield Row(tokens, mask.astype(bool), logprobs, versions)
+
+
+def forward_pass(base: Path, run_dir: Path) -> Callable[[int, np.ndarray], np.ndarray]:
+    """Log-probs of tokens, each behind those before it, by the weights of a version."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    @cache
+    def model_of(version: int) -> Any:
+        at = run_dir / f"checkpoint-{version}"
+        if version and not (at / "adapter_config.json").exists():
+            return AutoModelForCausalLM.from_pretrained(at, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return (PeftModel.from_pretrained(model, at) if version else model).eval()
+
+    def logprobs(version: int, tokens: np.ndarray) -> np.ndarray:
+        ids = torch.tensor(tokens[None].astype(np.int64))
+        with torch.no_grad():
+            logits = model_of(version)(ids).logits[0, :-1].double() / TEMPERATURE
+        picked = torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[:, 0]
+        return np.concatenate([[0.0], picked.numpy()])
+
+    return logprobs
+
+
+def gaps(base: Path, run_dir: Path) -> tuple[list[float], Counter[int]]:
+    """Of each completion the largest gap; and how many completions are of so many versions."""
+    logprobs = forward_pass(base, run_dir)
+    found, kinds = [], Counter[int]()
+    for row in sampled_ahead(run_dir):
+        own = np.unique(row.versions[row.sampled])
+        kinds[len(own)] += 1
+        gap = 0.0
+        for version in own.tolist():
+            here = row.sampled & (row.versions == version)
+            gap = max(gap, float(np.abs(logprobs(version, row.tokens) - row.logprobs)[here].max()))
+        found.append(gap)
+    return found, kinds
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_way_of_sampling_ahead(name: str, cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    """Each prompt once, nothing older than the bound, each token's log-prob that of its version."""
+    variant = VARIANTS[name]
+    settings = settings_of(tiny, tmp_path, variant.settings)
+    result = run(settings)
+    assert (result.status, result.steps) == ("finished", 6)
+    lines, prompts = steps(result), log_lines(result)[-1]["prompts"]
+    print(name, prompts)
+    for step, line in lines.items():
+        shown = ("staleness/", "in_flight/", "idle/", "rollout_correction/", "loss", "grad_norm", "fleet/")
+        print(step, {k: v for k, v in line.items() if k.startswith(shown)})
+    assert all(line["staleness/max"] <= variant.staleness for line in lines.values())
+    assert max(line["staleness/max"] for line in lines.values()) == variant.staleness
+    assert all(np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"]) for line in lines.values())
+    if variant.half_written:
+        assert sum(line[f"in_flight/{variant.half_written}"] for line in lines.values()) > 0
+
+    group = settings.get("num_generations", 1)
+    rows = completions(result.run_dir)
+    trained = [row for row in rows if row["advantage"] is not None]
+    assert Counter(row["step"] for row in trained) == dict.fromkeys(range(1, 7), 8)
+    assert prompts["unaccounted"] == 0
+    assert prompts["finished"] == 6 * 8 // group
+    assert prompts["dispatched"] == len(rows) // group
+    assert not prompts["failed"]
+    if name != "dapo" and not settings.get("multi_turn_scheduler"):
+        assert set(Counter(row["prompt"] for row in rows).values()) == {group}, (
+            "each prompt of the epoch once"
+        )
+
+    if not settings.get("root_image_dir"):
+        found, kinds = gaps(Path(settings["model"]), result.run_dir)
+        print(name, f"{len(found)} completions, largest gap {max(found):.1e}, by versions {dict(kinds)}")
+        if variant.half_written in ("kept", "recomputed"):
+            assert max(kinds) > 1
+        else:
+            assert set(kinds) == {1}
+        if variant.gap is not None:
+            assert max(found) < variant.gap
+
+
+REFUSED = {
+    "demonstrations": (
+        {"rlhf_type": "gkd", "lmbda": 0.5, "teacher_model": "self"},
+        "--async_generate true is for completions of the policy",
+    ),
+    "images_keep": (
+        {"images": True, "rollout_in_flight": "keep"},
+        "--rollout_in_flight keep: half-written .* Write --rollout_in_flight recompute",
+    ),
+    "most_of_one_machine": ({"rollout_workers": "1:99"}, "no autoscaler could add one"),
+    "negative": ({"max_staleness": -1}, "max_staleness"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_sense_is_refused_in_a_sentence(
+    name: str, cluster: None, tiny: Tiny, tmp_path: Path
+) -> None:
+    own, sentence = REFUSED[name]
+    if own.get("teacher_model"):
+        own = {**own, "teacher_model": [str(tiny.untied)]}
+    with pytest.raises(ConfigError, match=sentence) as refused:
+        run(settings_of(tiny, tmp_path, own))
+    print(refused.value)
+    assert not (tmp_path / "out").exists()

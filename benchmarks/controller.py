@@ -135,7 +135,7 @@ def measure(members: int, completions: int, groups: int) -> Measured:
     fleet = RolloutFleet(workers, thread, Sampling(1.0, 256), seed=42)
     account = Account((), {}, None, (), None, ())
     prompts = PromptSet(None, None, None, np.full(PROMPTS, 64), account)
-    fleet.load(0)
+    fleet.pull(0)
     asked = ended = 0
     rows: list[int] = []
     seeds: list[tuple[int, ...]] = []

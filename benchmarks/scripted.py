@@ -90,9 +90,10 @@ class SleepingFleet:
         self._version = version
         return ServeReport(version, 1, self._load_s)
 
-    def load(self, version: int | None = None) -> Any:
-        if version is not None:
-            return self.serve(version)
+    def pull(self, version: int) -> float:
+        return self.serve(version).seconds
+
+    def load(self) -> FleetLoad:
         return FleetLoad(1, 0, len(self._due), 0, self._idle_s, 0.0)
 
 

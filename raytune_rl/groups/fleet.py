@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from queue import Empty, SimpleQueue
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import ray
@@ -176,7 +176,7 @@ class RolloutFleet:
             multi_turn=self._multi_turn,
             timeout_s=self._timeout_s,
         )
-        self.load(version)  # a member that is being started has its part
+        self.pull(version)  # a member that is being started has its part
         requests = self.requests(rows, completions, batch)
         tickets = own.submit_burst(requests, prompts, evaluation=evaluation, version=version)
         done: dict[Ticket, tuple[Trajectory, ...]] = {}
@@ -239,19 +239,13 @@ class RolloutFleet:
         """Every serving member pulls a version; one that is being started will before it serves."""
         return self._fleet.serve(version, in_flight, every=False)
 
-    @overload
-    def load(self) -> FleetLoad: ...
-
-    @overload
-    def load(self, version: int) -> float: ...
-
-    def load(self, version: int | None = None) -> FleetLoad | float:
-        """What the fleet is doing. With a version: every member, also one that is being started, pulls it;
-        the longest pull, seconds.
-        """
-        if version is None:
-            return self._fleet.load()
+    def pull(self, version: int) -> float:
+        """Every member serves a version, also one that is being started; the longest pull, seconds."""
         return self._fleet.serve(version, "drain", every=True).seconds
+
+    def load(self) -> FleetLoad:
+        """What the fleet is doing."""
+        return self._fleet.load()
 
     def resize(self, members: int) -> None:
         """As many members as can be, up to this number. One that is too many finishes what it has."""

@@ -81,7 +81,8 @@ class AheadCollector:
         self._bursting = not self._in_turns
         self._asked: dict[Ticket, Asked] = {}
         self._again: list[Asked] = []  # in flight when the checkpoint was made
-        self._held_out: set[Ticket] = set()
+        self._held_out: dict[Ticket, int] = {}  # row of each
+        self._held_out_prompts: PromptSet | None = None
         self._evaluated: dict[Ticket, Experience] = {}
         self._replaced: list[Experience] = []
         self._progress = TrainerState(0, 0)
@@ -150,7 +151,7 @@ class AheadCollector:
         seeds = row_seeds(self._config.seed, EVALUATION, rows, resolved.num_generations_eval(self._config))
         requests = [EpisodeRequest(row, row, own) for row, own in zip(rows, seeds, strict=True)]
         tickets = self._flow.ask(requests, prompts, together=True, evaluation=True)
-        self._held_out = set(tickets)
+        self._held_out, self._held_out_prompts = dict(zip(tickets, rows, strict=True)), prompts
         self._until(lambda: not self._held_out)
         groups = [self._evaluated[ticket] for ticket in tickets if ticket in self._evaluated]
         self._evaluated = {}
@@ -236,18 +237,19 @@ class AheadCollector:
         before = len(self._buffer)
         for outcome in outcomes:
             if outcome.ticket in self._held_out:
-                self._held_out.remove(outcome.ticket)
+                row = self._held_out.pop(outcome.ticket)
                 if isinstance(outcome, Scored):
                     self._evaluated[outcome.ticket] = outcome.group
                 else:
-                    self._scoring.left_out(outcome.reason)
+                    assert self._held_out_prompts is not None
+                    self._scoring.left_out(self._held_out_prompts, row, outcome.reason)
                 continue
             asked = self._asked.pop(outcome.ticket)
             if isinstance(outcome, Scored):
                 self._finished(asked, outcome.group)
             else:
                 self._buffer.leave_out(asked.number)
-                self._scoring.lost(asked.row, outcome.reason)
+                self._scoring.lost(self._prompts, asked.row, outcome.reason)
         if len(self._buffer) < before:  # something was left out
             self._ask()
 

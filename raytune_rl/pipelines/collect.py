@@ -129,12 +129,12 @@ class Collector:
         """Every engine pulls a version; on shared GPUs it is their turn then."""
         self._version = version
         self._groups.gpu_sharing.to_rollout()
-        self._groups.rollout.load(version)
+        self._groups.rollout.pull(version)
 
     def ready(self) -> None:
         """Engines that slept pull their version again."""
         if self._groups.gpu_sharing.to_rollout():
-            self._groups.rollout.load(self._version)
+            self._groups.rollout.pull(self._version)
 
     def ask_ahead(self, progress: TrainerState) -> None:
         """Nothing is."""
@@ -231,7 +231,7 @@ class Collector:
             scored, lost = self._answers(requests, self._prompts, version, timer)
             found |= scored
             for place, reason in lost.items():
-                self._scoring.lost(asked[place], reason)
+                self._scoring.lost(self._prompts, asked[place], reason)
             attempt += 1
             others = np.random.default_rng([self._config.data_seed, batch, attempt])
             asked = {place: int(others.integers(self._order.n)) for place in lost}
@@ -257,8 +257,8 @@ class Collector:
         seeds = row_seeds(self._config.seed, EVALUATION, rows, resolved.num_generations_eval(self._config))
         requests = [EpisodeRequest(row, row, own) for row, own in zip(rows, seeds, strict=True)]
         scored, lost = self._answers(requests, prompts, version, StepTimer(), evaluation=True)
-        for reason in lost.values():
-            self._scoring.left_out(reason)
+        for row, reason in lost.items():
+            self._scoring.left_out(prompts, row, reason)
         if not scored:
             raise RaytuneError("no held-out prompt was answered; the notes above say why")
         return join([scored[row] for row in sorted(scored)])

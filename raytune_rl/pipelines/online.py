@@ -43,6 +43,7 @@ from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, note, st
 from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
 from raytune_rl.pipelines.position import generations_go_on
+from raytune_rl.pipelines.prompt_quarantine import PromptQuarantine
 from raytune_rl.pipelines.recovery import rules_of
 from raytune_rl.pipelines.resume_point import open_run
 from raytune_rl.pipelines.run_models import RunModels, RunStep
@@ -244,7 +245,8 @@ class OnlineRun:
         self.prompts, self.held_out = prompts, held_out if resolved.eval_strategy(config) != "no" else None
         self.run, self.state, self.actors = run, state, actors
         self.credit: Credit = algorithm.credit
-        scoring = Scoring(config, actors, state, run.say)
+        given_up = PromptQuarantine(run.dir.quarantine_prompts_jsonl, config.step_timeout)
+        scoring = Scoring(config, actors, state, run.say, given_up.add)
         self.collector: Collects
         if resolved.max_staleness(config):
             self.collector = AheadCollector(

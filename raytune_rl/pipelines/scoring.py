@@ -15,6 +15,8 @@ from raytune_rl.protocol.rewards import TrainerState
 from raytune_rl.protocol.trajectory import Trajectory
 
 NOT_ANSWERED = "no engine could answer it"
+SetAside = Callable[[str, PromptSet, int, str], None]
+"""Takes a prompt that was given up: see `prompt_quarantine.PromptQuarantine.add`."""
 
 
 class Scoring:
@@ -25,12 +27,19 @@ class Scoring:
         groups: Who scores.
         state: Of the run, where all is counted.
         say: Tells the user a sentence.
+        set_aside: Takes prompts that no engine survived.
     """
 
     def __init__(
-        self, config: RLHFConfig, groups: Samplers, state: RunState, say: Callable[[str], None]
+        self,
+        config: RLHFConfig,
+        groups: Samplers,
+        state: RunState,
+        say: Callable[[str], None],
+        set_aside: SetAside,
     ) -> None:
         self._config, self._groups, self._state, self._say = config, groups, state, say
+        self._set_aside = set_aside
         self._notices = RewardNotices(say)
 
     def score(self, batch: list[Trajectory], prompts: PromptSet, state: TrainerState) -> Experience:
@@ -55,13 +64,15 @@ class Scoring:
         self._state.prompt_failures["no completion has a reward"] += failed
         self._state.prompt_counts[outcome] += len(groups.groups) - failed
 
-    def lost(self, prompt: int, reason: str) -> None:
+    def lost(self, prompts: PromptSet, prompt: int, reason: str) -> None:
         """Enters a prompt that was not answered; another takes its place."""
         self._state.prompt_failures[NOT_ANSWERED] += 1
+        self._set_aside("train", prompts, prompt, reason)
         self._say(f"Note: prompt {prompt} is left out, and another takes its place: {reason}")
 
-    def left_out(self, reason: str) -> None:
+    def left_out(self, prompts: PromptSet, prompt: int, reason: str) -> None:
         """Says that a held-out prompt was not answered."""
+        self._set_aside("held out", prompts, prompt, reason)
         self._say(f"Note: a held-out prompt is left out of this evaluation: {reason}")
 
     def tell_short(self, generation: int, wanted: int, have: int, sampled: int) -> None:

@@ -107,6 +107,11 @@ class RunDir:
         return self.path / "quarantine.jsonl"
 
     @property
+    def quarantine_prompts_jsonl(self) -> Path:
+        """Prompts that no engine survived."""
+        return self.path / "quarantine-prompts.jsonl"
+
+    @property
     def runs(self) -> Path:
         """TensorBoard event files."""
         return self.path / "runs"

@@ -121,7 +121,7 @@ def main() -> None:
         limits = Limits(start_s=60, pull_s=60, hang_s=60, silent_s=60, probe_every_s=0.5)
         thread = start_fleet(workers, limits, losses.append, stack, growth)
         fleet = RolloutFleet(workers, thread, Sampling(1.0, 10), 0, timeout_s=60)
-        fleet.load(0)
+        fleet.pull(0)
         scene = Scene(fleet)
         told["at_the_start"] = fleet.load().members
         scene.until(lambda: fleet.load().members == 3, "growing")

@@ -110,9 +110,9 @@ class FakeRollout:
         likeliest.loaded = self.loaded
         return likeliest
 
-    def load(self, version: int) -> float:
+    def pull(self, version: int) -> float:
         """Pulls a version."""
-        self._stage.call(f"rollout.load {version}", "rollout")
+        self._stage.call(f"rollout.pull {version}", "rollout")
         self.loaded[0] = version
         return 0.0
 
@@ -262,10 +262,8 @@ class FakeFleet(FakeRollout):
                     one.due = self._stage.now + abs(self.script(one.request.row, one.request.seeds))
         return ServeReport(version, 1, 0.0)
 
-    def load(self, version: int | None = None) -> Any:
-        """How busy they are; or pulls a version."""
-        if version is not None:
-            return super().load(version)
+    def load(self) -> FleetLoad:
+        """How busy they are."""
         return FleetLoad(1, 0, len(self._flying), 0, 0.0, 0.0)
 
 

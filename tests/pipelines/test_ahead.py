@@ -130,7 +130,7 @@ def test_without_staleness_it_is_the_synchronous_loop(tmp_path: Path, settings: 
 
     def put_in(online: OnlineRun, stage: Stage) -> None:
         assert isinstance(online.collector, Collector), "nothing may be older: the synchronous loop itself"
-        scoring = Scoring(chosen, online.actors, online.state, online.run.say)
+        scoring = Scoring(chosen, online.actors, online.state, online.run.say, lambda *_: None)
         made = AheadCollector(
             chosen, online.actors, online.prompts, online.schedule, online.state, online.credit, scoring,
             online.run.say, outside(stage),
@@ -177,21 +177,25 @@ def test_the_bound_holds_and_all_is_trained_on_once(tmp_path: Path, k: int, in_f
 
 def test_prompts_that_nobody_can_answer_are_left_out_and_counted(tmp_path: Path) -> None:
     said: list[str] = []
-    before = scripted(by_luck(0, failing=(1, 4)), 1.0, also=lambda online, stage: _listen(online, said))
+    aside: list[tuple[str, int]] = []
+    also = lambda online, stage: _listen(online, said, aside)  # noqa: E731
+    before = scripted(by_luck(0, failing=(1, 4)), 1.0, also=also)
     played = play(ahead(tmp_path, beta=0, max_steps=4), prompts=12, held_out=0, before=before)
     assert [rows[::2] for rows in trained(played)] == [[0, 20], [30, 50], [60, 70], [80, 90]]
     account = played.state.account()
     assert account.failed == {"no engine could answer it": 2}
     assert (account.dispatched, account.finished, account.unaccounted) == (10, 8, 0)
     assert any("prompt 4 is left out, and another takes its place" in sentence for sentence in said)
+    assert sorted(aside) == [("train", 1), ("train", 4)]
 
 
 def test_in_the_synchronous_loop_too_another_takes_the_place(tmp_path: Path) -> None:
     said: list[str] = []
+    aside: list[tuple[str, int]] = []
 
     def before(online: OnlineRun, stage: Stage) -> None:
         fleet(online).script = by_luck(0, failing=(1, 4))
-        _listen(online, said)
+        _listen(online, said, aside)
 
     played = play(config(tmp_path, beta=0, max_steps=3), prompts=12, held_out=5, before=before)
     rows = [batch[::2] for batch in trained(played)]
@@ -201,11 +205,13 @@ def test_in_the_synchronous_loop_too_another_takes_the_place(tmp_path: Path) -> 
     assert account.failed["no engine could answer it"] >= 2
     assert (account.finished, account.unaccounted) == (6, 0)
     assert any("a held-out prompt is left out" in sentence for sentence in said)
+    assert set(aside) == {("train", 1), ("train", 4), ("held out", 1), ("held out", 4)}
 
 
-def _listen(online: OnlineRun, said: list[str]) -> None:
+def _listen(online: OnlineRun, said: list[str], aside: list[tuple[str, int]]) -> None:
     collector: Any = online.collector
     collector._scoring._say = said.append
+    collector._scoring._set_aside = lambda name, prompts, row, reason: aside.append((name, row))
 
 
 def test_dynamic_sampling_replaces_groups_as_they_finish(tmp_path: Path) -> None:

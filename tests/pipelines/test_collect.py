@@ -39,7 +39,7 @@ def collected(dynamic: bool, saved: dict[str, Any], generations: range) -> RunSt
     groups: Any = SimpleNamespace(rollout=None)
     prompts: Any = range(8)
     state = RunState.restored(saved)
-    scoring = Scoring(config, groups, state, str)
+    scoring = Scoring(config, groups, state, str, lambda *_: None)
     made = Told(config, groups, prompts, 4, state, credit_of(config), scoring, Outside())
     for generation in generations:
         made.collect(generation, 0, TrainerState(0, 1), StepTimer())

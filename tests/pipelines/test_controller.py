@@ -150,7 +150,7 @@ SCALARS = "scalars advantage row_weight weight"
 
 def published(version: int) -> list[str]:
     """The calls by which the engines come to serve a version."""
-    return [f"policy.publish {version}", f"store.publish {version}", f"rollout.load {version}"]
+    return [f"policy.publish {version}", f"store.publish {version}", f"rollout.pull {version}"]
 
 
 def test_grpo_asks_for_this_and_nothing_else(tmp_path: Path) -> None:

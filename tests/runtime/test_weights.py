@@ -230,6 +230,52 @@ def test_weights_outlive_the_worker_that_made_them() -> None:
         ray.kill(store)
 
 
+class Reader:
+    """Pulls a version slowly, in a process of its own."""
+
+    def begin(self, store: str) -> int:
+        found = find_manifest(store, None, 30)
+        self.rest = read(found, 30)
+        next(self.rest)
+        return found.version
+
+    def finish(self) -> list[float]:
+        return [float(tensor.sum()) for _, tensor in self.rest]
+
+
+def published(store: Any, version: int) -> None:
+    """Three buckets of a version; the caller's references are gone afterwards."""
+    actor = ray.remote(Publisher).options(num_cpus=0).remote()
+    index, buckets = [], []
+    for number in range(3):
+        tensors = [torch.full((1000, 1000), float(10 * version + number))]
+        done, bucket = actor.publish.options(num_returns=2).remote(tensors)
+        ray.get(done, timeout=60)
+        index.append((TensorEntry.of(f"w{number}", tensors[0]),))
+        buckets.append(bucket)
+    ray.get(store.publish.remote(Manifest(version, "full", tuple(buckets), tuple(index))), timeout=60)
+    ray.kill(actor)
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("running")
+def test_a_pull_ends_with_the_version_that_it_began_with_though_the_store_has_a_newer_one() -> None:
+    store = start_store("tests-slow-reader", keep=1)
+    reader = ray.remote(Reader).options(num_cpus=0).remote()
+    try:
+        published(store, 0)
+        assert ray.get(reader.begin.remote("tests-slow-reader"), timeout=60) == 0
+        for version in (1, 2):
+            published(store, version)
+        assert find_manifest("tests-slow-reader", None, 30).version == 2
+        assert ray.get(reader.finish.remote(), timeout=60) == [1e6, 2e6]
+        assert ray.get(reader.begin.remote("tests-slow-reader"), timeout=60) == 2
+        assert ray.get(reader.finish.remote(), timeout=60) == [21e6, 22e6]
+    finally:
+        ray.kill(reader)
+        ray.kill(store)
+
+
 def test_the_next_bucket_is_fetched_while_one_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     named = [TensorEntry(name, "uint8", (2,)) for name in "abc"]
     events: list[str] = []

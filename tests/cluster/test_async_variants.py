@@ -1,15 +1,14 @@
 """Every way of sampling ahead on the real stack, one run each: `make variants`, not part of the test suite.
 
-Each run saves after every step, so what was sampled ahead lies in its checkpoints, token by token with
-log-prob and version, beside the weights of every version. A plain Transformers forward pass with the weights
-of a token's own version must come to the engine's number.
+Each run saves after every step, so its checkpoints are the weights of all versions. A plain Transformers
+forward pass with the weights of a token's own version must come to the engine's log-prob of it.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,9 +18,13 @@ import numpy as np
 import pytest
 import torch
 
+from raytune_rl.algorithms.credit.base import Credited
 from raytune_rl.config import PPOConfig, RLHFConfig
 from raytune_rl.errors import ConfigError
+from raytune_rl.groups.trajectory_data import TrajectoryStore
 from raytune_rl.pipelines import online, ppo
+from raytune_rl.pipelines.collect import Collected
+from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.lifecycle import RunResult
 from raytune_rl.tiny.shapes import write_shapes
 from raytune_rl.tiny.vision import make_tiny_vision_model
@@ -156,7 +159,7 @@ def completions(run_dir: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Row:
-    """A completion as a checkpoint has it."""
+    """A completion that was trained on; log-probs and versions of its sampled tokens."""
 
     tokens: np.ndarray
     sampled: np.ndarray
@@ -164,22 +167,22 @@ class Row:
     versions: np.ndarray
 
 
-def sampled_ahead(run_dir: Path) -> Iterator[Row]:
-    """Every completion that some checkpoint holds, once."""
-    seen = set()
-    for folder in sorted(run_dir.glob("checkpoint-*/ahead")):
-        for file in folder.glob("*.npz"):
-            if file.name in seen:
-                continue
-            seen.add(file.name)
-            with np.load(file) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            columns = {}
-            for name in ("tokens", "loss_mask", "logprobs", "versions"):
-                cuts = arrays[f"{name}.offsets"][1:-1]
-                columns[name] = np.split(arrays[f"{name}.values"], cuts)
-            for tokens, mask, logprobs, versions in zip(*columns.values(), strict=True):
-                yield Row(tokens, mask.astype(bool), logprobs, versions)
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    """All completions that the test's runs train on."""
+    rows: list[Row] = []
+    tell = GenerationLog.tell
+
+    def told(log: GenerationLog, step: int, collected: Collected, credited: Credited) -> dict[str, float]:
+        data = TrajectoryStore(60.0).read(collected.kept.batch).columns
+        columns = [data[name] for name in ("tokens", "loss_mask", "logprobs", "versions")]
+        for number in range(len(collected.kept.batch)):
+            tokens, mask, logprobs, versions = (np.asarray(column[number]) for column in columns)
+            rows.append(Row(tokens, np.flatnonzero(mask), logprobs, versions))
+        return tell(log, step, collected, credited)
+
+    monkeypatch.setattr(GenerationLog, "tell", told)
+    return rows
 
 
 def forward_pass(base: Path, run_dir: Path) -> Callable[[int, np.ndarray], np.ndarray]:
@@ -205,23 +208,25 @@ def forward_pass(base: Path, run_dir: Path) -> Callable[[int, np.ndarray], np.nd
     return logprobs
 
 
-def gaps(base: Path, run_dir: Path) -> tuple[list[float], Counter[int]]:
+def gaps(rows: Sequence[Row], base: Path, run_dir: Path) -> tuple[list[float], Counter[int]]:
     """Of each completion the largest gap; and how many completions are of so many versions."""
     logprobs = forward_pass(base, run_dir)
     found, kinds = [], Counter[int]()
-    for row in sampled_ahead(run_dir):
-        own = np.unique(row.versions[row.sampled])
+    for row in rows:
+        own = np.unique(row.versions)
         kinds[len(own)] += 1
         gap = 0.0
         for version in own.tolist():
-            here = row.sampled & (row.versions == version)
-            gap = max(gap, float(np.abs(logprobs(version, row.tokens) - row.logprobs)[here].max()))
+            expected = logprobs(version, row.tokens)[row.sampled]
+            gap = max(gap, float(np.abs(expected - row.logprobs)[row.versions == version].max()))
         found.append(gap)
     return found, kinds
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_way_of_sampling_ahead(name: str, cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_way_of_sampling_ahead(
+    name: str, cluster: None, tiny: Tiny, tmp_path: Path, trained: list[Row]
+) -> None:
     """Each prompt once, nothing older than the bound, each token's log-prob that of its version."""
     variant = VARIANTS[name]
     settings = settings_of(tiny, tmp_path, variant.settings)
@@ -240,8 +245,8 @@ def test_a_way_of_sampling_ahead(name: str, cluster: None, tiny: Tiny, tmp_path:
 
     group = settings.get("num_generations", 1)
     rows = completions(result.run_dir)
-    trained = [row for row in rows if row["advantage"] is not None]
-    assert Counter(row["step"] for row in trained) == dict.fromkeys(range(1, 7), 8)
+    kept = [row for row in rows if row["advantage"] is not None]
+    assert Counter(row["step"] for row in kept) == dict.fromkeys(range(1, 7), 8)
     assert prompts["unaccounted"] == 0
     assert prompts["finished"] == 6 * 8 // group
     assert prompts["dispatched"] == len(rows) // group
@@ -252,7 +257,7 @@ def test_a_way_of_sampling_ahead(name: str, cluster: None, tiny: Tiny, tmp_path:
         )
 
     if not settings.get("root_image_dir"):
-        found, kinds = gaps(Path(settings["model"]), result.run_dir)
+        found, kinds = gaps(trained, Path(settings["model"]), result.run_dir)
         print(name, f"{len(found)} completions, largest gap {max(found):.1e}, by versions {dict(kinds)}")
         if variant.half_written in ("kept", "recomputed"):
             assert max(kinds) > 1

@@ -30,6 +30,7 @@ from raytune_rl.tiny.shapes import write_shapes
 from raytune_rl.tiny.vision import make_tiny_vision_model
 from tests.cluster.conftest import Tiny
 from tests.cluster.test_online import log_lines, steps
+from tests.faults.runs import assert_same, outcome
 
 pytestmark = [pytest.mark.cluster, pytest.mark.variants, pytest.mark.timeout(400)]
 PLUGIN = """
@@ -265,6 +266,16 @@ def test_a_way_of_sampling_ahead(
             assert set(kinds) == {1}
         if variant.gap is not None:
             assert max(found) < variant.gap
+
+
+def test_without_staleness_it_is_the_synchronous_loop(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    """Two engines, two ranks, a KL to the reference: log, completions, weights and moments are equal."""
+    outcomes = []
+    for name, own in (("ahead", {"max_staleness": 0}), ("synchronous", {"async_generate": False})):
+        more = {"max_steps": 4, "beta": 0.04, "policy_workers": 2, "rollout_workers": 2}
+        settings = settings_of(tiny, tmp_path / name, {**more, "per_device_train_batch_size": 4, **own})
+        outcomes.append(outcome(run(settings)))
+    assert_same(*outcomes)
 
 
 REFUSED = {

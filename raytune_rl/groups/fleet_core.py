@@ -6,23 +6,21 @@ One thread calls it, with the clock's reading at each call; it waits for nothing
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from raytune_rl.errors import RaytuneError, WorkerDiedError
-from raytune_rl.groups.dispatch import Assignment, Dispatcher, Work
+from raytune_rl.groups.dispatch import Dispatcher
 from raytune_rl.groups.elastic import Elastic
+from raytune_rl.groups.fleet_prompts import FleetPrompts, Given
+from raytune_rl.groups.fleet_rounds import Round, Rounds
 from raytune_rl.groups.members import Crew, GroupCall, Member, Reply
 from raytune_rl.groups.scaling import Demand
 from raytune_rl.protocol.tickets import (
     Burst,
-    Cancelled,
     EngineProgress,
-    Failed,
     Finished,
     FleetLoad,
     InFlight,
@@ -71,37 +69,6 @@ class _Hand:
     idle_since: float | None = None
 
 
-@dataclass
-class _Everywhere:
-    """One call on several members.
-
-    Attributes:
-        owed: Who has not answered.
-        future: Gets what is `made` of the answers of those that lived to give one.
-        patient: Whether one that is lost is waited for until it was started anew.
-    """
-
-    owed: set[int]
-    future: Future[Any]
-    made: Callable[[list[Any]], Any]
-    patient: bool = False
-    answers: list[Any] = field(default_factory=list)
-
-    def take(self, number: int, answer: Any = None) -> None:
-        """One has answered; None: it is gone."""
-        if number not in self.owed:
-            return
-        self.owed.discard(number)
-        if answer is not None:
-            self.answers.append(answer)
-        self.settle()
-
-    def settle(self) -> None:
-        """Answers, if all have."""
-        if not self.owed and not self.future.done():
-            self.future.set_result(self.made(self.answers))
-
-
 class FleetCore:
     """The state of a fleet.
 
@@ -121,13 +88,9 @@ class FleetCore:
     def __init__(self, crew: Crew, limits: Limits, post: Post, lost: Callable[[str], None]) -> None:
         self._crew, self._post, self._lost = crew, post, lost
         self._dispatcher, self._health = Dispatcher(), FleetHealth(limits)
+        self._prompts, self._rounds = FleetPrompts(self._dispatcher), Rounds()
         self._hands: dict[int, _Hand] = {}
-        self._calls: dict[int, GroupCall] = {}
-        self._since: dict[int, float] = {}
         self._version: int | None = None
-        self._everywhere: list[_Everywhere] = []
-        self._bursts = itertools.count()
-        self._fruitless = 0  # prompts in a row that no member survived
         self._idle_s = 0.0
         self._broken: Exception | None = None
 
@@ -144,26 +107,13 @@ class FleetCore:
             for call in calls:
                 call.outlet(self._broken)
             return
-        works = [_work(call) for call in calls]
-        for call in calls:
-            self._calls[call.ticket.number] = call
-            self._since[call.ticket.number] = now
-        if calls[0].together:
-            self._send(self._dispatcher.submit_burst(works), now)
-            return
-        for work in works:
-            self._dispatcher.submit(work)
-        self._dispatch(now)
+        self._send(self._prompts.submit(calls, now), now)
 
     def cancel(self, ticket: Ticket, reason: str, now: float) -> None:
         """Nobody wants a prompt any more; nothing, if it has ended."""
-        call = self._calls.pop(ticket.number, None)
-        if call is None:
-            return
-        member = self._dispatcher.cancel(ticket.number)
+        member = self._prompts.cancel(ticket, reason)
         if member is not None:
             self._hands[member].member.cancel(ticket)
-        call.outlet(Cancelled(ticket, reason))
         self._dispatch(now)
 
     def serve(
@@ -180,11 +130,10 @@ class FleetCore:
         behind = [n for n in up if self._hands[n].version != version]
         starting = [n for n in self._hands if self._status(n) is Status.STARTING]
         owed = {*behind, *(starting if every or not up else ())}
-        call = _Everywhere(owed, done, lambda updates: ServeReport.of(version, updates), patient=every)
-        self._everywhere.append(call)
+        call = Round(owed, done, lambda updates: ServeReport.of(version, updates), patient=every)
+        self._rounds.begin(call)
         for number in behind:
             self._pull(number, version, in_flight, now, call)
-        self._settle(call)
 
     def ask(self, method: str, done: Future[list[Any]], now: float) -> None:
         """Calls a method of every member; of one that is being started, once it is."""
@@ -192,8 +141,8 @@ class FleetCore:
             done.set_exception(self._broken)
             return
         there = [n for n in self._hands if self._status(n) is not Status.RETIRED]
-        call = _Everywhere(set(there), done, list)
-        self._everywhere.append(call)
+        call = Round(set(there), done, list)
+        self._rounds.begin(call)
         for number in there:
             if method in FORGET_WEIGHTS:
                 self._hands[number].version = None
@@ -202,7 +151,6 @@ class FleetCore:
                 self._with(number, reply, at, lambda answer: call.take(number, answer or True))
 
             self._hands[number].member.ask(method, self._answer(number, take))
-        self._settle(call)
 
     def resize(self, members: int, now: float) -> None:
         """As many members, of those that there can be. Who is too many finishes what it has."""
@@ -226,14 +174,13 @@ class FleetCore:
         idle_s = self._idle_s + sum(
             now - hand.idle_since for hand in self._hands.values() if hand.idle_since is not None
         )
-        first = self._dispatcher.first_waiting()
         return FleetLoad(
             self._health.count(Status.SERVING, Status.SUSPECT),
             self._health.count(Status.STARTING, Status.STALE),
             self._dispatcher.running,
             self._dispatcher.waiting,
             idle_s,
-            0.0 if first is None else now - self._since.get(first, now),
+            self._prompts.waited_s(now),
             **({} if self.elastic is None else self.elastic.told()),
         )
 
@@ -274,9 +221,7 @@ class FleetCore:
         """Nobody has this number any more."""
         self._crew.end(number)
         del self._hands[number]
-        for waited in self._everywhere:
-            waited.take(number)
-        self._tidy()
+        self._rounds.lost(number, for_good=True)
 
     # -- what members tell
 
@@ -321,7 +266,7 @@ class FleetCore:
             self._hands[number].version = version
             self._observe(number, Started(), now, pull=False)
             self._observe(number, Pulled(), now)
-            self._arrived(number, None, None)
+            self._rounds.arrived(number, None, None)
             return
         self._observe(number, Started(), now)
 
@@ -331,7 +276,7 @@ class FleetCore:
         version: int | None,
         in_flight: InFlight,
         now: float,
-        call: _Everywhere | None = None,
+        call: Round | None = None,
     ) -> None:
         self._observe(number, Pulling(), now)
 
@@ -340,21 +285,14 @@ class FleetCore:
 
         self._hands[number].member.pull(version, in_flight, self._answer(number, pulled))
 
-    def _pulled(self, number: int, update: WeightUpdate, call: _Everywhere | None, now: float) -> None:
+    def _pulled(self, number: int, update: WeightUpdate, call: Round | None, now: float) -> None:
         assert self._version is not None
         if update.version < self._version and call is None:  # there are newer ones meanwhile
             self._pull(number, None, "drain", now)
             return
         self._hands[number].version = update.version
         self._observe(number, Pulled(), now)
-        self._arrived(number, update, call)
-
-    def _arrived(self, number: int, update: WeightUpdate | None, call: _Everywhere | None) -> None:
-        """A member serves: whoever waits for that goes on."""
-        for one in self._everywhere:
-            if one is call or one.patient:
-                one.take(number, update)
-        self._tidy()
+        self._rounds.arrived(number, update, call)
 
     # -- what follows
 
@@ -405,13 +343,8 @@ class FleetCore:
         loss = self._dispatcher.lost(number)
         then = "It is started anew" if self.elastic is None else "Another is asked for"
         self._lost(f"{lost.reason.rstrip('.')}. {then}, and its work is done again.")
-        for ticket in loss.quarantined:
-            self._fruitless += 1
-            call = self._calls.pop(ticket)
-            who = f"prompt {call.request.row}"
-            reason = f"{who} is given up: its engine was lost each time that it was asked. {lost.reason}"
-            call.outlet(Failed(call.ticket, reason))
-        if self._fruitless >= ATTEMPTS:
+        self._prompts.give_up(loss.quarantined, lost.reason)
+        if self._prompts.fruitless >= ATTEMPTS:
             self.fail(WorkerDiedError(f"{lost.reason}\nNo engine survived {ATTEMPTS} prompts in a row."))
             return
         if self.elastic is not None:
@@ -424,34 +357,20 @@ class FleetCore:
             self.fail(WorkerDiedError(f"{lost.reason}\nIt was lost {ATTEMPTS} times before it served."))
             return
         self._join(number, self._crew.restart(number), failed_starts, now)
-        for waited in self._everywhere:
-            if not waited.patient:
-                waited.take(number)
-        self._tidy()
+        self._rounds.lost(number, for_good=False)
         self._dispatch(now)
 
     def _dispatch(self, now: float) -> None:
-        self._send(self._dispatcher.assign(), now)
+        self._send(self._prompts.assign(), now)
 
-    def _send(self, assigned: Sequence[Assignment], now: float) -> None:
-        together: defaultdict[int, list[GroupCall]] = defaultdict(list)
-        for one in assigned:
-            call = self._calls[one.ticket]
-            self._note_idle(one.member, now, idle=False)
-            if call.together:
-                together[one.member].append(call)
-            else:
-                self._run(one.member, call, None)
-        for member, calls in together.items():
-            name = f"burst {next(self._bursts)}"
-            for index, call in enumerate(calls):
-                self._run(member, call, Burst(name, len(calls), index))
+    def _send(self, prompts: Sequence[Given], now: float) -> None:
+        for given in prompts:
+            self._note_idle(given.member, now, idle=False)
+            self._run(given.member, given.call, given.burst)
 
     def _run(self, number: int, call: GroupCall, burst: Burst | None) -> None:
-        ticket = call.ticket.number
-
         def answered(reply: Reply, at: float) -> None:
-            if self._calls.get(ticket) is call and self._dispatcher.holder(ticket) == number:
+            if self._prompts.is_with(number, call):
                 self._answered(number, call, reply, at)
 
         self._hands[number].member.run_group(call, burst, self._answer(number, answered))
@@ -465,14 +384,10 @@ class FleetCore:
             return
         except RaytuneError as error:
             outcome = error
-        self._fruitless = 0
-        del self._calls[call.ticket.number]
-        self._since.pop(call.ticket.number, None)
-        self._dispatcher.done(call.ticket.number)
+        self._prompts.ended(call, outcome)
         if not self._dispatcher.held_by(number):
             self._note_idle(number, now, idle=True)
             self._leave_if_done(number, now)
-        call.outlet(outcome)
         self._dispatch(now)
 
     def _leave_if_done(self, number: int, now: float) -> None:
@@ -491,26 +406,8 @@ class FleetCore:
             self._idle_s += now - hand.idle_since
         hand.idle_since = now if idle else None
 
-    def _settle(self, call: _Everywhere) -> None:
-        call.settle()
-        self._tidy()
-
-    def _tidy(self) -> None:
-        self._everywhere = [call for call in self._everywhere if call.owed]
-
     def fail(self, error: Exception) -> None:
         """The fleet cannot go on: whoever waits for it is told."""
         self._broken = error
-        for outlet in {id(call.outlet): call.outlet for call in self._calls.values()}.values():
-            outlet(error)
-        self._calls.clear()
-        for waited in self._everywhere:
-            if not waited.future.done():
-                waited.future.set_exception(error)
-        self._everywhere.clear()
-
-
-def _work(call: GroupCall) -> Work:
-    sequences = len(call.request.seeds)
-    prompt = int(call.prompts.lengths[call.request.row])
-    return Work(call.ticket.number, sequences, sequences * (prompt + call.sampling.max_tokens))
+        self._prompts.fail(error)
+        self._rounds.fail(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Demonstrations:
     count: int
     seed: int
     shuffle: bool
+    _shown_before: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
 
     def due(self, generation: int) -> bool:
         """Whether this generation is one of them: the same in every run of the seed."""
@@ -61,7 +62,10 @@ class Demonstrations:
 
     def of(self, generation: int, version: int) -> Experience:
         """The rows of a generation as trajectories; rewards are 0, as nobody asks for any."""
-        start = self.count * sum(self.due(earlier) for earlier in range(generation))
+        shown = self._shown_before  # by generation, as far as it was counted
+        while len(shown) <= generation:
+            shown.append(shown[-1] + self.due(len(shown) - 1))
+        start = self.count * shown[generation]
         chosen = stretch(len(self.rows), start, self.count, self.seed, self.shuffle)
         batch = [
             Trajectory(

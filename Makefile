@@ -68,7 +68,7 @@ learning: setup ## a tiny teacher teaches tiny students on the whole stack: sums
 	$(BIN)/python -m pytest -s -m learning tests/learning
 
 variants: setup ## every way of sampling ahead, a run each: prompts counted, tokens against their own weights (20 minutes)
-	$(BIN)/python -m pytest -m variants tests/cluster/test_async_variants.py
+	$(BIN)/python -m pytest -m variants tests/cluster
 
 test-gpu: setup ## the tests that need a GPU, and what it does: tokens a second, MFU, memory (EXTRA=gpu)
 	$(BIN)/python -m pytest tests/gpu

@@ -240,7 +240,9 @@ class RolloutFleet:
         return self._fleet.serve(version, in_flight, every=False)
 
     def pull(self, version: int) -> float:
-        """Every member serves a version, also one that is being started; the longest pull, seconds."""
+        """Every member serves a version, also one that is being started anew in its place; the longest pull,
+        seconds.
+        """
         return self._fleet.serve(version, "drain", every=True).seconds
 
     def load(self) -> FleetLoad:

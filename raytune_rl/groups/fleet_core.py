@@ -120,7 +120,7 @@ class FleetCore:
         self, version: int, in_flight: InFlight, every: bool, done: Future[ServeReport], now: float
     ) -> None:
         """All members serve a version; who does already is not asked. `every`: those that are being started
-        are waited for, too.
+        are waited for, too, unless members come and go: then a new one costs the others no time.
         """
         if self._broken is not None:
             done.set_exception(self._broken)
@@ -129,8 +129,9 @@ class FleetCore:
         up = [n for n in self._hands if self._status(n) in UP]
         behind = [n for n in up if self._hands[n].version != version]
         starting = [n for n in self._hands if self._status(n) is Status.STARTING]
-        owed = {*behind, *(starting if every or not up else ())}
-        call = Round(owed, done, lambda updates: ServeReport.of(version, updates), patient=every)
+        patient = every and self.elastic is None
+        owed = {*behind, *(starting if patient or not up else ())}
+        call = Round(owed, done, lambda updates: ServeReport.of(version, updates), patient=patient)
         self._rounds.begin(call)
         for number in behind:
             self._pull(number, version, in_flight, now, call)

@@ -387,6 +387,7 @@ class OnlineRun:
             gap = step.metrics.get("rollout_correction/logp_abs_diff_max", 0.0)
             self.state.max_gap = max(self.state.max_gap, gap)
         counters = report.step_metrics(run, step, self.schedule.steps_per_epoch)
+        counters["weight_store(GiB)"] = self.published.nbytes / 2**30
         if self.state.lost_workers:
             counters["lost_workers"] = float(self.state.lost_workers.total())
         if self.actors.sizes.elastic is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SMOOTHING = 0.9
 # These are settings or running averages, not noisy measurements: a smoothed learning rate would be a wrong
 # one.
-_EXACT = {"learning_rate", "epoch", "memory(GiB)", "train_speed(s/it)"}
+_EXACT = {"learning_rate", "epoch", "memory(GiB)", "weight_store(GiB)", "train_speed(s/it)"}
 _SECONDS = ("profiling/", "step_time")
 _RAW, _SMOOTH, _HELD_OUT = "#9dbfe0", "#1f5a96", "#c2571a"
 

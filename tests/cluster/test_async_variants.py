@@ -34,6 +34,8 @@ from tests.faults.runs import assert_same, outcome
 
 pytestmark = [pytest.mark.cluster, pytest.mark.variants, pytest.mark.timeout(400)]
 PLUGIN = """
+import time
+
 from swift.rewards import ORM, orms
 from swift.plugin.multi_turn import MultiTurnScheduler, multi_turns
 
@@ -45,6 +47,12 @@ class Odd(ORM):
     def __call__(self, completions, **kwargs):
         return [float(len(text) % 2) for text in completions]
 
+class Slow(ORM):
+    def __call__(self, completions, trainer_state, **kwargs):
+        if trainer_state.global_step >= 8:
+            time.sleep(7)
+        return [0.0 for _ in completions]
+
 class Echo(MultiTurnScheduler):
     def step(self, infer_request, response_choice, current_turn):
         said = infer_request.data_dict["solution"]
@@ -53,6 +61,7 @@ class Echo(MultiTurnScheduler):
 
 orms["digits"] = Digits
 orms["odd"] = Odd
+orms["slow"] = Slow
 multi_turns["echo"] = Echo
 """
 TEMPERATURE = 0.9

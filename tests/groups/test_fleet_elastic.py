@@ -78,6 +78,22 @@ def test_it_grows_while_prompts_wait_and_new_members_pull_before_they_serve() ->
     assert growing.fleet.ended() == Counter({("Finished", t.number): 1 for t in tickets})
 
 
+def test_new_weights_wait_for_no_member_that_is_still_being_started() -> None:
+    """Those that serve go on with the work; the new one pulls the newest once it is up."""
+    growing = Growing()
+    growing.fleet.ask(12)
+    growing.fleet.wait(7, alive=[0])
+    assert [growing.fleet[n].asked for n in (1, 2)] == [["ping"], ["ping"]]
+    done: Future[ServeReport] = Future()
+    growing.fleet.core.serve(1, "keep", True, done, growing.fleet.now)
+    growing.fleet[0].pulled(1)
+    growing.fleet.settle()
+    assert done.result(0).members == 1
+    growing.version = 1
+    growing.go_on(2)
+    assert [growing.fleet[n].version for n in growing.serving()] == [1, 1, 1]
+
+
 def test_it_shrinks_when_members_idle_and_gives_their_places_back() -> None:
     growing = Growing()
     growing.fleet.ask(12)

@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.variants, pytest.mark.timeout(550
 STEPS = 12
 ELASTIC = {
     **LONG,
+    "max_completion_length": 160,
     "rollout_workers": "1:2",
     "rollout_grow_after": 1.0,
     "rollout_shrink_after": 4.0,

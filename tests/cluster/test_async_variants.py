@@ -65,7 +65,7 @@ orms["slow"] = Slow
 multi_turns["echo"] = Echo
 """
 TEMPERATURE = 0.9
-LONG = {"max_completion_length": 160, "vllm_max_num_seqs": 4}
+LONG = {"max_completion_length": 64, "vllm_max_num_seqs": 4}
 """Completions that take longer than a training step, so that weights arrive while they are half written."""
 LORA = {"train_type": "lora", "lora_rank": 4, "learning_rate": 1e-3}
 

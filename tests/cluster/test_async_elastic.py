@@ -21,7 +21,7 @@ import ray
 from raytune_rl.groups.members import RolloutMember
 from raytune_rl.pipelines.lifecycle import RunResult
 from tests.cluster.conftest import Tiny
-from tests.cluster.test_async_variants import LONG, completions, run, settings_of
+from tests.cluster.test_async_variants import LONG, completions, prompt_of, run, settings_of
 from tests.cluster.test_online import log_lines, steps
 
 pytestmark = [pytest.mark.cluster, pytest.mark.variants, pytest.mark.timeout(550)]
@@ -45,7 +45,7 @@ def assert_each_prompt_once(run_dir: Path, last_line: dict[str, Any], all_steps:
     """Eight completions a step, no prompt twice, all accounted for."""
     rows = completions(run_dir)
     assert Counter(row["step"] for row in rows) == dict.fromkeys(range(1, all_steps + 1), 8)
-    assert set(Counter(row["prompt"] for row in rows).values()) == {group}
+    assert set(Counter(map(prompt_of, rows)).values()) == {group}
     prompts = last_line["prompts"]
     total = all_steps * 8 // group
     assert (prompts["dispatched"], prompts["finished"], prompts["unaccounted"]) == (total, total, 0)

@@ -167,6 +167,11 @@ def completions(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
 
 
+def prompt_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells a completion's prompt from others: its text, and its pictures."""
+    return row["prompt"], *row.get("media", ())
+
+
 @dataclass(frozen=True)
 class Row:
     """A completion that was trained on; log-probs and versions of its sampled tokens."""

@@ -29,11 +29,13 @@ class Work:
         ticket: Its number.
         sequences: Completions.
         tokens: Expected in all of them, prompts included.
+        at_once: A member takes it however much it has.
     """
 
     ticket: int
     sequences: int
     tokens: int
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +266,8 @@ class Dispatcher:
     def _fits(self, member: _Member, entry: _Entry) -> bool:
         if member.apart:
             return False
-        return not member.held or member.sequences + entry.work.sequences <= member.bound
+        work = entry.work
+        return work.at_once or not member.held or member.sequences + work.sequences <= member.bound
 
     def _place_for_lost(self, entry: _Entry) -> int | None:
         """A member for a prompt that was lost: not the one that lost it, unless there is no other."""

@@ -110,12 +110,13 @@ class RolloutFleet:
         *,
         evaluation: bool = False,
         version: int | None = None,
+        at_once: bool = False,
     ) -> list[Ticket]:
         """Asks prompts at once: spread over the engines the same way each time, and each engine begins its
         part in one step, so that the digits are the same each time. With a `version`, an engine that serves
-        another one refuses.
+        another one refuses. With `at_once` it takes its part however much it has.
         """
-        return self._submit(requests, prompts, evaluation, version, together=True)
+        return self._submit(requests, prompts, evaluation, version, together=True, at_once=at_once)
 
     def completed(self, timeout_s: float) -> Iterator[Outcome]:
         """Yields the ends of tickets as they come, each once. Returns when none is out any more, or when
@@ -148,6 +149,7 @@ class RolloutFleet:
         batch: int,
         *,
         evaluation: bool = False,
+        at_once: bool = False,
     ) -> list[Trajectory]:
         """Samples `completions` completions of each prompt, the prompts spread over the engines; waits.
 
@@ -158,6 +160,7 @@ class RolloutFleet:
             version: The weights to sample with.
             batch: Number of the batch in the run, for the seeds.
             evaluation: Draw them as in evaluation.
+            at_once: Each engine takes its part beside whatever it has.
 
         Returns:
             Trajectories in the order of `rows`, those of one prompt together.
@@ -178,7 +181,7 @@ class RolloutFleet:
         )
         self.pull(version)  # a member that is being started has its part
         requests = self.requests(rows, completions, batch)
-        tickets = own.submit_burst(requests, prompts, evaluation=evaluation, version=version)
+        tickets = own.submit_burst(requests, prompts, evaluation=evaluation, version=version, at_once=at_once)
         done: dict[Ticket, tuple[Trajectory, ...]] = {}
         for outcome in own.each(self._timeout_s):
             if not isinstance(outcome, Finished):
@@ -218,12 +221,21 @@ class RolloutFleet:
         version: int | None,
         *,
         together: bool,
+        at_once: bool = False,
     ) -> list[Ticket]:
         sampling = self._evaluation if evaluation else self._sampling
         outlet = self._ended.put
         calls = [
             GroupCall(
-                Ticket(next(_TICKETS)), one, prompts, sampling, version, self._multi_turn, together, outlet
+                Ticket(next(_TICKETS)),
+                one,
+                prompts,
+                sampling,
+                version,
+                self._multi_turn,
+                together,
+                outlet,
+                at_once,
             )
             for one in requests
         ]

@@ -126,4 +126,5 @@ class FleetPrompts:
 def _work(call: GroupCall) -> Work:
     sequences = len(call.request.seeds)
     prompt = int(call.prompts.lengths[call.request.row])
-    return Work(call.ticket.number, sequences, sequences * (prompt + call.sampling.max_tokens))
+    tokens = sequences * (prompt + call.sampling.max_tokens)
+    return Work(call.ticket.number, sequences, tokens, call.at_once)

@@ -39,6 +39,7 @@ class GroupCall:
         multi_turn: Whether a scheduler answers the model.
         together: Whether what a member is given at once begins in the same step.
         outlet: Told the outcome, or an error that ends the run.
+        at_once: A member takes it however much it has.
     """
 
     ticket: Ticket
@@ -49,6 +50,7 @@ class GroupCall:
     multi_turn: bool
     together: bool
     outlet: Callable[[Outcome | Exception], None]
+    at_once: bool = False
 
 
 class Member(Protocol):

@@ -102,8 +102,7 @@ class AheadCollector:
             self._served = version
 
     def ready(self) -> None:
-        """The engines are awake, serve the present weights, and nothing is in flight."""
-        self.settle()
+        """The engines are awake and serve the present weights. What is in flight stays so."""
         self._wake()
 
     def ask_ahead(self, progress: TrainerState) -> None:

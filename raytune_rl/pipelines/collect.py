@@ -61,7 +61,7 @@ class Collects(Protocol):
         """The engines serve new weights."""
 
     def ready(self) -> None:
-        """The engines are awake, serve the present weights, and nothing is in flight."""
+        """The engines are awake and serve the present weights."""
 
     def ask_ahead(self, progress: TrainerState) -> None:
         """Asks for what may be sampled before it is needed."""

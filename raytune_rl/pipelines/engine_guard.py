@@ -118,7 +118,9 @@ class EngineGuard:
         prompts: One of these, the shortest, is the probe.
         on_gpu: Decides the dtype.
         restarts: How many engines were started anew so far.
-        ready: Makes the engines awake and idle, under the present weights.
+        ready: Makes the engines awake, under the present weights.
+        beside: Whether the proof is made beside other prompts in flight, which then go on; else nothing is,
+            and what follows is computed as if there had been no proof.
         say: Tells the user a sentence.
     """
 
@@ -130,6 +132,7 @@ class EngineGuard:
         on_gpu: bool,
         restarts: Callable[[], int],
         ready: Callable[[], None],
+        beside: bool,
         say: Callable[[str], None],
     ) -> None:
         self._config = config
@@ -138,7 +141,7 @@ class EngineGuard:
         self._limit = gap_limit(config, on_gpu)
         self._watch = GapWatch(watched_limit(config, on_gpu), say)
         self._dtype = specs.dtype(config, on_gpu)
-        self._restarts, self._ready = restarts, ready
+        self._restarts, self._ready, self._beside = restarts, ready, beside
         self._proven = 0
         self._versions: set[int] = set()
 
@@ -174,10 +177,11 @@ class EngineGuard:
         rows = [int(np.argmin(self._prompts.lengths))] * groups.rollout.engines
         probe = groups.rollout.plain(TOKENS)
         batch: list[Trajectory] = probe.generate(
-            self._prompts, rows, COMPLETIONS, version, EVALUATION + 1 + attempt
+            self._prompts, rows, COMPLETIONS, version, EVALUATION + 1 + attempt, at_once=self._beside
         )
-        # Else the batch would be computed from what is kept of the probe, in other last digits.
-        groups.rollout.forget_prompts()
+        if not self._beside:
+            # Else the batch would be computed from what is kept of the probe, in other last digits.
+            groups.rollout.forget_prompts()
         groups.gpu_sharing.to_policy()
         probed = batch_of(batch)
         own = groups.policy.logprobs(probed).columns

@@ -264,8 +264,9 @@ class OnlineRun:
             """Engines that were started so far, but for the first."""
             return state.lost_workers["rollout"] + (actors.rollout.load().joined if elastic else 0)
 
+        ready, ahead = self.collector.ready, resolved.max_staleness(config) > 0
         self.guard = EngineGuard(
-            config, actors, prompts, actors.sizes.on_gpu, restarts, self.collector.ready, run.say
+            config, actors, prompts, actors.sizes.on_gpu, restarts, ready, ahead, run.say
         )
         self.version = -1
 

@@ -329,3 +329,17 @@ def events_of(members: int, prompts: int) -> int:
 
 def test_a_prompt_costs_the_same_among_ten_members_and_a_thousand() -> None:
     assert events_of(1000, 300) <= 1.5 * events_of(10, 100)
+
+
+def test_what_cannot_wait_goes_to_each_member_however_much_it_has() -> None:
+    dispatcher = filled([4, 4])
+    for work in works(4):
+        dispatcher.submit(work)
+    assert len(dispatcher.assign()) == 2
+    assert dispatcher.submit_burst(works(2, first=4)) == [], "they are full"
+    probes = [Work(number, 4, 400, at_once=True) for number in (6, 7)]
+    assert dispatcher.submit_burst(probes) == [Assignment(6, 0), Assignment(7, 1)]
+    assert dispatcher.waiting == 4
+    for number in (6, 7):
+        dispatcher.done(number)
+    assert dispatcher.assign() == [], "they are as full as before"

@@ -125,6 +125,7 @@ class FakeRollout:
         batch: int,
         *,
         evaluation: bool = False,
+        at_once: bool = False,
     ) -> list[Trajectory]:
         """Completions of prompts."""
         assert version == self.loaded[0], f"asked for version {version}, the engines have {self.loaded[0]}"

@@ -27,6 +27,7 @@ from raytune_rl.pipelines.lifecycle import RunResult
 from raytune_rl.protocol.columns import Ragged
 from raytune_rl.protocol.model import TunerSettings
 from tests.cluster.conftest import Tiny
+from tests.faults.runs import without_clocks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 # A random model answers nothing right; it does write some digits, more in one completion than in another.
@@ -239,9 +240,7 @@ def test_resume_is_exact_and_asynchrony_without_staleness_is_the_synchronous_loo
     again = steps(resumed)
     assert sorted(again) == [1, 2, 3, 4]
     for step in (3, 4):
-        for name in ("loss", "grad_norm", "reward", "kl", "completions/mean_length", "learning_rate"):
-            assert again[step][name] == whole[step][name], (step, name)
-        assert again[step].keys() == whole[step].keys(), "the log has the same lines"
+        assert without_clocks(again[step]) == without_clocks(whole[step])
     rows = (resumed.run_dir / "completions.jsonl").read_text()
     assert rows == rows_before
     assert [json.loads(row)["step"] for row in rows.splitlines()] == [

@@ -94,7 +94,9 @@ class DataOptions(IdentityOptions):
     )
     dataset_shuffle: bool = _setting(True, "Shuffle the training rows anew in each epoch.")
     data_seed: int = _setting(42, "Seed of the order of rows and of every draw from the data.", ge=0)
-    dataset_num_proc: int = _setting(1, "Processes that encode rows.", ge=1)
+    dataset_num_proc: int = _setting(
+        1, "Processes that encode rows, once one has been at it for some seconds.", ge=1
+    )
     load_from_cache_file: bool = _setting(
         True,
         "SFT and preferences: take from disk what an earlier run encoded of the same files, model and "

@@ -359,9 +359,9 @@ def run_job(
         raise ConfigError(f"max_length is {job.max_length}; it must be at least 1")
     if job.truncation not in ("delete", "left", "right", "error"):
         raise ConfigError(f"truncation_strategy is {job.truncation!r}; it is delete, left, right or error")
-    # A medium costs as much as hundreds of texts: small chunks, and processes sooner.
+    # A medium costs as much as hundreds of texts: small chunks.
     shows = job.media is not None and any(example.has_media for example in islice(examples, _LOOKED_AT))
-    heavy = {"chunk_rows": 16, "parallel_from": 64} if shows else {}
+    heavy = {"chunk_rows": 16} if shows else {}
     results = map_chunks(encode_chunk, job, examples, num_proc=num_proc, progress=progress, **heavy)
     for number, result in enumerate(results):
         if not isinstance(result, Failure):

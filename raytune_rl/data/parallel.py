@@ -5,17 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 CHUNK_ROWS = 512
-#: Below this many items starting processes takes longer than the work.
-PARALLEL_FROM = 4096
+#: Seconds that this process works alone at first: about what others take to start, as each imports everything
+#: anew. So they are not started for less work than they cost, and work that is long takes little longer.
+ALONE_S = 6.0
 #: Chunks that are under way at once for each process, so that none waits for the reader.
 AHEAD = 2
 
@@ -29,7 +32,7 @@ def map_chunks(
     *,
     num_proc: int = 1,
     progress: Callable[[int], None] | None = None,
-    parallel_from: int | None = None,
+    alone_s: float | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Iterator[R]:
     """The results of `function(shared, chunk)` over all chunks of the items, one by one and in their order
@@ -39,23 +42,34 @@ def map_chunks(
         function: A module-level function that returns one result an item.
         shared: What every call needs (a tokenizer), sent to each process once.
         items: The work; read chunk by chunk.
-        num_proc: Processes; 1 works in this one.
+        num_proc: Processes; 1 works in this one. More are started once this one has worked for `alone_s`.
         progress: Called with the number of items of each finished chunk.
-        parallel_from: Fewer items than this are done in this process; `PARALLEL_FROM` unless given.
+        alone_s: Seconds; `ALONE_S` unless given.
         chunk_rows: Items a call.
     """
     chunks = (list(items[start : start + chunk_rows]) for start in range(0, len(items), chunk_rows))
-    threshold = PARALLEL_FROM if parallel_from is None else parallel_from
-    alone = num_proc <= 1 or len(items) < threshold
-    done = (
-        (function(shared, chunk) for chunk in chunks)
-        if alone
-        else _spread(function, shared, chunks, num_proc)
-    )
-    for results in done:
+    for results in _done(function, shared, chunks, num_proc, ALONE_S if alone_s is None else alone_s):
         yield from results
         if progress is not None:
             progress(len(results))
+
+
+def _done(
+    function: Callable[[Any, Sequence[T]], list[R]],
+    shared: Any,
+    chunks: Iterator[list[T]],
+    num_proc: int,
+    alone_s: float,
+) -> Iterator[list[R]]:
+    spent = 0.0
+    for chunk in chunks:
+        if num_proc > 1 and spent >= alone_s:
+            yield from _spread(function, shared, chain([chunk], chunks), num_proc)
+            return
+        began = time.perf_counter()
+        results = function(shared, chunk)
+        spent += time.perf_counter() - began
+        yield results
 
 
 def _spread(

@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -282,13 +283,25 @@ def _lengths(shared, chunk):
 def test_processes_return_results_in_order():
     items = ["x" * (i % 7) for i in range(2000)]
     done = []
-    result = map_chunks(_lengths, 10, items, num_proc=2, parallel_from=0, progress=done.append)
+    result = map_chunks(_lengths, 10, items, num_proc=2, alone_s=0, progress=done.append)
     assert list(result) == [10 + i % 7 for i in range(2000)]
     assert sum(done) == 2000
 
 
+def _who(shared, chunk):
+    return [os.getpid() for _ in chunk]
+
+
+def test_processes_are_started_once_one_has_worked_for_a_while():
+    assert set(map_chunks(_who, None, range(2000), num_proc=2)) == {os.getpid()}
+    others = set(map_chunks(_who, None, range(2000), num_proc=2, alone_s=0))
+    assert os.getpid() not in others
+    first, *_, last = map_chunks(_who, None, range(2000), num_proc=2, alone_s=1e-9)
+    assert (first == os.getpid(), last == os.getpid()) == (True, False)
+
+
 def test_encoding_does_not_depend_on_the_number_of_processes(chatml, monkeypatch):
-    monkeypatch.setattr("raytune_rl.data.parallel.PARALLEL_FROM", 0)
+    monkeypatch.setattr("raytune_rl.data.parallel.ALONE_S", 0)
     rows = [
         example(Message("user", f"question {i}"), Message("assistant", f"answer {i}")) for i in range(1100)
     ]

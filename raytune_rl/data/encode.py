@@ -277,7 +277,8 @@ class RowWriter:
         """Adds what example `number` has become, one row or several."""
         self._index.append(number)
         self.cut += any(row.cut for row in rows)
-        self._unwritten.update({key for row in rows for key in row.unwritten})
+        if unwritten := {key for row in rows for key in row.unwritten}:
+            self._unwritten.update(unwritten)
         if len(rows) > 1:
             self._shared.extend([common_prefix([row.tokens for row in rows])] * len(rows))
         for row in rows:

@@ -92,8 +92,9 @@ class Converter:
             messages, added = place_tags(messages, modality, len(refs))
             if added:
                 self.notices[f"rows had {modality} but no {TAGS[modality]} tag; tags were put first"] += 1
-        self.notices.update(parsed.notices)
-        self.notices.update(f"rows whose {what}, which nothing uses" for what in parsed.conversation.unused)
+        said = [*parsed.notices, *(f"rows whose {u}, which nothing uses" for u in parsed.conversation.unused)]
+        if said:
+            self.notices.update(said)
         rejected: tuple[Message, ...] = ()
         label = None
         if self._task == "pairs":

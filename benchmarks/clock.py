@@ -80,9 +80,18 @@ def _look(process: psutil.Process) -> tuple[str, float] | None:
         spent, words = process.cpu_times(), process.cmdline()
     except psutil.Error:
         return None
+    return _name(words), sum(spent[:4])
+
+
+def _name(words: list[str]) -> str:
+    """What a process calls itself, or its program's file."""
     title = words[0] if words else ""
-    name = title.partition(".")[0] if title.startswith(RAY) else title.rpartition("/")[2]
-    return name, sum(spent[:4])
+    if title.startswith(RAY):
+        return title.partition(".")[0]
+    name = title.rpartition("/")[2]
+    if not name.startswith("python") or "-c" in words[1:2]:
+        return name
+    return next((word.rpartition("/")[2] for word in words[1:] if not word.startswith("-")), name)
 
 
 @contextmanager

@@ -302,6 +302,8 @@ class VllmEngine:
             include_stop_str_in_output=True,
             seed=seed,
             logprobs=0,
+            # Numbers in a few lists instead of a dictionary and an object for every token.
+            flat_logprobs=True,
             # Text is only needed while sampling to look for stop words; otherwise it is decoded once at the
             # end.
             detokenize=bool(sampling.stop_words),
@@ -335,9 +337,9 @@ class VllmEngine:
 def to_sampled(output: Any) -> Sampled:
     """Reads a finished output of vLLM (text and versions are filled in by the caller)."""
     tokens = np.asarray(output.token_ids, dtype=np.int32)
-    logprobs = np.asarray(
-        [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)],
-        dtype=np.float32,
-    )
+    flat = output.logprobs
+    # Of each place the first is the sampled token's.
+    logprobs = np.asarray(flat.logprobs, dtype=np.float32)[flat.start_indices]
+    assert len(logprobs) == len(tokens), "vLLM gave another number of log-probs than of tokens"
     reason = output.finish_reason or "abort"
     return Sampled(tokens, logprobs, output.text or "", reason, np.zeros(0, np.int32))

@@ -133,7 +133,9 @@ def _encoded_prompts(
         extra = {**encoded.extra, **conversations([examples[i] for i in encoded.index])}
         account = replace(_account(report, encoded, facts, left_out), columns=tuple(extra))
         if TEACHER_PROMPT in extra and not config.has_teachers:
-            idle = f"the column {TEACHER_PROMPT!r} does nothing: there is no --teacher_model"
+            idle = (
+                f"the column {TEACHER_PROMPT!r} does nothing: there is no --teacher_model; --model can be one"
+            )
             account = replace(account, notices=(*account.notices, idle))
         values = {}
         if taught is not None:

@@ -117,7 +117,10 @@ def test_a_column_that_nobody_reads_is_said(tmp_path: Path) -> None:
     (_, account, values), columns, _, _ = prepared(tmp_path)
     assert "teacher_prompt" not in columns
     assert not values
-    assert "the column 'teacher_prompt' does nothing: there is no --teacher_model" in account.notices
+    assert (
+        "the column 'teacher_prompt' does nothing: there is no --teacher_model; --model can be one"
+        in account.notices
+    )
 
 
 def test_answers_of_the_data_have_no_other_prompt(tmp_path: Path) -> None:

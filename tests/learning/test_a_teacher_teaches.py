@@ -164,7 +164,7 @@ def test_itself_by_what_only_the_teacher_sees(tmp_path: Path) -> None:
         max_completion_length=20,
         learning_rate=4e-3,
         warmup_steps=5,
-        max_steps=90,
+        max_steps=130,
     )
     check(result, lines, teacher)
 

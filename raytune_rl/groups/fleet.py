@@ -160,7 +160,7 @@ class RolloutFleet:
             version: The weights to sample with.
             batch: Number of the batch in the run, for the seeds.
             evaluation: Draw them as in evaluation.
-            at_once: Each engine takes its part beside whatever it has.
+            at_once: Each engine that serves takes its part beside whatever it has.
 
         Returns:
             Trajectories in the order of `rows`, those of one prompt together.
@@ -179,7 +179,10 @@ class RolloutFleet:
             multi_turn=self._multi_turn,
             timeout_s=self._timeout_s,
         )
-        self.pull(version)  # a member that is being started has its part
+        if at_once:
+            self.serve(version)
+        else:
+            self.pull(version)  # a member that is being started has its part
         requests = self.requests(rows, completions, batch)
         tickets = own.submit_burst(requests, prompts, evaluation=evaluation, version=version, at_once=at_once)
         done: dict[Ticket, tuple[Trajectory, ...]] = {}

@@ -92,6 +92,7 @@ class FleetCore:
         self._hands: dict[int, _Hand] = {}
         self._version: int | None = None
         self._idle_s = 0.0
+        self._admitted = 0
         self._broken: Exception | None = None
 
     # -- what the controller asks for
@@ -183,6 +184,7 @@ class FleetCore:
             idle_s,
             self._prompts.waited_s(now),
             **({} if self.elastic is None else self.elastic.told()),
+            admitted=self._admitted,
         )
 
     def tick(self, now: float) -> None:
@@ -314,6 +316,7 @@ class FleetCore:
                 case Admit():
                     hand = self._hands[number]
                     hand.failed_starts, hand.idle_since = 0, now
+                    self._admitted += 1
                     self._dispatcher.add(number, hand.bound)
                     if self.elastic is not None:
                         self.elastic.served(number, now)

@@ -258,13 +258,15 @@ class OnlineRun:
                 config, actors, prompts, each, state, self.credit, scoring, outside, demonstrations
             )
         self.generation_log = GenerationLog(config, self.credit, run.completions, prompts, state, run.say)
-        elastic = actors.sizes.elastic is not None
+        ahead = resolved.max_staleness(config) > 0
+        new_as_they_come = ahead or actors.sizes.elastic is not None
 
         def restarts() -> int:
-            """Engines that were started so far, but for the first."""
-            return state.lost_workers["rollout"] + (actors.rollout.load().joined if elastic else 0)
+            """A number that rises with each engine that is started: once it serves, where nobody waits for
+            it; else as soon as it is to be."""
+            return actors.rollout.load().admitted if new_as_they_come else state.lost_workers["rollout"]
 
-        ready, ahead = self.collector.ready, resolved.max_staleness(config) > 0
+        ready = self.collector.ready
         self.guard = EngineGuard(
             config, actors, prompts, actors.sizes.on_gpu, restarts, ready, ahead, run.say
         )

@@ -149,6 +149,7 @@ class FleetLoad:
         unplaced: Members that were asked for and have no place yet, where members come and go.
         joined, left, lost: Members that came to serve, that went because nothing was to do or their node was
             to leave, and that were lost, since the start.
+        admitted: How often a member came to serve, whether new or started anew, since the start.
     """
 
     members: int
@@ -161,3 +162,4 @@ class FleetLoad:
     joined: int = 0
     left: int = 0
     lost: int = 0
+    admitted: int = 0

@@ -76,8 +76,10 @@ def test_a_lost_members_work_goes_to_the_others_and_it_serves_again_after_a_pull
     fleet.settle()
     fleet.ask(1)
     assert fleet.held()[0] == [], "it has no weights"
+    assert fleet.core.load(fleet.now).admitted == 2
     fleet[0].pulled(7)  # the newest
     fleet.settle()
+    assert fleet.core.load(fleet.now).admitted == 3
     assert fleet.held()[0] == [4]
     for number in (0, 1):
         fleet[number].finish()
@@ -313,10 +315,10 @@ def test_a_fleet_shrinks_and_grows_while_it_works() -> None:
 def test_load_counts_members_prompts_and_idle_seconds() -> None:
     fleet = Fleet.serving(2, at_once=1)
     fleet.now = 3.0
-    assert fleet.core.load(3.0) == FleetLoad(2, 0, 0, 0, 6.0, 0.0)
+    assert fleet.core.load(3.0) == FleetLoad(2, 0, 0, 0, 6.0, 0.0, admitted=2)
     fleet.ask(7, completions=3)
     fleet.now = 5.0
-    assert fleet.core.load(5.0) == FleetLoad(2, 0, 6, 1, 6.0, 2.0)
+    assert fleet.core.load(5.0) == FleetLoad(2, 0, 6, 1, 6.0, 2.0, admitted=2)
     fleet[0].finish()
     fleet[1].finish()
     fleet.settle()

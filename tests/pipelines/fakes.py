@@ -179,12 +179,14 @@ class FakeFleet(FakeRollout):
     Attributes:
         script: Says how long.
         asked: Training prompts that were ever asked: row and seeds.
+        admitted: How often an engine came to serve.
     """
 
     def __init__(self, stage: Stage, script: Script = lambda row, seeds: 1.0) -> None:
         super().__init__(stage)
         self.script = script
         self.asked: list[tuple[int, tuple[int, ...]]] = []
+        self.admitted = 1
         self._flying: dict[Ticket, _Asked] = {}
         self._tickets = 0
 
@@ -265,7 +267,7 @@ class FakeFleet(FakeRollout):
 
     def load(self) -> FleetLoad:
         """How busy they are."""
-        return FleetLoad(1, 0, len(self._flying), 0, 0.0, 0.0)
+        return FleetLoad(1, 0, len(self._flying), 0, 0.0, 0.0, admitted=self.admitted)
 
 
 class FakeAside(Aside[Experience]):

@@ -326,6 +326,31 @@ def test_engines_prove_themselves_beside_what_is_in_flight(tmp_path: Path) -> No
     assert flying == [0, 2], "nobody waits for them"
 
 
+def test_an_engine_that_was_started_anew_proves_itself_once_it_serves(tmp_path: Path) -> None:
+    """At its loss nothing is proven, and nobody waits for it."""
+    calls: list[str] = []
+
+    def also(online: OnlineRun, stage: Stage) -> None:
+        on_gap(1e-3)(online, stage)
+        rollout = fleet(online)
+
+        def seen(call: str) -> None:
+            calls.append(call)
+            if call.startswith("policy.start_step 2"):
+                online.state.lost_workers["rollout"] += 1
+            if call.startswith("policy.start_step 4"):
+                rollout.admitted += 1
+
+        stage.on_call = seen
+
+    chosen = ahead(tmp_path, beta=0, max_steps=6, max_logp_gap=None)
+    play(chosen, held_out=0, before=scripted(by_luck(2), also=also))
+    trained_at = [i for i, call in enumerate(calls) if call.startswith("policy.start_step")]
+    proven_at = [i for i, call in enumerate(calls) if call.startswith("probe.generate")]
+    assert len(proven_at) == 3
+    assert trained_at[4] < proven_at[2] < trained_at[5]
+
+
 def test_a_stop_asks_for_nothing_more_and_keeps_what_was_asked(tmp_path: Path) -> None:
     def also(online: OnlineRun, stage: Stage) -> None:
         def on_call(call: str) -> None:

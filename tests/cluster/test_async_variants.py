@@ -262,9 +262,7 @@ def test_a_way_of_sampling_ahead(
     assert prompts["dispatched"] == len(rows) // group
     assert not prompts["failed"]
     if name != "dapo" and not settings.get("multi_turn_scheduler"):
-        assert set(Counter(row["prompt"] for row in rows).values()) == {group}, (
-            "each prompt of the epoch once"
-        )
+        assert set(Counter(map(prompt_of, rows)).values()) == {group}, "each prompt of the epoch once"
 
     if not settings.get("root_image_dir"):
         of = gaps(trained, Path(settings["model"]), result.run_dir)

@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from raytune_rl.runtime.attention import Attention
+
 AWAY = 5
 """Probes' distances after which whoever listens has been away itself: stopped, or swapped out."""
 
@@ -168,7 +170,7 @@ class FleetHealth:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._members: dict[int, _Member] = {}
-        self._ticked_at: float | None = None
+        self._attention = Attention(AWAY * limits.probe_every_s)
 
     def status(self, member: int) -> Status:
         """Of one that has joined once."""
@@ -211,13 +213,9 @@ class FleetHealth:
         at fault.
         """
         actions: list[Action] = []
-        unheard_s = (
-            0.0 if self._ticked_at is None else now - self._ticked_at - AWAY * self._limits.probe_every_s
-        )
-        self._ticked_at = now
-        if unheard_s > 0:
+        if missed_s := self._attention.missed(now):
             for one in self._members.values():
-                one.excuse(unheard_s)
+                one.excuse(missed_s)
         for number, one in self._members.items():
             if one.status is Status.STARTING and now - one.since > self._limits.start_s:
                 reason = f"{one.name} did not start within {self._limits.start_s:.0f} s (--start_timeout)."

@@ -54,7 +54,13 @@ class WorkerDiedError(RaytuneError):
 
 
 class WorkerHungError(WorkerDiedError):
-    """An actor gives no sign of life, or a group of them makes no progress: taken for dead."""
+    """An actor gives no sign of life, or a group of them makes no progress: taken for dead.
+
+    Attributes:
+        rank: Of the actor in its group; None: all of them.
+    """
+
+    rank: int | None = None
 
 
 class RestartsUsedUpError(WorkerDiedError):

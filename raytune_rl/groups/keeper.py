@@ -32,15 +32,16 @@ from raytune_rl.groups.snapshots import History, Snapshots
 from raytune_rl.protocol.faults import Fault
 from raytune_rl.protocol.rows import TrainBatch
 from raytune_rl.protocol.train import SnapshotPart
-from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.runtime.group import WorkerGroup, progress_of
 from raytune_rl.runtime.probe import ProgressProbe
-from raytune_rl.runtime.wait import Pending, fetch_all
+from raytune_rl.runtime.wait import Pending, check_kept, fetch_all
 
 T = TypeVar("T")
 LOSSES = (WorkerDiedError, WorkerFailedError, DeadlineExceededError)
 """As what a lost rank shows itself: a peer's collective fails, too, and often sooner."""
 NOTICED_WITHIN_S = 5.0
 """Ray knows of a dead process after so many seconds at the latest, its peers at once."""
+WITHOUT = "None is kept, and the loss of a rank begins the run again from its newest checkpoint."
 _BROKEN = re.compile(r"connection|peer|socket|gloo|nccl|broken pipe|store", re.IGNORECASE)
 
 
@@ -66,11 +67,14 @@ class Keeper:
         self._group, self._rules, self._join, self._step = group, rules, join, step
         self._start_timeout_s = start_timeout_s
         self._stepped: float | None = None
+        self._unkept = ""  # why the last snapshot could not be kept
         self.history = History()
         self.snapshots = Snapshots(
             self.history, self._ask, self._ready, rules.snapshot_steps, self._is_small_enough
         )
-        self.probe = ProgressProbe(len(group), group.ask_progress, _answer, group.who, rules.hang_timeout_s)
+        self.probe = ProgressProbe(
+            len(group), group.ask_progress, progress_of, group.who, rules.hang_timeout_s
+        )
         group.watch = self.probe.look
 
     def run(self, what: str, work: Callable[[], T]) -> T:
@@ -207,13 +211,21 @@ class Keeper:
         if len(done) < len(firsts):
             return None
         try:
-            return fetch_all([replace(call, ref=ref) for call, ref in zip(calls, firsts, strict=True)])
+            parts = fetch_all([replace(call, ref=ref) for call, ref in zip(calls, firsts, strict=True)])
+            check_kept(calls)
         except WorkerDiedError:
             return None
         except RaytuneError as error:  # a full object store
             reason = str(error).partition("\n")[0]
-            self._rules.say(f"Note: a snapshot of the {self._group.name} could not be kept: {reason}")
+            if reason != self._unkept:
+                then = WITHOUT if self._rules.snapshot_steps is None else "The next one is tried."
+                self._rules.say(
+                    f"Note: a snapshot of the {self._group.name} could not be kept: {reason} {then}"
+                )
+            self._unkept = reason
             return []
+        self._unkept = ""
+        return parts
 
     def _is_small_enough(self, nbytes: int) -> bool:
         """Two of them, the new and the old, must leave the store to the run's own objects."""
@@ -221,8 +233,8 @@ class Keeper:
             return True
         self._rules.say(
             f"Note: a snapshot of the {self._group.name} takes {nbytes / 2**30:.1f} GiB of the object "
-            f"store, and at most {self._rules.snapshot_bytes / 2**30:.1f} GiB are used for it: none is kept, "
-            "and the loss of a rank ends the run. --snapshot_steps N takes them all the same, every N steps."
+            f"store, and at most {self._rules.snapshot_bytes / 2**30:.1f} GiB are used for it. {WITHOUT} "
+            "--snapshot_steps N takes them all the same, every N steps."
         )
         return False
 
@@ -235,14 +247,3 @@ def _failed(ref: ray.ObjectRef) -> bool:
     except RayError:
         return True
     return False
-
-
-def _answer(ref: ray.ObjectRef) -> int | None:
-    """The count that was asked for; of a dead worker none ever comes, which is for others to see."""
-    done, _ = ray.wait([ref], timeout=0, fetch_local=True)
-    if not done:
-        return None
-    try:
-        return int(ray.get(ref, timeout=1.0))
-    except RayError:
-        return None

@@ -69,6 +69,10 @@ class History:
         """The world is what a checkpoint says."""
         self.checkpoint, self.snapshot, self.steps, self.since = checkpoint, None, 0, []
 
+    def forget(self) -> None:
+        """Gives back the room that it takes: from here on a lost world is not made again."""
+        self.snapshot, self.since = None, []
+
     def take(self, snapshot: Snapshot) -> None:
         """A snapshot is whole: what lies before it is dropped."""
         self.since = self.since[len(self.since) - (self.steps - snapshot.steps) :]
@@ -138,13 +142,12 @@ class Snapshots:
         if parts is None:
             return
         self._pending = None
-        if not parts:
-            return
         snapshot = Snapshot(steps, tuple(parts), tuple(call.ref[1] for call in calls))
-        if self._every is None and not self._allowed(snapshot.nbytes):
+        if self._every is None and not (parts and self._allowed(snapshot.nbytes)):
             self.on = False
-            return
-        self._history.take(snapshot)
+            self._history.forget()
+        elif parts:
+            self._history.take(snapshot)
 
     def drop(self) -> None:
         """The ranks are gone: what they still owe never comes."""

@@ -190,7 +190,7 @@ class Starter:
             at_once=worker is TrainerWorker,  # they meet; the others as `start_order` says
         )
         self._stack.callback(started.shutdown)
-        if worker not in (TrainerWorker, RolloutWorker):  # worlds and fleets see to their own
+        if worker is not TrainerWorker:  # worlds see to their own
             started.replace_lost(setup.config.start_timeout, self._lost)
         return started
 
@@ -347,9 +347,11 @@ def start_groups(
     judges = [group for group in (functions, models) if group is not None]
     for started in (*judges, rollout):
         started.call("ping", what="starting", timeout_s=config.start_timeout)
+    rollout.leave_lost()  # from here on the fleet sees to them
     settled: list[Settled] = []
     if reference is not None:
         settled = reference.call("ping", what="starting", timeout_s=config.start_timeout)
+        reference.replace_hung(config.hang_timeout)
     policy = PolicyGroup(ranks)
     for notice in policy.ready().notices:
         say(f"Note: {notice}")
@@ -361,6 +363,7 @@ def start_groups(
     layouts: list[Settled] = []
     for group in teachers:
         ready: list[Settled] = group.call("ping", what="starting", timeout_s=config.start_timeout)
+        group.replace_hung(config.hang_timeout)
         layouts.append(ready[0])
         for notice in ready[0].notices:
             say(f"Note: {group.name}: {notice}")

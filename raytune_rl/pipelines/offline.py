@@ -273,6 +273,7 @@ class OfflineRun:
             for notice in settled[0].notices:
                 self.run.say(f"Note: reference: {notice}")
             group.replace_lost(config.start_timeout, self.run.faults.replaced)
+            group.replace_hung(config.hang_timeout)
             self._score(lambda batch: score_rows(group, batch, budget, settled[0]), len(group))
         finally:
             group.shutdown()

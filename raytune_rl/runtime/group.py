@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raytune_rl.errors import DeadlineExceededError, WorkerDiedError
+from raytune_rl.errors import DeadlineExceededError, WorkerDiedError, WorkerHungError
 from raytune_rl.runtime import kernel_kills
 from raytune_rl.runtime.device_env import worker_env
 from raytune_rl.runtime.health import health
 from raytune_rl.runtime.placement import GroupSpec, Slot
+from raytune_rl.runtime.probe import ProgressProbe
 from raytune_rl.runtime.wait import Pending, fetch_all
 
 ATTEMPTS = 3
@@ -99,6 +101,7 @@ class WorkerGroup:
             self.start(range(len(slots)))
         self._replacement: Replacement | None = None
         self._set_up: dict[int, tuple[Pending, ...]] = {}
+        self._hung: dict[int, str] = {}
         self.watch: Callable[[], None] | None = None
 
     def start(self, ranks: Sequence[int]) -> None:
@@ -132,6 +135,29 @@ class WorkerGroup:
         """
         calls = [Call(m, args, m, 1, start_timeout_s) for m, args in (set_up or {}).items()]
         self._replacement = Replacement(tuple(calls), start_timeout_s, tell)
+
+    def replace_hung(self, limit_s: float) -> None:
+        """From now on a worker is lost, too, that gives no sign of life for so many seconds while an answer
+        of the group is awaited; 0: none is. For a class with `PROBED`, all of whose workers have started.
+        """
+        probe = ProgressProbe(len(self), self.ask_progress, progress_of, self.who, limit_s)
+        probe.started()
+
+        def look() -> None:
+            try:
+                probe.look()
+            except WorkerHungError as hang:
+                if hang.rank is None:
+                    raise
+                self._hung[hang.rank] = str(hang)
+                ray.kill(self._actors[hang.rank])  # its calls fail, and are made again
+                probe.forget_one(hang.rank)
+
+        self.watch = look
+
+    def leave_lost(self) -> None:
+        """From now on the loss of a worker is the caller's to see to."""
+        self._replacement = None
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -169,7 +195,9 @@ class WorkerGroup:
                 raise WorkerDiedError(f"{loss}\nIt was lost at this work {ATTEMPTS} times.") from loss
             if self._actors[rank] is actor:  # else another call was lost with it, and saw to that
                 what = f"{self.who(rank)} did not finish '{call.what}' within {pending.timeout_s:.0f} s."
-                self._replace(rank, what if hangs else str(loss).partition("\n")[0], replacement)
+                known = self._hung.pop(rank, None)
+                reason = f"{known}, during '{call.what}'." if known else str(loss).partition("\n")[0]
+                self._replace(rank, what if hangs else reason, replacement)
             return self._make(rank, call, attempt + 1, hung or hangs)
 
         return replace(pending, redo=redo, timeout_s=call.timeout_s + extra_s)
@@ -229,6 +257,19 @@ class WorkerGroup:
             if actor is not None:
                 end(actor)
         self._actors = []
+
+
+def progress_of(ref: ray.ObjectRef) -> int | None:
+    """The count that `ask_progress` asked for, once it is there. Of a dead worker none ever comes, which is
+    for others to see.
+    """
+    done, _ = ray.wait([ref], timeout=0, fetch_local=True)
+    if not done:
+        return None
+    try:
+        return int(ray.get(ref, timeout=1.0))
+    except RayError:
+        return None
 
 
 def end(actor: ray.actor.ActorHandle) -> None:

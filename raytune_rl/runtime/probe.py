@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_rl.errors import WorkerHungError
+from raytune_rl.runtime.attention import Attention
 
 PATIENCE = 20.0
 """A world stands still when nothing was counted for so many times the longest pause seen in it."""
@@ -62,10 +63,15 @@ class ProgressProbe:
         self._limit_s, self._clock = limit_s, clock
         self.forget()
 
+    def forget_one(self, rank: int) -> None:
+        """A worker is another from now on."""
+        self._looks[rank] = Look()
+
     def forget(self) -> None:
         """The workers are others from now on."""
         self._looks = [Look() for _ in range(self._workers)]
-        self._looked = self._moved = self._clock()
+        self._attention = Attention(self._limit_s / 2)
+        self._moved = self._clock()
         self._longest_s: float | None = None
         self._counting = False
 
@@ -87,11 +93,10 @@ class ProgressProbe:
         if not self._limit_s:
             return
         now = self._clock()
-        if now - self._looked > self._limit_s / 2:  # nobody looked, or this process itself was stopped
+        if self._attention.missed(now):
             for one in self._looks:
                 one.asked = now
             self._moved = now
-        self._looked = now
         before = [one.count for one in self._looks]
         for rank, one in enumerate(self._looks):
             self._look_at(rank, one, now)
@@ -113,8 +118,10 @@ class ProgressProbe:
             if count is not None:
                 one.question, one.answered, one.count = None, True, count
             elif one.answered and now - one.asked > self._limit_s:
-                raise WorkerHungError(
+                error = WorkerHungError(
                     f"{self._who(rank)} gives no sign of life for {now - one.asked:.0f} s: it hangs"
                 )
+                error.rank = rank
+                raise error
         if one.question is None:
             one.question, one.asked = self._ask(rank), now

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
+from ray.experimental import get_local_object_locations
 
 from raytune_rl.errors import DeadlineExceededError, RaytuneError, WorkerDiedError, WorkerFailedError
 from raytune_rl.runtime import kernel_kills
@@ -200,8 +201,30 @@ def acknowledge(pending: Sequence[Pending]) -> list[Any]:
 
     The first is the call's small word that it is done; the others are arrays that stay in the object store.
     Not for calls that may be redone: their arrays then are where `settle` says.
+
+    Raises:
+        RaytuneError: As `settle`, and where an array found no room in the object store.
     """
-    return settle(pending)[1]
+    answers = settle(pending)[1]
+    check_kept(pending)
+    return answers
+
+
+def check_kept(answered: Sequence[Pending]) -> None:
+    """Looks whether the arrays of calls with several returns are in the object store. Of one that found no
+    room there the error takes the place, and the call's other returns are none the worse.
+
+    Raises:
+        WorkerFailedError: One is not.
+    """
+    for pending in answered:
+        refs = pending.ref[1:] if isinstance(pending.ref, list) else []
+        places = get_local_object_locations(refs)
+        for ref in refs:
+            place = places.get(ref, {})
+            in_store = place.get("node_ids") or place.get("did_spill")
+            if not in_store:  # small, or an error: it is in this process already
+                fetch(replace(pending, ref=ref))
 
 
 def stream(pending: Pending) -> Iterator[Any]:

@@ -115,9 +115,15 @@ class FrozenWorker:
 
     role: ClassVar[str]
     """What it is to the run; see `FOLLOWS`."""
+    PROBED = True
+    """`progress` is answered beside whatever else the copy is doing."""
 
     def __init__(self, spec: ModelSpec, settings: ScoreSettings) -> None:
         self._model = FrozenModel(spec, settings)
+
+    def progress(self) -> int:
+        """Proves that the process is not stopped; nothing is counted."""
+        return 0
 
     def ping(self) -> Settled:
         """Proves that the model is loaded; how its rows are laid out."""

@@ -69,6 +69,7 @@ class Ranks:
     def __init__(self, every: int | None, seconds: float = 0.0, most: int = 10**9) -> None:
         self.asked = 0
         self.whole = False
+        self.kept = True
         self.seconds = seconds
         self.history = History()
         self.snapshots = Snapshots(self.history, self.ask, self.ready, every, lambda size: size <= most)
@@ -79,7 +80,9 @@ class Ranks:
 
     def ready(self, calls: Any) -> list[SnapshotPart] | None:
         entry = TensorEntry("0.master", "float32", (25,))
-        return [SnapshotPart((entry,), {}, self.seconds)] * 2 if self.whole else None
+        if not self.whole:
+            return None
+        return [SnapshotPart((entry,), {}, self.seconds)] * 2 if self.kept else []
 
     def step(self, number: int, seconds: float = 1.0) -> None:
         self.history.stepped(TrainBatch([], np.zeros(0, dtype=np.int64)), number)
@@ -142,6 +145,24 @@ def test_one_too_large_for_the_store_is_given_up_unless_it_is_asked_for() -> Non
         ranks.snapshots.settle()
     assert (alone.asked, alone.snapshots.on, alone.history.snapshot) == (1, False, None)
     assert asked.history.snapshot is not None
+
+
+def test_a_store_without_room_gets_back_what_snapshots_take_unless_they_are_asked_for() -> None:
+    alone, asked = Ranks(every=None), Ranks(every=1)
+    for ranks in (alone, asked):
+        ranks.whole = True
+        ranks.step(0)
+        ranks.step(1)
+        ranks.kept = False
+        ranks.step(2)
+        ranks.snapshots.settle()
+    assert (alone.snapshots.on, alone.history.snapshot, steps(alone.history)) == (False, None, [])
+    assert asked.history.snapshot is not None
+    assert (asked.history.snapshot.steps, steps(asked.history)) == (1, [1, 2])
+    asked.kept = True
+    asked.step(3)
+    asked.snapshots.settle()
+    assert asked.history.snapshot.steps == 4
 
 
 def test_a_checkpoint_that_is_loaded_is_where_the_world_begins() -> None:

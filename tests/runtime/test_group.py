@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -23,8 +24,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180), pytest.mark.usefixt
 class Worker:
     """Stateless but for what it is set up with."""
 
+    PROBED = True
+
     def __init__(self, rank: int) -> None:
         self._rank, self._factor = rank, 0
+
+    def progress(self) -> int:
+        return 0
 
     def pid(self) -> int:
         return os.getpid()
@@ -45,6 +51,7 @@ class Worker:
         if unless:
             Path(unless).touch()
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1)  # another thread may take the signal a moment later
         return "woken up"
 
     def die(self, unless: str) -> str:
@@ -134,6 +141,18 @@ def test_a_worker_that_hangs_is_ended_and_replaced(started: Started, tmp_path: P
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < deadline, "the hanging process is still there"
         time.sleep(0.1)
+
+
+def test_one_that_gives_no_sign_of_life_is_replaced_long_before_its_deadline(
+    started: Started, tmp_path: Path
+) -> None:
+    started.group.replace_hung(4.0)
+    assert started.group.map("hang", [str(tmp_path / "once"), __file__]) == ["answers", "answers"]
+    ((_, sentence),) = started.losses
+    assert re.match(
+        r"rollout\[0\] gives no sign of life for \d+ s: it hangs, during 'hang'\. It is", sentence
+    )
+    assert started.group.call("pid"), "and the new one is left alone"
 
 
 def test_why_a_new_worker_cannot_be_set_up_is_said(slots: Any) -> None:

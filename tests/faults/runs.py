@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune_rl.config import PPOConfig, RLHFConfig
-from raytune_rl.pipelines import online, ppo
+import torch
+
+from raytune_rl.config import PPOConfig
+from raytune_rl.models.load import load_model, load_tokenizer
+from raytune_rl.models.weights import save_model
+from raytune_rl.pipelines import ppo
 from raytune_rl.pipelines.lifecycle import RunResult
 from tests.cluster.conftest import Tiny
 
@@ -24,6 +28,8 @@ orms["digits"] = Digits
 """
 CLOCKS = ("time", "profiling/", "tokens_per_second", "memory", "train_speed", "train_runtime", "faults/")
 """Keys of a log line that hold readings of clocks or memory, or tell of the faults themselves."""
+GRPO: dict[str, Any] = {"num_generations": 4, "max_steps": 4, "save_steps": 2, "beta": 0.0}
+"""Settings of a run with policy, engine and reward functions alone, beside those of `small`."""
 OTHERS = ("lost_workers", "last_model_checkpoint", "best_model_checkpoint")
 
 
@@ -66,23 +72,36 @@ def small(tiny: Tiny, output: Path, **settings: Any) -> dict[str, Any]:
         "logging_steps": 1,
         "output_dir": str(output / "out"),
         "log_completions": True,
-        "hang_timeout": 10.0,
+        "hang_timeout": 20.0,
         **settings,
     }
-
-
-def run_grpo(tiny: Tiny, output: Path, **settings: Any) -> Outcome:
-    """Four steps of GRPO with two policy ranks, evaluated and saved every second step."""
-    more = {"num_generations": 4, "max_steps": 4, "save_steps": 2, "eval_steps": 2}
-    held_out = {"val_dataset": str(tiny.data.held_out), "num_generations_eval": 2}
-    config = RLHFConfig(**small(tiny, output, **{**more, **held_out, **settings}))
-    return outcome(online.run(config))
 
 
 def run_ppo(tiny: Tiny, output: Path, **settings: Any) -> Outcome:
     """Four steps of PPO, policy and critic of two ranks each."""
     more = {"num_mini_batches": 1, "num_ppo_epochs": 1, "max_steps": 4, "save_steps": 2, "critic_workers": 2}
     return outcome(ppo.run(PPOConfig(**small(tiny, output, **{**more, **settings}))))
+
+
+def run_all(tiny: Tiny, output: Path, **settings: Any) -> Outcome:
+    """Six steps of PPO with everybody in it: two ranks each of policy and critic, a reference that moves,
+    reward functions, a reward model, an engine; evaluated and saved every second step."""
+    judge = output / "reward_model"
+    torch.manual_seed(3)
+    save_model(load_model(str(tiny.untied), scalar=True).model, judge, load_tokenizer(str(tiny.untied)))
+    everybody = {
+        "reward_model": [str(judge)],
+        "reward_weights": [1.0, 0.1],
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+        "ref_model_mixup_alpha": 0.5,
+        "val_dataset": str(tiny.data.held_out),
+        "num_generations_eval": 2,
+        "eval_steps": 2,
+        "max_steps": 6,
+        "max_restarts": 30,
+    }
+    return run_ppo(tiny, output, **{**everybody, **settings})
 
 
 def outcome(result: RunResult) -> Outcome:
@@ -110,9 +129,15 @@ def without_clocks(line: dict[str, Any]) -> dict[str, Any]:
 
 def assert_same(disturbed: Outcome, undisturbed: Outcome) -> None:
     """Bit by bit: every number of the log, every completion, every weight and moment."""
-    assert disturbed.result.status == "finished"
-    assert disturbed.unaccounted == 0
+    assert_complete(disturbed)
     for one, other in zip(disturbed.log, undisturbed.log, strict=True):
         assert one == other
     assert disturbed.completions == undisturbed.completions
     assert disturbed.weights == undisturbed.weights
+
+
+def assert_complete(run: Outcome) -> None:
+    """It came to its end, and every prompt came back once."""
+    assert run.result.status == "finished"
+    assert run.result.steps == run.result.total_steps
+    assert run.unaccounted == 0

@@ -7,75 +7,118 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ray
 
+from raytune_rl.groups.weight_store import WeightStore
+from raytune_rl.pipelines.online import OnlineRun
 from raytune_rl.runtime.group import WorkerGroup
 
 
 @dataclass
 class Strike:
-    """A signal to one worker.
+    """A signal to one worker, once.
 
     Attributes:
         group, rank: Whom.
-        method: Of what call.
-        nth: Of how many such calls of this worker, from 1.
+        method: As it is called by this method; or of the controller: "evaluate", or as the weight store is
+            about to be told a version ("publishing") or has been ("published").
+        version: The earliest newest weight version with which it happens; -1: from the start.
         signal: SIGKILL, or SIGSTOP for one that hangs.
-        after_s: Seconds after the call was made; negative: before.
+        after_s: Seconds after the call was made.
         struck: Process ids, once it has happened.
     """
 
     group: str
     rank: int
     method: str
-    nth: int = 1
+    version: int = -1
     signal: int = signal.SIGKILL
-    after_s: float = 0.03
+    after_s: float = 0.0
     struck: list[int] = field(default_factory=list)
-    _calls: int = 0
-
-    def due(self, group: str, rank: int, method: str) -> bool:
-        if (group, rank, method) != (self.group, self.rank, self.method):
-            return False
-        self._calls += 1
-        return self._calls == self.nth
 
     def hit(self, pid: int) -> None:
         self.struck.append(pid)
         os.kill(pid, self.signal)
 
 
+class Striker:
+    """Carries out strikes: stands between the controller and what it calls."""
+
+    def __init__(self, strikes: Sequence[Strike]) -> None:
+        self._owed = list(strikes)
+        self._lock = threading.Lock()
+        self._groups: dict[str, WorkerGroup] = {}
+        self.version = -1
+
+    def due(self, method: str, group: str | None = None, rank: int | None = None) -> list[Strike]:
+        """Strikes that happen now; each is given once."""
+        with self._lock:
+            due = [
+                one
+                for one in self._owed
+                if one.method == method
+                and self.version >= one.version
+                and (group is None or (one.group, one.rank) == (group, rank))
+            ]
+            self._owed = [one for one in self._owed if one not in due]
+        return due
+
+    def ask(self, plain: Any, group: WorkerGroup, rank: int, call: Any) -> Any:
+        """A worker is asked for something."""
+        self._groups[group.name] = group
+        due = self.due(call.method, group.name, rank)
+        pids = [process_of(group._actors[rank]) for _ in due]
+        pending = plain(group, rank, call)
+        for strike, pid in zip(due, pids, strict=True):
+            threading.Timer(strike.after_s, strike.hit, (pid,)).start()
+        return pending
+
+    def evaluate(self, plain: Any, run: Any) -> None:
+        """The controller evaluates; whom that does not ask for anything is lost meanwhile."""
+        for strike in self.due("evaluate"):
+            pid = process_of(self._groups[strike.group]._actors[strike.rank])
+            threading.Timer(strike.after_s, strike.hit, (pid,)).start()
+        plain(run)
+
+    def publish(self, plain: Any, store: WeightStore, manifest: Any) -> None:
+        """The store is told a version."""
+        for strike in self.due("publishing"):
+            strike.hit(process_of(store._actor))
+        plain(store, manifest)
+        self.version = manifest.version
+        for strike in self.due("published"):
+            strike.hit(process_of(store._actor))
+
+
 @contextmanager
 def struck(*strikes: Strike) -> Iterator[None]:
     """Within the block the strikes happen."""
-    plain = WorkerGroup._ask
-
-    def ask(group: WorkerGroup, rank: int, call: Any) -> Any:
-        due = [s for s in strikes if s.due(group.name, rank, call.method)]
-        pids = [process_of(group._actors[rank]) for _ in due]
-        for strike, pid in zip(due, pids, strict=True):
-            if strike.after_s < 0:
-                strike.hit(pid)
-        pending = plain(group, rank, call)
-        for strike, pid in zip(due, pids, strict=True):
-            if strike.after_s >= 0:
-                threading.Timer(strike.after_s, strike.hit, (pid,)).start()
-        return pending
-
-    WorkerGroup._ask = ask  # type: ignore[method-assign]
-    try:
+    striker = Striker(strikes)
+    with ExitStack() as stack:
+        for owner, name, stand_in in (
+            (WorkerGroup, "_ask", striker.ask),
+            (OnlineRun, "evaluate", striker.evaluate),
+            (WeightStore, "publish", striker.publish),
+        ):
+            plain = getattr(owner, name)
+            between = partialmethod(_between, stand_in, plain)
+            stack.enter_context(mock.patch.object(owner, name, between))
         yield
-    finally:
-        WorkerGroup._ask = plain  # type: ignore[method-assign]
 
 
-def process_of(actor: Any, timeout_s: float = 60.0) -> int:
+def _between(self: Any, stand_in: Any, plain: Any, *args: Any) -> Any:
+    return stand_in(plain, self, *args)
+
+
+def process_of(actor: Any, timeout_s: float = 300.0) -> int:
     """The process id of an actor, as soon as it has one."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -126,7 +169,7 @@ def assert_nothing_left(before: Left) -> None:
     deadline = time.monotonic() + 15
     while (more := _beyond(left(), before)) and time.monotonic() < deadline:
         time.sleep(0.3)
-    assert more == {}
+    assert more == {}, f"left behind: {more}"
 
 
 def _beyond(now: Left, before: Left) -> dict[str, Any]:

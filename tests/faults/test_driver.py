@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import ray
 
+from raytune_rl.pipelines.lifecycle import RunResult
 from tests.cluster.conftest import Tiny
-from tests.faults.runs import assert_same, outcome, small
+from tests.faults.runs import GRPO, Outcome, assert_same, outcome, small
 from tests.faults.strikes import assert_nothing_left, left
 
 pytestmark = [
@@ -46,29 +47,39 @@ def command(settings: dict[str, Any]) -> subprocess.Popen[str]:
     )
 
 
-def test_the_same_command_goes_on_after_its_driver_was_killed(tiny: Tiny, tmp_path: Path) -> None:
-    from raytune_rl.config import RLHFConfig
-    from raytune_rl.pipelines import lifecycle, online
+def actors_start(out: Path) -> bool:
+    """Whether the run's ranks are there, and nothing is trained yet."""
+    states = ray._private.state.actors().values()
+    return any(s["ActorClassName"] == "TrainerWorker" and s["State"] != "DEAD" for s in states)
 
-    more: dict[str, Any] = {"num_generations": 4, "max_steps": 4, "save_steps": 2, "beta": 0.0}
-    undisturbed = outcome(online.run(RLHFConfig(**small(tiny, tmp_path / "undisturbed", **more))))
+
+def half_is_saved(out: Path) -> bool:
+    return bool(list(out.glob("*/checkpoint-2")))
+
+
+MOMENTS = {"starting": actors_start, "training": half_is_saved}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_the_same_command_goes_on_after_its_driver_was_killed(
+    moment: str, tiny: Tiny, tmp_path: Path, undisturbed_grpo: Outcome
+) -> None:
     before = left()
-    settings = small(tiny, tmp_path / "disturbed", **more, resume_from_checkpoint="auto")
+    settings = small(tiny, tmp_path, **GRPO, resume_from_checkpoint="auto")
     first = command(settings)
-    out = tmp_path / "disturbed" / "out"
+    out = tmp_path / "out"
     deadline = time.monotonic() + 400
-    while not list(out.glob("*/checkpoint-2")) and time.monotonic() < deadline:
+    while not MOMENTS[moment](out) and time.monotonic() < deadline:
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
-    second = command(settings)
+    second = command(settings)  # while the actors of the first still die
     told, _ = second.communicate(timeout=400)
     assert second.returncode == 0, told
     first.communicate()
-    assert "checkpoint-2" in told, "it went on"
-    (run_dir,) = out.iterdir()
+    assert ("step 1/4" in told) == (moment == "starting"), "it goes on from what is saved"
+    run_dir = sorted(out.iterdir())[-1]
     assert f"RESULT {run_dir}" in told
-    checkpoint = run_dir / "checkpoint-4"
-    result = lifecycle.RunResult(run_dir, "finished", 4, 4, checkpoint, None)
-    assert_same(outcome(result), undisturbed)
+    result = RunResult(run_dir, "finished", 4, 4, run_dir / "checkpoint-4", None)
+    assert_same(outcome(result), undisturbed_grpo)
     assert_nothing_left(before)

@@ -11,19 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from raytune_rl.config import RLHFConfig
-from raytune_rl.pipelines import online
 from raytune_rl.pipelines.lifecycle import RunResult
 from tests.cluster.conftest import Tiny
-from tests.faults.runs import assert_same, outcome, small
+from tests.faults.runs import GRPO, Outcome, assert_same, outcome, small
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(900)]
-SETTINGS = {"num_generations": 4, "max_steps": 4, "save_steps": 2, "beta": 0.0}
 
 
-def test_a_lost_node_costs_the_steps_since_the_checkpoint(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
-    undisturbed = outcome(online.run(RLHFConfig(**small(tiny, tmp_path / "undisturbed", **SETTINGS))))
-    settings = small(tiny, tmp_path / "disturbed", **SETTINGS)
+def test_a_lost_node_costs_the_steps_since_the_checkpoint(
+    tiny: Tiny, tmp_path: Path, undisturbed_grpo: Outcome
+) -> None:
+    settings = small(tiny, tmp_path, **GRPO)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     program = [sys.executable, "-m", "tests.faults.lost_node", json.dumps(settings)]
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=800)
@@ -33,4 +31,4 @@ def test_a_lost_node_costs_the_steps_since_the_checkpoint(cluster: None, tiny: T
     assert "The run begins again from its newest checkpoint" in ended.stderr
     run_dir = Path(told["run_dir"])
     result = RunResult(run_dir, told["status"], 4, 4, run_dir / "checkpoint-4", None)
-    assert_same(outcome(result), undisturbed)
+    assert_same(outcome(result), undisturbed_grpo)

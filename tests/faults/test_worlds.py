@@ -21,9 +21,9 @@ def test_policy_and_critic_lose_ranks_and_the_run_comes_to_the_same_bits(tiny: T
     assert undisturbed.faults == []
     before = left()
     strikes = [
-        Strike("policy", 1, "train_step", nth=2),
-        Strike("critic", 0, "train_step", nth=3),
-        Strike("policy", 0, "train_step", nth=5, signal=signal.SIGSTOP),
+        Strike("policy", 1, "train_step", version=1, after_s=0.03),
+        Strike("critic", 0, "train_step", version=2, after_s=0.03),
+        Strike("policy", 0, "train_step", version=3, signal=signal.SIGSTOP),
     ]
     with struck(*strikes):
         disturbed = run_ppo(tiny, tmp_path / "disturbed")

@@ -29,12 +29,10 @@ def test_policy_and_critic_lose_ranks_and_the_run_comes_to_the_same_bits(tiny: T
         disturbed = run_ppo(tiny, tmp_path / "disturbed")
     assert [len(strike.struck) for strike in strikes] == [1, 1, 1]
     assert_same(disturbed, undisturbed)
-    told = [(line["who"], line["phase"]) for line in disturbed.faults]
-    assert told == [
-        ("policy[1]", "training step 2"),
-        ("critic[0]", "training step 3"),
-        ("policy[0]", "training step 4"),
-    ]
+    assert [line["who"] for line in disturbed.faults] == ["policy[1]", "critic[0]", "policy[0]"]
+    assert disturbed.faults[2]["phase"] == "training step 4", (
+        "the hang; a killed rank is missed by whoever asks next"
+    )
     assert "gives no sign of life" in disturbed.faults[2]["loss"]
     assert all(line["recovered_s"] > 0 for line in disturbed.faults)
     assert_nothing_left(before)

@@ -19,7 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,14 +264,14 @@ def sample(completions: int = 512, tokens: int = 256, layers: int = 8) -> tuple[
 
     from raytune_rl.protocol.rollout import EngineSpec, Sampling
     from raytune_rl.tiny.model import make_tiny_model
-    from raytune_rl.workers.engine_prompt import EnginePrompt
+    from raytune_rl.workers.engine_prompt import Ask, EnginePrompt, Sampled
     from raytune_rl.workers.rollout import rollout_env
 
     os.environ |= rollout_env(os.cpu_count() or 1, 1, device().type == "cuda")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     on_gpu = device().type == "cuda"
     with tempfile.TemporaryDirectory() as directory:
-        model = make_tiny_model(Path(directory) / "model", hidden=512 if on_gpu else 64, layers=layers)
+        model = make_tiny_model(Path(directory) / "model", hidden=512 if on_gpu else 256, layers=layers)
         spec = EngineSpec(
             str(model), "bfloat16" if on_gpu else "float32", 1024, None, 60.0, gpu_memory_utilization=0.5,
             kv_cache_bytes=None if on_gpu else 2**28, enforce_eager=not on_gpu,
@@ -284,12 +284,13 @@ def sample(completions: int = 512, tokens: int = 256, layers: int = 8) -> tuple[
         import numpy as np
 
         ids = np.arange(3, 35, dtype=np.int32)
-        prompts = [EnginePrompt(ids, ids) for _ in range(completions)]
+        sampling = Sampling(1.0, tokens)
+        asks = [Ask(EnginePrompt(ids, ids), seed, sampling, tokens) for seed in range(completions)]
         for _ in range(2):
-            began = time.perf_counter()
-            sampled = engine.sample(
-                prompts, range(completions), Sampling(1.0, tokens), [tokens] * completions
-            )
+            began, sampled = time.perf_counter(), []
+            engine.add(asks)
+            while len(sampled) < completions:
+                sampled += [one for _, one in engine.step() if isinstance(one, Sampled)]
             seconds = time.perf_counter() - began
     ray.shutdown()
     return start, seconds, float(sum(len(one.tokens) for one in sampled))
@@ -347,8 +348,8 @@ def main() -> int:
     print(f"{settings.shape}, {settings.train_type}, {settings.tokens:,} tokens, {found.device}")
     print(render(HEADER, rows_of(found, settings), given.markdown))
     if not given.no_engine:
-        run: Callable[[], tuple[float, float, float]] = sample
-        start, seconds, tokens = run()
+        # On a CPU only to see that it runs.
+        start, seconds, tokens = sample() if on_gpu else sample(16, 16, 2)
         speed = f"{tokens:,.0f} tokens in {seconds:.2f} s, {tokens / seconds:,.0f}/s"
         print(f"engine: started in {start:.1f} s; {speed}")
     print(machine())

@@ -69,17 +69,18 @@ class MeasuredSFT(offline.OfflineRun):
             began = self.clock.now()
             self.train_step(batch)
             ours = self.clock.now() - began
-            pointers, lengths, *_ = self.batch(self.rows, batch)
+            done = self.batch(self.rows, batch)
+            tokens = int(done.lengths.sum())
             began = self.clock.now()
-            bare, _ = ray.get(self.peer.step.remote(pointers))
+            bare, _ = ray.get(self.peer.step.remote(done.rows))
             if self.clock.cpu:
                 bare = self.clock.now() - began
-            peers = {BARE: sum(lengths) / bare}
+            peers = {BARE: tokens / bare}
             for name, peer in self.trl.items():
-                done = peer.step()
-                peers[name] = done["tokens"] / done["seconds"]
+                said = peer.step()
+                peers[name] = said["tokens"] / said["seconds"]
             if self.run.step > self.warmup:
-                self.measured.append(Turn(sum(lengths) / ours, peers))
+                self.measured.append(Turn(tokens / ours, peers))
 
 
 def write_rows(path: Path, shape: str, rows: int, seed: int = 0) -> Path:

@@ -55,8 +55,8 @@ class MeasuredPolicy(TrainerWorker):
     """A rank that also knows how long the same bytes take without the object store."""
 
     def _sources(self) -> list[Any]:
-        assert self._exporter is not None
-        return [tensor.reshape(-1).numpy() for _, tensor in self._exporter.tensors()]
+        assert self._publisher is not None
+        return [tensor.reshape(-1).numpy() for _, tensor in self._publisher._exporter.tensors()]
 
     def memcpy(self) -> float:
         """Seconds of copying the weights into memory that is already there."""

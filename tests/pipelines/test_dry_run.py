@@ -28,7 +28,7 @@ def test_a_cluster_that_is_not_there(model: str, capsys: pytest.CaptureFixture[s
     connected = ray.is_initialized()  # by tests before this one
     plan = dry_run.run(config(model, cluster="8x80GiB,8x80GiB"))
     assert ray.is_initialized() == connected
-    assert {group.role: group.actors for group in plan.groups} == {"policy": 16, "rollout": 16, "reward": 4}
+    assert {group.role: group.actors for group in plan.groups} == {"policy": 16, "rollout": 16, "reward": 16}
     memory = dict(plan.sections[-1].rows)
     assert "of 80 GiB: rollout 40." in memory["sampling"]
     assert "rollout waiting 1.6; policy" in memory["training the policy"]

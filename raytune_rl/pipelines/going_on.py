@@ -18,7 +18,7 @@ from raytune_rl.pipelines.lifecycle import RunResult, note
 from raytune_rl.protocol.faults import Fault
 from raytune_rl.tracking.checkpoints import list_checkpoints
 from raytune_rl.tracking.run_dir import RunDir
-from raytune_rl.workers.leftovers import SEMAPHORES, clear
+from raytune_rl.workers.leftovers import SEMAPHORES, clear_new, named
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -31,10 +31,11 @@ def going_on(
     Raises:
         RaytuneError: Whatever else went wrong; the loss itself where nothing is left to go on with.
     """
+    before = named(SEMAPHORES)
     try:
         return _going_on(config, attempt, sleep)
     finally:
-        clear(SEMAPHORES)  # of workers that were ended, which cannot do so themselves
+        clear_new(SEMAPHORES, before)  # of workers that were ended, which cannot do so themselves
 
 
 def _going_on(config: C, attempt: Callable[[C], RunResult], sleep: Callable[[float], None]) -> RunResult:

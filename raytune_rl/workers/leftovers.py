@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import tempfile
+import time
 from multiprocessing import process
 from pathlib import Path
 from uuid import uuid4
@@ -52,6 +53,24 @@ def clear(folder: Path) -> list[Path]:
                 continue
             removed.append(path)
     return removed
+
+
+def named(folder: Path) -> set[str]:
+    """Names there of what processes of this machine left, or have in use."""
+    machine = _machine(ProcessId.own())
+    found = map(_NAME.match, (path.name for path in folder.glob("*raytune_rl-*")))
+    return {one.string for one in found if one is not None and one["machine"] == machine}
+
+
+def clear_new(folder: Path, before: set[str], within_s: float = 5.0) -> None:
+    """Clears until nothing is left but what was there `before`: who was ended a moment ago may still be
+    dying. Gives up after so many seconds, as a run beside this one has files there, too.
+    """
+    deadline = time.monotonic() + within_s
+    clear(folder)
+    while named(folder) - before and time.monotonic() < deadline:
+        time.sleep(0.1)
+        clear(folder)
 
 
 def _own() -> str:

@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from raytune_rl.workers.leftovers import SEMAPHORES, clear, file_store
+from raytune_rl.workers.leftovers import SEMAPHORES, clear, clear_new, file_store, named
 
 KILLED = """
 import multiprocessing, sys, time
@@ -41,6 +42,26 @@ def test_what_a_killed_worker_left_is_removed() -> None:
     assert store in clear(store.parent)
     assert not left.exists()
     assert not store.exists()
+
+
+def test_who_is_still_dying_is_waited_for() -> None:
+    before = named(SEMAPHORES)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    left = f"sem.{process.stdout.readline().strip().removeprefix('/')}"
+    assert left in named(SEMAPHORES) - before
+
+    def end() -> None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    clear_new(SEMAPHORES, before, within_s=0.2)
+    assert left in named(SEMAPHORES), "of a run beside this one"
+    threading.Timer(0.3, end).start()
+    clear_new(SEMAPHORES, before, within_s=60.0)
+    assert left not in named(SEMAPHORES)
 
 
 def test_what_is_not_known_to_be_of_the_dead_stays(tmp_path: Path) -> None:

@@ -121,7 +121,8 @@ class FleetCore:
         self, version: int, in_flight: InFlight, every: bool, done: Future[ServeReport], now: float
     ) -> None:
         """All members serve a version; who does already is not asked. `every`: those that are being started
-        are waited for, too, unless members come and go: then a new one costs the others no time.
+        are waited for, too, unless members come and go: then a new one costs the others no time. They are
+        in any case where nobody serves.
         """
         if self._broken is not None:
             done.set_exception(self._broken)
@@ -130,8 +131,8 @@ class FleetCore:
         up = [n for n in self._hands if self._status(n) in UP]
         behind = [n for n in up if self._hands[n].version != version]
         starting = [n for n in self._hands if self._status(n) is Status.STARTING]
-        patient = every and self.elastic is None
-        owed = {*behind, *(starting if patient or not up else ())}
+        patient = not up or (every and self.elastic is None)
+        owed = {*behind, *(starting if patient else ())}
         call = Round(owed, done, lambda updates: ServeReport.of(version, updates), patient=patient)
         self._rounds.begin(call)
         for number in behind:

@@ -113,8 +113,14 @@ def with_rest(student: Tensor, ids: Tensor, teacher: Tensor) -> tuple[Tensor, Te
         return own, teacher
     others = student.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
     # What is left of 1. Rounding may leave nothing, or less: then next to nothing.
-    left = torch.log1p(-teacher.double().exp().sum(-1, keepdim=True).clamp(max=1 - 1e-12))
-    return torch.cat([own, others], -1), torch.cat([teacher, left.to(teacher.dtype)], -1)
+    left = torch.log1p(-teacher.double().exp().sum(-1, keepdim=True).clamp(max=1 - 1e-12)).to(teacher.dtype)
+    # Where the student has nothing either (tokens that are not allowed), both have the same next to nothing.
+    others = torch.where(left < NOTHING, others.clamp(min=NOTHING), others)
+    return torch.cat([own, others], -1), torch.cat([teacher, left], -1)
+
+
+NOTHING = -27.0
+"""The log-prob, nats, under which a teacher's rest is rounding."""
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:

@@ -77,7 +77,7 @@ def test_apart_no_two_workers_share_a_bundle(found: dict[str, Any]) -> None:
         "policy": 7,
         "rollout": 7,
         "reference": 2,
-        "reward": 4,
+        "reward": 12,
     }
 
 

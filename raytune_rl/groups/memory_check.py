@@ -89,7 +89,7 @@ def training_of(config: TrainConfig, groups: Groups, name: str = "policy") -> Tr
         ranks=groups[name].workers,
         stage=deepspeed.stage(config.deepspeed),
         tokens=specs.max_tokens(config, groups.on_gpu),
-        bytes_each=4 if specs.dtype(config, groups.on_gpu) in ("float32", "fp32") else 2,
+        bytes_each=_weight_bytes(config, groups.on_gpu),
         quant_bits=config.quant_bits,
         checkpointing=groups.on_gpu if checkpointing is None else checkpointing,
         cpu_optimizer=on_cpu[0],
@@ -101,6 +101,10 @@ def training_of(config: TrainConfig, groups: Groups, name: str = "policy") -> Tr
         and deepspeed.stage(config.deepspeed) < 3
         and not config.use_dora,
     )
+
+
+def _weight_bytes(config: TrainConfig, on_gpu: bool) -> int:
+    return 4 if specs.dtype(config, on_gpu) in ("float32", "fp32") else 2
 
 
 def device_plans(
@@ -192,7 +196,7 @@ def store_doubts(config: TrainConfig, sizes: Sizes, store_bytes: int | None) -> 
     """
     if not isinstance(config, RLHFConfig) or store_bytes is None or publish_mode(config) == "adapter":
         return []
-    two = 2 * sizes.policy.parameters * (4 if specs.dtype(config, on_gpu=True) == "float32" else 2)
+    two = 2 * sizes.policy.parameters * _weight_bytes(config, on_gpu=True)
     if two <= store_bytes:
         return []
     return [

@@ -61,15 +61,20 @@ def test_sdar_is_grpo_and_the_gated_gap(beta: float) -> None:
         assert float(grad[token] - grad_base[token]) == pytest.approx(-0.3 * gate, rel=1e-12)
 
 
-def test_no_cut_of_a_step_shows_in_sdar() -> None:
-    given = taught(SDARSettings(beta=0.1, correction=RolloutCorrection("token_truncate", 1.15)))
-    weights = row_weights(LENGTHS, "sdar")
-    whole = step_result("sdar", given, weights)
+def no_cut_shows(loss: str, given: LossInputs, weights: np.ndarray) -> None:
+    """Loss, gradient and metrics of a step are the same however it is cut."""
+    whole = step_result(loss, given, weights)
     for cut in CUTS:
-        parts = step_result("sdar", given, weights, cut=cut)
+        parts = step_result(loss, given, weights, cut=cut)
         assert parts[0] == pytest.approx(whole[0], rel=1e-12)
         torch.testing.assert_close(parts[1], whole[1], rtol=1e-12, atol=1e-15)
         assert parts[2] == pytest.approx(whole[2], rel=1e-12)
+
+
+def test_no_cut_of_a_step_shows_in_sdar() -> None:
+    given = taught(SDARSettings(beta=0.1, correction=RolloutCorrection("token_truncate", 1.15)))
+    weights = row_weights(LENGTHS, "sdar")
+    no_cut_shows("sdar", given, weights)
 
 
 @pytest.mark.parametrize("said", [-INF, -1e4, 1e4])
@@ -187,12 +192,7 @@ def test_chord_is_grpo_of_the_ones_and_the_likelihood_of_the_others(phi: bool, b
 def test_no_cut_of_a_step_shows_in_chord() -> None:
     given = mixed(CHORDSettings(beta=0.1, chord_enable_phi_function=True))
     weights = row_weights(LENGTHS, "rows")
-    whole = step_result("chord", given, weights)
-    for cut in CUTS:
-        parts = step_result("chord", given, weights, cut=cut)
-        assert parts[0] == pytest.approx(whole[0], rel=1e-12)
-        torch.testing.assert_close(parts[1], whole[1], rtol=1e-12, atol=1e-15)
-        assert parts[2] == pytest.approx(whole[2], rel=1e-12)
+    no_cut_shows("chord", given, weights)
 
 
 def test_chord_on_a_micro_batch_without_rows_stays_in_the_graph() -> None:

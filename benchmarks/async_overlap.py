@@ -31,6 +31,7 @@ from raytune_rl.pipelines import lifecycle
 from raytune_rl.pipelines.lifecycle import Run
 from raytune_rl.pipelines.online import OnlineRun
 from raytune_rl.pipelines.online_algorithms import algorithm_of
+from raytune_rl.pipelines.online_data import OnlineData
 from raytune_rl.pipelines.resume_point import open_run
 from raytune_rl.pipelines.run_state import RunState
 
@@ -84,7 +85,8 @@ def step_seconds(
     with open_run(config) as resume_point:
         run = Run(config, resume_point, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
         actors = groups_of(config, fleet, trainer)
-        online = OnlineRun(config, algorithm, schedule, prompts, None, run, RunState(), actors)
+        data = OnlineData(prompts, None, schedule, max_model_len=0)
+        online = OnlineRun(config, algorithm, data, run, RunState(), actors)
         with run.watched():
             online.train()
     first = WARMUP + staleness

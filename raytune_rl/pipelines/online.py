@@ -20,7 +20,6 @@ from raytune_rl.algorithms.before_step import OnlineStep
 from raytune_rl.algorithms.credit.base import Credit, Credited
 from raytune_rl.algorithms.distillation import TEACHER_COLUMNS, TEACHER_LOGPROBS
 from raytune_rl.config import RLHFConfig, resolved
-from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
 from raytune_rl.errors import ConfigError
 from raytune_rl.groups import specs
 from raytune_rl.groups.engine_fit import fit
@@ -29,35 +28,26 @@ from raytune_rl.groups.growth import check_growth
 from raytune_rl.groups.sizes import online_groups
 from raytune_rl.groups.start import OnlineGroups, OnlineSetup, start_groups
 from raytune_rl.groups.teachers import as_seen
-from raytune_rl.multi_turn.scheduler import make_scheduler
 from raytune_rl.pipelines import dry_run, memory, report
 from raytune_rl.pipelines.ahead import AheadCollector
 from raytune_rl.pipelines.collect import Collected, Collector, Collects
-from raytune_rl.pipelines.demonstrations import Demonstrations, demonstrations_of
 from raytune_rl.pipelines.engine_guard import METRIC, EngineGuard
-from raytune_rl.pipelines.experts import Experts, experts_of
 from raytune_rl.pipelines.generation_log import GenerationLog
 from raytune_rl.pipelines.going_on import going_on
 from raytune_rl.pipelines.group_flow import Outside
 from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
-from raytune_rl.pipelines.position import generations_go_on
+from raytune_rl.pipelines.online_data import OnlineData, read_data, rewards_checked
 from raytune_rl.pipelines.prompt_quarantine import PromptQuarantine
 from raytune_rl.pipelines.recovery import rules_of
 from raytune_rl.pipelines.resume_point import open_run
 from raytune_rl.pipelines.run_models import RunModels, RunStep
 from raytune_rl.pipelines.run_state import RunState
 from raytune_rl.pipelines.scoring import Scoring
-from raytune_rl.prepare.sets import check_lengths, prompt_sets
-from raytune_rl.protocol.data import PromptSet
 from raytune_rl.protocol.rewards import TrainerState
 from raytune_rl.protocol.rows import TrainBatch
 from raytune_rl.protocol.trajectory import Trajectory
-from raytune_rl.rewards.judge import plugin_class
-from raytune_rl.rewards.plugins import load_plugins
-from raytune_rl.rewards.preflight import preflight
-from raytune_rl.rewards.sandbox import memory_limit_bytes
 from raytune_rl.runtime import gpu_memory
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.places import places_for
@@ -81,16 +71,7 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
     dry_run.refuse(config)
     config = made_absolute(config)
     algorithm = algorithm_of(config)
-    with stage("loading the reward functions"):
-        if config.multi_turn_scheduler is not None or config.reward_model_plugin:
-            # As the workers will: a wrong name ends the run here.
-            load_plugins(config.external_plugins)
-        if config.multi_turn_scheduler is not None:
-            make_scheduler(config.multi_turn_scheduler, config.max_turns)
-        for name in config.reward_model_plugin:
-            plugin_class(name)
-        byte_limit = memory_limit_bytes(config.reward_memory_limit)
-        needs = preflight(config.reward_funcs, config.external_plugins, config.args(), byte_limit)
+    rewards = rewards_checked(config)
     with ExitStack() as stack:
         with stage("connecting to Ray"):
             cluster = stack.enter_context(session(config.ray_address, note))
@@ -98,67 +79,31 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
         specs.check_machine(config, groups.on_gpu)
         growth = check_growth(groups, cluster)
         resume_point = stack.enter_context(open_run(config))
-        with stage("reading and tokenizing the data") as tell:
-            train, held_out = prompt_sets(
-                config, resume_point.run_dir.quarantine_jsonl, one_machine=cluster.started_here, tell=tell
-            )
-        needs.check(
-            [*train.account.columns, *(f"{modality}s" for modality in train.account.media.modalities)]
-        )
-        specs.check_readable(config, train.account.media)
-        schedule = grpo_schedule_of(config, groups["policy"].workers, len(train))
-        demonstrations = None
-        if config.demonstrates:
-            with stage("reading the answers of the data") as tell:
-                demonstrations = demonstrations_of(
-                    config,
-                    schedule.batch.prompts_per_generation * schedule.batch.num_generations,
-                    resume_point.run_dir.quarantine_jsonl.with_name("quarantine.answers.jsonl"),
-                    one_machine=cluster.started_here,
-                    tell=tell,
-                )
-        experts = None
-        if algorithm.expert_share is not None:
-            with stage("reading the expert's answers") as tell:
-                experts = experts_of(
-                    config,
-                    schedule.batch,
-                    algorithm.expert_share,
-                    resume_point.run_dir.quarantine_jsonl.with_name("quarantine.expert.jsonl"),
-                    one_machine=cluster.started_here,
-                    tell=tell,
-                )
-        schedule, resized = generations_go_on(schedule, len(train), resume_point, config.max_steps)
-        longest = max(int(s.lengths.max()) for s in (train, held_out) if s is not None)
-        max_model_len = check_lengths(
-            longest, config.max_completion_length, config.vllm_max_model_len, train.account.max_positions
-        )
-        all_notices = [
+        ranks, one_machine = groups["policy"].workers, cluster.started_here
+        data = read_data(config, algorithm, ranks, rewards, resume_point, one_machine=one_machine)
+        account = data.train.account
+        said = [
             *notices,
             *resume_point.notices,
-            *resized,
-            *train.account.notices,
+            *data.notices,
             *specs.machine_notices(config, groups.on_gpu),
             *growth,
-            *specs.media_notices(config, groups.on_gpu, train.account.takes_media),
+            *specs.media_notices(config, groups.on_gpu, account.takes_media),
         ]
-        config, fitted = fit(config, train.account.traits, groups.on_gpu, train.account.takes_media)
-        all_notices += fitted
-        plan = report.online_plan(
-            config, algorithm, groups, schedule, train, held_out, longest, resume_point, cluster, all_notices
-        )
+        config, fitted = fit(config, account.traits, groups.on_gpu, account.takes_media)
+        said += fitted
+        plan = report.online_plan(config, algorithm, groups, data, resume_point, cluster, said)
         plan, no_room = memory.added(
             plan,
             config,
             groups,
             gpu_memory.of(cluster),
-            max_model_len=max_model_len,
+            max_model_len=data.max_model_len,
             store_bytes=cluster.object_store_bytes,
         )
-        shown = [s.account.media for s in (train, held_out) if s is not None]
-        media = specs.prompt_limits(config, train.account.takes_media, shown)
+        media = specs.prompt_limits(config, account.takes_media, [s.account.media for s in data.sets])
         controlled = Run(
-            config, resume_point, schedule.total_steps, best_by="eval_reward", greater_is_better=True
+            config, resume_point, data.schedule.total_steps, best_by="eval_reward", greater_is_better=True
         )
         controlled.say(plan.render())
         if no_room is not None:
@@ -180,32 +125,21 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
                 sizes=groups,
                 loss=algorithm.loss,
                 needs=algorithm.needs,
-                prompts=train,
-                total_steps=schedule.total_steps,
+                prompts=data.train,
+                total_steps=data.schedule.total_steps,
                 run_name=resume_point.run_dir.path.name,
-                max_model_len=max_model_len,
+                max_model_len=data.max_model_len,
                 media=media,
             )
             worlds = 1 + ("critic" in groups)
             rules = rules_of(config, controlled.faults, cluster.object_store_bytes, worlds)
             actors = start_groups(setup, slots, stack, rules, lost)
-            online = OnlineRun(
-                config,
-                algorithm,
-                schedule,
-                train,
-                held_out,
-                controlled,
-                state,
-                actors,
-                demonstrations,
-                experts,
-            )
+            online = OnlineRun(config, algorithm, data, controlled, state, actors)
             online.restore(resume_point)
         with controlled.watched():
             online.train()
             result = controlled.finish({"prompts": state.account().as_dict()})
-        accounts = (train.account, None if held_out is None else held_out.account)
+        accounts = (account, None if data.held_out is None else data.held_out.account)
         report.online_summary(config, controlled, state, accounts, result).show(controlled.console)
         return result
 
@@ -216,14 +150,10 @@ class OnlineRun:
     Args:
         config: Of the run.
         algorithm: Loss and credit.
-        schedule: Steps and batches.
-        prompts: What to sample from.
-        held_out: What to evaluate on, or None.
+        data: What it samples from and learns beside, and its steps.
         run: Directory, log, display and checkpoints.
         state: What the run has come to.
         actors: The groups.
-        demonstrations: Answers of the data that some generations consist of; None without any.
-        experts: Answers of other data that steps learn beside; None without any.
         outside: The world of the collectors.
     """
 
@@ -231,18 +161,15 @@ class OnlineRun:
         self,
         config: RLHFConfig,
         algorithm: Algorithm,
-        schedule: GRPOSchedule,
-        prompts: PromptSet,
-        held_out: PromptSet | None,
+        data: OnlineData,
         run: Run,
         state: RunState,
         actors: OnlineGroups,
-        demonstrations: Demonstrations | None = None,
-        experts: Experts | None = None,
         outside: Outside = Outside(),  # noqa: B008, frozen
     ) -> None:
-        self.config, self.algorithm, self.schedule, self.experts = config, algorithm, schedule, experts
-        self.prompts, self.held_out = prompts, held_out if resolved.eval_strategy(config) != "no" else None
+        self.config, self.algorithm, self.experts = config, algorithm, data.experts
+        self.schedule, self.prompts = schedule, prompts = data.schedule, data.train
+        self.held_out = data.held_out if resolved.eval_strategy(config) != "no" else None
         self.run, self.state, self.actors = run, state, actors
         self.credit: Credit = algorithm.credit
         given_up = PromptQuarantine(run.dir.quarantine_prompts_jsonl, config.step_timeout)
@@ -255,7 +182,7 @@ class OnlineRun:
         else:
             each = schedule.batch.prompts_per_generation
             self.collector = Collector(
-                config, actors, prompts, each, state, self.credit, scoring, outside, demonstrations
+                config, actors, prompts, each, state, self.credit, scoring, outside, data.demonstrations
             )
         self.generation_log = GenerationLog(config, self.credit, run.completions, prompts, state, run.say)
         ahead = resolved.max_staleness(config) > 0

@@ -31,6 +31,7 @@ from raytune_rl.tracking.summary import Change, RunSummary
 
 if TYPE_CHECKING:
     from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult
+    from raytune_rl.pipelines.online_data import OnlineData
     from raytune_rl.pipelines.run_state import RunState
     from raytune_rl.protocol.train import StepReport
     from raytune_rl.runtime.cluster import ClusterInfo
@@ -45,22 +46,20 @@ def online_plan(
     config: RLHFConfig,
     algorithm: Algorithm,
     groups: Groups,
-    schedule: GRPOSchedule,
-    train: PromptSet,
-    held_out: PromptSet | None,
-    longest: int,
+    data: OnlineData,
     resume_point: ResumePoint,
     cluster: ClusterInfo,
     notices: Sequence[str],
 ) -> RunPlan:
     """The plan of a GRPO run."""
+    train, held_out, schedule = data.train, data.held_out, data.schedule
     batch = schedule.batch
     generation = GenerationPlan(
         batch.prompts_per_generation,
         batch.num_generations,
         batch.optimizer_steps_per_generation * config.num_iterations,
         schedule.total_steps,
-        longest,
+        data.longest,
         config.max_completion_length,
     )
     arrive = (

@@ -22,6 +22,7 @@ from raytune_rl.pipelines.experts import Experts
 from raytune_rl.pipelines.lifecycle import Run, RunResult
 from raytune_rl.pipelines.online import OnlineRun
 from raytune_rl.pipelines.online_algorithms import algorithm_of
+from raytune_rl.pipelines.online_data import OnlineData
 from raytune_rl.pipelines.position import generations_go_on
 from raytune_rl.pipelines.resume_point import ResumePoint, open_run
 from raytune_rl.pipelines.run_state import RunState
@@ -104,17 +105,8 @@ def _played(
     run = Run(config, resume_point, schedule.total_steps, best_by="eval_reward", greater_is_better=True)
     state = RunState.restored(resume_point.state)
     evaluated = prompt_set(held_out, "held out") if held_out else None
-    online = OnlineRun(
-        config,
-        algorithm,
-        schedule,
-        prompt_set(prompts),
-        evaluated,
-        run,
-        state,
-        cast.groups,
-        outside=outside(stage),
-    )
+    data = OnlineData(prompt_set(prompts), evaluated, schedule, max_model_len=64)
+    online = OnlineRun(config, algorithm, data, run, state, cast.groups, outside(stage))
     before(online, stage)
     online.restore(resume_point)
     with run.watched():

@@ -46,7 +46,7 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> None:
 def encode(model: str, data: str, processes: int) -> dict[str, float]:
     """The measurements of one process."""
     from raytune_rl.models.load import load_tokenizer
-    from raytune_rl.prepare.task import model_facts
+    from raytune_rl.prepare.facts import model_facts
 
     clock = Clock(cpu=True)
     config = SFTConfig(model=model, dataset=data, dataset_num_proc=max(processes, 1))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from raytune_rl.algorithms.credit.base import Credit, Credited
 from raytune_rl.config import RLHFConfig
 from raytune_rl.groups.fleet import read_dialogues, read_media_names, read_texts
-from raytune_rl.pipelines import report
+from raytune_rl.pipelines import run_metrics
 from raytune_rl.pipelines.collect import Collected
 from raytune_rl.pipelines.run_state import RunState
 from raytune_rl.protocol.data import PromptSet
@@ -48,7 +48,7 @@ class GenerationLog:
             credited: What it earned.
         """
         kept = collected.kept
-        metrics = {**report.batch_metrics(kept), **credited.metrics, **collected.metrics}
+        metrics = {**run_metrics.batch_metrics(kept), **credited.metrics, **collected.metrics}
         if self._config.demonstrates:
             metrics["gkd/on_policy"] = float(not collected.demonstrated)
         if not self._credit.has_signal(kept):
@@ -66,6 +66,6 @@ class GenerationLog:
                 if part is not None:
                     texts, dialogues = read_texts(part.batch, timeout), read_dialogues(part.batch, timeout)
                     media = read_media_names(part.batch, timeout)
-                    rows = report.completion_rows(step, part, prompts, texts, of, dialogues, media)
+                    rows = run_metrics.completion_rows(step, part, prompts, texts, of, dialogues, media)
                     self._completions.write(rows)
         return metrics

@@ -32,7 +32,7 @@ from raytune_rl.groups.restarts import RecoveryRules
 from raytune_rl.groups.sizes import Groups, offline_groups
 from raytune_rl.groups.trainer import PolicyGroup
 from raytune_rl.groups.world import TrainerWorld
-from raytune_rl.pipelines import dry_run, memory, offline_report, report
+from raytune_rl.pipelines import dry_run, memory, offline_report, run_metrics
 from raytune_rl.pipelines.going_on import going_on
 from raytune_rl.pipelines.lifecycle import ResumePoint, Run, RunResult, note, stage
 from raytune_rl.pipelines.local_paths import made_absolute
@@ -340,7 +340,7 @@ class OfflineRun:
         with run.timer.phase("train"):
             step = self.policy.world.train(self.batch(self.rows, units), run.step)
         metrics = offline_report.with_margin(step.metrics)
-        counters = report.step_metrics(run, step, self.schedule.steps_per_epoch)
+        counters = run_metrics.step_metrics(run, step, self.schedule.steps_per_epoch)
         epoch = self.position.epoch + self.position.taken / self.order.units
         run.record({**metrics, **counters, "epoch": epoch})
 

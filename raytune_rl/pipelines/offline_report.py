@@ -18,11 +18,11 @@ from raytune_rl.pipelines.report import (
     data_section,
     epochs_not_reached,
     group_plans,
-    next_commands,
     output_section,
     sharing_in_words,
     trainer,
 )
+from raytune_rl.pipelines.run_summary import next_commands
 from raytune_rl.prepare.sets import quarantined
 from raytune_rl.protocol.data import SHARED, Account, TokenSet
 from raytune_rl.tracking.plan import RunPlan, Section

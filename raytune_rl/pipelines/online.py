@@ -28,7 +28,7 @@ from raytune_rl.groups.growth import check_growth
 from raytune_rl.groups.sizes import online_groups
 from raytune_rl.groups.start import OnlineGroups, OnlineSetup, start_groups
 from raytune_rl.groups.teachers import as_seen
-from raytune_rl.pipelines import dry_run, memory, report
+from raytune_rl.pipelines import dry_run, memory, report, run_metrics
 from raytune_rl.pipelines.ahead import AheadCollector
 from raytune_rl.pipelines.collect import Collected, Collector, Collects
 from raytune_rl.pipelines.engine_guard import METRIC, EngineGuard
@@ -44,6 +44,7 @@ from raytune_rl.pipelines.recovery import rules_of
 from raytune_rl.pipelines.resume_point import open_run
 from raytune_rl.pipelines.run_models import RunModels, RunStep
 from raytune_rl.pipelines.run_state import RunState
+from raytune_rl.pipelines.run_summary import online_summary
 from raytune_rl.pipelines.scoring import Scoring
 from raytune_rl.protocol.rewards import TrainerState
 from raytune_rl.protocol.rows import TrainBatch
@@ -140,7 +141,7 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
             online.train()
             result = controlled.finish({"prompts": state.account().as_dict()})
         accounts = (account, None if data.held_out is None else data.held_out.account)
-        report.online_summary(config, controlled, state, accounts, result).show(controlled.console)
+        online_summary(config, controlled, state, accounts, result).show(controlled.console)
         return result
 
 
@@ -316,12 +317,12 @@ class OnlineRun:
         if fresh:
             gap = step.metrics.get("rollout_correction/logp_abs_diff_max", 0.0)
             self.state.max_gap = max(self.state.max_gap, gap)
-        counters = report.step_metrics(run, step, self.schedule.steps_per_epoch)
+        counters = run_metrics.step_metrics(run, step, self.schedule.steps_per_epoch)
         counters["weight_store(GiB)"] = self.published.nbytes / 2**30
         if self.state.lost_workers:
             counters["lost_workers"] = float(self.state.lost_workers.total())
         if self.actors.sizes.elastic is not None:
-            counters |= report.fleet_metrics(self.actors.rollout.load())
+            counters |= run_metrics.fleet_metrics(self.actors.rollout.load())
         run.record({**step.metrics, **counters, **metrics})
         self.guard.watch(step.metrics.get(METRIC) if fresh else None, run.step)
 
@@ -406,7 +407,7 @@ class OnlineRun:
         if self.held_out is None:
             return
         experience = self.collector.held_out(self.held_out, self.version, self.progress())
-        self.run.record_evaluation(report.evaluation_metrics(experience))
+        self.run.record_evaluation(run_metrics.evaluation_metrics(experience))
 
     def progress(self) -> TrainerState:
         """How far the run has come, as reward functions are told."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
-from raytune_rl.config.commands import TrainConfig
 from raytune_rl.data.example import Task
 from raytune_rl.data.mapped import MappedColumns, open_columns, written_whole
-from raytune_rl.data.model_tokens import ModelTokens
-from raytune_rl.errors import ConfigError, DataError
+from raytune_rl.errors import DataError
 from raytune_rl.prepare.cache import (
     SETS,
     EncodedSet,
@@ -27,34 +23,13 @@ from raytune_rl.prepare.cache import (
     write_entry,
     write_facts,
 )
+from raytune_rl.prepare.facts import account_of, model_facts
+from raytune_rl.prepare.judges import check_vocabulary, refuse_demonstrations, teacher_of_rows
 from raytune_rl.prepare.places import MediaPlaces
 from raytune_rl.prepare.progress import RowProgress, Tell, stream_progress
+from raytune_rl.prepare.read import load_sets, quarantine_dropped, quarantines
 from raytune_rl.protocol.columns import Columns
-from raytune_rl.protocol.data import TEACHER_PROMPT, TEACHER_PROMPT_TOKENS, Account
-from raytune_rl.protocol.model import Traits
-from raytune_rl.redaction import redact_texts
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The facts of a model that its data depend on.
-
-    Attributes:
-        tokenizer: Its tokenizer.
-        max_positions: The longest sequence it takes, tokens; None if it does not say.
-        takes_media: Whether its config says so.
-        traits: What an engine has to be set up for.
-        media: Its processor, if it takes media and has one.
-        tokens: How many tokens it has, and which end an answer.
-    """
-
-    tokenizer: Any
-    max_positions: int | None
-    takes_media: bool
-    traits: Traits
-    media: Any = None
-    tokens: ModelTokens | None = None
-
+from raytune_rl.protocol.data import TEACHER_PROMPT, TEACHER_PROMPT_TOKENS
 
 RowsEncoder = Callable[..., tuple[Columns, RowFacts]]
 
@@ -84,10 +59,10 @@ def _encoded_prompts(
     for teacher in config.teacher_model:
         check_vocabulary(tokenizer, teacher, config, "--teacher_model")
     media = MediaSettings(facts.media, places.root, places.inline) if facts.media else None
-    bad_rows = _quarantines(config, quarantine)
+    bad_rows = quarantines(config, quarantine)
     for stale in bad_rows:  # of an earlier start of the same run
         stale.unlink(missing_ok=True)
-    for part, path in zip(_load(config, "grpo", quarantine, tell), bad_rows, strict=True):
+    for part, path in zip(load_sets(config, "grpo", quarantine, tell), bad_rows, strict=True):
         if part is None:
             continue
         examples, report = part
@@ -131,7 +106,7 @@ def _encoded_prompts(
         )  # one placeholder a medium is readable
         texts = tokenizer.batch_decode([shown[i].tolist() for i in range(len(shown))])
         extra = {**encoded.extra, **conversations([examples[i] for i in encoded.index])}
-        account = replace(_account(report, encoded, facts, left_out), columns=tuple(extra))
+        account = replace(account_of(report, encoded, facts, left_out), columns=tuple(extra))
         if TEACHER_PROMPT in extra and not config.has_teachers:
             idle = (
                 f"the column {TEACHER_PROMPT!r} does nothing: there is no --teacher_model; --model can be one"
@@ -174,7 +149,7 @@ def _encoded_sets(
     cache: Path,
     tell: Tell,
 ) -> list[EncodedSet]:
-    bad_rows = dict(zip(SETS, _quarantines(config, quarantine), strict=True))
+    bad_rows = dict(zip(SETS, quarantines(config, quarantine), strict=True))
     for path in bad_rows.values():  # of an earlier start of the same run
         path.unlink(missing_ok=True)
     if isinstance(config, PreferenceConfig) and config.own_reference and config.ref_model:
@@ -250,7 +225,7 @@ def _encode(
 ) -> Iterator[tuple[str, EncodedSet]]:
     """The sets by name, encoded anew; into `folder`, or into memory without one."""
     encode = rows_encoder(config, task, places)
-    for name, part in zip(SETS, _load(config, task, bad_rows["train"], tell), strict=True):
+    for name, part in zip(SETS, load_sets(config, task, bad_rows["train"], tell), strict=True):
         if part is None:
             continue
         inside = None if folder is None else folder / name
@@ -297,204 +272,7 @@ def rows_encoder(config: SFTConfig | PreferenceConfig, task: Task, places: Media
         )
         path = quarantine_dropped(encoded.dropped, bad_rows, held) or report.quarantine_path
         columns = {"tokens": encoded.tokens, "loss_mask": encoded.loss_mask, **encoded.media}
-        account = _account(report, encoded, facts, path)
+        account = account_of(report, encoded, facts, path)
         return columns, RowFacts(encoded.tokens.lengths, encoded.loss_lengths, account, encoded.values)
 
     return encode
-
-
-def model_facts(config: TrainConfig) -> ModelFacts:
-    """Reads a model's config and tokenizer, and of a model that takes media the processor."""
-    from raytune_rl.data.media_processor import MediaProcessor
-    from raytune_rl.models import load
-    from raytune_rl.models.context import longest_context
-    from raytune_rl.models.traits import traits_of
-    from raytune_rl.protocol.media import MediaLimits
-
-    assert config.model is not None
-    trust = config.trust_remote_code
-    path = load.resolve_path(config.model, use_hf=config.use_hf)
-    model = load.load_config(path, trust_remote_code=trust)
-    positions = longest_context(model.get_text_config())
-    takes_media = load.takes_media(model)
-    processor = load.load_media_processor(path, trust_remote_code=trust) if takes_media else None
-    tokens = ModelTokens.of(path, model, config.model)
-    if processor is None:
-        tokenizer = load.load_tokenizer(path, trust_remote_code=trust)
-        return ModelFacts(tokenizer, positions, takes_media, traits_of(model), tokens=tokens)
-    media = MediaProcessor.of(processor, MediaLimits.of(config))
-    return ModelFacts(processor.tokenizer, positions, takes_media, traits_of(model), media, tokens)
-
-
-def check_vocabulary(tokenizer: Any, model: str, config: TrainConfig, flag: str) -> None:
-    """A reference or teacher is asked about the policy's own tokens, so it must mean the same by them. It may
-    know more of them, and lack added ones for which its embedding has an empty place.
-
-    Args:
-        tokenizer: The policy's.
-        model: The other model.
-        config: Of the run.
-        flag: It named that model.
-
-    Raises:
-        ConfigError: It does not.
-    """
-    from raytune_rl.models import load
-
-    path, trust = load.resolve_path(model, use_hf=config.use_hf), config.trust_remote_code
-    theirs = load.load_tokenizer(path, trust_remote_code=trust).get_vocab()
-    places = load.load_config(path, trust_remote_code=trust).get_text_config().vocab_size
-    added, taken = tokenizer.get_added_vocab(), set(theirs.values())
-    for piece, number in tokenizer.get_vocab().items():
-        known = theirs.get(piece)
-        has_place = number < places and number not in taken
-        if known == number or (known is None and piece in added and has_place):
-            continue
-        there = "none there" if known is None else f"number {known} there"
-        raise ConfigError(
-            f"{flag} {model} has another vocabulary than --model {config.model}: the piece {piece!r}, number "
-            f"{number} here, is {there}, so the same token means something else to it. Take a model of the "
-            "same family."
-        )
-
-
-def refuse_demonstrations(config: RLHFConfig) -> None:
-    """A teacher that is asked something else is asked about the policy's own answers.
-
-    Raises:
-        ConfigError: Some generations are the answers of the data.
-    """
-    if config.demonstrates:
-        raise ConfigError(
-            f"--lmbda {config.lmbda:g} trains on answers of the data too, but the column {TEACHER_PROMPT!r} "
-            "says what a teacher sees beside the policy's own: use --lmbda 1, or leave the column out."
-        )
-
-
-def teacher_of_rows(
-    extra: Mapping[str, Sequence[Any]], column: str, teachers: Sequence[str]
-) -> NDArray[np.float64]:
-    """The number of each row's teacher, float64 `[n]`.
-
-    Args:
-        extra: The data's columns.
-        column: It has the teacher, by number or as in `teachers`.
-        teachers: `--teacher_model`.
-
-    Raises:
-        ConfigError: The data has no such column, or a row names nobody.
-    """
-    if column not in extra:
-        raise ConfigError(
-            f"--teacher_column {column}: the data has no such column, only {', '.join(sorted(extra))}."
-        )
-    numbers = {**{str(number): number for number in range(len(teachers))}}
-    numbers |= {name: number for number, name in enumerate(teachers)}
-    found = [numbers.get(str(value)) for value in extra[column]]
-    if None in found:
-        row = found.index(None)
-        raise ConfigError(
-            f"--teacher_column {column}: row {row + 1} of the prompts has {extra[column][row]!r}, which is "
-            f"none of the {len(teachers)} teachers: write its number, from 0, or its name as in "
-            "--teacher_model."
-        )
-    return np.array(found, dtype=np.float64)
-
-
-def quarantine_dropped(dropped: Any, path: Path, held: set[tuple[str, int]] | None = None) -> Path | None:
-    """Adds rows that were left out while encoding to the quarantine file, each once.
-
-    Args:
-        dropped: The rows.
-        path: The file.
-        held: Places of rows that it has already, to be added to.
-
-    Returns:
-        The file, if there are any.
-    """
-    held = set() if held is None else held
-    lines = []
-    for drop in dropped:
-        if (drop.source, drop.line) not in held:
-            held.add((drop.source, drop.line))
-            reason = f"{drop.reason}: {drop.detail}".rstrip(": ")
-            lines.append({"source": drop.source, "line": drop.line, "reason": reason})
-    if lines:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(redact_texts(line), ensure_ascii=False) + "\n" for line in lines)
-    return path if dropped else None
-
-
-def _quarantines(config: TrainConfig, quarantine: Path) -> tuple[Path, Path]:
-    """For the rows to train on and for the held-out ones, which may come from the same data."""
-    return quarantine, quarantine.with_name("quarantine-val.jsonl") if config.val_dataset else quarantine
-
-
-def _load(config: TrainConfig, task: Task, quarantine: Path, tell: Tell = lambda _: None) -> tuple[Any, Any]:
-    """(examples, report) to train on, and held out or None."""
-    from raytune_rl.data.load import load_examples, split_examples
-    from raytune_rl.data.rules import Identity
-
-    def load(specs: Any, shuffle: bool, path: Path) -> Any:
-        return load_examples(
-            specs,
-            task=task,
-            system=config.system,
-            columns=config.columns,
-            strict=config.strict,
-            shuffle=shuffle,
-            seed=config.data_seed,
-            quarantine_path=path,
-            use_hf=config.use_hf,
-            identity=Identity(config.model_name, config.model_author),
-            progress=progress,
-        )
-
-    progress = RowProgress("read", tell)
-    train = load(config.dataset, config.dataset_shuffle, quarantine)
-    if unused := _unused_identity(config):
-        train = replace(train, report=replace(train.report, notices=(unused, *train.report.notices)))
-    if config.val_dataset:
-        held_out = load(config.val_dataset, False, _quarantines(config, quarantine)[1])
-        return (train.examples, train.report), (held_out.examples, held_out.report)
-    examples, rest = split_examples(train.examples, config.split_dataset_ratio, config.data_seed)
-    return (examples, train.report), (rest, train.report) if rest else None
-
-
-def _unused_identity(config: TrainConfig) -> str | None:
-    """A sentence where a name or author was given, and no data set asks for it."""
-    from raytune_rl.data.picks import leaves_identity_open
-    from raytune_rl.data.specs import parse_spec
-
-    if not (config.model_name or config.model_author):
-        return None
-    if any(
-        leaves_identity_open(parse_spec(text, use_hf=config.use_hf))
-        for text in (*config.dataset, *config.val_dataset)
-    ):
-        return None
-    return (
-        "--model_name and --model_author have no effect: no data set leaves them open, as self-cognition does"
-    )
-
-
-def _account(report: Any, encoded: Any, facts: ModelFacts, quarantine: Path | None) -> Account:
-    from raytune_rl.data.chat import ChatTemplate
-    from raytune_rl.data.media_table import count_media
-
-    chat = ChatTemplate.of(facts.tokenizer) if facts.media is None else facts.media.chat
-    if facts.tokens is not None:
-        chat = replace(chat, eos_token_ids=facts.tokens.eos)
-    return Account(
-        report.sources,
-        dict(encoded.reasons),
-        None if quarantine is None else str(quarantine),
-        (*report.notices, *encoded.notices),
-        facts.max_positions,
-        tuple(chat.stop_token_ids()),
-        facts.takes_media,
-        count_media(encoded.media),
-        () if facts.media is None else facts.media.placeholder_ids,
-        traits=facts.traits,
-    )

@@ -10,7 +10,7 @@ from raytune_rl.algorithms.credit.gdpo import DecoupledGroups
 from raytune_rl.algorithms.credit.group import group_metrics
 from raytune_rl.algorithms.experience import Experience, fill_with_signal, join, known_values
 from raytune_rl.data.sampler import order, stretch
-from raytune_rl.pipelines import report
+from raytune_rl.pipelines import run_metrics
 from raytune_rl.protocol.rewards import Failure, RewardTable
 from raytune_rl.protocol.rows import RowPointer
 from raytune_rl.protocol.trajectory import EpisodeFacts, Trajectory
@@ -159,7 +159,7 @@ def test_a_stretch_of_the_data_is_the_epochs_end_to_end() -> None:
 def test_metrics_name_what_cannot_teach() -> None:
     found = experience([1.0, 1.0], [0.0, 1.0], [NAN, NAN], [NAN, 1.0])
     grouped = group_advantages(found.rewards, found.group_ids)
-    metrics = {**report.batch_metrics(found), **group_metrics(grouped)}
+    metrics = {**run_metrics.batch_metrics(found), **group_metrics(grouped)}
     assert metrics["frac_reward_zero_std"] == 0.25
     assert metrics["groups_without_comparison"] == 2
     assert metrics["unscored_completions"] == metrics["reward_failures"] == 3
@@ -167,12 +167,12 @@ def test_metrics_name_what_cannot_teach() -> None:
 
 
 def test_evaluation_counts_prompts_of_which_one_completion_passes() -> None:
-    metrics = report.evaluation_metrics(experience([1.0, 0.0], [0.0, 0.0], [NAN, 1.0], [1.0, 1.0]))
+    metrics = run_metrics.evaluation_metrics(experience([1.0, 0.0], [0.0, 0.0], [NAN, 1.0], [1.0, 1.0]))
     assert metrics["eval_rewards/F/pass@2"] == pytest.approx(2 / 3), "of the prompts with two known rewards"
     assert (metrics["eval_reward_failures"], metrics["eval_unscored_completions"]) == (1, 1)
     assert metrics["eval_reward"] == pytest.approx(4 / 7)
-    four = report.evaluation_metrics(experience([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, NAN]))
+    four = run_metrics.evaluation_metrics(experience([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, NAN]))
     assert four["eval_rewards/F/pass@2"] == pytest.approx((1 / 2 + 1) / 2), "pairs with a right one"
     assert four["eval_rewards/F/pass@4"] == 1
-    graded = report.evaluation_metrics(experience([0.5, 1.0]))
+    graded = run_metrics.evaluation_metrics(experience([0.5, 1.0]))
     assert not [name for name in graded if "pass@" in name], "a grade between 0 and 1 is neither"

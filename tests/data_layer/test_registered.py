@@ -475,17 +475,17 @@ def test_every_id_leads_to_one_entry():
 def test_a_name_of_the_command_line_reaches_the_rows(put, tmp_path):
     from raytune_rl.config import SFTConfig
     from raytune_rl.config.parser import parse
-    from raytune_rl.prepare.task import _load
+    from raytune_rl.prepare.read import load_sets
 
     folder = put("self-cognition", [{"tag": "zh", "query": "q", "response": "{{NAME}}，{{AUTHOR}}"}])
     words = ["--model", "m", "--model_name", "小瑞", "Ray", "--model_author", "T", "--dataset"]
-    (examples, report), _ = _load(
+    (examples, report), _ = load_sets(
         parse([*words, str(folder)], SFTConfig).config, "sft", tmp_path / "bad.jsonl"
     )
     assert examples[0].messages[-1].content == "小瑞，T"
     assert not any("no effect" in notice for notice in report.notices)
     other = put("other", [{"query": "q", "response": "a"}])
-    (_, report), _ = _load(parse([*words, str(other)], SFTConfig).config, "sft", tmp_path / "bad.jsonl")
+    (_, report), _ = load_sets(parse([*words, str(other)], SFTConfig).config, "sft", tmp_path / "bad.jsonl")
     assert any("--model_name and --model_author have no effect" in notice for notice in report.notices)
 
 

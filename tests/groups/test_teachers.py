@@ -15,7 +15,7 @@ from raytune_rl.errors import ConfigError
 from raytune_rl.groups import logprobs
 from raytune_rl.groups.start import teacher_coefficients
 from raytune_rl.groups.teachers import Teacher, Teachers
-from raytune_rl.prepare.task import teacher_of_rows
+from raytune_rl.prepare.judges import teacher_of_rows
 from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import RowBatch, RowPointer, TrainBatch
 from raytune_rl.runtime.wait import Pending

@@ -20,7 +20,7 @@ from raytune_rl.models.load import load_tokenizer
 from raytune_rl.pipelines.lifecycle import ResumePoint
 from raytune_rl.pipelines.objective import preference
 from raytune_rl.pipelines.offline_report import plan_of, with_margin
-from raytune_rl.prepare.task import check_vocabulary
+from raytune_rl.prepare.judges import check_vocabulary
 from raytune_rl.protocol.data import Account, SourceCounts, TokenSet
 from raytune_rl.runtime.cluster import ClusterInfo
 from raytune_rl.tiny.model import make_tiny_model

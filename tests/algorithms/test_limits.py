@@ -29,6 +29,7 @@ from raytune_rl.algorithms.losses.fipo import FIPOSettings
 from raytune_rl.algorithms.losses.gmpo import GMPOSettings
 from raytune_rl.algorithms.losses.gpg import GPGSettings
 from raytune_rl.algorithms.losses.grpo import GRPOSettings
+from raytune_rl.algorithms.losses.kpop import KPopSettings
 from raytune_rl.algorithms.losses.ppo import clipped_value_loss
 from raytune_rl.algorithms.losses.sapo import SAPOSettings
 from raytune_rl.algorithms.losses.vespo import VESPOSettings
@@ -54,6 +55,7 @@ POLICIES: dict[str, tuple[str, Callable[..., PolicySettings], dict[str, Any]]] =
     "vespo": ("vespo", VESPOSettings, {}),
     "dppo_tv": ("dppo_tv", DPPOSettings, {}),
     "dppo_kl": ("dppo_kl", DPPOSettings, {"dppo_cap": 1.1}),
+    "kpop": ("kpop", KPopSettings, {"kpop_tau": 0.0}),
     "fipo without bounds": ("fipo", FIPOSettings, {"fipo_clip_range": 0.0}),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -68,8 +70,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def goes_together(policy: str, option: str, level: str) -> bool:
-    """DPPO corrects by itself, and some losses have one level."""
-    if policy.startswith("dppo") and "correction" in OPTIONS[option]:
+    """DPPO and KPop correct by themselves, and some losses have one level."""
+    if policy.startswith(("dppo", "kpop")) and "correction" in OPTIONS[option]:
         return False
     return level == get_loss(POLICIES[policy][0]).fixed.get("importance_sampling_level", level)
 

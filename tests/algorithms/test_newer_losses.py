@@ -1,4 +1,4 @@
-"""GMPO, GPG, LUSPO, VESPO and DPPO against their papers, row by row in Python floats."""
+"""GMPO, GPG, LUSPO, VESPO, DPPO and KPop against their papers, row by row in Python floats."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from raytune_rl.algorithms.losses.dppo import DPPOSettings, binary_divergence
 from raytune_rl.algorithms.losses.gmpo import GMPOSettings
 from raytune_rl.algorithms.losses.gpg import GPGSettings
 from raytune_rl.algorithms.losses.grpo import GRPOSettings
+from raytune_rl.algorithms.losses.kpop import KPopSettings
 from raytune_rl.algorithms.losses.vespo import VESPOSettings
 from raytune_rl.algorithms.policy_loss import PolicySettings
 from raytune_rl.algorithms.registry import LossInputs, get_loss
@@ -30,7 +31,7 @@ LENGTHS = (5, 1, 9, 0, 6, 2)
 ADVANTAGES = (1.3, -0.7, -1.1, 2.0, 0.0, -2.0)
 SETTINGS: dict[str, Any] = {
     "gmpo": GMPOSettings, "gpg": GPGSettings, "vespo": VESPOSettings,
-    "dppo_tv": DPPOSettings, "dppo_kl": DPPOSettings,
+    "dppo_tv": DPPOSettings, "dppo_kl": DPPOSettings, "kpop": KPopSettings,
 }  # fmt: skip
 
 
@@ -244,3 +245,31 @@ def test_dppo_refuses_what_it_does_itself() -> None:
         "ref_logprobs",
         "rollout_logprobs",
     )
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.01])
+def test_kpop_masks_what_is_far_either_way(tau: float) -> None:
+    """Whatever the sign of the advantage; the squared log ratio is there for every token."""
+    given = step(KPopSettings(beta=0.0, kpop_threshold=0.02, kpop_tau=tau), spread=0.4)
+    engine = given.columns["rollout_logprobs"].clamp(max=-0.01)
+    engine[3] = math.nan
+    given = replace(given, columns={**given.columns, "rollout_logprobs": engine})
+    loss, grad = gradient(given, "kpop")
+    metrics = get_loss("kpop")(given).metrics.result()
+    masked, apart = 0, 0.0
+    assert given.advantages is not None
+    for at in range(sum(LENGTHS)):
+        lp, a = given.logprobs[at].item(), given.advantages[at].item()
+        mu = (given.columns["old_logprobs"] if at == 3 else engine)[at].item()
+        p, q = math.exp(lp), math.exp(mu)
+        far = max(divergence_by_hand("kl", p, q), divergence_by_hand("kl", q, p))
+        weight = 0.0 if far > 0.02 else p / q
+        assert loss[at].item() == pytest.approx(-weight * a * lp + tau * (lp - mu) ** 2, rel=1e-12)
+        assert grad[at].item() == pytest.approx(-weight * a + 2 * tau * (lp - mu), rel=1e-12)
+        masked += far > 0.02
+        apart += far
+    assert 0 < masked < sum(LENGTHS)
+    assert metrics["kpop/masked"] == pytest.approx(masked / sum(LENGTHS))
+    assert metrics["kpop/divergence"] == pytest.approx(apart / sum(LENGTHS))
+    with pytest.raises(ConfigError, match="kpop weighs tokens by their ratio to the engine"):
+        KPopSettings(correction=RolloutCorrection("token_truncate"))

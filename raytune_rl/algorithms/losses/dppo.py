@@ -65,6 +65,15 @@ class DPPOSettings(PolicySettings):
             )
 
 
+def sampled_logprobs(inputs: LossInputs) -> Tensor:
+    """Log-probs under the engine that sampled; of a token that it did not score under the policy before the
+    step.
+    """
+    old = inputs.columns.get("old_logprobs", inputs.logprobs.detach())
+    engine = inputs.columns["rollout_logprobs"].to(old.dtype)
+    return bounded(torch.where(torch.isfinite(engine), engine, old))
+
+
 def binary_divergence(logprobs: Tensor, sampled_logprobs: Tensor, kind: str) -> Tensor:
     """Divergence of the two-way split "this token or another", float64 [N], without gradient.
 
@@ -92,9 +101,7 @@ def dppo_loss(kind: str, inputs: LossInputs) -> LossOutput:
     def surrogate(ratio: Tensor, inputs: LossInputs) -> tuple[Tensor, MetricSums]:
         assert inputs.advantages is not None
         logprobs, advantages = inputs.logprobs, inputs.advantages
-        old = inputs.columns.get("old_logprobs", logprobs.detach())
-        engine = inputs.columns["rollout_logprobs"].to(old.dtype)
-        sampled = bounded(torch.where(torch.isfinite(engine), engine, old))
+        sampled = sampled_logprobs(inputs)
         divergence = binary_divergence(logprobs, sampled, kind)
         moved = logprobs.detach() - sampled
         away = torch.where(advantages > 0, moved > 0, moved < 0)

@@ -119,7 +119,7 @@ NOT_BUILT: dict[str, str] = {
     "vllm_data_parallel_size": "use --rollout_workers", "vllm_pipeline_parallel_size": "",
     "vllm_disable_custom_all_reduce": "use --vllm_engine_kwargs", "vllm_quantization": "",
     "offload_bridge": "", "teacher_deepspeed": "teachers are asked by --teacher_workers, each with its model",
-    "teacher_model_server": "no server is contacted: --teacher_model is loaded by workers of the run",
+    "teacher_model_server": "no server is contacted: use --teacher_model and --teacher_backend vllm",
 }  # fmt: skip
 """Name to what to do instead, or nothing."""
 

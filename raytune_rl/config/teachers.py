@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -68,6 +68,11 @@ class TeacherOptions(Options):
     teacher_quant_bits: int | None = _setting(
         None, "4: load the teachers quantised to NF4, which needs bitsandbytes. Not set: as they are."
     )
+    teacher_backend: Literal["transformers", "vllm"] = _setting(
+        "transformers",
+        "Who computes the teachers: Transformers, as the policy, or vLLM (prompt log-probs), much the faster "
+        "for large ones, which it spreads over --gpus_per_teacher_worker GPUs of their own. For texts.",
+    )
     teacher_workers: int | None = _cluster(
         None, "Copies of each teacher. Not set: chosen from what the cluster has.", ge=1
     )
@@ -120,4 +125,29 @@ class TeacherOptions(Options):
             )
         if self.teacher_quant_bits not in (None, 4):
             raise ConfigError(f"--teacher_quant_bits {self.teacher_quant_bits}: only 4 (NF4) is offered.")
+        if self.teacher_backend == "vllm":
+            self._check_served()
         return self
+
+    def _check_served(self) -> None:
+        if self.teacher_adapters:
+            raise ConfigError(
+                "--teacher_backend vllm serves whole models: merge --teacher_adapters into theirs first "
+                "(raytune-rl export --merge_lora true)."
+            )
+        if self.teacher_quant_bits:
+            raise ConfigError(
+                f"--teacher_backend vllm does not quantise (--teacher_quant_bits {self.teacher_quant_bits}): "
+                "leave that out, or name a --teacher_model that is stored quantised."
+            )
+        if self.teacher_sync_steps is not None:
+            raise ConfigError(
+                f"--teacher_sync_steps {self.teacher_sync_steps} moves weights that Transformers has: leave "
+                "out --teacher_backend vllm."
+            )
+        gpus = self.gpus_per_teacher_worker or 0.0
+        if gpus != int(gpus):
+            raise ConfigError(
+                f"--gpus_per_teacher_worker {gpus:g}: --teacher_backend vllm takes whole GPUs, over which it "
+                "spreads each copy."
+            )

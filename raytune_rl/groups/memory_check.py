@@ -8,11 +8,12 @@ from typing import Any, cast
 
 from raytune_rl.config import PPOConfig, PreferenceConfig, RLHFConfig, SFTConfig, deepspeed, resolved
 from raytune_rl.errors import PlacementError
-from raytune_rl.groups import memory_plan, specs
+from raytune_rl.groups import memory_plan, specs, teacher_specs
 from raytune_rl.groups.lora_sync import publish_mode
 from raytune_rl.groups.memory_plan import GIB, DevicePlan, Engine, Process, Training
 from raytune_rl.groups.sizes import Groups, teacher_groups
 from raytune_rl.protocol.model import ModelSize, ModelSpec, TunerSettings
+from raytune_rl.protocol.rollout import GPU_SHARE
 
 TrainConfig = SFTConfig | PreferenceConfig | RLHFConfig
 
@@ -60,7 +61,7 @@ def measured(config: TrainConfig, groups: Groups) -> Sizes:
     if isinstance(config, RLHFConfig):
         judges = tuple(size_of(replace(policy, path=path), scalar=True) for path in config.reward_model)
         if config.has_teachers:
-            teachers = tuple(size_of(spec) for spec in specs.teacher_specs(config, policy))
+            teachers = tuple(size_of(spec) for spec in teacher_specs.loaded(config, policy))
     if "critic" in groups:
         start = resolved.critic_start(cast(PPOConfig, config)) or policy.path
         critic = size_of(_based(replace(policy, path=start)), tuner, scalar=True)
@@ -126,8 +127,7 @@ def device_plans(
     if sizes.reference is not None:
         processes.append(_scorer("reference", "reference log-probs", (sizes.reference,), how, groups))
     for number, size in enumerate(sizes.teachers):
-        name = teacher_groups(cast(RLHFConfig, config))[number]
-        processes.append(_scorer(name, "teacher log-probs", (size,), how, groups))
+        processes.append(_teacher(cast(RLHFConfig, config), number, size, how, groups, device_bytes))
     if sizes.critic is not None:
         critic = replace(training_of(config, groups, "critic"), quant_bits=None)
         processes.append(memory_plan.trainer("critic", "training the critic", sizes.critic, critic))
@@ -143,6 +143,17 @@ def _scorer(name: str, phase: str, models: Sequence[ModelSize], how: Training, g
     whole = replace(largest, parameters=sum(size.parameters for size in models))
     scored = memory_plan.scorer(name, phase, whole, replace(how, logits=name != "reward_model"))
     return replace(scored, on_one_gpu=_beside(groups, name))
+
+
+def _teacher(
+    config: RLHFConfig, number: int, size: ModelSize, how: Training, groups: Groups, device_bytes: int | None
+) -> Process:
+    name, phase = teacher_groups(config)[number], "teacher log-probs"
+    if config.teacher_backend != "vllm":
+        return _scorer(name, phase, (size,), how, groups)
+    gpus = teacher_specs.gpus_of_one(groups, name)
+    served = Engine(GPU_SHARE, device_bytes or UNKNOWN_DEVICE, gpus, how.bytes_each)
+    return memory_plan.engine(name, phase, size, served)
 
 
 def _beside(groups: Groups, name: str) -> int:

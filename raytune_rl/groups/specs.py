@@ -76,15 +76,6 @@ def online_reference(config: RLHFConfig, policy: ModelSpec) -> ModelSpec:
     return replace(policy, path=config.ref_model or policy.path, adapters=config.ref_adapters)
 
 
-def teacher_specs(config: RLHFConfig, policy: ModelSpec) -> list[ModelSpec]:
-    """The model settings of each teacher, in the order of `--teacher_model`."""
-    if not config.has_teachers:
-        return []
-    paths = config.teacher_model or (policy.path,)
-    taught = replace(policy, adapters=config.teacher_adapters, quant_bits=config.teacher_quant_bits)
-    return [replace(taught, path=path) for path in paths]
-
-
 def dtype(config: TrainConfig, on_gpu: bool) -> str:
     """bfloat16 on GPU and float32 on CPU, unless the user says."""
     return config.torch_dtype or ("bfloat16" if on_gpu else "float32")

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import ray
 
 from raytune_rl.config import PPOConfig, RLHFConfig, resolved
-from raytune_rl.groups import lora_sync, specs
+from raytune_rl.groups import lora_sync, specs, teacher_specs
 from raytune_rl.groups.critic import CriticGroup
 from raytune_rl.groups.fleet import RewardGroup, RolloutFleet
 from raytune_rl.groups.fleet_start import Growth, hang_limits, start_fleet
@@ -37,7 +37,7 @@ from raytune_rl.workers.reference import ReferenceWorker
 from raytune_rl.workers.reward import RewardWorker
 from raytune_rl.workers.reward_model import RewardModelWorker
 from raytune_rl.workers.rollout import RolloutWorker, rollout_env
-from raytune_rl.workers.teacher import TeacherWorker
+from raytune_rl.workers.teacher import ServedTeacherWorker, TeacherWorker
 from raytune_rl.workers.trainer import TrainerWorker, trainer_env
 
 CRITIC = "critic"
@@ -112,6 +112,7 @@ class OnlineSetup:
         run_name: Names the weight store.
         max_model_len: Of the engines, tokens.
         media: Most images, videos and audios in one prompt; None for a model that takes texts only.
+        longest_taught: The longest row that teachers may see, tokens.
     """
 
     config: RLHFConfig
@@ -123,6 +124,7 @@ class OnlineSetup:
     run_name: str
     max_model_len: int
     media: dict[str, int] | None
+    longest_taught: int
 
     @property
     def store_name(self) -> str:
@@ -255,6 +257,14 @@ class Starter:
 
     def teacher(self, name: str, spec: ModelSpec, policy: TrainerSpec) -> WorkerGroup:
         """Copies of one teacher."""
+        setup, sizes = self._setup, self._setup.sizes
+        if setup.config.teacher_backend == "vllm":
+            served = teacher_specs.served(setup.config, sizes, name, spec.path, setup.longest_taught)
+            env = rollout_env(
+                sizes.threads[name], served.tensor_parallel_size, sizes.on_gpu, setup.config.start_timeout
+            )
+            given = {"spec": served, "settings": policy.score}
+            return self.group(name, ServedTeacherWorker, lambda _: given, env)
         return self._models(name, TeacherWorker, lambda _: {"spec": spec, "settings": policy.score})
 
     def critic(self) -> TrainerWorld:
@@ -337,7 +347,7 @@ def start_groups(
     store = WeightStore(setup.store_name, 1, config.step_timeout, rules)
     stack.callback(store.end)
     starter, spec, say = Starter(setup, slots, stack, rules, lost), setup.policy, rules.say
-    taught_by = dict(zip(teacher_groups(config), specs.teacher_specs(config, spec.model), strict=True))
+    taught_by = dict(zip(teacher_groups(config), teacher_specs.loaded(config, spec.model), strict=True))
     starting = Starting(starter, spec, taught_by, config.start_timeout)
     start_in_turn(turns_of(sizes), starting, sleeps=specs.sleep_level(config, sizes) > 0)
     rollout, ranks = starting.workers["rollout"], starting.worlds["policy"]

@@ -14,7 +14,7 @@ from raytune_rl.algorithms.distillation import TEACHER_COLUMNS, Advice, ReverseK
 from raytune_rl.data.media_table import ROW_COLUMN
 from raytune_rl.data.prefix_plan import Budget
 from raytune_rl.groups.logprobs import Asked, ask_about
-from raytune_rl.protocol.data import TEACHER_PROMPT, TEACHER_PROMPT_TOKENS, PromptSet
+from raytune_rl.protocol.data import TEACHER_PROMPT, TEACHER_PROMPT_TOKENS, PromptSet, TokenSet
 from raytune_rl.protocol.model import Settled
 from raytune_rl.protocol.rows import PROMPT_TOKENS, Prefixes, RowPointer, TrainBatch
 from raytune_rl.protocol.trajectory import Trajectory
@@ -108,7 +108,7 @@ class Teachers:
         Args:
             batch: The rows as teachers see them (`as_seen`).
             whose: The teacher of each row, int64 `[n]`; None: there is one teacher.
-            k: So many tokens; 0: as many as `FrozenModel.usual_top` says.
+            k: So many tokens; 0: as many as `opinions.usual_top` says.
         """
         return dict.fromkeys(TEACHER_COLUMNS, self._columns(_shown(batch), whose, "distributions", k))
 
@@ -152,6 +152,15 @@ def as_seen(batch: TrainBatch, trajectories: Sequence[Trajectory], prompts: Prom
     seen = replace(batch, lengths=batch.lengths - own + asked, prefixes=Prefixes(rows, asked))
     places = [RowPointer(prompts.columns, int(row)) for row in rows]
     return seen.with_columns(**{TEACHER_PROMPT: places}).with_scalars(**{PROMPT_TOKENS: own})
+
+
+def longest_seen(prompts: PromptSet, max_model_len: int, answers: TokenSet | None) -> int:
+    """Tokens of the longest row that teachers may see: the policy's, which have at most `max_model_len`,
+    behind their own prompts; and the answers of the data, if they see any.
+    """
+    asked = prompts.values.get(TEACHER_PROMPT_TOKENS)
+    more = 0 if asked is None else max(0, int((asked - prompts.lengths).max()))
+    return max(max_model_len + more, 0 if answers is None else int(answers.lengths.max()))
 
 
 def _shown(batch: TrainBatch, more: Collection[str] = ()) -> TrainBatch:

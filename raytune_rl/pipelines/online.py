@@ -21,7 +21,7 @@ from raytune_rl.algorithms.credit.base import Credit, Credited
 from raytune_rl.algorithms.distillation import TEACHER_COLUMNS, TEACHER_LOGPROBS
 from raytune_rl.config import RLHFConfig, resolved
 from raytune_rl.errors import ConfigError
-from raytune_rl.groups import specs
+from raytune_rl.groups import specs, teacher_specs
 from raytune_rl.groups.engine_fit import fit
 from raytune_rl.groups.fleet import batch_of
 from raytune_rl.groups.growth import check_growth
@@ -83,6 +83,7 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
         ranks, one_machine = groups["policy"].workers, cluster.started_here
         data = read_data(config, algorithm, ranks, rewards, resume_point, one_machine=one_machine)
         account = data.train.account
+        teacher_specs.check(config, groups, account.takes_media)
         said = [
             *notices,
             *resume_point.notices,
@@ -131,6 +132,7 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
                 run_name=resume_point.run_dir.path.name,
                 max_model_len=data.max_model_len,
                 media=media,
+                longest_taught=data.longest_taught,
             )
             worlds = 1 + ("critic" in groups)
             rules = rules_of(config, controlled.faults, cluster.object_store_bytes, worlds)

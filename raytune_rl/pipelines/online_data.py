@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from raytune_rl.config import RLHFConfig
 from raytune_rl.config.batching import GRPOSchedule, grpo_schedule_of
 from raytune_rl.groups import specs
+from raytune_rl.groups.teachers import longest_seen
 from raytune_rl.multi_turn.scheduler import make_scheduler
 from raytune_rl.pipelines.demonstrations import Demonstrations, demonstrations_of
 from raytune_rl.pipelines.experts import Experts, experts_of
@@ -52,6 +53,12 @@ class OnlineData:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return longest_of(self.train, self.held_out)
+
+    @property
+    def longest_taught(self) -> int:
+        """Tokens of the longest row that teachers may see."""
+        answers = None if self.demonstrations is None else self.demonstrations.rows
+        return longest_seen(self.train, self.max_model_len, answers)
 
 
 def rewards_checked(config: RLHFConfig) -> RewardNeeds:

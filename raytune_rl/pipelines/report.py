@@ -49,6 +49,7 @@ def online_plan(
         "as an adapter" if lora_sync.publish_mode(config, train.account.takes_media) == "adapter" else "whole"
     )
     stays = "frozen" if config.teacher_sync_steps is None else "follows the policy"
+    stays = "vLLM, frozen" if config.teacher_backend == "vllm" else stays
     inside = {
         "policy": trainer(config, groups),
         "rollout": f"vLLM, weights arrive {arrive}",

@@ -20,10 +20,6 @@ from raytune_rl.workers import scoring
 from raytune_rl.workers.offload import Frozen, empty_cache
 from raytune_rl.workers.saving import writing
 
-SMALL_VOCABULARY, USUAL_TOP = 1024, 64
-"""See `FrozenModel.usual_top`."""
-
-
 FOLLOWS = {"reference": "--sync_ref_model true", "teacher": "--teacher_sync_steps"}
 """By role, what makes such a model follow the policy."""
 
@@ -75,17 +71,14 @@ class FrozenModel:
         return scoring.score(self.scorer, batch, self._spec, self.settings, self._media)
 
     @property
-    def usual_top(self) -> int:
-        """Likeliest tokens that stand for a distribution: all of a small vocabulary, else 64."""
-        size = self.scorer.model.config.get_text_config().vocab_size
-        return size if size <= SMALL_VOCABULARY else USUAL_TOP
+    def vocabulary(self) -> int:
+        """Tokens that its distribution is over."""
+        return int(self.scorer.model.config.get_text_config().vocab_size)
 
     def likeliest(
         self, batch: RowBatch, k: int
     ) -> Iterator[tuple[int, NDArray[np.int32], NDArray[np.float32]]]:
-        """Of each row its number, and ids and log-probs of the k likeliest tokens at each loss token, each
-        `[n, k]` (fewer where the vocabulary has fewer).
-        """
+        """See `opinions.Asked`."""
         import torch
 
         rows = scoring.read_rows(batch, self.settings.timeout_s)

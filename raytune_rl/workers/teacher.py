@@ -1,17 +1,27 @@
-"""The teacher worker: what a frozen model would have said to every token that the policy sampled."""
+"""The teacher worker: what a frozen model would have said to every token that the policy sampled.
+
+The model is computed by Transformers, as the policy is, or served by vLLM: much the faster where it is large,
+and over several GPUs where one does not hold it.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_rl.algorithms.distillation import TEACHER_COLUMNS, Advice
-from raytune_rl.protocol.columns import Columns, Ragged
+from raytune_rl.algorithms.distillation import Advice
+from raytune_rl.protocol.columns import Columns
+from raytune_rl.protocol.model import ScoreSettings, Settled
+from raytune_rl.protocol.rollout import EngineSpec
 from raytune_rl.protocol.rows import RowBatch
+from raytune_rl.workers import opinions
 from raytune_rl.workers.frozen import FrozenWorker
-from raytune_rl.workers.scoring import read_rows
+
+if TYPE_CHECKING:
+    from raytune_rl.workers.served_model import ServedModel
 
 
 class TeacherWorker(FrozenWorker):
@@ -24,43 +34,52 @@ class TeacherWorker(FrozenWorker):
         return self._model.logprobs(batch)
 
     def advise(self, batch: RowBatch, advice: Advice) -> tuple[NDArray[np.float64], Columns]:
-        """What the advantages of rows become by this teacher's opinion.
-
-        Args:
-            batch: Rows with the extra column "old_logprobs", and what they earned so far: the extra column
-                "advantages", else the scalar "advantage".
-            advice: How.
-
-        Returns:
-            Of each row the sums over its tokens of the reverse KL's estimate, nats, and of the new
-            advantages, and how many tokens it has, float64 `[n, 3]`; and {"advantages": Ragged float32}.
-        """
-        _, scored = self._model.logprobs(batch)
-        rows = read_rows(batch, self._model.settings.timeout_s)
-        own: Ragged = scored["logprobs"]  # type: ignore[assignment]
-        sums, made = np.zeros((len(batch), 3)), []
-        for row in range(len(batch)):
-            old = rows.extra("old_logprobs", row)
-            earned = (
-                rows.extra("advantages", row)
-                if rows.has_extra("advantages")
-                else np.full(len(old), batch.scalars["advantage"][row], dtype=np.float32)
-            )
-            new = advice(earned, own[row], old)
-            made.append(new)
-            sums[row] = (old.astype(np.float64) - own[row]).sum(), new.sum(dtype=np.float64), len(old)
-        return sums, {"advantages": Ragged.from_rows(made, np.float32)}
+        """See `opinions.advised`."""
+        return opinions.advised(self._model, batch, advice)
 
     def distributions(self, batch: RowBatch, k: int) -> tuple[int, Columns]:
-        """What this teacher would have said at every token of rows.
+        """See `opinions.distributions`."""
+        return opinions.distributions(self._model, batch, k)
 
-        Returns:
-            The number of rows, and the columns `distillation.TEACHER_COLUMNS`: ids as Ragged int32 and
-            log-probs as Ragged float32 of its k likeliest tokens, one token after the other.
-        """
-        ids: list[Any] = [None] * len(batch)
-        logprobs: list[Any] = [None] * len(batch)
-        for row, own_ids, own_logprobs in self._model.likeliest(batch, k or self._model.usual_top):
-            ids[row], logprobs[row] = own_ids.ravel(), own_logprobs.ravel()
-        made = Ragged.from_rows(ids, np.int32), Ragged.from_rows(logprobs, np.float32)
-        return len(batch), dict(zip(TEACHER_COLUMNS, made, strict=True))
+
+class ServedTeacherWorker:
+    """A copy of a teacher that vLLM serves: it has weights that stay, and no state.
+
+    Args:
+        spec: Of the engine.
+        settings: How log-probs are taken.
+    """
+
+    PROBED = True
+    """As in `FrozenWorker`."""
+
+    def __init__(self, spec: EngineSpec, settings: ScoreSettings) -> None:
+        # vLLM computes in the thread that made it: in another one OpenMP may have other threads, which its
+        # kernels refuse.
+        self._thread = ThreadPoolExecutor(1, "engine")
+        self._model = self._thread.submit(self._build, spec, settings).result()
+
+    def _build(self, spec: EngineSpec, settings: ScoreSettings) -> ServedModel:
+        from raytune_rl.workers.served_model import ServedModel
+
+        return ServedModel(spec, settings)
+
+    def progress(self) -> int:
+        """Proves that the process is not stopped; nothing is counted."""
+        return 0
+
+    def ping(self) -> Settled:
+        """Proves that the engine is up; rows are asked about one by one."""
+        return Settled("padded")
+
+    def logprobs(self, batch: RowBatch) -> tuple[NDArray[np.float64], Columns]:
+        """See `scoring.score`."""
+        return self._thread.submit(self._model.logprobs, batch).result()
+
+    def advise(self, batch: RowBatch, advice: Advice) -> tuple[NDArray[np.float64], Columns]:
+        """See `opinions.advised`."""
+        return self._thread.submit(opinions.advised, self._model, batch, advice).result()
+
+    def distributions(self, batch: RowBatch, k: int) -> tuple[int, Columns]:
+        """See `opinions.distributions`."""
+        return self._thread.submit(opinions.distributions, self._model, batch, k).result()

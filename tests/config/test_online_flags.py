@@ -132,6 +132,10 @@ def test_nothing_is_said_where_all_acts() -> None:
         ("--teacher_model a b --teacher_sync_steps 1", "moves one teacher, the policy as it was, but"),
         ("--teacher_model a --teacher_sync_steps 1 --teacher_quant_bits 4", "mixes whole weights, which"),
         ("--teacher_model a --teacher_sync_steps 1", "--train_type lora trains an adapter"),
+        ("--teacher_adapters a --teacher_backend vllm", "merge --teacher_adapters into theirs first"),
+        ("--teacher_model a --teacher_quant_bits 4 --teacher_backend vllm", "vllm does not quantise"),
+        ("--teacher_model a --teacher_sync_steps 1 --teacher_backend vllm", "moves weights that"),
+        ("--teacher_model a --gpus_per_teacher_worker 0.5 --teacher_backend vllm", "takes whole GPUs"),
     ],
 )
 def test_what_cannot_be_is_refused(argv: str, message: str) -> None:

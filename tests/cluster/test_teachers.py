@@ -71,7 +71,6 @@ def test_of_two_served_teachers_each_has_its_rows_and_one_is_lost(
         "advantage_estimator": "distill",
         "teacher_model": [str(tiny.tied), str(other)],
         "teacher_column": "whose",
-        "teacher_workers": 2,
     }
     plain = run(tiny, tmp_path / "plain", **own)
     strike = Strike("teacher_1", 0, "advise", version=1)

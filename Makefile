@@ -58,7 +58,7 @@ check: setup ## lint, format, types, import floors, lock files
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -p no:cacheprovider --durations=0 --durations-min=5 tests/test_architecture.py
 
-test: setup ## every test
+test: setup ## the tests that CI runs; faults, learning and variants are further ones
 	$(BIN)/python -m pytest
 
 faults: setup ## kill every part of a run at every phase, and compare what it comes to (half an hour)
@@ -67,8 +67,8 @@ faults: setup ## kill every part of a run at every phase, and compare what it co
 learning: setup ## a tiny teacher teaches tiny students on the whole stack: sums, and pictures (some minutes)
 	$(BIN)/python -m pytest -s -m learning tests/learning
 
-variants: setup ## every way of sampling ahead, a run each: prompts counted, tokens against their own weights (20 minutes)
-	$(BIN)/python -m pytest -m variants tests/cluster
+variants: setup ## further whole runs: every way of sampling ahead, commands on one rank, nodes that come and go (half an hour)
+	$(BIN)/python -m pytest -m variants
 
 test-gpu: setup ## the tests that need a GPU, and what it does: tokens a second, MFU, memory (EXTRA=gpu)
 	$(BIN)/python -m pytest tests/gpu

@@ -110,6 +110,7 @@ def test_mixed_prompts_are_sampled_and_trained_on_alike(cluster: None, tmp_path:
     assert {prompt.count("<|video_pad|>") for prompt in prompts} == {0, 1}
 
 
+@pytest.mark.variants
 def test_ppo_on_pictures(cluster: None, tmp_path: Path) -> None:
     """Policy, critic and reference (the policy without its adapter) see the pictures of mixed prompts."""
     given = config(tmp_path, max_steps=4).model_dump(exclude_unset=True)

@@ -121,9 +121,9 @@ def test_dpo_learns_the_same_on_one_rank_and_on_two_and_resumes_exactly(toy: Toy
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("orpo", {"beta": 1}),
+        pytest.param("orpo", {"beta": 1}, marks=pytest.mark.variants),
         ("cpo", {"cpo_alpha": 0.1}),
-        ("simpo", {"cpo_alpha": 0}),
+        pytest.param("simpo", {"cpo_alpha": 0}, marks=pytest.mark.variants),
         ("rm", {"center_rewards_coefficient": 0.01}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

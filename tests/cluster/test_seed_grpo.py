@@ -15,7 +15,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 COMMANDS = {c.name: c for c in seed_commands() if c.command == "rlhf" and "-llm-" in c.name}
 
 
-@pytest.mark.parametrize(("name", "prompts", "workers"), [("rlhf-llm-1gpu", 2, 1), ("rlhf-llm-8gpu", 4, 2)])
+@pytest.mark.parametrize(
+    ("name", "prompts", "workers"),
+    [pytest.param("rlhf-llm-1gpu", 2, 1, marks=pytest.mark.variants), ("rlhf-llm-8gpu", 4, 2)],
+)
 def test_the_command_trains(
     cluster: None,
     tiny: Tiny,

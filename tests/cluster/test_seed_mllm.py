@@ -77,7 +77,10 @@ def adapter_names(checkpoint: Path) -> list[str]:
         return list(file.keys())
 
 
-@pytest.mark.parametrize(("name", "workers", "steps"), [("sft-mllm-1gpu", 1, 1), ("sft-mllm-8gpu", 2, 2)])
+@pytest.mark.parametrize(
+    ("name", "workers", "steps"),
+    [pytest.param("sft-mllm-1gpu", 1, 1, marks=pytest.mark.variants), ("sft-mllm-8gpu", 2, 2)],
+)
 def test_sft(
     cluster: None,
     here: Path,
@@ -100,7 +103,10 @@ def test_sft(
     )
 
 
-@pytest.mark.parametrize(("name", "workers"), [("rlhf-mllm-1gpu", 1), ("rlhf-mllm-8gpu", 2)])
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [pytest.param("rlhf-mllm-1gpu", 1, marks=pytest.mark.variants), ("rlhf-mllm-8gpu", 2)],
+)
 def test_grpo(
     cluster: None,
     here: Path,

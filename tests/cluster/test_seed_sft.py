@@ -20,7 +20,10 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "logging.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("name", "rows", "workers"), [("sft-llm-1gpu", 40, 1), ("sft-llm-8gpu", 70, 2)])
+@pytest.mark.parametrize(
+    ("name", "rows", "workers"),
+    [pytest.param("sft-llm-1gpu", 40, 1, marks=pytest.mark.variants), ("sft-llm-8gpu", 70, 2)],
+)
 def test_the_command_trains(
     cluster: None,
     tiny: Tiny,

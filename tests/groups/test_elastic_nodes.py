@@ -1,4 +1,6 @@
-"""Ray's autoscaler brings nodes for engines that have no place, and takes away those that hold none."""
+"""Ray's autoscaler brings nodes for engines that have no place, and takes away those that hold none:
+`make variants`, not of the test suite.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = [pytest.mark.cluster, pytest.mark.variants]
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,14 +33,12 @@ def told() -> dict[str, Any]:
     return json.loads(lines[0].removeprefix("TOLD "))
 
 
-@pytest.mark.cluster
 def test_nodes_come_with_the_work_and_go_with_it(told: dict[str, Any]) -> None:
     assert told["at_the_start"] == [1, 1], "engines and nodes"
     assert told["grown"] == [3, 3]
     assert told["shrunk"] == [1, 1]
 
 
-@pytest.mark.cluster
 def test_a_node_that_is_announced_to_leave_is_cleared_before_it_does(told: dict[str, Any]) -> None:
     assert told["drained"] == [1]
     assert told["elsewhere"], "Ray places nothing on it any more"

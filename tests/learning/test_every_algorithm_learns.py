@@ -114,6 +114,7 @@ def test_what_is_broken_does_not(task: Task, spoiled: Spoiled, worst: float, bes
 
 
 @pytest.mark.cluster
+@pytest.mark.learning
 @pytest.mark.timeout(300)
 def test_dapo_learns_on_the_real_stack(task: Task, tmp_path: Path) -> None:
     """The recipe with dynamic sampling: DeepSpeed, vLLM and reward workers in Ray actors."""

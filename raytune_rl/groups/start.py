@@ -344,7 +344,7 @@ def start_groups(
     config, sizes, account = setup.config, setup.sizes, setup.prompts.account
     # Every engine has the newest version before the next is made: an older one would only fill the memory.
     # One that is at an older version has its arrays until it has read them, and then pulls the newest.
-    store = WeightStore(setup.store_name, 1, config.step_timeout, rules)
+    store = WeightStore(setup.store_name, 1, config.start_timeout, rules)
     stack.callback(store.end)
     starter, spec, say = Starter(setup, slots, stack, rules, lost), setup.policy, rules.say
     taught_by = dict(zip(teacher_groups(config), teacher_specs.loaded(config, spec.model), strict=True))

@@ -26,14 +26,14 @@ class WeightStore:
     Args:
         name: By which all processes of the cluster find it.
         keep: Versions to keep.
-        timeout_s: Deadline of a call, seconds.
+        timeout_s: Deadline of its start, seconds.
         rules: How a loss is treated.
     """
 
     def __init__(self, name: str, keep: int, timeout_s: float, rules: RecoveryRules) -> None:
         self._name, self._keep, self._timeout_s, self._rules = name, keep, timeout_s, rules
         self._actor: Any = start_store(name, keep)
-        self._limit_s = min(timeout_s, rules.hang_timeout_s or timeout_s)
+        self._serves = False
         self._newest: Manifest | None = None
         self._given_up: RaytuneError | None = None
         self._lock = threading.Lock()
@@ -54,11 +54,18 @@ class WeightStore:
     def end(self) -> None:
         """Ends its process."""
         self._ended.set()
+        end(self._actor)  # nobody waits for its answer then
         with self._lock:
             end(self._actor)
 
     def _tell(self, manifest: Manifest) -> None:
-        fetch(Pending(self._actor.publish.remote(manifest), NAMED, "publishing", self._limit_s))
+        self._answer(self._actor.publish.remote(manifest), "publishing")
+
+    def _answer(self, ref: Any, what: str) -> None:
+        """Waits for an answer; whoever has given none yet may only be starting."""
+        hangs_after_s = self._rules.hang_timeout_s if self._serves else 0
+        fetch(Pending(ref, NAMED, what, min(self._timeout_s, hangs_after_s or self._timeout_s)))
+        self._serves = True
 
     def _start_anew(self, phase: str, loss: Exception) -> None:
         """It holds references alone, and the driver has them too."""
@@ -70,7 +77,7 @@ class WeightStore:
         while True:
             time.sleep(self._rules.budget.spend(fault, attempt))
             try:
-                self._actor = self._started()
+                self._actor, self._serves = self._started(), False
                 if self._newest is not None:
                     self._tell(self._newest)
                 break
@@ -98,8 +105,10 @@ class WeightStore:
                 if self._ended.is_set():
                     return
                 try:
-                    fetch(Pending(self._actor.ping.remote(), NAMED, "answering", self._limit_s))
+                    self._answer(self._actor.ping.remote(), "answering")
                 except LOSSES as error:
+                    if self._ended.is_set():
+                        return
                     try:
                         self._start_anew("holding the newest version", error)
                     except RaytuneError as end_of_it:

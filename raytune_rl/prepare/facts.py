@@ -10,6 +10,7 @@ from raytune_rl.config.commands import TrainConfig
 from raytune_rl.data.model_tokens import ModelTokens
 from raytune_rl.protocol.data import Account
 from raytune_rl.protocol.model import Traits
+from raytune_rl.runtime.imports import import_once
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ModelFacts:
 
 def model_facts(config: TrainConfig) -> ModelFacts:
     """Reads a model's config and tokenizer, and of a model that takes media the processor."""
+    import_once("raytune_rl.models.load")
     from raytune_rl.data.media_processor import MediaProcessor
     from raytune_rl.models import load
     from raytune_rl.models.context import longest_context

@@ -15,6 +15,7 @@ from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.model import ModelSpec, ScoreSettings, Settled, TunerSettings
 from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.protocol.weights import Manifest, TensorEntry
+from raytune_rl.runtime.imports import import_once
 from raytune_rl.runtime.weights import from_bytes, read, to_bytes
 from raytune_rl.workers import scoring
 from raytune_rl.workers.offload import Frozen, empty_cache
@@ -38,6 +39,7 @@ class FrozenModel:
     """
 
     def __init__(self, spec: ModelSpec, settings: ScoreSettings) -> None:
+        import_once("raytune_rl.models.load", "raytune_rl.workers.isolation")
         from raytune_rl.models.tuner import apply_tuner
         from raytune_rl.workers import isolation
 

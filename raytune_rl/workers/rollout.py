@@ -22,6 +22,7 @@ from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rollout import EngineSpec, MultiTurnSpec, Sampling, StreamChunk
 from raytune_rl.protocol.tickets import Burst, EngineProgress, InFlight, WeightUpdate
 from raytune_rl.protocol.trajectory import EpisodeRequest
+from raytune_rl.runtime.imports import import_once
 from raytune_rl.workers.conversation import Conversations
 from raytune_rl.workers.engine_loop import EngineLoop
 from raytune_rl.workers.episodes import Episodes, Extra, Group, GroupAnswer, answer_of
@@ -73,6 +74,7 @@ class RolloutWorker:
         self._received = 0
 
     def _build(self, spec: EngineSpec) -> VllmEngine:
+        import_once("raytune_rl.workers.vllm_engine")
         from raytune_rl.workers.vllm_engine import VllmEngine
 
         return VllmEngine(spec)

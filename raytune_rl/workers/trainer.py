@@ -33,6 +33,7 @@ from raytune_rl.protocol.train import (
 )
 from raytune_rl.protocol.weights import TensorEntry
 from raytune_rl.runtime.device_env import one_device, pinned_as_asked
+from raytune_rl.runtime.imports import import_once
 from raytune_rl.workers import estimates, publishing, row_stats, scoring
 from raytune_rl.workers.collectives import limit_collectives
 from raytune_rl.workers.micro_steps import MicroSteps
@@ -76,6 +77,7 @@ class TrainerWorker:
         """Rank 0: opens the meeting point of the world on a port the system chooses. Returns host and
         port.
         """
+        import_once("torch")
         import ray
         from torch.distributed import TCPStore
 
@@ -87,6 +89,7 @@ class TrainerWorker:
 
     def join(self, host: str, port: int, timeout_s: float) -> TrainerFacts:
         """Joins the world, loads the model and hands it to DeepSpeed."""
+        import_once("torch")
         import torch
         from torch import distributed
 
@@ -115,6 +118,7 @@ class TrainerWorker:
         return facts
 
     def _build(self) -> TrainerFacts:
+        import_once("raytune_rl.models.load", "raytune_rl.workers.isolation", "deepspeed")
         import torch
 
         from raytune_rl.algorithms.registry import get_loss

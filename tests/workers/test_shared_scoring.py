@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from raytune_rl.algorithms.registry import get_loss
 from raytune_rl.data.prefix_plan import Budget, plan_step
 from raytune_rl.groups.world import rank_share
 from raytune_rl.protocol.columns import Ragged
@@ -16,8 +20,11 @@ from raytune_rl.protocol.rows import Prefixes, RowBatch, RowPointer, TrainBatch
 from raytune_rl.tiny.model import make_tiny_model
 from raytune_rl.workers import isolation, scoring
 from raytune_rl.workers.frozen import FrozenModel
+from raytune_rl.workers.micro_steps import MicroSteps
 
 SETTINGS = ScoreSettings(0.8, 10.0)
+PPO_COLUMNS = {"old_logprobs": -5.5, "advantages": 0.0, "old_values": 0.0, "returns": 0.5}
+"""What PPO knows of every token, and its mean."""
 
 
 @pytest.fixture
@@ -34,6 +41,9 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> TrainBatch:
     tokens = [np.append(prompts[row // 4], draw.integers(5, 200, 3 + row % 5)) for row in range(8)]
     masks = [np.arange(len(row)) >= len(prompts[n // 4]) for n, row in enumerate(tokens)]
     columns = {"tokens": Ragged.from_rows(tokens, np.int32), "loss_mask": Ragged.from_rows(masks, np.bool_)}
+    for name, mean in PPO_COLUMNS.items():
+        of_rows = [draw.normal(mean, 1, mask.sum()) for mask in masks]
+        columns[name] = Ragged.from_rows(of_rows, np.float32)
     monkeypatch.setattr(scoring.ray, "get", lambda refs, timeout: [columns for _ in refs])
     prefixes = Prefixes(np.array([0, 0, 0, 0, 1, 1, 1, 7]), np.repeat([30, 12], 4))
     return TrainBatch(
@@ -78,6 +88,41 @@ def test_values_of_a_critic(spec: ModelSpec, rows: TrainBatch) -> None:
     )
     for row in range(len(rows)):
         np.testing.assert_allclose(shared[row], apart[row], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("forward", "loss"), [("logprobs", "ppo"), ("values", "ppo_value")])
+def test_ppo_and_its_critic_have_the_same_loss_and_gradient(
+    forward: Any, loss: str, spec: ModelSpec, rows: TrainBatch
+) -> None:
+    """With an advantage and a return of its own at every token, and values far enough from the old ones that
+    some are clipped.
+    """
+    loaded = scoring.load(spec, forward)
+    if forward == "values":
+        loaded.model.score.weight.data.normal_()  # type: ignore[union-attr, operator]
+    scorer = scoring.scorer_of(loaded.model, forward).eval()
+    assert isolation.settle_rows(scorer, spec, None).sharing == "auto"
+    trainer: Any = SimpleNamespace(model=spec, score=SETTINGS, with_entropy=False)
+    known = get_loss(loss)
+    settings = known.settings_type(beta=0.0) if forward == "logprobs" else known.settings_type()
+    steps = MicroSteps(scorer, known, settings, trainer, None)
+
+    def step(sharing: Sharing) -> tuple[float, torch.Tensor]:
+        scorer.zero_grad()
+        batch = message(rows.with_columns(**dict.fromkeys(PPO_COLUMNS, rows.rows)), sharing)
+        batch = replace(batch, scalars={"weight": np.full(len(rows), 1 / 39)})
+        read = scoring.read_rows(batch, 10.0)
+        total = 0.0
+        for members in batch.micro_batches:
+            of_micro, _, _ = steps.loss_of(read, batch, members)
+            of_micro.backward()
+            total += of_micro.item()
+        return total, torch.cat([p.grad.flatten() for p in scorer.parameters() if p.grad is not None])
+
+    (apart, whole), (shared, of_shared) = step("false"), step("true")
+    assert abs(apart) > 1e-2
+    assert shared == pytest.approx(apart, rel=1e-5)
+    assert float((of_shared - whole).abs().max() / whole.abs().max()) < 1e-5
 
 
 def test_a_model_whose_sharing_is_off_is_left_as_it_is(spec: ModelSpec) -> None:

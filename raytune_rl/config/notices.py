@@ -185,6 +185,10 @@ def _online(config: RLHFConfig) -> Iterable[str]:
     if not config.reward_funcs:
         own = ["reward_workers", "cpus_per_reward_worker", "reward_timeout", "reward_memory_limit"]
         yield from _idle(config, own, "there are no --reward_funcs")
+    if config.weight_delta and config.train_type == "full" and config.torch_dtype == "float32":
+        yield "--weight_delta true: a step changes nearly every float32 weight, so they will arrive whole."
+    if config.weight_delta and config.train_type == "lora" and config.vllm_enable_lora is not False:
+        yield "--weight_delta true is for whole weights: where the adapter travels alone, it does nothing."
     yield from _loss(config)
     yield from _ahead(config)
     if not config.external_plugins:  # whose rewards may read any of these

@@ -114,6 +114,12 @@ class RolloutOptions(EngineOptions):
         "true: only the LoRA adapter travels to the engine; false: it is merged and the weights travel. "
         "Not set: the adapter alone wherever the engine can take it.",
     )
+    weight_delta: bool = _vllm(
+        False,
+        "Publish weights as their difference to an older version, bit for bit, where that is at most half as "
+        "large: for weights in 16 bits, small learning rates and engines behind a slow network. Within one "
+        "machine whole weights are faster.",
+    )
     max_logp_gap: float | None = _vllm(
         None,
         "Largest difference of log-probs between engine and policy that is taken for rounding, nats a token. "

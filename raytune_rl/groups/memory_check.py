@@ -198,7 +198,8 @@ def check_memory(
 
 def store_doubts(config: TrainConfig, sizes: Sizes, store_bytes: int | None) -> list[str]:
     """A sentence if two versions of whole weights, the one served and the one that comes, are more than Ray's
-    object store holds: it then writes them to disk at every publication.
+    object store holds: it then writes them to disk at every publication. With `--weight_delta` the one served
+    may have a difference of half its size beside it.
 
     Args:
         config: Of the run.
@@ -207,13 +208,14 @@ def store_doubts(config: TrainConfig, sizes: Sizes, store_bytes: int | None) -> 
     """
     if not isinstance(config, RLHFConfig) or store_bytes is None or publish_mode(config) == "adapter":
         return []
-    two = 2 * sizes.policy.parameters * _weight_bytes(config, on_gpu=True)
-    if two <= store_bytes:
+    versions = 2.5 if config.weight_delta else 2
+    needed = versions * sizes.policy.parameters * _weight_bytes(config, on_gpu=True)
+    if needed <= store_bytes:
         return []
     return [
-        f"two versions of the policy's weights take {two / GIB:.1f} GiB of Ray's object store and it has "
-        f"{store_bytes / GIB:.1f}: each publication goes through a disk. A larger store (`ray start "
-        "--object-store-memory`, /dev/shm of a container) or --train_type lora helps"
+        f"{versions:g} versions of the policy's weights take {needed / GIB:.1f} GiB of Ray's object store "
+        f"and it has {store_bytes / GIB:.1f}: each publication goes through a disk. A larger store (`ray "
+        "start --object-store-memory`, /dev/shm of a container) or --train_type lora helps"
     ]
 
 

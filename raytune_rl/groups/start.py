@@ -362,7 +362,7 @@ def start_groups(
     if reference is not None:
         settled = reference.call("ping", what="starting", timeout_s=config.start_timeout)
         reference.replace_hung(config.hang_timeout)
-    policy = PolicyGroup(ranks)
+    policy = PolicyGroup(ranks, config.weight_delta and spec.publish_mode != "adapter")
     for notice in policy.ready().notices:
         say(f"Note: {notice}")
     if critics is not None:

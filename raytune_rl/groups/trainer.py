@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_rl.algorithms import entropy
+from raytune_rl.groups.delta_bases import DeltaBases
 from raytune_rl.groups.logprobs import score_rows
 from raytune_rl.groups.world import Share, TrainerWorld
 from raytune_rl.protocol.rows import RowPointer, TrainBatch
@@ -26,10 +27,12 @@ class PolicyGroup:
 
     Args:
         world: Them as one.
+        weight_delta: Whether a version may be published as its difference to an older one.
     """
 
-    def __init__(self, world: TrainerWorld) -> None:
+    def __init__(self, world: TrainerWorld, weight_delta: bool = False) -> None:
         self.world = world
+        self._bases = DeltaBases() if weight_delta else None
         self._adapter_config: str | None = None
 
     def ready(self) -> TrainerFacts:
@@ -150,27 +153,32 @@ class PolicyGroup:
         Ranks without a bucket take part too: they may hold a share of the others'.
         """
         world, adapter = self.world, self.world.spec.publish_mode == "adapter"
-        refs = world.run(f"publishing weights {version}", lambda: self._buckets(version))
+        refs, sizes = world.run(f"publishing weights {version}", lambda: self._buckets(version))
         if adapter and self._adapter_config is None:
             self._adapter_config = world.run(
                 "reading the adapter's configuration",
                 lambda: fetch_all([world.group.submit(0, "adapter_config")])[0],
             )
         world.keep()
+        index = collect_index(world.weight_index)
         return Manifest(
             version,
             "adapter" if adapter else "full",
             tuple(refs),
-            collect_index(self.world.weight_index),
+            index,
             self._adapter_config,
+            () if self._bases is None else self._bases.published(refs, index, sizes),
         )
 
-    def _buckets(self, version: int) -> list[Any]:
-        pending = [
-            self.world.group.submit(
-                rank, "publish", what=f"publishing weights {version}", returns=1 + len(buckets)
-            )
-            for rank, buckets in enumerate(self.world.weight_index)
-        ]
-        acknowledge(pending)
-        return [ref for p in pending if isinstance(p.ref, list) for ref in p.ref[1:]]
+    def _buckets(self, version: int) -> tuple[list[Any], list[int | None]]:
+        """References to all buckets, and the bytes of those that are differences."""
+        counts = [len(buckets) for buckets in self.world.weight_index]
+        offered = [] if self._bases is None else self._bases.offered(sum(counts))
+        pending = []
+        for rank, count in enumerate(counts):
+            own, offered = offered[:count], offered[count:]
+            what = f"publishing weights {version}"
+            pending.append(self.world.group.submit(rank, "publish", own, what=what, returns=1 + count))
+        told = zip(acknowledge(pending), counts, strict=True)
+        sizes = [size for of_rank, count in told if count for size in of_rank]
+        return [ref for p in pending if isinstance(p.ref, list) for ref in p.ref[1:]], sizes

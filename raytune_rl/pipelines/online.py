@@ -320,7 +320,9 @@ class OnlineRun:
             gap = step.metrics.get("rollout_correction/logp_abs_diff_max", 0.0)
             self.state.max_gap = max(self.state.max_gap, gap)
         counters = run_metrics.step_metrics(run, step, self.schedule.steps_per_epoch)
-        counters["weight_store(GiB)"] = self.published.nbytes / 2**30
+        counters["weight_store(GiB)"] = self.published.held_nbytes / 2**30
+        if config.weight_delta:
+            counters["weight_delta/published_share"] = self.published.sent_nbytes / self.published.nbytes
         if self.state.lost_workers:
             counters["lost_workers"] = float(self.state.lost_workers.total())
         if self.actors.sizes.elastic is not None:

@@ -45,9 +45,9 @@ def online_plan(
         data.longest,
         config.max_completion_length,
     )
-    arrive = (
-        "as an adapter" if lora_sync.publish_mode(config, train.account.takes_media) == "adapter" else "whole"
-    )
+    arrive = "as what changed where that is half as large" if config.weight_delta else "whole"
+    if lora_sync.publish_mode(config, train.account.takes_media) == "adapter":
+        arrive = "as an adapter"
     stays = "frozen" if config.teacher_sync_steps is None else "follows the policy"
     stays = "vLLM, frozen" if config.teacher_backend == "vllm" else stays
     inside = {

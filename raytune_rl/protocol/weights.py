@@ -25,11 +25,29 @@ class TensorEntry:
         return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
     @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
+    def itemsize(self) -> int:
+        """Bytes of an element."""
         import torch
 
-        return getattr(torch, self.dtype).itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return int(getattr(torch, self.dtype).itemsize)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class DeltaOn:
+    """What a bucket that is a difference stands on.
+
+    Attributes:
+        base: Reference to the bucket of an older version, which is whole. Whoever has the manifest keeps it.
+        nbytes: Size of the difference.
+    """
+
+    base: Any
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -39,9 +57,10 @@ class Manifest:
     Attributes:
         version: Counts up from 0.
         kind: "full" (every tensor of the model; LoRA already merged) or "adapter" (LoRA tensors alone).
-        buckets: References to lists of flat uint8 arrays.
+        buckets: References to lists of flat uint8 arrays, or to differences (`runtime.weight_delta`).
         index: The entries of each bucket, in the order of their bytes in its arrays.
         adapter_config: PEFT's configuration as JSON text, for kind "adapter".
+        deltas: By bucket, what it stands on; None for one that is whole. Empty: all are.
     """
 
     version: int
@@ -49,8 +68,27 @@ class Manifest:
     buckets: tuple[Any, ...]
     index: tuple[tuple[TensorEntry, ...], ...]
     adapter_config: str | None = None
+    deltas: tuple[DeltaOn | None, ...] = ()
+
+    @property
+    def bases(self) -> tuple[DeltaOn | None, ...]:
+        """`deltas`, one a bucket."""
+        return self.deltas or (None,) * len(self.buckets)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for bucket in self.index for entry in bucket)
+
+    @property
+    def sent_nbytes(self) -> int:
+        """Bytes that were made for this version: of its differences, and of the buckets that are whole."""
+        return sum(
+            sum(entry.nbytes for entry in entries) if delta is None else delta.nbytes
+            for entries, delta in zip(self.index, self.bases, strict=True)
+        )
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes in the object store for its sake, with what it stands on."""
+        return self.nbytes + sum(delta.nbytes for delta in self.deltas if delta is not None)

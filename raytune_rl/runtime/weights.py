@@ -23,6 +23,7 @@ from ray.exceptions import RayActorError
 from raytune_rl.errors import StaleWeightsError
 from raytune_rl.protocol.weights import Manifest, TensorEntry
 from raytune_rl.runtime.cluster import NAMESPACE
+from raytune_rl.runtime.weight_delta import decode
 
 if TYPE_CHECKING:
     import torch
@@ -113,14 +114,19 @@ def from_bytes(data: NDArray[np.uint8], entry: TensorEntry) -> torch.Tensor:
 
 def read(manifest: Manifest, timeout_s: float) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields `(name, tensor)` of a version, bucket after bucket; tensors are read-only maps of shared
-    memory. While a bucket is loaded the next one comes from its node.
+    memory, but for a bucket that is a difference: what it stands on is copied, and changed. While a bucket is
+    loaded the next one comes from its node.
     """
-    following = [*manifest.buckets, None][1:]
-    for ref, then, entries in zip(manifest.buckets, following, manifest.index, strict=True):
-        arrays = ray.get(ref, timeout=timeout_s)
-        if then is not None:
-            ray.wait([then], timeout=0)  # begins to fetch it, and waits for nothing
-        yield from split(arrays, entries)
+    refs = [
+        [ref] if delta is None else [ref, delta.base]
+        for ref, delta in zip(manifest.buckets, manifest.bases, strict=True)
+    ]
+    following = [*refs, []][1:]
+    for own, then, entries in zip(refs, following, manifest.index, strict=True):
+        arrays, *base = [ray.get(ref, timeout=timeout_s) for ref in own]
+        if then:
+            ray.wait(then, timeout=0)  # begins to fetch it, and waits for nothing
+        yield from split([decode(base[0], arrays)] if base else arrays, entries)
 
 
 def split(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from raytune_rl.protocol.weights import TensorEntry
+from raytune_rl.runtime.weight_delta import Delta, encode, unit_of
 from raytune_rl.runtime.weights import plan_buckets, to_arrays
 
 if TYPE_CHECKING:
@@ -59,13 +60,17 @@ class Publisher:
         exporter: Makes the tensors.
         gather: Makes them whole where the engine cuts them up: then publishing is a collective.
         rank, world_size: The share.
+        timeout_s: Deadline for reading what a difference would stand on.
     """
 
-    def __init__(self, exporter: WeightExporter, gather: Gather, rank: int, world_size: int) -> None:
+    def __init__(
+        self, exporter: WeightExporter, gather: Gather, rank: int, world_size: int, timeout_s: float
+    ) -> None:
         self._exporter = exporter
         self._gather = gather
         self._rank = rank
         self._world_size = world_size
+        self._timeout_s = timeout_s
         self._buffer: HostBuffer | None = None
 
     def index(self) -> tuple[tuple[TensorEntry, ...], ...]:
@@ -77,9 +82,17 @@ class Publisher:
         self._share = [[entries[i] for i in bucket] for bucket in buckets[self._rank :: self._world_size]]
         return tuple(tuple(bucket) for bucket in self._share)
 
-    def publish(self) -> tuple[Any, ...]:
-        """The present weights: how many buckets, then each bucket of `index` as a list of flat uint8
-        arrays.
+    def publish(self, bases: Sequence[Any] = ()) -> tuple[Any, ...]:
+        """The present weights.
+
+        Args:
+            bases: By bucket of `index`, a reference to that bucket of an older version, which is whole; None
+                where this one must be, too. Empty: all of them.
+
+        Returns:
+            By bucket the bytes of its difference to the older one, None where it is whole because that one is
+            lost or the difference would save less than half; then each bucket as a list of arrays, flat
+            uint8 where it is whole.
         """
         import torch
 
@@ -97,9 +110,30 @@ class Publisher:
                 tensors[name] = tensor.detach().cpu().contiguous()
         if self._buffer is not None:
             torch.cuda.synchronize()
-        return len(self._share), *(
-            to_arrays(tensors[entry.name] for entry in bucket) for bucket in self._share
-        )
+        made = [
+            self._made(bucket, [tensors[entry.name] for entry in bucket], base)
+            for bucket, base in zip(self._share, bases or [None] * len(self._share), strict=True)
+        ]
+        return tuple(nbytes for nbytes, _ in made), *(arrays for _, arrays in made)
+
+    def _made(
+        self, entries: Sequence[TensorEntry], tensors: Sequence[Tensor], base: Any
+    ) -> tuple[int | None, list[Any]]:
+        """A bucket's difference and its bytes; or None and the whole bucket."""
+        arrays = to_arrays(tensors)
+        if base is not None and (delta := self._delta(entries, arrays, base)) is not None:
+            return sum(array.nbytes for array in delta), delta
+        return None, arrays
+
+    def _delta(self, entries: Sequence[TensorEntry], arrays: Sequence[Any], base: Any) -> Delta | None:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            old = ray.get(base, timeout=self._timeout_s)
+        except RayError:
+            return None
+        return encode(old, arrays, unit_of(entries), sum(array.nbytes for array in arrays) // 2)
 
 
 def adapter_config(model: Any) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -174,7 +174,9 @@ class TrainerWorker:
         self._offload = Offload(self._engine)
         self._gather = gathered if shards_parameters(self._engine) else whole
         self._publisher = (
-            None if exporter is None else Publisher(exporter, self._gather, self._rank, self._world_size)
+            None
+            if exporter is None
+            else Publisher(exporter, self._gather, self._rank, self._world_size, spec.score.timeout_s)
         )
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         notices = loaded.notices + tuned.notices + settled.notices
@@ -337,12 +339,10 @@ class TrainerWorker:
         assert self._publisher is not None
         return self._publisher.index()
 
-    def publish(self) -> tuple[Any, ...]:
-        """The present weights: how many buckets, then each bucket of `weight_index` as a list of flat uint8
-        arrays.
-        """
+    def publish(self, bases: Sequence[Any] = ()) -> tuple[Any, ...]:
+        """The present weights; see `Publisher.publish`."""
         assert self._publisher is not None
-        return self._publisher.publish()
+        return self._publisher.publish(bases)
 
     def adapter_config(self) -> str:
         """The adapter's PEFT configuration as JSON text, as in adapter_config.json."""

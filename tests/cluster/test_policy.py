@@ -341,6 +341,35 @@ def test_ranks_share_the_publication_and_miss_nothing(worlds: dict[int, World]) 
         np.testing.assert_array_equal(published[name], weight)
 
 
+def test_a_version_stands_on_an_older_one_until_most_of_it_changed(
+    worlds: dict[int, World], tmp_path: Path
+) -> None:
+    """Of two ranks one has no bucket. Ranks that went back to a checkpoint need nothing of before."""
+    from raytune_rl.runtime.weights import read
+
+    world = worlds[2]
+    policy = PolicyGroup(world.policy.world, weight_delta=True)
+
+    def published(version: int) -> float:
+        manifest = policy.publish(version)
+        expected = {n.removeprefix("model."): w for n, w in world.weights().items()}
+        found = {name: tensor.numpy() for name, tensor in read(manifest, 30.0)}
+        assert found.keys() == expected.keys()
+        for name, weight in expected.items():
+            np.testing.assert_array_equal(found[name], weight)
+        return manifest.sent_nbytes / manifest.nbytes
+
+    world.train(0)
+    world.policy.world.save(tmp_path, only_model=False)
+    assert published(0) == 1
+    assert published(1) < 0.01, "nothing has changed"
+    world.train(1)
+    assert published(2) == 1, "float32 and a large step"
+    world.policy.world.load(tmp_path)
+    assert published(3) == 1
+    assert published(4) < 0.01
+
+
 def test_a_reference_moves_towards_the_policy_and_comes_back(
     worlds: dict[int, World], tmp_path: Path
 ) -> None:

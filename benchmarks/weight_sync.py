@@ -14,6 +14,12 @@ with them, in the same processes, the physical limits are measured:
 
 Figures are medians over the later half of the rounds, ratios the medians of the rounds' own ratios. Nothing
 is downloaded. The largest size takes some 6 GB of memory and 4 GB of shared memory.
+
+With --delta: bfloat16 weights that are published whole and as their difference to an older version
+(`--weight_delta`), in turns, while AdamW moves float32 copies of them by gradients that are noise, as those
+of reinforcement learning nearly are: at a learning rate of 1e-6 (RL) and of 1e-5 (SFT). Means over all
+versions after the first, those that are whole again among them. A difference saves bytes between machines and
+costs seconds within one: below the last column's speed of the network it pays.
 """
 
 from __future__ import annotations
@@ -24,7 +30,8 @@ import mmap
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +74,22 @@ class MeasuredPolicy(TrainerWorker):
         for target, source in zip(self._targets, sources, strict=True):
             np.copyto(target, source)
         return time.perf_counter() - started
+
+    def move(self, learning_rate: float) -> None:
+        """A step of AdamW on float32 copies of the weights, by gradients that are noise."""
+        import torch
+
+        weights = [p for p in self._engine.module.parameters() if p.requires_grad]
+        if getattr(self, "_moves_by", None) != learning_rate:
+            self._moves_by = learning_rate
+            self._masters = [torch.nn.Parameter(w.detach().float()) for w in weights]
+            self._mover = torch.optim.AdamW(self._masters, learning_rate, betas=(0.9, 0.95), fused=True)
+        for master in self._masters:
+            master.grad = torch.randn(master.shape)
+        self._mover.step()
+        with torch.no_grad():
+            for weight, master in zip(weights, self._masters, strict=True):
+                weight.copy_(master)
 
     def fresh(self) -> float:
         """Seconds of copying them into shared memory whose pages are not there yet."""
@@ -119,10 +142,10 @@ def model_of(megabytes: int, directory: Path) -> Path:
     return make_tiny_model(directory / f"model-{megabytes}", hidden=hidden)
 
 
-def policy_spec(model: Path) -> TrainerSpec:
+def policy_spec(model: Path, dtype: str = "float32") -> TrainerSpec:
     """A policy as GRPO trains it."""
     return TrainerSpec(
-        model=ModelSpec(str(model), "float32", None, "padded"),
+        model=ModelSpec(str(model), dtype, None, "padded"),
         tuner=TunerSettings(tuner_type="full"),
         optimizer=OptimizerSpec(1e-6, "constant", 0, 10, (0.9, 0.95), 1e-8, 0.1, 1.0, deepspeed.load(None)),
         loss="grpo",
@@ -134,14 +157,13 @@ def policy_spec(model: Path) -> TrainerSpec:
     )
 
 
-def measure(megabytes: int, rounds: int, scratch: Path) -> tuple[int, list[Round]]:
-    """Bytes of a version, and all rounds of one size."""
-    spec = policy_spec(model_of(megabytes, scratch))
+@contextmanager
+def started(model: Path, dtype: str, name: str) -> Iterator[tuple[PolicyGroup, Any, Any]]:
+    """A policy of one rank, a weight store of that name, and a reader."""
+    spec = policy_spec(model, dtype)
     threads = len(os.sched_getaffinity(0))
     wanted = GroupSpec("policy", 1, cpus=1)
-    name = f"benchmark-weights-{megabytes}"
     store, reader = start_store(name), ray.remote(Reader).options(num_cpus=0).remote()
-    found, clock = [], Clock(cpu=True)
     with reserve([wanted], DEADLINE_S) as slots:
         group = WorkerGroup(
             wanted,
@@ -154,28 +176,103 @@ def measure(megabytes: int, rounds: int, scratch: Path) -> tuple[int, list[Round
         policy = PolicyGroup(TrainerWorld(group, spec, 4096, DEADLINE_S))
         policy.ready()
         ray.get(store.__ray_ready__.remote())
+        yield policy, store, reader
+        group.shutdown()
+    for actor in (reader, store):
+        ray.kill(actor)
+
+
+def measure(megabytes: int, rounds: int, scratch: Path) -> tuple[int, list[Round]]:
+    """Bytes of a version, and all rounds of one size."""
+    name = f"benchmark-weights-{megabytes}"
+    found, clock = [], Clock(cpu=True)
+    with started(model_of(megabytes, scratch), "float32", name) as (policy, store, reader):
+        group = policy.world.group
         # Two versions stay in the store, so the first that can find its pages touched is the third or later.
         for version in range(rounds + 3):
             cpu = [clock.now()]
-            started = time.perf_counter()
+            began = time.perf_counter()
             manifest = policy.publish(version)
             ray.get(store.publish.remote(manifest))
-            publish = time.perf_counter() - started
+            publish = time.perf_counter() - began
             cpu.append(clock.now())
             load = ray.get(reader.load.remote(name, version))
             cpu.append(clock.now())
             memcpy, fresh = group.call("memcpy")[0], group.call("fresh")[0]
-            started = time.perf_counter()
+            began = time.perf_counter()
             group.call("ping")
-            call = time.perf_counter() - started
+            call = time.perf_counter() - began
             found.append(Round(publish, load, memcpy, fresh, call, cpu[1] - cpu[0], cpu[2] - cpu[1]))
             size = manifest.nbytes
             del manifest
             time.sleep(PAUSE_S)
-        group.shutdown()
-    for actor in (reader, store):
-        ray.kill(actor)
     return size, found
+
+
+@dataclass(frozen=True)
+class Way:
+    """One version published whole, or as a difference where that is smaller."""
+
+    nbytes: int
+    publish: float
+    load: float
+    cpu: float
+
+
+def measure_delta(megabytes: int, learning_rate: float, rounds: int, scratch: Path) -> list[list[Way]]:
+    """Version by version whole and as a difference, in turns, with a store each."""
+    found: list[list[Way]] = [[], []]
+    clock = Clock(cpu=True)
+    name = f"benchmark-delta-{megabytes}-{learning_rate}"
+    with started(model_of(2 * megabytes, scratch), "bfloat16", name) as (whole, store, reader):
+        ways = [
+            (whole, name, store),
+            (PolicyGroup(whole.world, True), f"{name}-on", start_store(f"{name}-on")),
+        ]
+        for version in range(rounds + 1):
+            whole.world.group.call("move", learning_rate)
+            for way, (policy, named, keeps) in zip(found, ways, strict=True):
+                cpu, began = clock.now(), time.perf_counter()
+                manifest = policy.publish(version)
+                ray.get(keeps.publish.remote(manifest))
+                publish = time.perf_counter() - began
+                load = ray.get(reader.load.remote(named, version))
+                if version:
+                    way.append(Way(manifest.sent_nbytes, publish, load, clock.now() - cpu))
+                del manifest
+                time.sleep(PAUSE_S)
+        ray.kill(ways[1][2])
+    return found
+
+
+def delta_row(megabytes: int, learning_rate: float, rounds: int, scratch: Path) -> list[str]:
+    """A line of the table of differences."""
+    whole, delta = measure_delta(megabytes, learning_rate, rounds, scratch)
+
+    def mean(ways: list[Way], value: Callable[[Way], float]) -> float:
+        return sum(map(value, ways)) / len(ways)
+
+    def ms(ways: list[Way], value: Callable[[Way], float]) -> str:
+        return f"{mean(ways, value) * 1e3:.0f}"
+
+    size = whole[0].nbytes
+    seconds = [mean(ways, lambda way: way.publish + way.load) for ways in (whole, delta)]
+    saved = size - mean(delta, lambda way: way.nbytes)
+    pays = "always" if seconds[1] <= seconds[0] else f"{8 * saved / (seconds[1] - seconds[0]) / 1e9:.1f}"
+    return [
+        f"{size / 1e6:,.0f} MB",
+        f"{learning_rate:g}",
+        f"{delta[0].nbytes / size:.1%}",
+        f"{mean(delta, lambda way: way.nbytes) / size:.1%}",
+        f"{sum(way.nbytes == size for way in delta)} of {len(delta)}",
+        ms(whole, lambda way: way.publish),
+        ms(delta, lambda way: way.publish),
+        ms(whole, lambda way: way.load),
+        ms(delta, lambda way: way.load),
+        ms(whole, lambda way: way.cpu),
+        ms(delta, lambda way: way.cpu),
+        pays if saved > 0 else "never",
+    ]
 
 
 def row_of(size: int, found: list[Round]) -> list[str]:
@@ -221,6 +318,22 @@ HEADER = [
 ]
 
 
+DELTA_HEADER = [
+    "size",
+    "learning rate",
+    "first / whole",
+    "bytes / whole",
+    "whole again",
+    "publish ms whole",
+    "difference",
+    "load ms whole",
+    "difference",
+    "CPU ms whole",
+    "difference",
+    "pays below Gbit/s",
+]
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -232,6 +345,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--megabytes", type=int, nargs="+", default=[10, 100, 1000], help="sizes (default 10 100 1000)"
     )
     parser.add_argument("--rounds", type=int, default=12, help="publications of each size (default 12)")
+    parser.add_argument("--delta", action="store_true", help="differences beside whole versions")
     parser.add_argument("--markdown", action="store_true", help="print the table ready to paste")
     return parser.parse_args(argv)
 
@@ -247,11 +361,19 @@ def main() -> None:
         object_store_memory=5 * 10**9,
     )
     with tempfile.TemporaryDirectory(prefix="raytune_rl_benchmark_") as scratch:
-        rows = [row_of(*measure(megabytes, args.rounds, Path(scratch))) for megabytes in args.megabytes]
+        if args.delta:
+            rows = [
+                delta_row(megabytes, learning_rate, args.rounds, Path(scratch))
+                for megabytes in args.megabytes
+                for learning_rate in (1e-6, 1e-5)
+            ]
+        else:
+            rows = [row_of(*measure(megabytes, args.rounds, Path(scratch))) for megabytes in args.megabytes]
     ray.shutdown()
-    print(f"\nA version published, from call to known (medians of the later half of {args.rounds + 3})")
+    of = "means" if args.delta else f"medians of the later half of {args.rounds + 3}"
+    print(f"\nA version published, from call to known ({of})")
     print(machine() + "\n")
-    print(render(HEADER, rows, args.markdown))
+    print(render(DELTA_HEADER if args.delta else HEADER, rows, args.markdown))
 
 
 if __name__ == "__main__":

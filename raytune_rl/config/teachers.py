@@ -70,8 +70,8 @@ class TeacherOptions(Options):
     )
     teacher_backend: Literal["transformers", "vllm"] = _setting(
         "transformers",
-        "Who computes the teachers: Transformers, as the policy, or vLLM (prompt log-probs), much the faster "
-        "for large ones, which it spreads over --gpus_per_teacher_worker GPUs of their own. For texts.",
+        "Who computes the teachers: Transformers, as the policy, or vLLM (prompt log-probs; for texts), "
+        "which spreads a large one over --gpus_per_teacher_worker GPUs of its own.",
     )
     teacher_workers: int | None = _cluster(
         None, "Copies of each teacher. Not set: chosen from what the cluster has.", ge=1

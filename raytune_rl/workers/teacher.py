@@ -1,7 +1,7 @@
 """The teacher worker: what a frozen model would have said to every token that the policy sampled.
 
-The model is computed by Transformers, as the policy is, or served by vLLM: much the faster where it is large,
-and over several GPUs where one does not hold it.
+The model is computed by Transformers, as the policy is, or served by vLLM, over several GPUs where one does
+not hold it.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _load(
     for notice in loaded.notices:
         say(notice)
     adapters = [str(adapter) for adapter in chain]
-    return apply_tuner(loaded.model, TunerSettings(), adapters, resize=True).model.eval()
+    return apply_tuner(loaded.model, TunerSettings(lora_dropout=0.0), adapters, resize=True).model.eval()
 
 
 def _scores(adapter: Path) -> bool:

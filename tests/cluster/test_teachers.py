@@ -13,7 +13,7 @@ from raytune_rl.pipelines import online
 from raytune_rl.tiny.model import make_tiny_model
 from tests.cluster.conftest import Tiny
 from tests.cluster.test_online import steps
-from tests.faults.runs import Outcome, assert_complete, assert_same, outcome
+from tests.faults.runs import Outcome, assert_complete, outcome
 from tests.faults.strikes import Strike, struck
 
 pytestmark = [pytest.mark.cluster, pytest.mark.variants, pytest.mark.timeout(600)]
@@ -83,26 +83,3 @@ def test_of_two_served_teachers_each_has_its_rows_and_one_is_lost(
         if "teacher_kl" in one:
             assert other_one["teacher_kl"] == pytest.approx(one["teacher_kl"], abs=1e-5)
             assert abs(one["teacher_kl"]) > 0.01
-
-
-@pytest.mark.parametrize("credit", ["gkd", "distill"])
-def test_a_run_with_a_teacher_that_moves_resumes_exactly(
-    credit: str, cluster: None, tiny: Tiny, tmp_path: Path
-) -> None:
-    own: dict[str, Any] = {
-        **({"rlhf_type": "gkd", "lmbda": 1, "reward_funcs": "format"} if credit == "gkd" else {}),
-        **({"advantage_estimator": "distill"} if credit == "distill" else {}),
-        "model": str(tiny.tied),
-        "teacher_sync_steps": 1,
-        "teacher_mixup_alpha": 0.3,
-        "max_steps": 4,
-        "policy_workers": 2,
-        "per_device_train_batch_size": 4,
-        "teacher_workers": 2,
-    }
-    whole = run(tiny, tmp_path, **own)
-    assert "teacher/model.safetensors" in whole.weights
-    assert whole.weights["teacher/model.safetensors"] != whole.weights["model.safetensors"]
-    resumed = run(tiny, tmp_path, **own, resume_from_checkpoint=str(whole.result.run_dir / "checkpoint-2"))
-    assert resumed.result.run_dir == whole.result.run_dir
-    assert_same(resumed, whole)

@@ -21,6 +21,7 @@ from raytune_rl.export.merge import Merged
 from raytune_rl.protocol.model import TunerSettings
 from tests.export.conftest import Train
 from tests.export.fake_hubs import OWNER, TOKEN, FakeHub, FakeHuggingFace
+from tests.families.recipes import make_family
 
 Bases = Callable[..., Path]
 IDS = torch.tensor([[7, 300, 41, 41, 9, 500, 128, 3]])
@@ -86,6 +87,18 @@ def test_the_merged_model_answers_as_base_and_adapter(
     assert AutoTokenizer.from_pretrained(merged.path)("12 + 3").input_ids
     assert beside(merged.path) == ["checkpoint-3"]
     assert json.loads((merged.path / "export.json").read_text())["logits"]["difference"] == parity.difference
+
+
+def test_an_adapter_on_experts_is_merged(tmp_path: Path, train: Train) -> None:
+    """PEFT opens one only without dropout."""
+    base = make_family("qwen3_moe", tmp_path / "base", tied=False)
+    experts = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    settings = TunerSettings(lora_rank=4, lora_dropout=0.0, target_parameters=experts)
+    adapter = train(tmp_path / "checkpoint-3", base, settings=settings)
+    merged = merge(adapter)
+    expected = answers(base, adapter)
+    torch.testing.assert_close(answers(merged.path), expected, atol=2e-4, rtol=1e-4)
+    assert (expected - answers(base)).abs().max() > 0.1, "the adapter does something"
 
 
 @pytest.mark.parametrize("asked", [None, "float16", "float32"])

@@ -5,6 +5,10 @@ line prints its message without a traceback; anything else that escapes is a def
 its traceback.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
 
 class RaytuneError(Exception):
     """Base of all errors raytune_rl raises on purpose. Its text holds no secret: see `redact_text`."""
@@ -76,9 +80,11 @@ class NodeLostError(RaytuneError):
 
     Attributes:
         survivable: Whether other nodes are left to go on with.
+        rescued: What a run can begin again from that lost it, newer than its checkpoints; None: nothing.
     """
 
     survivable = True
+    rescued: Path | None = None
 
 
 class WorkerFailedError(RaytuneError):

@@ -121,9 +121,10 @@ class PolicyGroupOptions(ClusterOptions):
     snapshot_steps: int | None = _setting(
         None,
         "Optimizer steps from one snapshot of the policy (and of a critic) in the object store to the next: "
-        "where a lost rank starts anew from, the steps since being done again. Not set: each step, or as "
-        "often as it costs under 5% of the time, where snapshots fill up to a third of the store. 0: none, "
-        "and a lost rank ends the run.",
+        "where a lost rank starts anew from, the steps since being done again. The driver's node gets a "
+        "copy, for the loss of a node. Not set: each step, or as often as it costs under 5% of the time, "
+        "where snapshots fill up to a third of the store. 0: none, and the loss of a rank begins the run "
+        "again from its newest checkpoint.",
         ge=0,
     )
     max_restarts: int = _setting(
@@ -135,9 +136,9 @@ class PolicyGroupOptions(ClusterOptions):
     hang_timeout: float = _setting(
         60.0,
         "Seconds without a sign of life after which a rank of policy or critic, a copy of the reference or "
-        "of a teacher, or a rollout engine that has work, is taken for dead. One that works slowly gives "
-        "signs. Of an engine on a CPU, where a long prompt is one step, 300 unless it is set. 0: only "
-        "--step_timeout counts.",
+        "of a teacher, or a rollout engine that has work, is taken for dead. One that works "
+        "slowly gives signs. Of an engine on a CPU, where a long prompt is one step, 300 unless it is set. "
+        "0: only --step_timeout counts.",
         ge=0,
     )
     policy_workers: int | None = _setting(

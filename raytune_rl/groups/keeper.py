@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_rl.errors import (
     DeadlineExceededError,
@@ -28,7 +30,7 @@ from raytune_rl.errors import (
     WorkerHungError,
 )
 from raytune_rl.groups.restarts import RecoveryRules
-from raytune_rl.groups.snapshots import History, Snapshots
+from raytune_rl.groups.snapshots import History, Snapshot, Snapshots
 from raytune_rl.protocol.faults import Fault
 from raytune_rl.protocol.rows import TrainBatch
 from raytune_rl.protocol.train import SnapshotPart
@@ -106,6 +108,34 @@ class Keeper:
         """The world is what a checkpoint says."""
         self.snapshots.drop()
         self.history.restored(checkpoint)
+
+    def newest(self) -> Snapshot | None:
+        """The newest snapshot that is whole by now."""
+        with suppress(RaytuneError):  # of what a lost rank owes none will be
+            self.snapshots.settle()
+        return self.history.snapshot
+
+    def write(self, directory: Path, steps: int) -> None:
+        """Writes the snapshot after so many steps as the optimizer state of a checkpoint. The ranks are not
+        needed: it is done here, from the copies of what lay with them.
+
+        Raises:
+            SnapshotMissingError: There is none.
+            RaytuneError: A part is lost, or the file system refused.
+        """
+        snapshot = self.history.snapshot
+        if snapshot is None or snapshot.steps != steps:
+            raise SnapshotMissingError(f"there is no snapshot of the {self._group.name} after {steps} steps")
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        task = ray.remote(num_cpus=0, max_retries=0)(_write).options(scheduling_strategy=here)
+        what, who = "writing the snapshot", f"a copy of the {self._group.name}'s snapshot"
+        parts = zip(snapshot.parts, snapshot.refs, strict=True)
+        fetch_all(
+            [
+                Pending(task.remote(part, ref, str(directory), rank), who, what, self._start_timeout_s)
+                for rank, (part, ref) in enumerate(parts)
+            ]
+        )
 
     # -- losses
     # ----------------------------------------------------------------------------------------------
@@ -202,7 +232,9 @@ class Keeper:
     def _ask(self) -> list[Pending]:
         group = self._group
         ranks = range(len(group))
-        return [group.submit(rank, "snapshot", what="taking a snapshot", returns=2) for rank in ranks]
+        calls = [group.submit(rank, "snapshot", what="taking a snapshot", returns=2) for rank in ranks]
+        self._rules.copy([call.ref[1] for call in calls], group.name)
+        return calls
 
     def _ready(self, calls: Sequence[Pending]) -> list[SnapshotPart] | None:
         """Of a rank that died meanwhile there is none, ever: the work that finds it dead sees to that."""
@@ -237,6 +269,13 @@ class Keeper:
             "--snapshot_steps N takes them all the same, every N steps."
         )
         return False
+
+
+def _write(part: SnapshotPart, arrays: Any, directory: str, rank: int) -> None:
+    """In a process of its own: this one has no torch."""
+    from raytune_rl.workers import snapshot
+
+    snapshot.write(part, arrays, directory, rank)
 
 
 def _failed(ref: ray.ObjectRef) -> bool:

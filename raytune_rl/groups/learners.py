@@ -89,6 +89,16 @@ class Learners:
         for one in reversed(self._learners):
             one.model.save(directory / one.folder, only_model)
 
+    def snapshot_steps(self) -> int | None:
+        """As of a world; None where their newest snapshots are not of one step."""
+        steps = {one.model.snapshot_steps() for one in self._learners}
+        return steps.pop() if len(steps) == 1 else None
+
+    def write_snapshot(self, directory: Path, steps: int) -> None:
+        """Writes the snapshots of all."""
+        for one in self._learners:
+            one.model.write_snapshot(directory / one.folder, steps)
+
     def load(self, directory: Path) -> None:
         """Restores all."""
         for one in reversed(self._learners):

@@ -5,8 +5,9 @@ here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from raytune_rl.errors import RestartsUsedUpError
 from raytune_rl.protocol.faults import Fault
@@ -89,6 +90,8 @@ class RecoveryRules:
         snapshot_bytes: Most bytes that a world's snapshot may take while none is asked for by number.
         tell: Told each fault when it is over.
         say: Tells the user a sentence.
+        copy: Makes a second copy of a world's newest snapshot, here, as soon as it is there: given its
+            objects and the world's name.
     """
 
     budget: RestartBudget
@@ -97,3 +100,4 @@ class RecoveryRules:
     snapshot_bytes: float
     tell: Callable[[Fault], None]
     say: Callable[[str], None]
+    copy: Callable[[Sequence[Any], str], None]

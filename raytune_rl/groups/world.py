@@ -66,6 +66,15 @@ class Trainable(Protocol):
         """Restores weights and optimizer state of a checkpoint."""
         ...
 
+    def snapshot_steps(self) -> int | None:
+        """Steps from the start, or the checkpoint it was restored from, to its newest snapshot; None: it has
+        none."""
+        ...
+
+    def write_snapshot(self, directory: Path, steps: int) -> None:
+        """Writes that snapshot as a checkpoint's optimizer state, whatever became of who trains it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Share:
@@ -294,6 +303,17 @@ class TrainerWorld:
         self._all("load_checkpoint", str(directory / "optimizer"), what="restoring the checkpoint")
         if self.keeper is not None:
             self.keeper.restored(directory)
+
+    def snapshot_steps(self) -> int | None:
+        """Steps from the start, or the checkpoint it was restored from, to its newest snapshot; None: it has
+        none."""
+        snapshot = None if self.keeper is None else self.keeper.newest()
+        return None if snapshot is None else snapshot.steps
+
+    def write_snapshot(self, directory: Path, steps: int) -> None:
+        """Writes that snapshot as a checkpoint's optimizer state, whatever became of the ranks."""
+        assert self.keeper is not None
+        self.keeper.write(directory / "optimizer", steps)
 
     def _all(self, method: str, *args: Any, what: str) -> list[Any]:
         return self.run(what, lambda: self.group.call(method, *args, what=what))

@@ -1,11 +1,13 @@
 """A run that loses what no world outlives: a node with its object store, a rank without a snapshot. It begins
 again in this process, from its newest checkpoint, on what is left of the cluster.
 
-What was computed since the checkpoint is computed again, from the same seeds.
+What was computed since the checkpoint is computed again, from the same seeds. Of a lost node a snapshot may
+be left elsewhere: then it is that from which the run begins again (`rescue`).
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from raytune_rl.errors import CheckpointError, NodeLostError, PlacementError, Sn
 from raytune_rl.groups.restarts import RestartBudget
 from raytune_rl.pipelines.lifecycle import RunResult, note
 from raytune_rl.protocol.faults import Fault
-from raytune_rl.tracking.checkpoints import list_checkpoints
+from raytune_rl.tracking.checkpoints import list_checkpoints, step_of
 from raytune_rl.tracking.run_dir import RunDir
 from raytune_rl.workers.leftovers import SEMAPHORES, clear_new, named
 
@@ -41,9 +43,14 @@ def going_on(
 def _going_on(config: C, attempt: Callable[[C], RunResult], sleep: Callable[[float], None]) -> RunResult:
     budget = RestartBudget(config.max_restarts)
     loss: Exception | None = None
+    rescued: Path | None = None
     while True:
         try:
-            return attempt(config)
+            result = attempt(config)
+            if rescued is not None:
+                for one in rescued.parent.glob("rescued-*"):
+                    shutil.rmtree(one, ignore_errors=True)
+            return result
         except (NodeLostError, SnapshotMissingError) as error:
             if not getattr(error, "survivable", True):
                 raise
@@ -55,9 +62,20 @@ def _going_on(config: C, attempt: Callable[[C], RunResult], sleep: Callable[[flo
             loss = error
         reason = str(loss).partition("\n")[0]
         pause = budget.spend(Fault(time.time(), "run", "the run", "going on", reason), 1)
-        config = cast(C, config.model_copy(update={"resume_from_checkpoint": newest(config)}))
-        note(f"{reason} The run begins again from its newest checkpoint (or its start, without one).")
+        rescued = getattr(loss, "rescued", None) or rescued
+        origin = newest(config) if rescued is None else newer(rescued)
+        config = cast(C, config.model_copy(update={"resume_from_checkpoint": origin}))
+        where = "its newest checkpoint (or its start, without one)"
+        if rescued is not None and Path(origin) == rescued:
+            where = f"its newest snapshot, saved as {rescued.name}"
+        note(f"{reason} The run begins again from {where}.")
         sleep(pause)
+
+
+def newer(rescued: Path) -> str:
+    """What was rescued of a run, or a checkpoint of it that is not older."""
+    later = [one for one in list_checkpoints(RunDir(rescued.parent)) if step_of(one) >= step_of(rescued)]
+    return str(later[-1] if later else rescued)
 
 
 def newest(config: TrainConfig) -> str:

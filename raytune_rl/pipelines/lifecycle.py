@@ -223,8 +223,7 @@ class Run:
             self._origin.lock.check()
         metric = self.after.get(self._best_by) if self._evaluated == self.step else None
         record = self._record.after(self.dir.checkpoint(self.step), metric, self._greater)
-        kept = {**state, **record.as_dict(), "first_metrics": self.first_metrics, "before": self.before}
-        writer = CheckpointWriter(self.dir, self.step, kept)
+        writer = CheckpointWriter(self.dir, self.step, self.whole_state(state, record))
         try:
             with writer as path:
                 trained.save(path, self.config.save_only_model)
@@ -240,6 +239,11 @@ class Run:
         with forgiven(self.dir.images):
             write_plots(self.dir, only=("loss", "reward", "kl"))
         return writer.final
+
+    def whole_state(self, state: Mapping[str, Any], record: CheckpointRecord | None = None) -> dict[str, Any]:
+        """A pipeline's state with what the run itself must know again, for trainer_state.json."""
+        known = (record or self._record).as_dict()
+        return {**state, **known, "first_metrics": self.first_metrics, "before": self.before}
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> RunResult:
         """Closes the log with its last line, `facts` among it, and gives the result."""

@@ -39,6 +39,7 @@ from raytune_rl.pipelines.local_paths import made_absolute
 from raytune_rl.pipelines.objective import Objective
 from raytune_rl.pipelines.position import Position, goes_on
 from raytune_rl.pipelines.recovery import rules_of
+from raytune_rl.pipelines.rescue import Rescue
 from raytune_rl.pipelines.resume_point import open_run
 from raytune_rl.pipelines.scored import Score, ScoredSet
 from raytune_rl.pipelines.step_values import FROM_ORDER, FROM_POLICY, Sums
@@ -51,6 +52,7 @@ from raytune_rl.protocol.rows import TrainBatch
 from raytune_rl.rewards.plugins import PluginFile
 from raytune_rl.runtime import gpu_memory
 from raytune_rl.runtime.cluster import reserve, session
+from raytune_rl.runtime.copies import Copies
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.workers.reference import ReferenceWorker
 from raytune_rl.workers.trainer import TrainerWorker, trainer_env
@@ -116,14 +118,17 @@ def _run(config: OfflineConfig, objective: Objective, notices: Sequence[str]) ->
             raise no_room
         slots = stack.enter_context(reserve(groups.specs, config.start_timeout))
         with stage("starting the actors"):
-            rules = rules_of(config, started.run.faults, cluster.object_store_bytes, 1)
+            copies = Copies()
+            stack.callback(copies.end)
+            rules = rules_of(config, started.run.faults, cluster.object_store_bytes, 1, copies.keep)
             started.start(slots, stack, rules)
         if objective.needs_reference:
             with stage("taking log-probs under the reference"):
                 started.score_by_reference(slots)
         started.restore()
-        with started.run.watched():
-            started.train()
+        rescue = Rescue(started.run, started.policy.world)
+        with started.run.watched(), rescue.ready():
+            started.train(rescue)
             result = started.run.finish()
         account = train.account if stream is None or stream.account is None else stream.account
         accounts = (account, held_out.account if held_out else None)
@@ -299,7 +304,7 @@ class OfflineRun:
     # -- the loop
     # ---------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
+    def train(self, rescue: Rescue) -> None:
         """One batch, one optimizer step, until the schedule ends."""
         run, config = self.run, self.config
         if run.step == 0:
@@ -313,6 +318,7 @@ class OfflineRun:
                     self.evaluate()
                 if last or self.is_due(config.save_strategy, config.save_steps):
                     run.save(self.policy.world, self.position.state(self.schedule.rows_per_step))
+            rescue.mark(self.position.state(self.schedule.rows_per_step))
 
     def is_due(self, strategy: Strategy, every: int) -> bool:
         """Whether something happens after the present step."""

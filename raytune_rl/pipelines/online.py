@@ -41,6 +41,7 @@ from raytune_rl.pipelines.online_algorithms import Algorithm, algorithm_of
 from raytune_rl.pipelines.online_data import OnlineData, read_data, rewards_checked
 from raytune_rl.pipelines.prompt_quarantine import PromptQuarantine
 from raytune_rl.pipelines.recovery import rules_of
+from raytune_rl.pipelines.rescue import Rescue
 from raytune_rl.pipelines.resume_point import open_run
 from raytune_rl.pipelines.run_models import RunModels, RunStep
 from raytune_rl.pipelines.run_state import RunState
@@ -51,6 +52,7 @@ from raytune_rl.protocol.rows import TrainBatch
 from raytune_rl.protocol.trajectory import Trajectory
 from raytune_rl.runtime import gpu_memory
 from raytune_rl.runtime.cluster import reserve, session
+from raytune_rl.runtime.copies import Copies
 from raytune_rl.runtime.places import places_for
 
 
@@ -135,11 +137,13 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
                 longest_taught=data.longest_taught,
             )
             worlds = 1 + ("critic" in groups)
-            rules = rules_of(config, controlled.faults, cluster.object_store_bytes, worlds)
+            copies = Copies()
+            stack.callback(copies.end)
+            rules = rules_of(config, controlled.faults, cluster.object_store_bytes, worlds, copies.keep)
             actors = start_groups(setup, slots, stack, rules, lost)
             online = OnlineRun(config, algorithm, data, controlled, state, actors)
             online.restore(resume_point)
-        with controlled.watched():
+        with controlled.watched(), online.rescue.ready():
             online.train()
             result = controlled.finish({"prompts": state.account().as_dict()})
         accounts = (account, None if data.held_out is None else data.held_out.account)
@@ -201,6 +205,9 @@ class OnlineRun:
             config, actors, prompts, actors.sizes.on_gpu, restarts, ready, ahead, run.say
         )
         self.version = -1
+        self.rescue = Rescue(run, actors.learners)
+        # What is asked ahead, and models that follow, are saved in checkpoints alone.
+        self.can_be_rescued = not ahead and not actors.followers
 
     def restore(self, resume_point: ResumePoint) -> None:
         """Loads the checkpoint that the run goes on from, if it does."""
@@ -242,6 +249,8 @@ class OnlineRun:
                 self.publish(state.generation)
             with run.timer.paused():
                 self.after_generation(last)
+            if self.can_be_rescued:
+                self.rescue.mark(state.as_dict())
 
     def credited(self, collected: Collected) -> Credited:
         """The advantages of the completions, in a batch that has all that the loss needs."""

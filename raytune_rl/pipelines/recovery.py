@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from raytune_rl.config.commands import TrainConfig
 from raytune_rl.groups.restarts import RecoveryRules, RestartBudget
@@ -67,7 +68,13 @@ class FaultLog:
         return faults.table(faults.read(self._path))
 
 
-def rules_of(config: TrainConfig, log: FaultLog, store_bytes: int, worlds: int) -> RecoveryRules:
+def rules_of(
+    config: TrainConfig,
+    log: FaultLog,
+    store_bytes: int,
+    worlds: int,
+    copy: Callable[[Sequence[Any], str], None],
+) -> RecoveryRules:
     """How the run treats the loss of a rank.
 
     Args:
@@ -75,6 +82,7 @@ def rules_of(config: TrainConfig, log: FaultLog, store_bytes: int, worlds: int) 
         log: Told of each loss.
         store_bytes: Object store of the cluster.
         worlds: That keep snapshots: policy, and critic.
+        copy: Makes a second copy of snapshots, for when a node is lost.
     """
     return RecoveryRules(
         RestartBudget(config.max_restarts),
@@ -83,6 +91,7 @@ def rules_of(config: TrainConfig, log: FaultLog, store_bytes: int, worlds: int) 
         store_bytes * STORE_SHARE / (2 * worlds),
         log.recovered,
         log.say,
+        copy,
     )
 
 
@@ -92,7 +101,7 @@ def in_words(config: TrainConfig) -> tuple[str, str]:
     if not config.max_restarts:
         return "a lost rank", "ends the run (--max_restarts 0)"
     if every == 0:
-        return "a lost rank", "ends the run once a step is done (--snapshot_steps 0)"
+        return "a lost rank", "begins the run again from its newest checkpoint (--snapshot_steps 0)"
     often = f"every {every} step(s)" if every else "each step where it costs under 5%"
     return (
         "a lost rank",

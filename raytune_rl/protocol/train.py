@@ -125,12 +125,12 @@ class SnapshotPart:
 
     Attributes:
         entries: Names, dtypes and shapes, in the order of the bytes.
-        loss_scale: State of float16's loss scale; empty in other types.
+        index: What a checkpoint's index says of the state, the loss scale among it.
         seconds: Time of taking it, without the copy into the store.
     """
 
     entries: tuple[TensorEntry, ...]
-    loss_scale: Mapping[str, float]
+    index: Mapping[str, Any]
     seconds: float
 
     @property

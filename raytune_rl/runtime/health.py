@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import ray
 
@@ -75,11 +76,13 @@ class Health:
         lost: What is gone, in sentences for the user; None while all is there.
         head_lost: Whether it is the head: then no call to Ray comes back.
         one_node: Whether the cluster was started here, and so has no other.
+        rescued: What was saved after the loss, for whoever begins again.
     """
 
     lost: str | None = None
     head_lost: bool = False
     one_node: bool = False
+    rescued: Path | None = None
     _places: dict[str, Place] = field(default_factory=dict)
     _ended: threading.Event = field(default_factory=threading.Event)
 
@@ -115,8 +118,14 @@ class Health:
     def error(self) -> NodeLostError:
         """The loss, for whoever can go on on other nodes."""
         error = NodeLostError(self.lost)
-        error.survivable = not (self.head_lost or self.one_node)
+        error.survivable = self.survivable
+        error.rescued = self.rescued
         return error
+
+    @property
+    def survivable(self) -> bool:
+        """Whether a run that lost this can go on."""
+        return not (self.head_lost or self.one_node)
 
     def _lose(self, key: str, place: Place) -> None:
         self.lost, self.head_lost = place.loss, key == ""

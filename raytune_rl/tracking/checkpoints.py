@@ -18,7 +18,7 @@ from typing import Any
 from raytune_rl.errors import CheckpointError
 from raytune_rl.tracking.directories import hidden, parse_hidden, publish, sync_tree
 from raytune_rl.tracking.files import plain
-from raytune_rl.tracking.run_dir import CHECKPOINT_PATTERN, RunDir, version_dirs
+from raytune_rl.tracking.run_dir import RESUMABLE_PATTERN, RunDir, version_dirs
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
@@ -30,7 +30,7 @@ class CheckpointWriter:
     On leaving, `trainer_state.json` (from `state`), a copy of the run's args.json and the manifest are added,
     all is synced, and the directory becomes `checkpoint-<step>`, replacing an earlier one of that step. If
     the body raises (Ctrl-C too), nothing remains. Several processes may write into `path` as long as they are
-    done before the body ends.
+    done before the body ends. With `rescues` it becomes `rescued-<step>`, which holds no model.
 
     Attributes:
         final: The path that the checkpoint has once it is whole.
@@ -40,8 +40,10 @@ class CheckpointWriter:
             trainer_state.json.
     """
 
-    def __init__(self, run_dir: RunDir, step: int, state: Mapping[str, Any] | None = None) -> None:
-        self.final = run_dir.checkpoint(step)
+    def __init__(
+        self, run_dir: RunDir, step: int, state: Mapping[str, Any] | None = None, rescues: bool = False
+    ) -> None:
+        self.final = run_dir.rescued(step) if rescues else run_dir.checkpoint(step)
         self._run_dir = run_dir
         self._step = step
         self._state = dict(state or {})
@@ -154,7 +156,7 @@ def step_of(path: Path) -> int:
     Raises:
         CheckpointError: The directory is not named like a checkpoint.
     """
-    match = CHECKPOINT_PATTERN.match(path.name)
+    match = RESUMABLE_PATTERN.match(path.name)
     if match is None:
         raise CheckpointError(f"{path} is not a checkpoint: its name should be checkpoint-N")
     return int(match.group(1))
@@ -179,7 +181,7 @@ def clean_leftovers(run_dir: RunDir) -> list[Path]:
     removed = []
     for path in sorted(run_dir.path.iterdir()):
         parsed = parse_hidden(path)
-        if parsed is None or not CHECKPOINT_PATTERN.match(parsed[0].name):
+        if parsed is None or not RESUMABLE_PATTERN.match(parsed[0].name):
             continue
         final, kind = parsed
         if kind == "old" and not final.exists() and is_whole(path):

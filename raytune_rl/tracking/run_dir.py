@@ -19,6 +19,7 @@ from raytune_rl.tracking.files import plain, write_atomic
 
 VERSION_PATTERN = re.compile(r"^v(\d+)-\d{8}-\d{6}$")
 CHECKPOINT_PATTERN = re.compile(r"^checkpoint-(\d+)$")
+RESUMABLE_PATTERN = re.compile(r"^(?:checkpoint|rescued)-(\d+)$")
 _CLAIM_PATTERN = re.compile(r"^\.v(\d+)\.claim$")
 _VERSIONS_KEY = "package_versions"
 _FOLDER_KEY = "working_directory"
@@ -78,7 +79,7 @@ class RunDir:
             CheckpointError: There is no such directory.
         """
         directory = Path(path).expanduser().absolute()
-        if CHECKPOINT_PATTERN.match(directory.name):
+        if RESUMABLE_PATTERN.match(directory.name):
             directory = directory.parent
         if not directory.is_dir():
             raise CheckpointError(f"cannot resume: there is no run directory {directory}")
@@ -131,6 +132,10 @@ class RunDir:
 
     def checkpoint(self, step: int) -> Path:
         return self.path / f"checkpoint-{step}"
+
+    def rescued(self, step: int) -> Path:
+        """What was saved of a run that lost a node: like a checkpoint, without a model to load."""
+        return self.path / f"rescued-{step}"
 
     def write_args(self, config: Mapping[str, Any], packages: Iterable[str] = _PACKAGES) -> None:
         """Writes args.json: the resolved config with secrets nulled, the folder that its relative paths are

@@ -24,23 +24,34 @@ from raytune_rl.tracking.files import follow_umask
 
 INDEX = "optimizer.json"
 MASTER = "master"
+SCALE = "loss_scale"
+"""Key of the index: state of float16's loss scale, empty in other types."""
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def save(engine: Any, directory: Path, rank: int, world_size: int) -> None:
     """Writes this rank's share; rank 0 also writes the index that says how the shares fit together."""
-    directory.mkdir(parents=True, exist_ok=True)
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in parts(engine).items()}
-    save_file(copies, directory / _file(rank))
+    write(copies, index_of(engine, world_size), directory, rank)
+
+
+def write(share: Mapping[str, Tensor], index: Mapping[str, Any], directory: Path, rank: int) -> None:
+    """Writes a rank's share, as `parts` gives it, and of rank 0 the index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(dict(share), directory / _file(rank))
     follow_umask(directory / _file(rank))
     if rank == 0:
-        index = {
-            "world_size": world_size,
-            "stage": engine.zero_optimization_stage(),
-            "group_numels": _group_numels(engine),
-            "loss_scale": loss_scale(engine),
-        }
         (directory / INDEX).write_text(json.dumps(index))
+
+
+def index_of(engine: Any, world_size: int) -> dict[str, Any]:
+    """How the shares of all ranks fit together."""
+    return {
+        "world_size": world_size,
+        "stage": engine.zero_optimization_stage(),
+        "group_numels": _group_numels(engine),
+        SCALE: loss_scale(engine),
+    }
 
 
 def load(engine: Any, directory: Path, rank: int, world_size: int) -> None:
@@ -80,7 +91,7 @@ def load(engine: Any, directory: Path, rank: int, world_size: int) -> None:
             offset = rank * target.numel() if partitioned else 0
             _fill(target.view(-1), shards if partitioned else shards[:1], key, offset)
 
-    put_back(engine, fill, index.get("loss_scale") or {})
+    put_back(engine, fill, index.get(SCALE) or {})
 
 
 def parts(engine: Any) -> dict[str, Tensor]:

@@ -355,7 +355,7 @@ class TrainerWorker:
         """This rank's whole state: what it consists of, and its bytes."""
         from raytune_rl.workers.snapshot import take
 
-        return take(self._engine)
+        return take(self._engine, self._world_size)
 
     def put_back(self, part: SnapshotPart, arrays: list[NDArray[np.uint8]]) -> None:
         """Makes this rank what it was as `snapshot` was called; all ranks at once."""

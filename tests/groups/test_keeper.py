@@ -69,10 +69,16 @@ class World:
     def __init__(self, slots: Any, every: int | None = 1, most: int = 10) -> None:
         self.faults: list[Fault] = []
         self.said: list[str] = []
+        self.copied: list[tuple[str, int]] = []
         self.group = WorkerGroup(GroupSpec("policy", 2, cpus=0.1), slots, Rank, lambda _: {}, {}, 60.0)
-        rules = RecoveryRules(RestartBudget(most), 4.0, every, 1e9, self.faults.append, self.said.append)
+        rules = RecoveryRules(
+            RestartBudget(most), 4.0, every, 1e9, self.faults.append, self.said.append, self._copied
+        )
         self.keeper = Keeper(self.group, rules, lambda: self.group.call("pid"), self._train, 60.0)
         self.group.call("pid")
+
+    def _copied(self, refs: Any, name: str) -> None:
+        self.copied.append((name, len(refs)))
 
     def _train(self, batch: TrainBatch, step: int) -> list[int]:
         return fetch_all([self.group.submit(rank, "train", step, []) for rank in range(2)])

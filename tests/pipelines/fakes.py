@@ -387,6 +387,10 @@ class FakeTrainable:
         self.updates = json.loads((directory / "weights.json").read_text())
         self._stage.call(f"{self._name}.load {self.updates}", "policy")
 
+    def snapshot_steps(self) -> int | None:
+        """It has no snapshot."""
+        return None
+
 
 class FakePolicy:
     """See `groups.trainer.PolicyGroup`.

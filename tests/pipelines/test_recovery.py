@@ -66,7 +66,8 @@ def test_the_plan_says_what_a_lost_rank_costs(tmp_path: Path) -> None:
 
 def test_snapshots_of_all_worlds_old_and_new_fill_a_third_of_the_store(tmp_path: Path) -> None:
     log = FaultLog(tmp_path / "faults.jsonl", print)
-    assert rules_of(config(), log, 1200, worlds=2).snapshot_bytes == 100
+    rules = rules_of(config(), log, 1200, worlds=2, copy=lambda refs, name: None)
+    assert rules.snapshot_bytes == 100
 
 
 class Attempts:

@@ -11,11 +11,12 @@ import pytest
 
 PROGRAM = """
 import sys
+from pathlib import Path
 import torch
 from torch import distributed
 from raytune_rl.config import deepspeed
 from raytune_rl.protocol.train import OptimizerSpec
-from raytune_rl.workers import snapshot
+from raytune_rl.workers import optimizer_state, snapshot
 from raytune_rl.workers.engine import start_engine, step
 
 stage, dtype = sys.argv[1], getattr(torch, sys.argv[2])
@@ -35,14 +36,14 @@ def train(one, steps, seed):
         step(one)
 
 def state(one):
-    part, arrays = snapshot.take(one)
+    part, arrays = snapshot.take(one, 1)
     return part.entries, b"".join(array.tobytes() for array in arrays), [
         p.detach().clone() for p in one.module.parameters()
     ]
 
 first = engine()
 train(first, 3, seed=1)
-part, arrays = snapshot.take(first)
+part, arrays = snapshot.take(first, 1)
 kept = [array.copy() for array in arrays]
 before, number = state(first), torch.randn(1)
 train(first, 2, seed=2)
@@ -57,15 +58,22 @@ assert all(torch.equal(a, b) for a, b in zip(back[2], before[2])), "what the mod
 train(second, 2, seed=2)
 again = state(second)
 assert again[1] == ahead[1] and all(torch.equal(a, b) for a, b in zip(again[2], ahead[2]))
+folder = Path(sys.argv[4])
+snapshot.write(part, kept, str(folder), 0)
+third = engine()
+optimizer_state.load(third, folder, 0, 1)
+train(third, 2, seed=2)
+written = state(third)
+assert written[1] == ahead[1], "as a checkpoint's optimizer state it is the same"
 print("the same bits")
 """
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [("zero2", "bfloat16"), ("zero3", "float32")])
-def test_a_snapshot_brings_back_every_bit(stage: str, dtype: str, tmp_path: Path) -> None:
+def test_a_snapshot_brings_back_every_bit_from_a_disk_too(stage: str, dtype: str, tmp_path: Path) -> None:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, stage, dtype, f"file://{tmp_path}/meet"],
+        [sys.executable, "-c", PROGRAM, stage, dtype, f"file://{tmp_path}/meet", str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,

@@ -64,7 +64,7 @@ class Publisher:
     """
 
     def __init__(
-        self, exporter: WeightExporter, gather: Gather, rank: int, world_size: int, timeout_s: float
+        self, exporter: WeightExporter, gather: Gather, rank: int, world_size: int, timeout_s: float = 300.0
     ) -> None:
         self._exporter = exporter
         self._gather = gather

@@ -136,7 +136,7 @@ class PolicyGroupOptions(ClusterOptions):
     hang_timeout: float = _setting(
         60.0,
         "Seconds without a sign of life after which a rank of policy or critic, a copy of the reference or "
-        "of a teacher, or a rollout engine that has work, is taken for dead. One that works "
+        "of a teacher, a reward worker, or a rollout engine that has work, is taken for dead. One that works "
         "slowly gives signs. Of an engine on a CPU, where a long prompt is one step, 300 unless it is set. "
         "0: only --step_timeout counts.",
         ge=0,

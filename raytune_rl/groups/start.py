@@ -357,6 +357,8 @@ def start_groups(
     judges = [group for group in (functions, models) if group is not None]
     for started in (*judges, rollout):
         started.call("ping", what="starting", timeout_s=config.start_timeout)
+    for judge in judges:
+        judge.replace_hung(config.hang_timeout)
     rollout.leave_lost()  # from here on the fleet sees to them
     settled: list[Settled] = []
     if reference is not None:

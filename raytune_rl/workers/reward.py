@@ -36,6 +36,8 @@ class RewardWorker:
         RewardError: A function or plugin cannot be loaded.
     """
 
+    PROBED = True
+
     def __init__(
         self,
         names: Sequence[str],
@@ -129,6 +131,10 @@ class RewardWorker:
     def labels(self) -> tuple[str, ...]:
         """Names for metrics, one a function."""
         return self._sandbox.labels
+
+    def progress(self) -> int:
+        """Proves that the process is not stopped; nothing is counted."""
+        return 0
 
     def ping(self) -> bool:
         """Answers as soon as the worker is free."""

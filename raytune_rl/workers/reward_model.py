@@ -37,6 +37,8 @@ class RewardModelWorker:
         RewardError: A plugin cannot be loaded.
     """
 
+    PROBED = True
+
     def __init__(self, spec: RewardModelSpec) -> None:
         self._spec = spec
         plugins = spec.plugins or (DEFAULT,) * len(spec.models)
@@ -48,6 +50,10 @@ class RewardModelWorker:
             else _Judged(model, plugin, spec.max_tokens)
             for model, plugin in zip(spec.models, plugins, strict=True)
         ]
+
+    def progress(self) -> int:
+        """Proves that the process is not stopped; nothing is counted."""
+        return 0
 
     def ping(self) -> tuple[str, ...]:
         """Proves that the models are loaded; what there is to say of them."""

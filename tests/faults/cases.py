@@ -51,6 +51,8 @@ HANGS: dict[Case, Strike] = {
     ("critic", "a hang"): Strike("critic", 0, "train_step", version=2, signal=HANG),
     ("rollout engine", "a hang"): Strike("rollout", 0, "run_group", version=3, signal=HANG),
     ("reference", "a hang"): Strike("reference", 0, "logprobs", version=4, signal=HANG),
+    ("reward functions", "a hang"): Strike("reward", 0, "score", version=4, signal=HANG),
+    ("reward model", "a hang"): Strike("reward_model", 0, "score", version=5, signal=HANG),
     ("weight store", "a hang"): Strike("weight_store", 0, "publishing", version=4, signal=HANG),
 }
 CHAINS = {"first ranks": FIRST_RANKS, "all others": OTHERS, "hangs": HANGS}

@@ -1,3 +1,6 @@
+import os
+import signal
+
 import numpy as np
 import pytest
 
@@ -156,6 +159,39 @@ def test_as_an_actor_it_fetches_from_the_object_store(plugin):
             np.testing.assert_array_equal(scores.values, [[271.0, 1.0], [182.0, 1.0]])
             assert scores.failures == ()
         ray.get(worker.close.remote(), timeout=30)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+@pytest.mark.cluster
+def test_one_that_is_stopped_is_replaced_long_before_its_deadline(plugin):
+    import ray
+
+    from raytune_rl.runtime.cluster import reserve
+    from raytune_rl.runtime.group import WorkerGroup
+    from raytune_rl.runtime.placement import GroupSpec
+
+    started, losses = not ray.is_initialized(), []
+    if started:
+        ray.init(address="local", num_cpus=1, include_dashboard=False)
+    try:
+        spec = GroupSpec("reward", 1, cpus=0.1)
+        made = {"names": ["together"], "plugin_files": [plugin], "config_dict": {}, "timeout_s": 20.0}
+        with reserve([spec], 60.0) as slots:
+            group = WorkerGroup(spec, slots["reward"], RewardWorker, lambda rank: made, {}, 300.0)
+            group.replace_lost(120.0, lambda *loss: losses.append(loss))
+            group.call("ping")
+            group.replace_hung(4.0)
+            pid = ray._private.state.actors(group._actors[0]._actor_id.hex())["Pid"]
+            os.kill(pid, signal.SIGSTOP)
+            asked = (["", "a", "bb"], [2, 1], {"value": [7, 8]}, [0, 1], {"prompt_id": [1, 2]})
+            (scores,) = group.call("score", *asked)
+            assert scores.values[:, 0].tolist() == [271.0, 182.0]
+            group.shutdown()
+        ((who, sentence),) = losses
+        assert who == "reward"
+        assert "gives no sign of life" in sentence
     finally:
         if started:
             ray.shutdown()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from raytune_rl.config import InferConfig
 from raytune_rl.data.model_tokens import as_ids
 from raytune_rl.errors import ConfigError
-from raytune_rl.models.context import longest_context
+from raytune_rl.models.context import longer_allowed, longest_context
 from raytune_rl.protocol.rollout import Sampling
 
 CONTEXT = 8192
@@ -57,8 +56,7 @@ def context_length(config: InferConfig, shape: Shape, longest_prompt: int | None
     Raises:
         ConfigError: The longest row leaves no room for an answer, or more is asked for than the model takes.
     """
-    allowed = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").lower() in ("1", "true")
-    most = None if allowed else shape.max_positions
+    most = None if longer_allowed() else shape.max_positions
     if most is not None and (config.vllm_max_model_len or 0) > most:
         raise ConfigError(
             f"--vllm_max_model_len {config.vllm_max_model_len}: the model takes {most} tokens at most."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,14 @@ _KEYS = (
 )  # fmt: skip
 # Of these the config's number is what comes of the scaling; of others (linear, dynamic) it is what is scaled.
 _SCALED_ALREADY = ("longrope", "su", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+
+ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+"""Environment variable, vLLM's: 1 where the user says that models take more than their configs do."""
+
+
+def longer_allowed() -> bool:
+    """Whether the user says that models take more than their configs do."""
+    return os.environ.get(ALLOW_LONG, "").lower() in ("1", "true")
 
 
 def longest_context(text_config: Any) -> int | None:

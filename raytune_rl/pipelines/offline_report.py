@@ -22,8 +22,7 @@ from raytune_rl.pipelines.report import (
     sharing_in_words,
     trainer,
 )
-from raytune_rl.pipelines.run_summary import next_commands
-from raytune_rl.prepare.sets import quarantined
+from raytune_rl.pipelines.run_summary import run_summary
 from raytune_rl.protocol.data import SHARED, Account, TokenSet
 from raytune_rl.tracking.plan import RunPlan, Section
 from raytune_rl.tracking.summary import Change, RunSummary
@@ -126,18 +125,4 @@ def summary_of(
             changes[f"{name} (held out)"] = Change(
                 result.before[f"eval_{name}"], result.after.get(f"eval_{name}")
             )
-    return RunSummary(
-        title=f"{objective.title} on {config.model}, {config.train_type}",
-        status=result.status,
-        steps=result.steps,
-        total_steps=result.total_steps,
-        seconds=run.seconds,
-        output_dir=result.run_dir,
-        changes=changes,
-        quarantined=quarantined(*accounts),
-        faults=run.faults.rows(),
-        non_finite=dict(run.logger.non_finite),
-        last_checkpoint=result.last_checkpoint,
-        best_checkpoint=result.best_checkpoint,
-        next_commands=next_commands(config, result),
-    )
+    return run_summary(config, objective.title, changes, run, accounts, result)

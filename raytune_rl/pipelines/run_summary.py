@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,26 +38,40 @@ def online_summary(
         if name.startswith("eval_rewards/") and not name.endswith("/std") and name not in fewer:
             label = name.removeprefix("eval_rewards/").removesuffix("/mean")
             changes[f"{label} (held out)"] = Change(result.before[name], result.after.get(name))
+    return replace(
+        run_summary(config, config.rlhf_type.upper(), changes, run, accounts, result),
+        prompts=state.account(),
+        reward_failures=dict(state.reward_failures),
+        lost_workers=dict(state.lost_workers),
+        weight_versions=state.generation + 1,
+        max_logp_gap=state.max_gap,
+        notices=_without_signal(state),
+    )
+
+
+def run_summary(
+    config: TrainConfig,
+    title: str,
+    changes: dict[str, Change],
+    run: Run,
+    accounts: tuple[Account, Account | None],
+    result: RunResult,
+) -> RunSummary:
+    """What is said at the end of any run; `accounts` are of the data and of the held-out ones."""
     return RunSummary(
-        title=f"{config.rlhf_type.upper()} on {config.model}, {config.train_type}",
+        title=f"{title} on {config.model}, {config.train_type}",
         status=result.status,
         steps=result.steps,
         total_steps=result.total_steps,
         seconds=run.seconds,
         output_dir=result.run_dir,
         changes=changes,
-        prompts=state.account(),
         quarantined=quarantined(*accounts),
-        reward_failures=dict(state.reward_failures),
-        lost_workers=dict(state.lost_workers),
-        weight_versions=state.generation + 1,
-        max_logp_gap=state.max_gap,
         faults=run.faults.rows(),
         non_finite=dict(run.logger.non_finite),
         last_checkpoint=result.last_checkpoint,
         best_checkpoint=result.best_checkpoint,
         next_commands=next_commands(config, result),
-        notices=_without_signal(state),
     )
 
 

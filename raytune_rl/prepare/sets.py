@@ -21,6 +21,7 @@ from raytune_rl.config import PreferenceConfig, RLHFConfig, SFTConfig, resolved
 from raytune_rl.config.commands import TrainConfig
 from raytune_rl.data.example import Task
 from raytune_rl.errors import ConfigError, RaytuneError, WorkerDiedError
+from raytune_rl.models.context import ALLOW_LONG, longer_allowed
 from raytune_rl.prepare.places import MediaPlaces
 from raytune_rl.protocol.data import Account, PromptSet, TokenSet
 from raytune_rl.runtime.device_env import worker_env
@@ -140,14 +141,14 @@ def check_lengths(
             than the model takes and VLLM_ALLOW_LONG_MAX_MODEL_LEN is not set.
     """
     needed = longest_prompt + completion
-    if os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").lower() in ("1", "true"):
+    if longer_allowed():
         max_positions = None
     if max_model_len is not None and max_positions is not None and max_model_len > max_positions:
         raise ConfigError(
             f"--vllm_max_model_len {max_model_len} is more than the {max_positions} tokens that the model "
             "takes: "
             f"give at most {max_positions}, or leave it out (this run needs {needed}). Who knows that the "
-            "model takes more sets VLLM_ALLOW_LONG_MAX_MODEL_LEN=1."
+            f"model takes more sets {ALLOW_LONG}=1."
         )
     if max_model_len is not None and needed > max_model_len:
         raise ConfigError(

@@ -19,6 +19,7 @@ from raytune_rl.runtime.imports import import_once
 from raytune_rl.runtime.weights import from_bytes, read, to_bytes
 from raytune_rl.workers import scoring
 from raytune_rl.workers.offload import Frozen, empty_cache
+from raytune_rl.workers.probed import Probed
 from raytune_rl.workers.saving import writing
 
 FOLLOWS = {"reference": "--sync_ref_model true", "teacher": "--teacher_sync_steps"}
@@ -101,7 +102,7 @@ class FrozenModel:
                 yield from zip(members, ids, logprobs, strict=True)
 
 
-class FrozenWorker:
+class FrozenWorker(Probed):
     """A copy of a model that is only asked, in an actor.
 
     Without a state of its own, unless it is told to `mix` (Gorbatovski et al. 2024, "Learn your reference
@@ -110,15 +111,9 @@ class FrozenWorker:
 
     role: ClassVar[str]
     """What it is to the run; see `FOLLOWS`."""
-    PROBED = True
-    """`progress` is answered beside whatever else the copy is doing."""
 
     def __init__(self, spec: ModelSpec, settings: ScoreSettings) -> None:
         self._model = FrozenModel(spec, settings)
-
-    def progress(self) -> int:
-        """Proves that the process is not stopped; nothing is counted."""
-        return 0
 
     def ping(self) -> Settled:
         """Proves that the model is loaded; how its rows are laid out."""

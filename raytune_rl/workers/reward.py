@@ -16,12 +16,13 @@ from raytune_rl.protocol.rewards import RewardBatch, Scores, take_rows, with_com
 from raytune_rl.protocol.rows import RowsOf
 from raytune_rl.rewards.sandbox import Sandbox
 from raytune_rl.workers.leftovers import name_semaphores
+from raytune_rl.workers.probed import Probed
 
 # Texts of a batch are megabytes at most; a node that does not hand them over in this time is gone.
 FETCH_LIMIT_S = 120.0
 
 
-class RewardWorker:
+class RewardWorker(Probed):
     """Scores completions with named reward functions.
 
     Args:
@@ -35,8 +36,6 @@ class RewardWorker:
     Raises:
         RewardError: A function or plugin cannot be loaded.
     """
-
-    PROBED = True
 
     def __init__(
         self,
@@ -131,10 +130,6 @@ class RewardWorker:
     def labels(self) -> tuple[str, ...]:
         """Names for metrics, one a function."""
         return self._sandbox.labels
-
-    def progress(self) -> int:
-        """Proves that the process is not stopped; nothing is counted."""
-        return 0
 
     def ping(self) -> bool:
         """Answers as soon as the worker is free."""

@@ -24,20 +24,19 @@ from raytune_rl.protocol.rewards import Failure, RewardModelSpec, Scores, Traine
 from raytune_rl.protocol.rows import RowsOf
 from raytune_rl.rewards.plugins import load_plugins
 from raytune_rl.workers import scoring
+from raytune_rl.workers.probed import Probed
 
 DEFAULT = "default"
 """The plugin that takes a classifier's score of the whole conversation."""
 
 
-class RewardModelWorker:
+class RewardModelWorker(Probed):
     """Holds every reward model of the run.
 
     Raises:
         ModelError: One cannot be loaded, or is not a reward model: it has no head that gives one score.
         RewardError: A plugin cannot be loaded.
     """
-
-    PROBED = True
 
     def __init__(self, spec: RewardModelSpec) -> None:
         self._spec = spec
@@ -50,10 +49,6 @@ class RewardModelWorker:
             else _Judged(model, plugin, spec.max_tokens)
             for model, plugin in zip(spec.models, plugins, strict=True)
         ]
-
-    def progress(self) -> int:
-        """Proves that the process is not stopped; nothing is counted."""
-        return 0
 
     def ping(self) -> tuple[str, ...]:
         """Proves that the models are loaded; what there is to say of them."""

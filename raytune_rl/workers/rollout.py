@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_rl.data.example import Message
 from raytune_rl.errors import StaleWeightsError
+from raytune_rl.models.context import ALLOW_LONG
 from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rollout import EngineSpec, MultiTurnSpec, Sampling, StreamChunk
 from raytune_rl.protocol.tickets import Burst, EngineProgress, InFlight, WeightUpdate
@@ -49,9 +50,8 @@ def rollout_env(
     if on_gpu:
         # FlashInfer's sampler compiles kernels for minutes at a start, and fetches some.
         env["VLLM_USE_FLASHINFER_SAMPLER"] = os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    long = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
-    if long in os.environ:
-        env[long] = os.environ[long]
+    if ALLOW_LONG in os.environ:
+        env[ALLOW_LONG] = os.environ[ALLOW_LONG]
     if not on_gpu:
         # Several actors share these cores; binding each engine to cores of its own choice would stack them.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -22,7 +22,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from raytune_rl.errors import ConfigError
-from raytune_rl.models.context import longest_context
+from raytune_rl.models.context import ALLOW_LONG, longer_allowed, longest_context
 from raytune_rl.models.load import load_config
 from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.model import ScoreSettings
@@ -33,15 +33,9 @@ from raytune_rl.workers.scoring import read_rows
 from raytune_rl.workers.vllm_args import engine_args, usage_context
 from raytune_rl.workers.vllm_engine import one_with_its_processes
 
-LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 TOKENS_AT_ONCE = 2048
 """Prompt tokens of one step on a GPU: vLLM 0.32 makes float32 logits of all of them, beside the memory that
 it has planned with."""
-
-
-def _allowed() -> bool:
-    """Whether the user says that models take more than their configs do."""
-    return os.environ.get(LONG, "").lower() in ("1", "true")
 
 
 class LogitTemperature:
@@ -77,12 +71,12 @@ class ServedModel:
         args = engine_args(replace(spec, max_model_len=spec.max_model_len + 1))
         text = load_config(args["model"], trust_remote_code=spec.trust_remote_code).get_text_config()
         most = longest_context(text)
-        if most is not None and spec.max_model_len > most and not _allowed():
+        if most is not None and spec.max_model_len > most and not longer_allowed():
             raise ConfigError(
                 f"the teacher {spec.model} takes {most} tokens, and rows may have {spec.max_model_len}: "
-                f"lower --max_completion_length or --max_length, or set {LONG}=1 if it takes more."
+                f"lower --max_completion_length or --max_length, or set {ALLOW_LONG}=1 if it takes more."
             )
-        os.environ[LONG] = "1"  # that token has no place in a model's context, and needs none
+        os.environ[ALLOW_LONG] = "1"  # that token has no place in a model's context, and needs none
         args |= {
             "max_logprobs": -1,
             "worker_extension_cls": f"{__name__}.{LogitTemperature.__qualname__}",

@@ -19,6 +19,7 @@ from raytune_rl.protocol.rollout import EngineSpec
 from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.workers import opinions
 from raytune_rl.workers.frozen import FrozenWorker
+from raytune_rl.workers.probed import Probed
 
 if TYPE_CHECKING:
     from raytune_rl.workers.served_model import ServedModel
@@ -42,16 +43,13 @@ class TeacherWorker(FrozenWorker):
         return opinions.distributions(self._model, batch, k)
 
 
-class ServedTeacherWorker:
+class ServedTeacherWorker(Probed):
     """A copy of a teacher that vLLM serves: it has weights that stay, and no state.
 
     Args:
         spec: Of the engine.
         settings: How log-probs are taken.
     """
-
-    PROBED = True
-    """As in `FrozenWorker`."""
 
     def __init__(self, spec: EngineSpec, settings: ScoreSettings) -> None:
         # vLLM computes in the thread that made it: in another one OpenMP may have other threads, which its
@@ -63,10 +61,6 @@ class ServedTeacherWorker:
         from raytune_rl.workers.served_model import ServedModel
 
         return ServedModel(spec, settings)
-
-    def progress(self) -> int:
-        """Proves that the process is not stopped; nothing is counted."""
-        return 0
 
     def ping(self) -> Settled:
         """Proves that the engine is up; rows are asked about one by one."""

@@ -80,7 +80,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int = 4, la
 
     monkeypatch.setattr(served_model, "LLMEngine", Engine)
     monkeypatch.setattr(Engine, "layers", layers)
-    monkeypatch.delenv(served_model.LONG, raising=False)
+    monkeypatch.delenv(served_model.ALLOW_LONG, raising=False)
     path = make_tiny_model(tmp_path / "model", hidden=64, layers=1)
     return ServedTeacherWorker(EngineSpec(str(path), "float32", longest, None, 1.0), ScoreSettings(0.5, 1.0))
 

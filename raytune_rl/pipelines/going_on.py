@@ -20,7 +20,7 @@ from raytune_rl.pipelines.lifecycle import RunResult, note
 from raytune_rl.protocol.faults import Fault
 from raytune_rl.tracking.checkpoints import list_checkpoints, step_of
 from raytune_rl.tracking.run_dir import RunDir
-from raytune_rl.workers.leftovers import SEMAPHORES, clear_new, named
+from raytune_rl.workers.leftovers import clear_new, named, places
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -33,11 +33,12 @@ def going_on(
     Raises:
         RaytuneError: Whatever else went wrong; the loss itself where nothing is left to go on with.
     """
-    before = named(SEMAPHORES)
+    before = {place: named(place) for place in places()}
     try:
         return _going_on(config, attempt, sleep)
     finally:
-        clear_new(SEMAPHORES, before)  # of workers that were ended, which cannot do so themselves
+        for place, names in before.items():  # of workers that were ended, which cannot do so themselves
+            clear_new(place, names)
 
 
 def _going_on(config: C, attempt: Callable[[C], RunResult], sleep: Callable[[float], None]) -> RunResult:

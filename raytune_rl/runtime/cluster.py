@@ -141,7 +141,6 @@ def _start_here(say: Callable[[str], None]) -> None:
     if folder is not None:
         say(f"TMPDIR={os.environ['TMPDIR']} is too long for Ray's sockets: its session lies in {folder}")
         # What does not fit into memory still goes where the user has room.
-        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(folder))  # sockets too, of engines over several GPUs
         more = {"_temp_dir": str(folder), "object_spilling_directory": os.environ["TMPDIR"]}
     os.environ.update(make_token(os.environ))
     # Ray starts a worker a core ahead, without the environment that ours need, so that nobody ever uses them.

@@ -7,15 +7,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 import time
-from multiprocessing import process
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import process, util
 from pathlib import Path
 from uuid import uuid4
 
 from raytune_rl.tracking.processes import ProcessId
 
-SEMAPHORES = Path("/dev/shm")
+SEMAPHORES, SHORT = Path("/dev/shm"), Path("/tmp")
+_ROOM = 107 - len("/raytune_rl-01234567-1234567-1234567890-sockets-12345678/") - len(str(uuid4()))
+"""Bytes of a folder in which sockets may lie: the path of one has 107 (man 7 unix), and vLLM names its own by
+a UUID."""
 _NAME = re.compile(r"(?:sem\.)?raytune_rl-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-")
 
 
@@ -29,9 +35,45 @@ def name_semaphores() -> None:
     process.current_process()._config["semprefix"] = f"/{_own()}"  # type: ignore[attr-defined]
 
 
+def name_sockets() -> None:
+    """From now on the sockets of multiprocessing, and those by which an engine's processes meet, lie in a
+    folder that bears the name of this process. Those of processes that are gone are removed.
+
+    Python has no public way to choose the folder; what the user has set for vLLM stays.
+    """
+    settings, name = process.current_process()._config, f"{_own()}-sockets-"  # type: ignore[attr-defined]
+    if name in str(settings.get("tempdir")):
+        return
+    folder = temporary()
+    if len(os.fsencode(folder)) > _ROOM:
+        folder = SHORT
+    clear(folder)
+    settings["tempdir"] = own = tempfile.mkdtemp(prefix=name, dir=folder)
+    util.Finalize(None, shutil.rmtree, (own, True), exitpriority=-100)  # where it is not killed
+    os.environ.setdefault("VLLM_RPC_BASE_PATH", own)
+
+
+@contextmanager
+def own_folder(what: str) -> Iterator[Path]:
+    """A new folder for the time of the block. Those of processes that are gone are removed."""
+    clear(temporary())
+    with tempfile.TemporaryDirectory(prefix=f"{_own()}-{what}-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def temporary() -> Path:
+    """Where files lie that nobody needs for long (`TMPDIR`)."""
+    return Path(tempfile.gettempdir())
+
+
+def places() -> tuple[Path, ...]:
+    """All folders of this machine where something may be left."""
+    return tuple(dict.fromkeys((SEMAPHORES, temporary(), SHORT)))
+
+
 def file_store() -> str:
     """A new place for torch.distributed's meeting by a file, as an address."""
-    folder = Path(tempfile.gettempdir())
+    folder = temporary()
     clear(folder)
     return f"file://{folder / f'{_own()}-store-{uuid4().hex}'}"
 
@@ -47,11 +89,9 @@ def clear(folder: Path) -> list[Path]:
             continue
         owner = ProcessId(own.host, int(found["pid"]), found["started"], own.machine)
         if not owner.lives:
-            try:
-                path.unlink()
-            except OSError:
-                continue
-            removed.append(path)
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                removed.append(path)
     return removed
 
 

@@ -15,7 +15,7 @@ from raytune_rl.protocol.columns import Columns
 from raytune_rl.protocol.rewards import RewardBatch, Scores, take_rows, with_completions
 from raytune_rl.protocol.rows import RowsOf
 from raytune_rl.rewards.sandbox import Sandbox
-from raytune_rl.workers.leftovers import name_semaphores
+from raytune_rl.workers.leftovers import name_semaphores, name_sockets
 from raytune_rl.workers.probed import Probed
 
 # Texts of a batch are megabytes at most; a node that does not hand them over in this time is gone.
@@ -47,6 +47,7 @@ class RewardWorker(Probed):
         memory_limit_bytes: int | None = None,
     ) -> None:
         name_semaphores()
+        name_sockets()
         self._sandbox = Sandbox(
             names, plugin_files, config_dict, timeout_s, max_workers, memory_limit_bytes=memory_limit_bytes
         )

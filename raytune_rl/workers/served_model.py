@@ -29,6 +29,7 @@ from raytune_rl.protocol.model import ScoreSettings
 from raytune_rl.protocol.rollout import EngineSpec
 from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.workers import vllm_plugin
+from raytune_rl.workers.leftovers import name_sockets
 from raytune_rl.workers.scoring import read_rows
 from raytune_rl.workers.vllm_args import engine_args, usage_context
 from raytune_rl.workers.vllm_engine import one_with_its_processes
@@ -66,6 +67,7 @@ class ServedModel:
 
     def __init__(self, spec: EngineSpec, settings: ScoreSettings) -> None:
         vllm_plugin.register()
+        name_sockets()
         self.settings = settings
         # vLLM wants to sample one token behind the longest row.
         args = engine_args(replace(spec, max_model_len=spec.max_model_len + 1))

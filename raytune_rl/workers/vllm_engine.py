@@ -34,6 +34,7 @@ from raytune_rl.runtime.weights import find_manifest, read
 from raytune_rl.workers import vllm_plugin
 from raytune_rl.workers.adapter_files import adapter_files
 from raytune_rl.workers.engine_prompt import Ask, EnginePrompt, Sampled
+from raytune_rl.workers.leftovers import name_sockets
 from raytune_rl.workers.vllm_args import engine_args, usage_context
 from raytune_rl.workers.vllm_media import EngineMedia, check_prompt
 from raytune_rl.workers.weight_transfer import ADDRESS_VARIABLE
@@ -75,6 +76,7 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         vllm_plugin.register()
+        name_sockets()
         os.environ[ADDRESS_VARIABLE] = ray.get_runtime_context().gcs_address
         self._spec = spec
         args = engine_args(spec)

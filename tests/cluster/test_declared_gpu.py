@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.cluster
+@pytest.mark.variants
 def test_they_start_in_turn_and_the_engine_stays_the_policy(tiny: Tiny, tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     words = (str(tiny.untied), str(tiny.data.train), str(tmp_path / "out"))

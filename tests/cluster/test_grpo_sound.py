@@ -15,7 +15,7 @@ from raytune_rl.tiny.audio import make_tiny_audio_model
 from tests.cluster.test_online import GAP, PLUGIN, steps
 from tests.vision.films import tone
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.variants, pytest.mark.timeout(300)]
 
 HEARS = """
 

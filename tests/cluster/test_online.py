@@ -279,7 +279,10 @@ MERGED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("settings", [ALONE, MERGED], ids=["adapter", "merged"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(ALONE, id="adapter"), pytest.param(MERGED, id="merged", marks=pytest.mark.variants)],
+)
 def test_lora_weights_arrive_either_way(
     cluster: None, tiny: Tiny, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

@@ -15,7 +15,7 @@ from raytune_rl.pipelines import online
 from tests.cluster.conftest import Tiny
 from tests.cluster.test_online import GAP, log_lines, steps
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.variants, pytest.mark.timeout(400)]
 # About half of a random model's completions have an odd length, so half of the groups of two have one reward.
 PLUGIN = """
 from raytune_rl.rewards import ORM, orms

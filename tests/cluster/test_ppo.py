@@ -118,6 +118,7 @@ def test_the_checkpoint_holds_policy_and_critic(finished: Any, reward_model: Pat
     assert AutoTokenizer.from_pretrained(last / "critic").eos_token == "<|im_end|>"
 
 
+@pytest.mark.variants
 def test_resume_is_exact(finished: Any) -> None:
     """From the middle on, policy and critic repeat the run that was never stopped."""
     config, result, _ = finished

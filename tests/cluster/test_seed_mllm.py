@@ -105,8 +105,9 @@ def test_sft(
 
 @pytest.mark.parametrize(
     ("name", "workers"),
-    [pytest.param("rlhf-mllm-1gpu", 1, marks=pytest.mark.variants), ("rlhf-mllm-8gpu", 2)],
+    [("rlhf-mllm-1gpu", 1), ("rlhf-mllm-8gpu", 2)],
 )
+@pytest.mark.variants
 def test_grpo(
     cluster: None,
     here: Path,

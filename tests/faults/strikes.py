@@ -20,6 +20,7 @@ import ray
 from raytune_rl.groups.weight_store import WeightStore
 from raytune_rl.pipelines.online import OnlineRun
 from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.workers.leftovers import places
 
 
 @dataclass
@@ -136,16 +137,15 @@ class Left:
     Attributes:
         actors: Names of classes of living actors.
         groups: Placement groups that are not removed.
-        shared: Files in /dev/shm that bear the process ids of actors of this cluster, past ones included.
+        shared: What lies in /dev/shm and the temporary folder, sockets too, and bears the process ids of
+            actors of this cluster, past ones included.
         processes: Children of this session that are stopped or work for nobody.
-        sockets: Meeting files in the temporary folder.
     """
 
     actors: tuple[str, ...]
     groups: int
     shared: tuple[str, ...]
     processes: tuple[str, ...]
-    sockets: tuple[str, ...]
 
 
 def left() -> Left:
@@ -154,11 +154,9 @@ def left() -> Left:
     actors = tuple(sorted(s["ActorClassName"] for s in states if s["State"] != "DEAD"))
     table = ray.util.placement_group_table().values()
     pids = {str(s["Pid"]) for s in states if s["Pid"]}
-    names = [p.name for p in Path("/dev/shm").iterdir() if "raytune_rl-" in p.name]
+    names = [p.name for place in places() for p in place.iterdir() if "raytune_rl-" in p.name]
     shared = tuple(sorted(name for name in names if pids & set(name.split("-"))))
-    temporary = Path(os.environ.get("TMPDIR", "/tmp"))
-    sockets = tuple(sorted(p.name for p in temporary.glob("*raytune*") if p.is_socket()))
-    return Left(actors, sum(g["state"] != "REMOVED" for g in table), shared, _workers(), sockets)
+    return Left(actors, sum(g["state"] != "REMOVED" for g in table), shared, _workers())
 
 
 def assert_nothing_left(before: Left) -> None:
@@ -175,7 +173,7 @@ def assert_nothing_left(before: Left) -> None:
 def _beyond(now: Left, before: Left) -> dict[str, Any]:
     """By name, what there is `now` and was not `before`."""
     more: dict[str, Any] = {"groups": now.groups - before.groups} if now.groups > before.groups else {}
-    for name in ("actors", "shared", "processes", "sockets"):
+    for name in ("actors", "shared", "processes"):
         new = Counter(getattr(now, name)) - Counter(getattr(before, name))
         if new:
             more[name] = sorted(new.elements())

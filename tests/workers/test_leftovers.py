@@ -14,14 +14,21 @@ import pytest
 from raytune_rl.workers.leftovers import SEMAPHORES, clear, clear_new, file_store, named
 
 KILLED = """
-import multiprocessing, sys, time
-import pytest
+import multiprocessing, os, time
+from multiprocessing.connection import Listener
 
-from raytune_rl.workers.leftovers import file_store, name_semaphores
+from raytune_rl.workers.adapter_files import adapter_files
+from raytune_rl.workers.leftovers import file_store, name_semaphores, name_sockets
 name_semaphores()
+name_sockets()
+name_sockets()
+listener = Listener(family="AF_UNIX")
+files = adapter_files({}, None)
+adapter = files.__enter__()
 lock = multiprocessing.get_context("spawn").Lock()
 print(lock._semlock.name, flush=True)
 print(file_store(), flush=True)
+print(listener.address, adapter, os.environ["VLLM_RPC_BASE_PATH"], flush=True)
 time.sleep(600)
 """
 
@@ -34,12 +41,17 @@ def test_what_a_killed_worker_left_is_removed() -> None:
     left = SEMAPHORES / f"sem.{process.stdout.readline().strip().removeprefix('/')}"
     store = Path(process.stdout.readline().strip().removeprefix("file://"))
     store.touch()
+    socket, adapter, engines = map(Path, process.stdout.readline().split())
+    assert socket.is_socket()
+    assert adapter.is_dir()
+    assert engines == socket.parent
     assert left.exists()
     assert left not in clear(SEMAPHORES), "its process lives"
     os.killpg(process.pid, signal.SIGKILL)  # its tracker of resources too, as a lost container has it
     process.wait()
     assert left in clear(SEMAPHORES)
-    assert store in clear(store.parent)
+    assert {store, adapter, engines} <= set(clear(store.parent))
+    assert not engines.exists()
     assert not left.exists()
     assert not store.exists()
 

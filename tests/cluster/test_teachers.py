@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from raytune_rl.pipelines import online
 from raytune_rl.tiny.model import make_tiny_model
 from tests.cluster.conftest import Tiny
 from tests.cluster.test_online import steps
-from tests.faults.runs import Outcome, assert_complete, outcome
+from tests.faults.runs import Outcome, assert_complete, assert_same, outcome
 from tests.faults.strikes import Strike, struck
 
 pytestmark = [pytest.mark.cluster, pytest.mark.variants, pytest.mark.timeout(600)]
@@ -55,6 +56,43 @@ def test_a_teacher_that_vllm_serves_says_what_transformers_says(
         assert by_vllm[step]["gkd/divergence"] == pytest.approx(line["gkd/divergence"], abs=1e-5)
         assert by_vllm[step]["loss"] == pytest.approx(line["loss"], abs=1e-5)
     assert by_vllm[1]["gkd/divergence"] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({"rlhf_type": "gkd", "lmbda": 1, "reward_funcs": "format"}, "gkd/divergence"),
+        ({"advantage_estimator": "distill"}, "teacher_kl"),
+    ],
+    ids=["gkd", "distill"],
+)
+def test_a_run_with_a_teacher_that_follows_the_policy_resumes_to_the_last_digit(
+    own: dict[str, Any], told: str, cluster: None, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Self-distillation by a hint; the teacher is a moving average of the policy."""
+    rows = [json.loads(line) for line in tiny.data.train.read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "hints.jsonl").write_text(
+        "".join(json.dumps({**row, "teacher_prompt": row["solution"]}) + "\n" for row in rows),
+        encoding="utf-8",
+    )
+    own = {
+        **own,
+        "dataset": str(tmp_path / "hints.jsonl"),
+        "model": str(tiny.tied),
+        "policy_workers": 2,
+        "max_steps": 4,
+        "teacher_sync_steps": 1,
+        "teacher_mixup_alpha": 0.3,
+    }
+    whole = run(tiny, tmp_path, **own)
+    half = whole.result.run_dir / "checkpoint-2"
+    (at,) = (name for name in whole.weights if name.startswith("teacher"))
+    assert hashlib.sha256((half / at).read_bytes()).hexdigest() != whole.weights[at], "it moved"
+    assert all(abs(line[told]) > 1e-4 for line in steps(whole.result).values())
+    resumed = run(tiny, tmp_path, **own, resume_from_checkpoint=str(half))
+    assert resumed.result.run_dir == whole.result.run_dir
+    assert list(whole.result.run_dir.glob("superseded-checkpoint-4-*")), "steps 3 and 4 were done again"
+    assert_same(resumed, whole)
 
 
 def test_of_two_served_teachers_each_has_its_rows_and_one_is_lost(

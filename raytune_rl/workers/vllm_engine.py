@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -54,6 +56,14 @@ def one_with_its_processes() -> Iterator[None]:
         ) from error
 
 
+def compile_nothing_in_vain(spec: EngineSpec) -> None:
+    """An eager engine on a CPU shall be eager: vLLM has the rank of each sampled token counted by a compiled
+    function all the same, and compiles it for three CPU-seconds at the first completion of every new engine.
+    """
+    if spec.enforce_eager and current_platform.is_cpu():
+        torch.compiler.set_stance("force_eager")
+
+
 @contextmanager
 def serving_adapters(asked: bool) -> Iterator[None]:
     """Around the start of an engine that is to serve adapters: some of vLLM's models take none."""
@@ -77,6 +87,7 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec) -> None:
         vllm_plugin.register()
         name_sockets()
+        compile_nothing_in_vain(spec)
         os.environ[ADDRESS_VARIABLE] = ray.get_runtime_context().gcs_address
         self._spec = spec
         args = engine_args(spec)

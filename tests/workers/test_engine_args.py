@@ -1,8 +1,10 @@
 """Arguments that reach vLLM's EngineArgs beside what a run decides itself."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import DeepseekV3Config, MiniMaxM2Config, PreTrainedConfig, Qwen2Config
 
 from raytune_rl.errors import ConfigError
@@ -41,3 +43,22 @@ def test_the_engine_computes_what_transformers_does(tmp_path: Path) -> None:
     untied = {"tie_word_embeddings": False}
     assert overrides(DeepseekV3Config(), hf_overrides=untied) == sigmoid | untied
     assert overrides(Qwen2Config(), hf_overrides=untied) == untied
+
+
+def test_an_eager_engine_on_a_cpu_compiles_nothing() -> None:
+    from raytune_rl.workers.vllm_engine import compile_nothing_in_vain
+
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    spec = EngineSpec("model", "float32", 64, "store", 1.0, enforce_eager=True)
+    try:
+        for eager in (False, True):
+            compile_nothing_in_vain(replace(spec, enforce_eager=eager))
+            torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(2))
+            assert len(compiled) == 1, "only by the engine that is not"
+    finally:
+        torch.compiler.set_stance("default")

@@ -91,6 +91,9 @@ def test_a_store_that_fills(
     if store == "no room for weights":
         assert ended.returncode == 1
         assert names(run_dir) == ["checkpoint-2"]
+        resumed = online.run(RLHFConfig(**settings))  # with room again
+        assert resumed.run_dir == run_dir
+        assert_same(outcome(resumed), undisturbed_grpo)
         return
     assert ended.returncode == 0, told
     result = RunResult(run_dir, "finished", 4, 4, run_dir / "checkpoint-4", None)

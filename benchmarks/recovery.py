@@ -1,41 +1,46 @@
 """How long a run stands still when a part of it is killed, and what being ready for that costs.
 
-Each role in turn gets a SIGKILL in the middle of a PPO run (policy, critic, weight store, reference, reward,
-engine). Printed are the seconds from the kill
+One PPO run with everybody in it (a policy of two ranks, critic, reference, reward functions, reward model,
+engine, weight store) loses one of them after the other to SIGKILL, each in a step of its own as it is asked
+for its work, with an undisturbed step behind it. Printed are the seconds
 
-  noticed   until the loss was known
-  starting  that the start of what had to be started anew took by itself, and cannot be avoided
-  beside    what recovery took beside that: ending what is left, going back to the snapshot, repeating steps
-  back      until the next optimizer step was done, whatever it had to wait for; also in CPU-seconds of all
-            processes
+  noticed   from the kill until what was lost began to start anew
+  starting  until it was up, with its model loaded: what a start takes at any rate
+  then      until the step was trained: going back to the snapshot or pulling weights, doing the work again,
+            and all that the step had yet to do
+  beside    noticed and then, so all but the start; the aim is 5 s
 
-and for a snapshot after every step the median step with it and without it, in turns. Nothing is downloaded:
+and of another such run, with a snapshot after every second step, the median step that shares its time with
+one and the median step that does not, in seconds and in CPU-seconds of all processes. Nothing is downloaded:
 the model is one of raytune_rl.tiny.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import ray
+import torch
 
 from benchmarks.clock import Clock
 from benchmarks.table import machine, median, render, spread
 from raytune_rl.config import PPOConfig
-from raytune_rl.groups.keeper import Keeper
+from raytune_rl.groups import restarts
+from raytune_rl.groups.snapshots import History, Snapshot
 from raytune_rl.groups.weight_store import WeightStore
 from raytune_rl.groups.world import TrainerWorld
+from raytune_rl.models.load import load_model, load_tokenizer
+from raytune_rl.models.weights import save_model
 from raytune_rl.pipelines import lifecycle, ppo
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.tiny.arithmetic import write_dataset
@@ -51,95 +56,169 @@ class Digits(ORM):
 orms["digits"] = Digits
 """
 ROLES = {
-    "policy": "train_step",
-    "critic": "train_step",
-    "reference": "logprobs",
-    "reward": "score",
-    "weight store": "",
+    "policy rank": ("policy", "train_step"),
+    "critic": ("critic", "train_step"),
+    "rollout engine": ("rollout", "run_group"),
+    "reward worker": ("reward", "score"),
+    "reward model": ("reward_model", "score"),
+    "reference": ("reference", "logprobs"),
+    "weight store": ("weight_store", "publish"),
 }
-KILLED_AT = 3
-"""Step in which it happens, from 1: the first two have the engines' own warm-up in them."""
+"""By name, the group, and the call at which its last rank is killed."""
+WARM_UP = 2
+"""Steps before the first kill; they have the engine's own warm-up in them."""
+
+
+@dataclass
+class Loss:
+    """One kill, and what came of it, seconds of the monotonic clock."""
+
+    role: str
+    killed: float
+    noticed: float = 0.0
+    up: float = 0.0
+    stepped: float = 0.0
+
+    def row(self) -> list[str]:
+        noticed, then = self.noticed - self.killed, self.stepped - self.up
+        seconds = (noticed, self.up - self.noticed, then, noticed + then)
+        return [self.role, *(f"{value:.1f}" for value in seconds)]
 
 
 class Watch:
-    """Times of a run, seconds of the monotonic clock."""
+    """Stands between the controller and what it calls, kills who is due, and takes the times.
 
-    def __init__(self) -> None:
-        self.killed = self.noticed = self.started = self.recovered = 0.0
+    Args:
+        roles: Who is killed, in this order.
+    """
+
+    def __init__(self, roles: Sequence[str] = ()) -> None:
+        self._due = {WARM_UP + 2 * number: role for number, role in enumerate(roles)}
+        self.losses: list[Loss] = []
         self.steps: list[float] = []
-        self.clock = Clock(cpu=True)
-        self.cpu_killed = 0.0
         self.cpu: list[float] = []
+        self._clock = Clock(cpu=True)
+        self.snapshots: dict[int, int] = {}  # bytes of all worlds' by the steps before
+        self.disturbed = set(self._due)
 
-    def kill(self, actor: Any) -> None:
-        """Kills an actor's process."""
+    def called(self, group: str, method: str, actor: Any) -> None:
+        """An actor, the last of its group, was asked for something."""
+        role = self._due.get(len(self.steps))
+        if role is None or ROLES[role] != (group, method):
+            return
+        del self._due[len(self.steps)]
         pid = ray._private.state.actors(actor._actor_id.hex())["Pid"]
-        self.cpu_killed = self.clock.now()
-        self.killed = time.monotonic()
+        self.losses.append(Loss(role, time.monotonic()))
         os.kill(pid, signal.SIGKILL)
+
+    def ask(self, plain: Any, group: WorkerGroup, rank: int, call: Any) -> Any:
+        pending = plain(group, rank, call)
+        if rank == len(group) - 1:
+            self.called(group.name, call.method, group._actors[rank])
+        return pending
+
+    def publish(self, plain: Any, store: WeightStore, manifest: Any) -> None:
+        self.called("weight_store", "publish", store._actor)
+        plain(store, manifest)
+
+    def record(self, plain: Any, run: Any, metrics: Any) -> None:
+        self.steps.append(time.monotonic())
+        self.cpu.append(self._clock.now())
+        if self.losses and not self.losses[-1].stepped:
+            self.losses[-1].stepped = self.steps[-1]
+        plain(run, metrics)
+
+    def restart(self, plain: Any, group: WorkerGroup) -> None:
+        self.losses[-1].noticed = time.monotonic()
+        plain(group)
+
+    def join(self, plain: Any, world: TrainerWorld) -> Any:
+        facts = plain(world)
+        self._up()
+        return facts
+
+    def renew(self, plain: Any, group: WorkerGroup, rank: int) -> None:
+        self.losses[-1].noticed = time.monotonic()
+        plain(group, rank)
+        group._actors[rank].ping.remote().future().add_done_callback(lambda _: self._up())
+
+    def started(self, plain: Any, store: WeightStore) -> Any:
+        self.losses[-1].noticed = time.monotonic()
+        actor = plain(store)
+        ray.get(actor.ping.remote())
+        self._up()
+        return actor
+
+    def take(self, plain: Any, history: History, snapshot: Snapshot) -> None:
+        self.snapshots[snapshot.steps] = self.snapshots.get(snapshot.steps, 0) + snapshot.nbytes
+        plain(history, snapshot)
+
+    def _up(self) -> None:
+        self.losses[-1].up = time.monotonic()
+
+    def undisturbed(self, times: Sequence[float], snapshot: bool) -> list[float]:
+        """What steps behind the warm-up took in which nobody was killed, with a snapshot taken meanwhile or
+        without; `times` are those of the steps' ends."""
+        return [
+            times[step] - times[step - 1]
+            for step in range(WARM_UP, len(times))
+            if step not in self.disturbed and (step in self.snapshots) == snapshot
+        ]
 
 
 @contextmanager
-def watched(watch: Watch, role: str | None) -> Iterator[None]:
-    """The run inside is watched, and one of its processes killed in step `KILLED_AT`."""
-    ask, record, start_anew, join = (
-        WorkerGroup._ask,
-        lifecycle.Run.record,
-        Keeper._start_anew,
-        TrainerWorld._join,
-    )
-    calls = {"count": 0}
-
-    def asked(group: WorkerGroup, rank: int, call: Any) -> Any:
-        pending = ask(group, rank, call)
-        if role == group.name and call.method == ROLES[role] and rank == 0:
-            calls["count"] += 1
-            if calls["count"] == KILLED_AT:
-                threading.Timer(0.05, watch.kill, (group._actors[rank],)).start()
-        return pending
-
-    def recorded(run: Any, metrics: Any) -> None:
-        watch.steps.append(time.monotonic())
-        watch.cpu.append(watch.clock.now())
-        record(run, metrics)
-
-    def began(keeper: Keeper) -> None:
-        watch.noticed = time.monotonic()
-        start_anew(keeper)
-        watch.recovered = time.monotonic()
-
-    def joined(world: TrainerWorld) -> Any:
-        before = time.monotonic()
-        facts = join(world)
-        watch.started += time.monotonic() - before
-        return facts
-
-    def published(store: WeightStore, manifest: Any) -> None:
-        if role == "weight store" and manifest.version == KILLED_AT:
-            watch.kill(store._actor)
-        publish(store, manifest)
-
-    publish = WeightStore.publish
-    with (
-        mock.patch.object(WorkerGroup, "_ask", asked),
-        mock.patch.object(lifecycle.Run, "record", recorded),
-        mock.patch.object(Keeper, "_start_anew", began),
-        mock.patch.object(TrainerWorld, "_join", joined),
-        mock.patch.object(WeightStore, "publish", published),
-    ):
-        yield
+def watched(watch: Watch) -> Iterator[None]:
+    """Runs inside are watched. Each loss counts as the first for a long time, so nobody waits before a
+    start."""
+    with mock.patch.object(restarts, "QUIET_S", 0.0):
+        patches = [
+            mock.patch.object(owner, name, _between(hook, getattr(owner, name)))
+            for owner, name, hook in (
+                (WorkerGroup, "_ask", watch.ask),
+                (WorkerGroup, "restart", watch.restart),
+                (WorkerGroup, "renew", watch.renew),
+                (TrainerWorld, "_join", watch.join),
+                (WeightStore, "publish", watch.publish),
+                (WeightStore, "_started", watch.started),
+                (lifecycle.Run, "record", watch.record),
+                (History, "take", watch.take),
+            )
+        ]
+        for patch in patches:
+            patch.start()
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.stop()
 
 
-def run(root: Path, steps: int, **settings: Any) -> Path:
-    """A PPO run; its directory."""
-    dataset = str(write_dataset(root / "data", train=64, held_out=8, sft=8).train)
+def _between(hook: Any, plain: Any) -> Any:
+    return lambda self, *args: hook(plain, self, *args)
+
+
+def prepare(root: Path, hidden: int) -> float:
+    """Model, reward model, data and reward function; the model's parameters, millions."""
+    model = str(make_tiny_model(root / "model", tied=False, hidden=hidden, layers=4))
+    torch.manual_seed(3)
+    judge = load_model(model, scalar=True).model
+    save_model(judge, root / "judge", load_tokenizer(model))
+    write_dataset(root / "data", train=64, held_out=8, sft=8)
+    (root / "plugin.py").write_text(PLUGIN)
+    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 4e6
+
+
+def run(root: Path, watch: Watch, steps: int, **settings: Any) -> None:
+    """A PPO run under a watch."""
     config = PPOConfig(
         model=str(root / "model"),
-        dataset=dataset,
+        dataset=str(root / "data" / "train.jsonl"),
         reward_funcs=["digits"],
         external_plugins=[str(root / "plugin.py")],
+        reward_model=[str(root / "judge")],
         train_type="full",
-        per_device_train_batch_size=16,
+        policy_workers=2,
+        per_device_train_batch_size=8,
         num_mini_batches=1,
         num_ppo_epochs=1,
         max_completion_length=32,
@@ -150,40 +229,8 @@ def run(root: Path, steps: int, **settings: Any) -> Path:
         output_dir=str(root / "out"),
         **settings,
     )
-    return ppo.run(config).run_dir
-
-
-def recovery(root: Path, role: str) -> list[str]:
-    """A row of the first table."""
-    watch = Watch()
-    with watched(watch, role):
-        run_dir = run(root, KILLED_AT + 2)
-    (fault,) = [json.loads(line) for line in (run_dir / "faults.jsonl").read_text().splitlines()]
-    back, cpu = next(
-        (at - watch.killed, spent - watch.cpu_killed)
-        for at, spent in zip(watch.steps, watch.cpu, strict=True)
-        if at > watch.killed
-    )
-    last = [f"{back:.1f}", f"{cpu:.1f}"]
-    if not watch.noticed:  # replaced by another beside the run
-        seconds = fault["recovered_s"]
-        return [role, "-", "-", "-" if seconds is None else f"{seconds:.1f}", *last]
-    beside = watch.recovered - watch.noticed - watch.started
-    noticed = watch.noticed - watch.killed
-    return [role, f"{noticed:.1f}", f"{watch.started:.1f}", f"{beside:.1f}", *last]
-
-
-def cost(root: Path, steps: int, rounds: int) -> list[str]:
-    """Steps with a snapshot each and without any, in turns."""
-    seconds: dict[int, list[float]] = {0: [], 1: []}
-    for _ in range(rounds):
-        for every in seconds:
-            watch = Watch()
-            with watched(watch, None):
-                run(root, steps, snapshot_steps=every)
-            seconds[every] += [b - a for a, b in zip(watch.steps[1:], watch.steps[2:], strict=False)]
-    without, with_it = median(seconds[0]), median(seconds[1])
-    return [f"{without:.3f}", f"{with_it:.3f}", f"{(with_it / without - 1):+.1%}", spread(seconds[1])]
+    with watched(watch):
+        ppo.run(config)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -191,9 +238,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--roles", nargs="*", default=list(ROLES), choices=list(ROLES))
-    parser.add_argument("--steps", type=int, default=12, help="of each run that measures snapshots")
-    parser.add_argument("--rounds", type=int, default=2, help="pairs of such runs; 0: none")
+    parser.add_argument("--roles", nargs="*", default=list(ROLES), choices=list(ROLES), help="who is killed")
+    parser.add_argument("--steps", type=int, default=42, help="of the run that measures snapshots; 0: none")
     parser.add_argument("--hidden", type=int, default=256, help="of the model")
     parser.add_argument("--markdown", action="store_true")
     return parser.parse_args(argv)
@@ -205,16 +251,32 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        make_tiny_model(root / "model", tied=False, hidden=chosen.hidden, layers=4)
-        (root / "plugin.py").write_text(PLUGIN)
-        print(machine())
-        rows = [recovery(root, role) for role in chosen.roles]
-        if rows:
-            header = ["killed", "noticed s", "starting s", "beside s", "back s", "back CPU-s"]
+        millions = prepare(root, chosen.hidden)
+        if chosen.roles:
+            watch = Watch(chosen.roles)
+            run(root, watch, WARM_UP + 2 * len(chosen.roles), snapshot_steps=1)
+            print(f"\n{machine()}; {millions:.1f} M parameters")
+            quiet = watch.undisturbed(watch.steps, snapshot=True)
+            print(f"An undisturbed step takes {median(quiet):.1f} s ({spread(quiet)}).\n")
+            header = ["killed", "noticed s", "starting s", "then s", "beside s"]
+            print(render(header, [loss.row() for loss in watch.losses], chosen.markdown))
+        if chosen.steps:
+            watch = Watch()
+            run(root, watch, chosen.steps, snapshot_steps=2)
+            mib = median(watch.snapshots.values()) / 2**20
+            size = f"{millions:.1f} M parameters each of policy and critic, {mib:.0f} MiB a snapshot of both"
+            print(f"\n{machine()}; {size}\n")
+            header = ["a step", "without", "min-max", "with a snapshot", "min-max", "difference"]
+            rows = [cost(watch, "seconds", watch.steps), cost(watch, "CPU-seconds", watch.cpu)]
             print(render(header, rows, chosen.markdown))
-        if chosen.rounds:
-            header = ["step s, no snapshot", "with one each", "difference", "min-max"]
-            print(render(header, [cost(root, chosen.steps, chosen.rounds)], chosen.markdown))
+
+
+def cost(watch: Watch, unit: str, times: Sequence[float]) -> list[str]:
+    """A row of the second table."""
+    without, with_one = (watch.undisturbed(times, snapshot=taken) for taken in (False, True))
+    change = median(with_one) / median(without) - 1
+    cells = [f"{median(without):.2f}", spread(without), f"{median(with_one):.2f}", spread(with_one)]
+    return [unit, *cells, f"{change:+.1%}"]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SMALLEST = {
     "grpo_step": "--rounds 1 --warmup 1 --prompts 2 --generations 2 --shapes 46/64 --no_trl --cpu_seconds",
     "prefix_sharing": "--shapes 46/64 --prompts 1 --rounds 1",
     "preprocessing": "--rows 500 --processes 1",
-    "recovery": "--roles reward --steps 3 --rounds 1 --hidden 64",
+    "recovery": "--roles 'reward worker' --steps 5 --hidden 64",
     "sft_throughput": "--steps 1 --warmup 1 --rows 4 --no_trl --cpu_seconds",
     "start": "--rounds 1",
     "weight_sync": "--megabytes 1 --rounds 2",

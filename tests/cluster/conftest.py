@@ -13,6 +13,7 @@ import ray
 from raytune_rl.runtime.cluster import NAMESPACE
 from raytune_rl.tiny.arithmetic import ArithmeticFiles, write_dataset
 from raytune_rl.tiny.model import make_tiny_model
+from tests.warm import warm_workers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -43,13 +44,15 @@ def cluster() -> Iterator[None]:
     if ray.is_initialized():  # tests/faults has this fixture too, and pytest makes it anew there
         yield
         return
-    ray.init(
-        address="local",
-        num_cpus=8,
-        namespace=NAMESPACE,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=10**9,
-    )
-    yield
-    ray.shutdown()
+    with warm_workers() as python:
+        ray.init(
+            address="local",
+            num_cpus=8,
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=10**9,
+            runtime_env={"py_executable": python},
+        )
+        yield
+        ray.shutdown()

@@ -35,15 +35,16 @@ def checkpoint(cluster: None, tiny: Tiny, tmp_path_factory: pytest.TempPathFacto
 class Greedy:
     """The same model by Transformers and PEFT."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, system: str | None) -> None:
         from peft import AutoPeftModelForCausalLM
         from transformers import AutoTokenizer
 
         self.model: Any = AutoPeftModelForCausalLM.from_pretrained(checkpoint).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+        self.before = [{"role": "system", "content": system}] if system else []
 
     def __call__(self, question: str, *, adapter: bool = True) -> str:
-        said = [{"role": "system", "content": "Solve it."}, {"role": "user", "content": question}]
+        said = [*self.before, {"role": "user", "content": question}]
         text = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)
         options = {"max_new_tokens": 24, "do_sample": False}
@@ -64,7 +65,7 @@ def test_a_file_of_rows_is_answered(checkpoint: Path, tiny: Tiny, capsys: pytest
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     data = [json.loads(line)["messages"] for line in tiny.data.sft.read_text().splitlines()[:12]]
     assert [row["labels"] for row in rows] == [messages[1]["content"] for messages in data]
-    greedy = Greedy(checkpoint)
+    greedy = Greedy(checkpoint, "Solve it.")
     for row, messages in zip(rows, data, strict=True):
         question = messages[0]["content"]
         assert [m["content"] for m in row["messages"]] == ["Solve it.", question, row["response"]]
@@ -110,7 +111,7 @@ def test_a_chat_reads_from_the_terminal(
              "--vllm_max_model_len", "256"]  # fmt: skip
     assert cli.main(words) == 0
     first, second, cleared, third, *rest = capsys.readouterr().out.split("<<< ")[1:]
-    greedy = Greedy(checkpoint)
+    greedy = Greedy(checkpoint, "Solve it.")
     assert first.splitlines()[0] == greedy("12+37=?")
     assert "tokens and the engine takes 256" in second
     assert "a new conversation" in cleared

@@ -64,10 +64,10 @@ test: setup ## the tests that CI runs; faults, learning and variants are further
 faults: setup ## kill every part of a run at every phase, and compare what it comes to (an hour and more)
 	$(BIN)/python -m pytest -m "cluster or faults" tests/faults
 
-learning: setup ## a tiny teacher teaches tiny students on the whole stack: sums, and pictures (some minutes)
+learning: setup ## a tiny teacher teaches tiny students on the whole stack: sums, and pictures; PPO (half an hour)
 	$(BIN)/python -m pytest -s -m learning tests/learning
 
-variants: setup ## further whole runs: every way of sampling ahead, commands on one rank, nodes that come and go (half an hour)
+variants: setup ## further whole runs: every way of sampling ahead, resumes, commands on one rank, sound, nodes that come and go (an hour)
 	$(BIN)/python -m pytest -m variants
 
 test-gpu: setup ## the tests that need a GPU, and what it does: tokens a second, MFU, memory (EXTRA=gpu)

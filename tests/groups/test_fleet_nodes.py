@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.cluster
+@pytest.mark.variants
 def test_each_prompt_is_answered_once_whatever_happens_to_nodes() -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     run = subprocess.run(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from raytune_rl.config import PPOConfig
@@ -17,6 +18,7 @@ from tests.learning.loop import Policy, Spoiled
 from tests.learning.test_every_algorithm_learns import slip
 
 
+@pytest.mark.learning
 def test_it_learns_and_what_is_broken_does_not(tmp_path: Path) -> None:
     policy = Policy(make_tiny_model(tmp_path / "tiny", hidden=128, layers=2))
     rng = random.Random(0)

@@ -63,6 +63,7 @@ def run(path: Path, narrow: bool, dora: bool = False, bits: int | None = None) -
         return pool.submit(_run, str(path), narrow, dora, bits).result(timeout=240)
 
 
+@pytest.mark.variants
 def test_they_learn_the_same_with_masters(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path)
     wide, narrow = run(model, False), run(model, True)

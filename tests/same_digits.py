@@ -252,16 +252,9 @@ def record(path: Path, only: list[str]) -> None:
     """Runs everything on one Ray cluster of this process and writes the record, run by run."""
     import ray
 
-    from raytune_rl.runtime.cluster import NAMESPACE
+    from tests.local_ray import start_ray
 
-    ray.init(
-        address="local",
-        num_cpus=8,
-        namespace=NAMESPACE,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=10**9,
-    )
+    start_ray()
     known = json.loads(path.read_text()) if path.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

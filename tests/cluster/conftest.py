@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from raytune_rl.runtime.cluster import NAMESPACE
 from raytune_rl.tiny.arithmetic import ArithmeticFiles, write_dataset
 from raytune_rl.tiny.model import make_tiny_model
+from tests.local_ray import start_ray
 from tests.warm import warm_workers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,19 +40,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """Ray on this machine, with more logical CPUs than real ones: placement is under test, not speed."""
+    """Ray on this machine."""
     if ray.is_initialized():  # tests/faults has this fixture too, and pytest makes it anew there
         yield
         return
     with warm_workers() as python:
-        ray.init(
-            address="local",
-            num_cpus=8,
-            namespace=NAMESPACE,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=10**9,
-            runtime_env={"py_executable": python},
-        )
+        start_ray(runtime_env={"py_executable": python})
         yield
         ray.shutdown()

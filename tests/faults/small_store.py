@@ -20,7 +20,7 @@ from raytune_rl.config import RLHFConfig
 from raytune_rl.errors import RaytuneError
 from raytune_rl.pipelines import online
 from raytune_rl.pipelines.online import OnlineRun
-from raytune_rl.runtime.cluster import NAMESPACE
+from tests.local_ray import start_ray
 
 PIECE = 2**18
 """Bytes of an object that fills."""
@@ -41,13 +41,8 @@ def fill(room: float) -> list[ray.ObjectRef]:
 
 def main() -> None:
     room, settings = ROOM[sys.argv[1]], json.loads(sys.argv[2])
-    ray.init(
-        address="local",
-        num_cpus=8,
-        namespace=NAMESPACE,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=80 * 2**20,
+    start_ray(
+        80 * 2**20,
         _system_config={"automatic_object_spilling_enabled": False, "local_fs_capacity_threshold": 0.01},
     )
     filled: list[Any] = []

@@ -7,7 +7,6 @@ for each worker; the child then runs Ray's own worker program. All after the imp
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -34,12 +33,3 @@ def warm_workers() -> Iterator[str]:
             finally:
                 server.stdin.close()
                 server.wait(30)
-
-
-def own(environ: dict[str, str]) -> None:
-    """The environment of a child, where it must have been known before an import."""
-    os.environ.clear()
-    os.environ.update(environ)
-    threads = environ.get("OMP_NUM_THREADS")
-    if threads:
-        sys.modules["torch"].set_num_threads(int(threads))

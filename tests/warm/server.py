@@ -12,10 +12,9 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from raytune_rl.runtime.imports import import_once
-from tests.warm import own
 
 IMPORTS = (
     "torch", "transformers", "deepspeed", "peft", "math_verify", "datasets",
@@ -36,13 +35,31 @@ def become(asked: dict[str, Any], streams: list[int]) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    own(asked["environ"])
+    os.environ.clear()
+    os.environ.update(asked["environ"])
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # known too late: torch has been imported
+        sys.modules["torch"].set_num_threads(int(threads))
     os.chdir(asked["folder"])
     random.seed()
     sys.modules["numpy"].random.seed()
     sys.argv = asked["argv"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def live(asked: dict[str, Any], streams: list[int]) -> NoReturn:
+    """The whole life of a child."""
+    status = 1
+    try:
+        become(asked, streams)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
 
 
 def serve(listener: socket.socket) -> None:
@@ -59,17 +76,7 @@ def serve(listener: socket.socket) -> None:
                 if child == 0:
                     for other in (listener, client, *clients):
                         other.close()
-                    status = 1
-                    try:
-                        become(asked, streams)
-                        status = 0
-                    except SystemExit as end:
-                        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-                    finally:
-                        with contextlib.suppress(OSError):
-                            sys.stdout.flush()
-                            sys.stderr.flush()
-                        os._exit(status)
+                    live(asked, streams)
                 for stream in streams:
                     os.close(stream)
                 clients[client] = child

@@ -219,6 +219,8 @@ def check_kept(answered: Sequence[Pending]) -> None:
     """
     for pending in answered:
         refs = pending.ref[1:] if isinstance(pending.ref, list) else []
+        if refs:  # a call's returns are told of one after another: the first says nothing of the next
+            ray.wait(refs, num_returns=len(refs), timeout=pending.timeout_s, fetch_local=False)
         places = get_local_object_locations(refs)
         for ref in refs:
             place = places.get(ref, {})

@@ -174,7 +174,7 @@ def test_new_weights_between_two_turns_are_in_the_versions() -> None:
     made = group(0, (1,), several_turns=True)
     engine.may_go.clear()
     (answer,) = episodes.begin([made])
-    while not engine.asked:
+    while not loop.stepping:
         threading.Event().wait(0.001)
     load = loop.load(4, "keep")
     engine.may_go.set()

@@ -32,6 +32,7 @@ from raytune_rl.protocol.rows import RowPointer
 from raytune_rl.protocol.tickets import Burst, EngineProgress, Finished, InFlight, Ticket, WeightUpdate
 from raytune_rl.protocol.trajectory import EpisodeFacts, EpisodeRequest, Trajectory
 from raytune_rl.runtime.fleet_health import Limits
+from raytune_rl.runtime.placement import Slot
 
 PROMPTS = 5_000
 BATCH = 64
@@ -110,6 +111,9 @@ class ScriptedCrew:
 
     def end(self, number: int) -> None:
         raise NotImplementedError("no engine leaves here")
+
+    def add(self, slot: Slot) -> int:
+        raise NotImplementedError("no engine joins here")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
@@ -65,7 +65,7 @@ class Settings:
     """
 
     shape: str = "1.5b"
-    train_type: str = "lora"
+    train_type: Literal["full", "lora"] = "lora"
     tokens: int = 16384
     row: int = 1024
     steps: int = 3
@@ -287,7 +287,8 @@ def sample(completions: int = 512, tokens: int = 256, layers: int = 8) -> tuple[
         sampling = Sampling(1.0, tokens)
         asks = [Ask(EnginePrompt(ids, ids), seed, sampling, tokens) for seed in range(completions)]
         for _ in range(2):
-            began, sampled = time.perf_counter(), []
+            began = time.perf_counter()
+            sampled: list[Sampled] = []
             engine.add(asks)
             while len(sampled) < completions:
                 sampled += [one for _, one in engine.step() if isinstance(one, Sampled)]

@@ -123,7 +123,7 @@ class MeasuredRun(online.OnlineRun):
         self.last = (trajectories, credited.advantages)
         super().train_step(trajectories, credited, part, metrics)
 
-    def after_generation(self, last: bool) -> None:
+    def after_generation(self) -> bool:
         """The end of a step: takes its time, then gives the peers their turn. No checkpoint is written."""
         step = self.clock.now() - self.began
         phases = {name: self.log.spent.pop(name, 0.0) for name in PHASES}
@@ -137,6 +137,7 @@ class MeasuredRun(online.OnlineRun):
             self.measured.append(found)
         self.turn += 1
         self.began = self.clock.now()
+        return self.run.ends()
 
     def vllm_alone(self, generation: int) -> tuple[float]:
         """b, on the prompts of the step just measured."""

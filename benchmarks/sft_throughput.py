@@ -34,6 +34,7 @@ from benchmarks.clock import Clock, add_flag, measuring
 from benchmarks.table import machine, median, render, spread
 from raytune_rl.config import SFTConfig
 from raytune_rl.pipelines import offline, offline_report, sft
+from raytune_rl.pipelines.rescue import Rescue
 from raytune_rl.tiny.model import make_tiny_model
 
 BARE, DEFAULTS, SAME = "bare loop", "TRL, its defaults", "TRL, our batch, float32"
@@ -55,7 +56,7 @@ class MeasuredSFT(offline.OfflineRun):
     trl: ClassVar[dict[str, trl.Trl]]
     measured: ClassVar[list[Turn]]
 
-    def train(self) -> None:
+    def train(self, rescue: Rescue) -> None:
         threads = str(self.groups.threads["policy"])
         self.peer = (
             ray.remote(BareSFT)

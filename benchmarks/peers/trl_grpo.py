@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import load_dataset
@@ -24,17 +25,17 @@ ANSWERS = sys.stdout
 sys.stdout = sys.stderr
 
 
-def say(**what):
+def say(**what: float) -> None:
     print(json.dumps(what), file=ANSWERS, flush=True)
 
 
 class Lengths(LogitsProcessor):
     """Ends row i after `lengths[i]` tokens, the end among them."""
 
-    def __init__(self, lengths, prompt, eos):
+    def __init__(self, lengths: list[int], prompt: int, eos: int) -> None:
         self.lengths, self.prompt, self.eos = torch.tensor(lengths), prompt, eos
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         ends = self.lengths <= input_ids.shape[1] - self.prompt + 1
         end = scores[:, self.eos].clone()
         scores = scores.masked_fill(ends[:, None], -torch.inf)
@@ -47,20 +48,20 @@ class InTurns(GRPOTrainer):
 
     began = generating = 0.0
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if not sys.stdin.readline():
             raise SystemExit
         self.began, self.generating = time.perf_counter(), 0.0
         return super().get_batch_samples(*args, **kwargs)
 
-    def _generate_single_turn(self, *args, **kwargs):
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         began = time.process_time()
         found = super()._generate_single_turn(*args, **kwargs)
         self.generating += time.process_time() - began
         self.tokens = sum(len(row) for row in found[0])
         return found
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             say(
                 seconds=time.perf_counter() - self.began,
@@ -70,7 +71,7 @@ class InTurns(GRPOTrainer):
         super().log(logs, *args, **kwargs)
 
 
-def reward(completions, **_):
+def reward(completions: list[Any], **_: Any) -> list[float]:
     """Differs within a group, so that there is something to learn; costs nothing."""
     return [float(i % 2) for i in range(len(completions))]
 
@@ -111,7 +112,7 @@ def main() -> None:
         )
         generate = trainer.model.generate
 
-        def forced(*args, **kwargs):
+        def forced(*args: Any, **kwargs: Any) -> Any:
             processor = Lengths(lengths, kwargs["input_ids"].shape[1], trainer.processing_class.eos_token_id)
             return generate(*args, **kwargs, logits_processor=LogitsProcessorList([processor]))
 

@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from typing import Any
 
 import torch
 from datasets import load_dataset
@@ -21,7 +22,7 @@ ANSWERS = sys.stdout
 sys.stdout = sys.stderr
 
 
-def say(**what):
+def say(**what: float) -> None:
     print(json.dumps(what), file=ANSWERS, flush=True)
 
 
@@ -31,18 +32,18 @@ class InTurns(SFTTrainer):
     tokens = 0
     began = 0.0
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if not sys.stdin.readline():
             raise SystemExit
         self.tokens, self.began = 0, time.perf_counter()
         return super().get_batch_samples(*args, **kwargs)
 
-    def training_step(self, model, inputs, *args, **kwargs):
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         mask = inputs.get("attention_mask")
         self.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             say(tokens=self.tokens, seconds=time.perf_counter() - self.began)
         super().log(logs, *args, **kwargs)

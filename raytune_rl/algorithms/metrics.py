@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 from raytune_rl.algorithms.lazy import torch
@@ -80,7 +81,7 @@ class MetricSums:
             (name, part, held)
             for name, stat in self.stats.items()
             for part, held in (("value", stat.value), ("squares", stat.squares))
-            if isinstance(held, torch.Tensor)
+            if not isinstance(held, Real)  # with numbers alone, as the driver has, torch is not imported
         ]
         if not away:
             return self

@@ -54,6 +54,7 @@ from raytune_rl.runtime import gpu_memory
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.copies import Copies
 from raytune_rl.runtime.group import WorkerGroup
+from raytune_rl.workers.imports import TRAINING
 from raytune_rl.workers.reference import ReferenceWorker
 from raytune_rl.workers.trainer import TrainerWorker, trainer_env
 
@@ -82,7 +83,7 @@ def _run(config: OfflineConfig, objective: Objective, notices: Sequence[str]) ->
     config = made_absolute(config)
     with ExitStack() as stack:
         with stage("connecting to Ray"):
-            cluster = stack.enter_context(session(config.ray_address, note))
+            cluster = stack.enter_context(session(config.ray_address, note, [TRAINING]))
         groups = offline_groups(config, cluster)
         specs.check_machine(config, groups.on_gpu)
         resume_point = stack.enter_context(open_run(config))

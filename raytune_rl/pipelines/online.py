@@ -54,6 +54,7 @@ from raytune_rl.runtime import gpu_memory
 from raytune_rl.runtime.cluster import reserve, session
 from raytune_rl.runtime.copies import Copies
 from raytune_rl.runtime.places import places_for
+from raytune_rl.workers.imports import SAMPLING, TRAINING
 
 
 def run(config: RLHFConfig, notices: Sequence[str] = ()) -> RunResult:
@@ -77,7 +78,7 @@ def _run(config: RLHFConfig, notices: Sequence[str]) -> RunResult:
     rewards = rewards_checked(config)
     with ExitStack() as stack:
         with stage("connecting to Ray"):
-            cluster = stack.enter_context(session(config.ray_address, note))
+            cluster = stack.enter_context(session(config.ray_address, note, [TRAINING, SAMPLING]))
         groups = online_groups(config, cluster, algorithm.needs)
         specs.check_machine(config, groups.on_gpu)
         growth = check_growth(groups, cluster)

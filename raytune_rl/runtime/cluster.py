@@ -22,6 +22,7 @@ from ray.util.placement_group import (
 )
 
 from raytune_rl.errors import ConfigError, PlacementError
+from raytune_rl.runtime import fork_server
 from raytune_rl.runtime.health import health, watched
 from raytune_rl.runtime.machine import make_token, missing_identity, ray_folder
 from raytune_rl.runtime.placement import (
@@ -73,7 +74,11 @@ class ClusterInfo:
 
 
 @contextmanager
-def session(address: str | None = None, say: Callable[[str], None] = lambda _: None) -> Iterator[ClusterInfo]:
+def session(
+    address: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    imports: Sequence[fork_server.Stage] = (),
+) -> Iterator[ClusterInfo]:
     """Connects to the cluster at `address` or `RAY_ADDRESS`, or starts one on this machine for the time of
     the block.
 
@@ -82,6 +87,7 @@ def session(address: str | None = None, say: Callable[[str], None] = lambda _: N
     Args:
         address: Of the head.
         say: Takes sentences for the user.
+        imports: Made once for all workers of a cluster that is started here, if it has no GPU.
 
     Raises:
         PlacementError: The cluster at the address does not answer, or asks for a token; or none can be
@@ -89,6 +95,7 @@ def session(address: str | None = None, say: Callable[[str], None] = lambda _: N
         ConfigError: The address is of another kind, or RAY_TMPDIR is too long.
     """
     joined = ray.is_initialized()
+    stack = ExitStack()
     address = address or os.environ.get("RAY_ADDRESS")
     if not joined:
         identity = missing_identity(os.environ)
@@ -107,11 +114,13 @@ def session(address: str | None = None, say: Callable[[str], None] = lambda _: N
                     _join(address, identity)
                     _settled(say)
                 else:
-                    _start_here(say)
+                    forked = bool(imports) and fork_server.possible()
+                    python = stack.enter_context(fork_server.serving(imports)) if forked else None
+                    _start_here(say, python)
         except BaseException:
             ray.shutdown()  # of its processes some may have started
+            stack.close()
             raise
-    stack = ExitStack()
     try:
         info = describe(started_here=not joined and not address)
         with watched(info.address, info.started_here) as looking:
@@ -135,13 +144,15 @@ def _join(address: str, identity: Mapping[str, str]) -> None:
         raise PlacementError(_unreachable(address, error)) from error
 
 
-def _start_here(say: Callable[[str], None]) -> None:
+def _start_here(say: Callable[[str], None], python: str | None) -> None:
     more: dict[str, Any] = {}
     folder = ray_folder(os.environ)
     if folder is not None:
         say(f"TMPDIR={os.environ['TMPDIR']} is too long for Ray's sockets: its session lies in {folder}")
         # What does not fit into memory still goes where the user has room.
         more = {"_temp_dir": str(folder), "object_spilling_directory": os.environ["TMPDIR"]}
+    if python is not None:
+        more["runtime_env"] = {"py_executable": python}
     os.environ.update(make_token(os.environ))
     # Ray starts a worker a core ahead, without the environment that ours need, so that nobody ever uses them.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")

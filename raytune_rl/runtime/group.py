@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytune_rl.errors import DeadlineExceededError, WorkerDiedError, WorkerHungError
-from raytune_rl.runtime import kernel_kills
+from raytune_rl.runtime import fork_server, kernel_kills
 from raytune_rl.runtime.device_env import worker_env
 from raytune_rl.runtime.health import health
 from raytune_rl.runtime.placement import GroupSpec, Slot
@@ -293,7 +293,10 @@ def start_worker(
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
             slot.placement_group, placement_group_bundle_index=slot.bundle_index
         ),
-        "runtime_env": {"env_vars": worker_env(env, spec.gpus, os.environ)},
+        "runtime_env": {
+            "env_vars": worker_env(env, spec.gpus, os.environ),
+            **fork_server.executable(getattr(worker_class, "STAGE", None)),
+        },
         # Work is retried by the controller, which knows what may be repeated; Ray must not repeat it on its
         # own.
         "max_restarts": 0,

@@ -42,6 +42,17 @@ def ray_folder(environ: Mapping[str, str]) -> Path | None:
     return private_folder("ray")
 
 
+def short_folder(room: int) -> Path:
+    """Where folders may be made in which sockets lie: the temporary one (TMPDIR), or /tmp where that one is
+    too long.
+
+    Args:
+        room: Bytes of what comes after it in the longest path.
+    """
+    folder = Path(tempfile.gettempdir())
+    return folder if len(os.fsencode(folder)) + room <= SOCKET_PATH_BYTES else SHORT
+
+
 def private_folder(name: str) -> Path:
     """A folder of this user below /tmp, the same for each of his runs, that nobody else can open (0700).
 

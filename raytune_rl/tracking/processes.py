@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from dataclasses import asdict, dataclass
@@ -40,6 +41,16 @@ class ProcessId:
     def lives(self) -> bool:
         """Whether it runs still. Only for one that `is_visible`."""
         return self.started != "" and _started(self.pid) == self.started
+
+    @property
+    def machine_name(self) -> str:
+        """The machine in eight hexadecimal digits."""
+        return hashlib.sha256(self.machine.encode()).hexdigest()[:8]
+
+    @property
+    def name(self) -> str:
+        """A beginning for the names of files that go with this process."""
+        return f"raytune_rl-{self.machine_name}-{self.pid}-{self.started or 0}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,7 +4,6 @@ cleared away by the next worker there.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -16,12 +15,12 @@ from multiprocessing import process, util
 from pathlib import Path
 from uuid import uuid4
 
+from raytune_rl.runtime.machine import SHORT, short_folder
 from raytune_rl.tracking.processes import ProcessId
 
-SEMAPHORES, SHORT = Path("/dev/shm"), Path("/tmp")
-_ROOM = 107 - len("/raytune_rl-01234567-1234567-1234567890-sockets-12345678/") - len(str(uuid4()))
-"""Bytes of a folder in which sockets may lie: the path of one has 107 (man 7 unix), and vLLM names its own by
-a UUID."""
+SEMAPHORES = Path("/dev/shm")
+_ROOM = len("/raytune_rl-01234567-1234567-1234567890-sockets-12345678/") + len(str(uuid4()))
+"""Bytes of a socket's path below a temporary folder: vLLM names its own by a UUID."""
 _NAME = re.compile(r"(?:sem\.)?raytune_rl-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-")
 
 
@@ -32,7 +31,7 @@ def name_semaphores() -> None:
     Python has no public way to choose the name.
     """
     clear(SEMAPHORES)
-    process.current_process()._config["semprefix"] = f"/{_own()}"  # type: ignore[attr-defined]
+    process.current_process()._config["semprefix"] = f"/{ProcessId.own().name}"  # type: ignore[attr-defined]
 
 
 def name_sockets() -> None:
@@ -41,12 +40,10 @@ def name_sockets() -> None:
 
     Python has no public way to choose the folder; what the user has set for vLLM stays.
     """
-    settings, name = process.current_process()._config, f"{_own()}-sockets-"  # type: ignore[attr-defined]
+    settings, name = process.current_process()._config, f"{ProcessId.own().name}-sockets-"  # type: ignore[attr-defined]
     if name in str(settings.get("tempdir")):
         return
-    folder = temporary()
-    if len(os.fsencode(folder)) > _ROOM:
-        folder = SHORT
+    folder = short_folder(_ROOM)
     clear(folder)
     settings["tempdir"] = own = tempfile.mkdtemp(prefix=name, dir=folder)
     util.Finalize(None, shutil.rmtree, (own, True), exitpriority=-100)  # where it is not killed
@@ -57,7 +54,9 @@ def name_sockets() -> None:
 def own_folder(what: str) -> Iterator[Path]:
     """A new folder for the time of the block. Those of processes that are gone are removed."""
     clear(temporary())
-    with tempfile.TemporaryDirectory(prefix=f"{_own()}-{what}-", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(
+        prefix=f"{ProcessId.own().name}-{what}-", ignore_cleanup_errors=True
+    ) as name:
         yield Path(name)
 
 
@@ -75,7 +74,7 @@ def file_store() -> str:
     """A new place for torch.distributed's meeting by a file, as an address."""
     folder = temporary()
     clear(folder)
-    return f"file://{folder / f'{_own()}-store-{uuid4().hex}'}"
+    return f"file://{folder / f'{ProcessId.own().name}-store-{uuid4().hex}'}"
 
 
 def clear(folder: Path) -> list[Path]:
@@ -85,7 +84,7 @@ def clear(folder: Path) -> list[Path]:
     own, removed = ProcessId.own(), []
     for path in folder.glob("*raytune_rl-*"):
         found = _NAME.match(path.name)
-        if found is None or found["machine"] != _machine(own):
+        if found is None or found["machine"] != own.machine_name:
             continue
         owner = ProcessId(own.host, int(found["pid"]), found["started"], own.machine)
         if not owner.lives:
@@ -97,7 +96,7 @@ def clear(folder: Path) -> list[Path]:
 
 def named(folder: Path) -> set[str]:
     """Names there of what processes of this machine left, or have in use."""
-    machine = _machine(ProcessId.own())
+    machine = ProcessId.own().machine_name
     found = map(_NAME.match, (path.name for path in folder.glob("*raytune_rl-*")))
     return {one.string for one in found if one is not None and one["machine"] == machine}
 
@@ -111,12 +110,3 @@ def clear_new(folder: Path, before: set[str], within_s: float = 5.0) -> None:
     while named(folder) - before and time.monotonic() < deadline:
         time.sleep(0.1)
         clear(folder)
-
-
-def _own() -> str:
-    own = ProcessId.own()
-    return f"raytune_rl-{_machine(own)}-{os.getpid()}-{own.started or 0}"
-
-
-def _machine(own: ProcessId) -> str:
-    return hashlib.sha256(own.machine.encode()).hexdigest()[:8]

@@ -28,6 +28,7 @@ from raytune_rl.workers.conversation import Conversations
 from raytune_rl.workers.engine_loop import EngineLoop
 from raytune_rl.workers.episodes import Episodes, Extra, Group, GroupAnswer, answer_of
 from raytune_rl.workers.gate import Bursts, Gate
+from raytune_rl.workers.imports import SAMPLING
 
 if TYPE_CHECKING:
     from raytune_rl.workers.vllm_engine import VllmEngine
@@ -62,6 +63,7 @@ class RolloutWorker:
     """One vLLM engine. Run as an actor by the controller; its calls run side by side."""
 
     CALLS_AT_ONCE = 4096
+    STAGE = SAMPLING.name
 
     def __init__(self, spec: EngineSpec) -> None:
         self._engine: EngineLoop[VllmEngine] = EngineLoop(lambda: self._build(spec))

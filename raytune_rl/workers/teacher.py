@@ -19,6 +19,7 @@ from raytune_rl.protocol.rollout import EngineSpec
 from raytune_rl.protocol.rows import RowBatch
 from raytune_rl.workers import opinions
 from raytune_rl.workers.frozen import FrozenWorker
+from raytune_rl.workers.imports import SAMPLING
 from raytune_rl.workers.probed import Probed
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class ServedTeacherWorker(Probed):
         spec: Of the engine.
         settings: How log-probs are taken.
     """
+
+    STAGE = SAMPLING.name
 
     def __init__(self, spec: EngineSpec, settings: ScoreSettings) -> None:
         # vLLM computes in the thread that made it: in another one OpenMP may have other threads, which its

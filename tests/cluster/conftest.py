@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import ray
 
+from raytune_rl.runtime.fork_server import serving
 from raytune_rl.tiny.arithmetic import ArithmeticFiles, write_dataset
 from raytune_rl.tiny.model import make_tiny_model
+from raytune_rl.workers.imports import SAMPLING, TRAINING
 from tests.local_ray import start_ray
-from tests.warm import warm_workers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -44,7 +45,7 @@ def cluster() -> Iterator[None]:
     if ray.is_initialized():  # tests/faults has this fixture too, and pytest makes it anew there
         yield
         return
-    with warm_workers() as python:
+    with serving([TRAINING, SAMPLING]) as python:
         start_ray(runtime_env={"py_executable": python})
         yield
         ray.shutdown()

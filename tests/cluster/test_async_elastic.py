@@ -22,7 +22,7 @@ from raytune_rl.groups.members import RolloutMember
 from raytune_rl.pipelines.lifecycle import RunResult
 from tests.cluster.conftest import Tiny
 from tests.cluster.test_async_variants import LONG, completions, prompt_of, run, settings_of
-from tests.cluster.test_online import log_lines, steps
+from tests.cluster.test_online import GAP, log_lines, steps
 
 pytestmark = [pytest.mark.cluster, pytest.mark.variants, pytest.mark.timeout(550)]
 STEPS = 12
@@ -94,8 +94,14 @@ def test_a_fleet_grows_while_prompts_wait_and_shrinks_when_they_do_not(
     assert all(line["staleness/max"] <= 3 for line in lines.values())
 
 
-def test_an_engine_comes_with_a_node_that_joins(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("deltas", [False, True])
+def test_an_engine_comes_with_a_node_that_joins(
+    cluster: None, tiny: Tiny, tmp_path: Path, deltas: bool
+) -> None:
+    """With differences of weights, it takes an older version and the difference to it from the other node."""
     settings = settings_of(tiny, tmp_path, ELASTIC)
+    if deltas:
+        settings |= {"weight_delta": True, "torch_dtype": "bfloat16", "learning_rate": 1e-6}
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     program = [sys.executable, "-m", "tests.cluster.joining_node", json.dumps(settings)]
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=500)
@@ -107,6 +113,11 @@ def test_an_engine_comes_with_a_node_that_joins(cluster: None, tiny: Tiny, tmp_p
     result = RunResult(run_dir, "finished", STEPS, STEPS, None, None)
     assert_grew_and_shrank(run_dir, steps(result))
     assert_each_prompt_once(run_dir, log_lines(result)[-1], STEPS, 4)
+    if deltas:
+        lines = steps(result).values()
+        print("published", [line["weight_delta/published_share"] for line in lines])
+        assert min(line["weight_delta/published_share"] for line in lines) < 0.5
+        assert max(line[GAP] for line in lines) < 0.2, "of bfloat16 in two programs"
 
 
 PROGRAM = """

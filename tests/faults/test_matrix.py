@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raytune_rl.groups import restarts
 from tests.cluster.conftest import Tiny
-from tests.faults.cases import CHAINS, Case
+from tests.faults.cases import CHAINS, FIRST_RANKS, OTHERS, Case
 from tests.faults.runs import Outcome, assert_complete, assert_same, run_all, run_ppo
 from tests.faults.strikes import Strike, assert_nothing_left, left, struck
 
@@ -41,7 +42,7 @@ def undisturbed(cluster: None, tiny: Tiny, tmp_path_factory: pytest.TempPathFact
     return outcome
 
 
-def disturbed_by(cases: Mapping[Case, Strike], tiny: Tiny, output: Path, **settings: bool) -> Outcome:
+def disturbed_by(cases: Mapping[Case, Strike], tiny: Tiny, output: Path, **settings: Any) -> Outcome:
     """What a run comes to in which all of this happens."""
     strikes = {case: replace(strike, struck=[]) for case, strike in cases.items()}
     before = left()
@@ -64,6 +65,25 @@ def test_it_comes_to_the_same_bits_after_the_loss_of(
 @pytest.mark.parametrize("chain", CHAINS)
 def test_an_asynchronous_run_goes_on_after_the_loss_of(chain: str, tiny: Tiny, tmp_path: Path) -> None:
     assert_complete(disturbed_by(CHAINS[chain], tiny, tmp_path, async_generate=True))
+
+
+def test_differences_of_weights_are_whole_weights_whoever_is_lost(tiny: Tiny, tmp_path: Path) -> None:
+    """Undisturbed and whole against disturbed and as differences: who comes anew takes a base and one of
+    them."""
+    settings = {"torch_dtype": "bfloat16", "learning_rate": 2e-6}
+    whole = run_all(tiny, tmp_path / "whole", **settings)
+    cases = {
+        case: strike
+        for case, strike in {**FIRST_RANKS, **OTHERS}.items()
+        if case[0].startswith(("policy", "rollout", "weight store")) and case[1] != "starting"
+    }
+    deltas = disturbed_by(cases, tiny, tmp_path / "deltas", weight_delta=True, **settings)
+    shares = [line.pop("weight_delta/published_share") for line in deltas.log if "loss" in line]
+    print("published", shares)
+    assert 0 < min(shares) < 0.5
+    for line in (*whole.log, *deltas.log):
+        line.pop("weight_store(GiB)", None)
+    assert_same(deltas, whole)
 
 
 def test_fewer_snapshots_than_steps_repeat_more(tiny: Tiny, tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ def test_every_tensor_is_in_one_bucket_and_none_is_too_large() -> None:
 
 
 def test_a_size_counts_bytes_not_elements() -> None:
+    for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
+        name = str(dtype).removeprefix("torch.")
+        assert TensorEntry("w", name, ()).itemsize == dtype.itemsize, name
     assert TensorEntry("w", "bfloat16", (3, 5)).nbytes == 30
     assert TensorEntry("w", "float32", ()).nbytes == 4
     assert TensorEntry("w", "float32", (0, 7)).nbytes == 0

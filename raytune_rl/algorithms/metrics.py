@@ -77,11 +77,11 @@ class MetricSums:
     def host(self) -> MetricSums:
         """The same values as plain floats, fetched from the device in one copy; call before sending it
         anywhere."""
-        away = [
+        away: list[tuple[str, str, Tensor]] = [
             (name, part, held)
             for name, stat in self.stats.items()
             for part, held in (("value", stat.value), ("squares", stat.squares))
-            if not isinstance(held, Real)  # with numbers alone, as the driver has, torch is not imported
+            if not isinstance(held, (float, Real))  # the driver, which has numbers alone, does without torch
         ]
         if not away:
             return self

@@ -28,11 +28,9 @@ from raytune_rl.protocol.columns import Columns, Ragged
 from raytune_rl.protocol.model import ScoreSettings
 from raytune_rl.protocol.rollout import EngineSpec
 from raytune_rl.protocol.rows import RowBatch
-from raytune_rl.workers import vllm_plugin
-from raytune_rl.workers.leftovers import name_sockets
 from raytune_rl.workers.scoring import read_rows
 from raytune_rl.workers.vllm_args import engine_args, usage_context
-from raytune_rl.workers.vllm_engine import one_with_its_processes
+from raytune_rl.workers.vllm_engine import one_with_its_processes, prepare_process
 
 TOKENS_AT_ONCE = 2048
 """Prompt tokens of one step on a GPU: vLLM 0.32 makes float32 logits of all of them, beside the memory that
@@ -66,8 +64,7 @@ class ServedModel:
     """
 
     def __init__(self, spec: EngineSpec, settings: ScoreSettings) -> None:
-        vllm_plugin.register()
-        name_sockets()
+        prepare_process(spec)
         self.settings = settings
         # vLLM wants to sample one token behind the longest row.
         args = engine_args(replace(spec, max_model_len=spec.max_model_len + 1))

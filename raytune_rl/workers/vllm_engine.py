@@ -64,6 +64,13 @@ def compile_nothing_in_vain(spec: EngineSpec) -> None:
         torch.compiler.set_stance("force_eager")
 
 
+def prepare_process(spec: EngineSpec) -> None:
+    """What an engine's process needs before the engine is made."""
+    vllm_plugin.register()
+    name_sockets()
+    compile_nothing_in_vain(spec)
+
+
 @contextmanager
 def serving_adapters(asked: bool) -> Iterator[None]:
     """Around the start of an engine that is to serve adapters: some of vLLM's models take none."""
@@ -85,9 +92,7 @@ class VllmEngine:
     """
 
     def __init__(self, spec: EngineSpec) -> None:
-        vllm_plugin.register()
-        name_sockets()
-        compile_nothing_in_vain(spec)
+        prepare_process(spec)
         os.environ[ADDRESS_VARIABLE] = ray.get_runtime_context().gcs_address
         self._spec = spec
         args = engine_args(spec)

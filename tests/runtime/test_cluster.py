@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from raytune_rl.runtime.fork_server import possible
+
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -167,6 +169,42 @@ def test_one_of_our_own_starts_under_odd_circumstances(tmp_path: Path, mode: dic
     done = run("-c", JOIN, TMPDIR=str(long), HOME=str(tmp_path / "nowhere"), **mode)
     assert done.stdout == "joined\n", done.stderr[-3000:]
     assert not (tmp_path / "nowhere").exists()
+
+
+FORKED = """
+import os, signal, sys
+import ray
+from raytune_rl.runtime.cluster import session
+from raytune_rl.runtime.fork_server import Stage, executable
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def tell(self):
+        have = [name for name in ("mailbox", "wave") if name in sys.modules]
+        return os.environ["MARK"], have, os.getppid()
+
+def tell(stage):
+    worker = Worker.options(runtime_env={"env_vars": {"MARK": "own"}, **executable(stage)}).remote()
+    return ray.get(worker.tell.remote(), timeout=60)
+
+with session(imports=[Stage("first", ["mailbox"]), Stage("second", ["wave"])]):
+    print(*tell("first")[:2])
+    mark, have, server = tell("second")
+    print(mark, have)
+    os.kill(server, signal.SIGKILL)
+    print(*tell("second")[:2])
+"""
+
+
+@pytest.mark.skipif(not possible(), reason="a machine with a GPU, or an old kernel")
+def test_its_workers_have_their_imports_and_start_without_them_too(tmp_path: Path) -> None:
+    blank = tmp_path / "a folder"
+    blank.mkdir()
+    done = run("-c", FORKED, TMPDIR=str(blank))
+    assert done.stdout.splitlines() == [
+        "own ['mailbox']", "own ['mailbox', 'wave']", "own []"
+    ], done.stderr[-3000:]  # fmt: skip
+    assert not list(blank.glob("raytune_rl-*"))
 
 
 def test_a_temporary_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

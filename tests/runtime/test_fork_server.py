@@ -33,6 +33,13 @@ print(json.dumps({
     "score": int(open("/proc/self/oom_score_adj").read()), "main": __name__,
 }), flush=True)
 """
+DRIVER = """
+import shlex, subprocess, sys
+from raytune_rl.runtime.fork_server import Stage, serving
+with serving([Stage("first", ["fractions"]), Stage("second", [sys.argv[1]])]) as python:
+    print(python.split()[-1], flush=True)
+    subprocess.run([*shlex.split(python), *sys.argv[2:]])
+"""
 STAYS = TELLS + "import time; time.sleep(100)\n"
 
 
@@ -137,6 +144,7 @@ def test_without_its_server_a_client_is_the_program_itself(program: Callable[[st
     words = program(STAYS)
     with serving([FIRST]) as python, running(python, words) as before:
         child = told(before)
+        assert child["parent"] != os.getpid()
         os.kill(child["parent"], signal.SIGKILL)
         assert gone(child["parent"])
         with running(python, words) as after:
@@ -157,8 +165,12 @@ def test_what_cannot_be_imported_is_the_workers_to_say(
     program: Callable[[str], list[str]], stages: list[Stage]
 ) -> None:
     with serving(stages):
-        time.sleep(0.5)
-        with running(executable("broken")["py_executable"], program(TELLS)) as client:
+        python = executable("broken")["py_executable"]
+        for _ in range(2):  # while it imports, and afterwards
+            with running(python, program(TELLS)) as client:
+                assert told(client)["pid"] == client.pid
+            time.sleep(0.5)
+        with running(python, program(TELLS)) as client:
             assert told(client)["pid"] == client.pid
 
 
@@ -186,14 +198,7 @@ def test_nothing_outlives_the_driver(program: Callable[[str], list[str]], tmp_pa
     assert gone(child["pid"])
     assert gone(child["parent"], 1.0)
 
-    driver = (
-        "import subprocess, shlex, sys\n"
-        "from raytune_rl.runtime.fork_server import Stage, serving\n"
-        "with serving([Stage('first', ['fractions']), Stage('second', ['wave'])]) as python:\n"
-        "    print(python.split()[-1], flush=True)\n"
-        "    subprocess.run([*shlex.split(python), *sys.argv[1:]])\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", driver, *words], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", DRIVER, "wave", *words], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         folder = Path(process.stdout.readline().decode().strip()).parent
         child = told(process)
@@ -201,6 +206,20 @@ def test_nothing_outlives_the_driver(program: Callable[[str], list[str]], tmp_pa
         process.kill()
         assert gone(child["pid"])
         assert gone(child["parent"])
+    assert not folder.exists()
+
+
+def test_a_server_whose_driver_dies_meanwhile_makes_no_further_imports(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time; time.sleep(1)")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", DRIVER, "slow", "-c", "import time; time.sleep(100)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().decode().strip()).parent
+        process.kill()
+    deadline = time.monotonic() + 15
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert not folder.exists()
 
 

@@ -15,11 +15,12 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -63,14 +64,7 @@ def serving(stages: Sequence[Stage]) -> Iterator[str]:
     prefix = f"{ProcessId.own().name}-fork-"
     where = short_folder(len(f"/{prefix}12345678/") + longest)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=where, ignore_cleanup_errors=True) as name:
-        command = [sys.executable, str(_HERE / "server.py"), name, json.dumps([asdict(s) for s in stages])]
-        server = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # as it is closed, so by the driver's death, the server ends
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a terminal's Ctrl-C is the driver's
-        )
+        server = _started(Path(name), stages)
         _folder = Path(name)
         try:
             yield _executable(stages[0].name)
@@ -82,6 +76,25 @@ def serving(stages: Sequence[Stage]) -> Iterator[str]:
                 os.killpg(server.pid, signal.SIGTERM)  # those that import still, for nobody
             with suppress(subprocess.TimeoutExpired):
                 server.wait(_ENDS_WITHIN_S)
+
+
+def _started(folder: Path, stages: Sequence[Stage]) -> subprocess.Popen[bytes]:
+    """The server, which listens from the beginning: a client waits until it has made its imports."""
+    with ExitStack() as stack:
+        told = []
+        for stage in stages:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(folder / stage.name))
+            listener.listen(64)
+            told.append({**asdict(stage), "listener": listener.fileno()})
+        return subprocess.Popen(
+            [sys.executable, str(_HERE / "server.py"), json.dumps(told)],
+            stdin=subprocess.PIPE,  # as it is closed, so by the driver's death, the server ends
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[one["listener"] for one in told],
+            start_new_session=True,  # a terminal's Ctrl-C is the driver's
+        )
 
 
 def executable(stage: str | None) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Imports what workers need, and is forked for each of them until its standard input ends.
 
-    python server.py FOLDER STAGES
+    python server.py STAGES
 
-STAGES is a JSON list of `fork_server.Stage`. The process of a stage imports, is forked for the next stage,
-and listens at the socket FOLDER/name.
+STAGES is a JSON list of `fork_server.Stage`, each with the number of its listening socket. The process of a
+stage imports, is forked for the next stage, and serves its own.
 """
 
 from __future__ import annotations
@@ -202,42 +202,37 @@ def import_all(modules: list[str]) -> None:
     gc.enable()
 
 
+def serve_all(stages: list[dict[str, Any]]) -> Asked | None:
+    """Imports, forks the process of the next stage, and serves. In a child: what it is to become."""
+    listener = socket.socket(fileno=stages[0]["listener"])
+    address, next_stage, asked = Path(listener.getsockname()), None, None
+    try:
+        os.environ.update(stages[0]["env"])
+        import_all(stages[0]["modules"])
+        if stages[1:]:
+            next_stage = os.fork()
+            if next_stage == 0:
+                listener.close()
+                return serve_all(stages[1:])
+            for later in stages[1:]:
+                os.close(later["listener"])
+        asked = Server(listener).serve()
+        return asked
+    finally:
+        if asked is None and next_stage != 0:  # the driver does so too, unless it was killed
+            if next_stage is not None:
+                os.waitpid(next_stage, 0)
+            with contextlib.suppress(OSError):
+                address.unlink()
+                address.parent.rmdir()
+
+
 def main() -> None:
-    _, folder, text = sys.argv
     path = sys.path[1:]  # without this file's folder
     sys.path[0] = str(Path(__file__).parents[3])
-    stages: list[dict[str, Any]] = json.loads(text)
-    listeners = [_listening(f"{folder}/{stage['name']}") for stage in stages]
-    next_stage = None
-    while stages:
-        stage = stages.pop(0)
-        os.environ.update(stage["env"])
-        import_all(stage["modules"])
-        next_stage = os.fork() if stages else None
-        if next_stage == 0:
-            listeners.pop(0).close()
-            continue
-        break
-    own, *others = listeners
-    for listener in others:
-        listener.close()
-    own_address = own.getsockname()
-    asked = Server(own).serve()
+    asked = serve_all(json.loads(sys.argv[1]))
     if asked is not None:
         become(asked, path)
-        return
-    if next_stage is not None:
-        os.waitpid(next_stage, 0)
-    with contextlib.suppress(OSError):
-        Path(own_address).unlink()
-        Path(folder).rmdir()  # the driver does so too, unless it was killed
-
-
-def _listening(address: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen(64)
-    return listener
 
 
 if __name__ == "__main__":

@@ -209,11 +209,14 @@ def test_nothing_outlives_the_driver(program: Callable[[str], list[str]], tmp_pa
     assert not folder.exists()
 
 
-def test_a_server_whose_driver_dies_meanwhile_makes_no_further_imports(tmp_path: Path) -> None:
+def test_a_server_whose_driver_dies_meanwhile_makes_no_further_imports(
+    program: Callable[[str], list[str]], tmp_path: Path
+) -> None:
     (tmp_path / "slow.py").write_text("import time; time.sleep(1)")
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", DRIVER, "slow", "-c", "import time; time.sleep(100)"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as process:
+    command = [sys.executable, "-c", DRIVER, "slow", *program(STAYS)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}  # a client may outlive both
+    with subprocess.Popen(command, **streams, env=environ) as process:
         assert process.stdout is not None
         folder = Path(process.stdout.readline().decode().strip()).parent
         process.kill()

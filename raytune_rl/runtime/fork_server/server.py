@@ -203,9 +203,13 @@ def import_all(modules: list[str]) -> None:
 
 
 def serve_all(stages: list[dict[str, Any]]) -> Asked | None:
-    """Imports, forks the process of the next stage, and serves. In a child: what it is to become."""
+    """Imports, forks the process of the next stage, and serves. In a child: what it is to become.
+
+    Its address is removed at the end, and those of later stages; so is the folder once it is empty, unless
+    the driver has done that.
+    """
     listener = socket.socket(fileno=stages[0]["listener"])
-    address, next_stage, asked = Path(listener.getsockname()), None, None
+    folder, next_stage, asked = Path(listener.getsockname()).parent, None, None
     try:
         os.environ.update(stages[0]["env"])
         import_all(stages[0]["modules"])
@@ -219,12 +223,13 @@ def serve_all(stages: list[dict[str, Any]]) -> Asked | None:
         asked = Server(listener).serve()
         return asked
     finally:
-        if asked is None and next_stage != 0:  # the driver does so too, unless it was killed
+        if asked is None and next_stage != 0:
             if next_stage is not None:
                 os.waitpid(next_stage, 0)
             with contextlib.suppress(OSError):
-                address.unlink()
-                address.parent.rmdir()
+                for stage in stages:
+                    (folder / stage["name"]).unlink(missing_ok=True)
+                folder.rmdir()
 
 
 def main() -> None:

@@ -111,10 +111,10 @@ def _executable(stage: str) -> str:
 
 
 def possible() -> bool:
-    """Whether this machine has no GPU (no device of NVIDIA's or AMD's driver), and its kernel tells of ended
-    processes (Linux 5.3)."""
+    """Whether this machine has no GPU (no device of a driver of NVIDIA, Windows or AMD), and its kernel tells
+    of ended processes (Linux 5.3)."""
     try:
         os.close(os.pidfd_open(os.getpid()))
     except (AttributeError, OSError):
         return False
-    return not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd")))
+    return not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")))

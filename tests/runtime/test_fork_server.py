@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -172,6 +173,21 @@ def test_what_cannot_be_imported_is_the_workers_to_say(
             time.sleep(0.5)
         with running(python, program(TELLS)) as client:
             assert told(client)["pid"] == client.pid
+
+
+def test_a_client_that_says_nothing_holds_nobody_up(program: Callable[[str], list[str]]) -> None:
+    with serving([FIRST]) as python, socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(shlex.split(python)[-1])
+        with running(python, program(TELLS)) as client:
+            child = told(client)
+    assert child["pid"] != client.pid, "within its patience"
+
+
+def test_who_ends_at_once_is_heard_of(program: Callable[[str], list[str]]) -> None:
+    words = program("import os; os._exit(5)")
+    with serving([FIRST]) as python:
+        ended = [subprocess.run([*shlex.split(python), *words], timeout=20).returncode for _ in range(20)]
+    assert ended == [5] * 20
 
 
 def test_a_client_does_not_wait_for_ever(

@@ -29,16 +29,17 @@ def main() -> int:
         said = server.recv(64)
     except OSError:
         said = b""
-    if not said.endswith(b"\n"):  # the number comes in one piece, or not at all
+    if not said.endswith(b"\n"):  # a number comes in one piece, or not at all
         server.close()
         os.execv(sys.executable, [sys.executable, *program])
+    number, _, status = said.partition(b"\n")
     try:
-        child = os.pidfd_open(int(said))
+        child = os.pidfd_open(int(number))
     except ProcessLookupError:
         child = None
     server.settimeout(None)
     try:
-        status = server.recv(64)
+        status = status or server.recv(64)
     except OSError:
         status = b""
     if status:

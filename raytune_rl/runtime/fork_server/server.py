@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+WORD_S = 10.0
+"""Seconds that a client has to say what it wants."""
 GRACE_S = 5.0
 """Seconds that children have, once nobody wants them any more, to end by themselves."""
 
@@ -93,6 +95,7 @@ class Server:
 
     def _accept(self) -> Asked | None:
         client, _ = self._listener.accept()
+        client.settimeout(WORD_S)
         try:
             asked = _read(client)
         except (OSError, ValueError):  # it has lost patience

@@ -39,6 +39,7 @@ from raytune_rl.runtime.fleet_health import Limits
 from raytune_rl.runtime.group import WorkerGroup
 from raytune_rl.runtime.wait import Pending, fetch, stream
 from raytune_rl.tracking.files import in_short, json_line
+from raytune_rl.workers.imports import SAMPLING
 from raytune_rl.workers.rollout import RolloutWorker, rollout_env
 
 ROWS_AT_A_TIME = 256
@@ -72,7 +73,7 @@ def run(config: InferConfig) -> InferResult:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raytune_rl_infer_")))
         source = find_source(config, scratch, console.print)
         path = _result_path(config, source) if config.val_dataset else None
-        cluster = stack.enter_context(session(config.ray_address, note))
+        cluster = stack.enter_context(session(config.ray_address, note, [SAMPLING]))
         trial = Trial(config, source, cluster, console)
         trial.start(stack)
         return trial.chat() if path is None else trial.answer_rows(path)

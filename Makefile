@@ -61,7 +61,7 @@ check: setup ## lint, format, types, import floors, lock files
 test: setup ## the tests that CI runs; faults, learning and variants are further ones
 	$(BIN)/python -m pytest
 
-faults: setup ## kill every part of a run at every phase, and compare what it comes to (an hour and more)
+faults: setup ## kill every part of a run at every phase, and compare what it comes to (40 minutes)
 	$(BIN)/python -m pytest -m "cluster or faults" tests/faults
 
 learning: setup ## a tiny teacher teaches tiny students on the whole stack: sums, and pictures; PPO (half an hour)

@@ -85,7 +85,7 @@ bench: setup ## the programs behind our numbers
 	@for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
 
 bench-smallest: setup ## every benchmark and example once, at its smallest size (half an hour)
-	$(BIN)/python -m pytest -m bench tests/benchmarks
+	$(BIN)/python -m pytest -m "bench or not bench" tests/benchmarks
 
 families: setup ## does vLLM serve the policy's weights: every family, in full, merged and as an adapter
 	$(BIN)/python -m tests.families

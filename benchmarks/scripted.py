@@ -113,6 +113,9 @@ class SleepingTrainer:
     def publish(self, version: int) -> Manifest:
         return Manifest(version, "full", (), ())
 
+    def snapshot_steps(self) -> int | None:
+        return None
+
     def save(self, directory: Path, only_model: bool) -> None:
         raise AssertionError("the benchmark saves nothing")
 

@@ -177,8 +177,7 @@ class Policy:
         enable_gradient_checkpointing(tuned)
         self.scorer = TokenScorer(tuned, settings.chunk)
         self.scorer.masks_padding = settings.mask
-        mode = "adapter" if settings.train_type == "lora" else "full"
-        exporter = WeightExporter(self.scorer, mode)  # type: ignore[arg-type]
+        exporter = WeightExporter(self.scorer, "adapter" if settings.train_type == "lora" else "full")
         optimizer = OptimizerSpec(
             1e-4, "constant", 0, 99, (0.9, 0.95), 1e-8, 0.1, 1.0, for_engine(settings.deepspeed)
         )

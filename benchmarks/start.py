@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="benchmarks/start.py",
     )
     parser.add_argument("--trees", nargs="+", default=[sys.executable], help="a Python of each tree")
-    parser.add_argument("--rounds", type=int, default=3, help="starts of each (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="starts of each, after a first one (default 3)")
     parser.add_argument("--least", type=float, default=0.5, help="CPU-s of a process with a line of its own")
     parser.add_argument("--markdown", action="store_true", help="print the table ready to paste")
     return parser.parse_args(argv)

@@ -12,7 +12,7 @@ def import_once(*names: str) -> None:
 
     What a module makes stays for as long as its process. But as there is more and more of it, Python goes
     through all again and again, which takes a fifth to a third of these imports. Nor is it looked through
-    later: it is left out from then on (`gc.freeze`).
+    later: it is left out from then on (`gc.freeze`), and memory that forked processes share stays shared.
     """
     if all(name in sys.modules for name in names):
         return

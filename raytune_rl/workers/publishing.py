@@ -39,8 +39,7 @@ class HostBuffer:
         self._places: dict[str, Tensor] = {}
         starts, size = [], 0
         for entry in entries:
-            width = getattr(torch, entry.dtype).itemsize
-            size += -size % width
+            size += -size % entry.itemsize
             starts.append(size)
             size += entry.nbytes
         block = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)

@@ -39,7 +39,7 @@ def rollout_env(
 ) -> dict[str, str]:
     """Environment that must be set before vLLM is imported in the worker's process."""
     env = {
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        **SAMPLING.env,
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(threads),
         # Inside the actor's own process the engine can read the object store; more GPUs need processes of

@@ -98,8 +98,8 @@ def _started(folder: Path, stages: Sequence[Stage]) -> subprocess.Popen[bytes]:
 
 
 def executable(stage: str | None) -> dict[str, str]:
-    """The part of a runtime environment by which a worker begins at a stage; nothing where nobody serves, or
-    for the first one, which is every worker's."""
+    """The part of a runtime environment by which a worker begins at a stage; nothing for None, so that it
+    begins as any other, and where nobody serves the stage."""
     if stage is None or _folder is None or not (_folder / stage).exists():
         return {}
     return {"py_executable": _executable(stage)}

@@ -9,8 +9,6 @@ stage imports, is forked for the next stage, and serves its own.
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib
 import json
 import os
 import random
@@ -190,19 +188,17 @@ def become(asked: Asked, path: list[str]) -> None:
 
 
 def import_all(modules: list[str]) -> None:
-    """Imports, without a look for garbage: nothing of this ever is, and a look would write to memory that
-    all children share."""
-    gc.disable()
+    """Imports what all children share."""
+    from raytune_rl.runtime.imports import import_once
+
     # Ray reads its worker's environment when it is imported, which a child has to do by itself. What asks
     # whether it is there does without.
     sys.modules["ray"] = None  # type: ignore[assignment]
     for module in modules:
-        importlib.import_module(module)
+        import_once(module)
         if select.select([sys.stdin], [], [], 0)[0]:
             raise SystemExit  # the driver is done, or dead, already
     del sys.modules["ray"]
-    gc.freeze()
-    gc.enable()
 
 
 def serve_all(stages: list[dict[str, Any]]) -> Asked | None:
